@@ -188,11 +188,12 @@ setuptools.setup(
             "torch_ext._C",
             sources=sources(),
             # compat/ comes first: its sys/single_threaded.h lowers the glibc that the library needs.
-            include_dirs=[str(CSRC / "compat"), str(CSRC), *include_paths()],
+            include_dirs=[str(ROOT / CSRC / "compat"), str(ROOT / CSRC), *include_paths()],
             extra_compile_args={
                 "cxx": [
                     *("-O3", "-std=c++20", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
                     *("-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra", "-Wno-unused-parameter"),
+                    f"-ffile-prefix-map={ROOT}/=",  # Messages name files relative to the checkout.
                     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
                 ]
             },

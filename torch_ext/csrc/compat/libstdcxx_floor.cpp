@@ -1,10 +1,9 @@
 /// Definitions that keep the library loadable on systems whose libstdc++ is older than the compiler's.
 ///
-/// GCC 12's headers call two functions that manylinux_2_28 (GLIBCXX_3.4.25 at most) does not have. Definitions of one's
-/// own, invisible from outside (exports.map), take the place of the shared library's.
+/// GCC 12's headers call functions that manylinux_2_28 (GLIBCXX_3.4.25 at most) does not have. Definitions of one's own,
+/// invisible from outside (exports.map), take the place of the shared library's. Only single members are instantiated:
+/// whole classes would bring copies of the locale facets' ids with them, and streams that find no facet throw.
 
-// Instantiate here what libstdc++'s headers declare `extern template`.
-#define _GLIBCXX_EXTERN_TEMPLATE 0
 #include <new>
 #include <sstream>
 
@@ -17,10 +16,14 @@ extern "C" [[noreturn]] __attribute__((visibility("hidden"), used)) void torch_e
 
 extern "C" void torch_ext_throw_bad_array_new_length() { throw std::bad_array_new_length(); }
 
-/// std::stringstream's default constructor (GLIBCXX_3.4.26), used by the messages of STD_TORCH_CHECK.
+/// Default constructors (GLIBCXX_3.4.26): STD_TORCH_CHECK writes its message to a stringstream.
 template std::basic_stringstream<char>::basic_stringstream();
-
-/// std::ostringstream's (GLIBCXX_3.4.26), for messages of our own.
 template std::basic_ostringstream<char>::basic_ostringstream();
+
+#if __cplusplus >= 202002L && _GLIBCXX_USE_CXX11_ABI
+/// What str() of a string stream is in C++20 (GLIBCXX_3.4.29).
+template std::string std::basic_stringbuf<char>::str() const&;
+template std::string std::basic_stringbuf<char>::str() &&;
+#endif
 
 #endif
