@@ -1,0 +1,64 @@
+"""`python -m deploy COMMAND`: the command is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "export": ("deploy.export.cli", "prepare a model: verified bf16, int8 and fp32 variants in one bundle"),
+    "serve": ("deploy.server.cli", "serve a bundle over HTTP"),
+}
+
+USAGE = """\
+usage: python -m deploy COMMAND ...
+
+Prepare and serve a BERT-family encoder.
+
+commands:
+{commands}
+
+examples:
+  python -m deploy export sentence-transformers/all-MiniLM-L6-v2 -o bundle
+  python -m deploy serve bundle --variant torch_ext-bf16 --port 8000
+
+Each command explains itself: python -m deploy COMMAND --help
+Exit codes: 0 done, 1 a bug or an unexpected failure, 2 something the caller can put right (the message says what).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: The command and its arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0 for success, 2 for a command line that is wrong, else what the command returns.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    usage = USAGE.format(commands="\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()))
+    if arguments and arguments[0] in {"-h", "--help", "help"}:
+        print(usage, end="")
+        return 0
+    if not arguments:
+        print(usage, end="", file=sys.stderr)
+        return 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"python -m deploy: unknown command {name!r}; expected one of {known}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(COMMANDS[name][0])
+    try:
+        return int(command.main(rest) or 0)
+    except SystemExit as leaving:  # argparse leaves this way, for --help too.
+        if leaving.code is None or isinstance(leaving.code, int):
+            return leaving.code or 0
+        print(leaving.code, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
