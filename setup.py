@@ -52,7 +52,8 @@ try:
 except ModuleNotFoundError as error:
     if COMPILES:
         sys.exit(
-            f"torch-ext: cannot build, since {error.name} is not installed in the build environment: install torch>=2.10, "
+            f"torch-ext: cannot build, since {error.name} is not installed in the build environment: install "
+            "torch>=2.10, "
             'then run pip install "setuptools>=77" wheel ninja && pip install --no-build-isolation .'
         )
     from setuptools.command.build_ext import build_ext as BuildExtension
@@ -83,8 +84,8 @@ def set_cross_compiler() -> None:
     os.environ.setdefault("LDCXXSHARED", f"{os.environ['CXX']} -shared")
     if shutil.which(shlex.split(os.environ["CXX"])[0]) is None:
         sys.exit(
-            f"torch-ext: no compiler {os.environ['CXX']} for {target_machine()}: install g++-{triple.replace('_', '-')} "
-            "or set CXX"
+            f"torch-ext: no compiler {os.environ['CXX']} for {target_machine()}: install "
+            f"g++-{triple.replace('_', '-')} or set CXX"
         )
 
 
@@ -116,7 +117,9 @@ def check_library(path: Path) -> None:
     image = path.read_bytes()
     (machine,) = struct.unpack_from("<H", image, 18)
     if machine != ELF_MACHINE.get(target_machine(), machine):
-        sys.exit(f"torch-ext: {path} is for ELF machine {machine}, expected {target_machine()}: is CXX the right compiler?")
+        sys.exit(
+            f"torch-ext: {path} is for ELF machine {machine}, expected {target_machine()}: is CXX the right compiler?"
+        )
     if b"\0libtorch_cpu.so\0" not in image:
         sys.exit(f"torch-ext: {path} does not name libtorch_cpu.so as needed: check LDCXXSHARED and LDFLAGS")
 
@@ -140,7 +143,9 @@ class BuildLibrary(BuildExtension):
             for name in ("compiler_so", "compiler_so_cxx", "linker_so", "linker_so_cxx"):
                 command = getattr(self.compiler, name, None)
                 if isinstance(command, list):
-                    command[:] = [arg for arg in command if not arg.startswith(("-march=", "-mtune=", "-mcpu=", "-m64"))]
+                    command[:] = [
+                        arg for arg in command if not arg.startswith(("-march=", "-mtune=", "-mcpu=", "-m64"))
+                    ]
         else:
             libraries = library_paths()
         for extension in self.extensions:

@@ -1,0 +1,342 @@
+"""Typed wrappers of ``torch.ops.torch_ext.*``, and their fake kernels (torch.compile, torch.export, meta tensors).
+
+All ops run on CPU tensors and are for inference only: under enabled gradients they refuse tensors that require grad.
+Sequences are concatenated without padding: ``cu_seqlens`` is i32 ``[B + 1]``, starts at 0, ends at T, and sequence
+``b`` is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ACTIVATIONS",
+    "POOLING_MODES",
+    "Activation",
+    "PoolingMode",
+    "add_layer_norm",
+    "embed_layer_norm",
+    "isa_report",
+    "linear",
+    "pack_linear_weight",
+    "pool",
+    "unpack_linear_weight",
+    "varlen_attention",
+]
+
+Activation = Literal["none", "gelu", "gelu_tanh", "relu", "tanh", "silu"]
+PoolingMode = Literal["mean", "cls", "max"]
+
+ACTIVATIONS: tuple[str, ...] = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu")
+POOLING_MODES: tuple[str, ...] = ("mean", "cls", "max")
+
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def isa_report() -> dict[str, Any]:
+    """Which kernels are in use on this CPU, and why.
+
+    Returns:
+        ``arch``; ``isa``, the kernels in use; ``candidates`` in order of priority, each with ``name``, ``supported``
+        and ``requires`` (CPU features); ``cpu_features``; ``forced``, whether ``TORCH_EXT_ISA`` chose.
+
+    Raises:
+        RuntimeError: ``TORCH_EXT_ISA`` names something unknown, or something that this CPU cannot run.
+    """
+    return cast("dict[str, Any]", json.loads(torch.ops.torch_ext._isa_report()))
+
+
+def pack_linear_weight(weight: Tensor) -> Tensor:
+    """Bring the weight of a linear layer into the order that this CPU's kernel reads it in.
+
+    Args:
+        weight: fp32 or bf16 ``[N, K]``, as in :class:`torch.nn.Linear`; fp32 is rounded to bf16.
+
+    Returns:
+        An opaque tensor with ``shape[0] == N``, to be passed to :func:`linear`. It is valid on this kind of CPU only:
+        store :func:`unpack_linear_weight` of it, never the tensor itself.
+
+    Raises:
+        RuntimeError: the weight has another dtype or number of dimensions, is not on the CPU, or requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.pack_linear_weight(weight))
+
+
+def unpack_linear_weight(packed: Tensor) -> Tensor:
+    """The weight that was packed.
+
+    Args:
+        packed: what :func:`pack_linear_weight` returned.
+
+    Returns:
+        bf16 ``[N, K]``, exactly the bf16 rounding of what was packed.
+
+    Raises:
+        RuntimeError: the tensor is not a packed weight, or was packed for another kind of CPU.
+    """
+    return cast(Tensor, torch.ops.torch_ext.unpack_linear_weight(packed))
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = "none",
+    out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(x @ weight.T + bias) + residual``, with bf16 products and fp32 sums.
+
+    Args:
+        x: fp32 or bf16 ``[..., K]``; fp32 is rounded to bf16 while it is read.
+        packed: the weight ``[N, K]``, from :func:`pack_linear_weight`.
+        bias: fp32 or bf16 ``[N]``.
+        activation: applied in fp32, before rounding: ``none``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``tanh``,
+            ``silu``.
+        out_dtype: ``torch.float32`` or ``torch.bfloat16``; by default that of ``x``.
+        residual: fp32 or bf16 ``[..., N]``, added after the activation, before rounding.
+
+    Returns:
+        ``[..., N]`` in ``out_dtype``.
+
+    Raises:
+        RuntimeError: a shape, dtype or activation does not fit, ``packed`` is not a packed weight of this CPU, or a
+            tensor requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.linear(x, packed, bias, activation, out_dtype, residual))
+
+
+def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    """Softmax attention of every sequence to itself, without mask and without padding.
+
+    Args:
+        qkv: bf16 or fp32 ``[T, 3 * H]``; a row is query, key, value, each ``num_heads * head_dim``.
+        cu_seqlens: i32 ``[B + 1]``.
+        num_heads: number of heads; divides H.
+        scale: factor on the scores; by default ``1 / sqrt(H / num_heads)``.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``qkv``.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, ``cu_seqlens`` does not go from 0 to T without falling, or ``qkv``
+            requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale))
+
+
+def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``layer_norm(x + residual)`` over the last dimension, computed in fp32.
+
+    Args:
+        x: bf16 or fp32 ``[T, H]``.
+        residual: like ``x``, or None.
+        weight: fp32 ``[H]``.
+        bias: fp32 ``[H]``.
+        eps: added to the variance.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.add_layer_norm(x, residual, weight, bias, eps))
+
+
+def embed_layer_norm(
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    position_offset: int,
+) -> Tensor:
+    """The embedding layer of a BERT: word, position and token type rows, added up and normalized.
+
+    Args:
+        input_ids: i64 ``[T]``.
+        cu_seqlens: i32 ``[B + 1]``.
+        token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
+        word: bf16 or fp32 ``[V, H]``.
+        position: the same dtype, ``[P, H]``; a token takes row "index in its sequence + position_offset".
+        token_type: the same dtype, ``[S, H]``, or None for a model without.
+        weight: fp32 ``[H]``.
+        bias: fp32 ``[H]``.
+        eps: added to the variance.
+        position_offset: 0 for BERT, ``padding_idx + 1`` for RoBERTa.
+
+    Returns:
+        ``[T, H]`` in the dtype of the tables.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, an id is out of range, a sequence is longer than the position
+            table, or a tensor requires grad.
+    """
+    return cast(
+        Tensor,
+        torch.ops.torch_ext.embed_layer_norm(
+            input_ids, cu_seqlens, token_type_ids, word, position, token_type, weight, bias, eps, position_offset
+        ),
+    )
+
+
+def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode = "mean", normalize: bool = False) -> Tensor:
+    """One vector per sequence.
+
+    Args:
+        hidden: bf16 or fp32 ``[T, H]``.
+        cu_seqlens: i32 ``[B + 1]``; every sequence has at least one token.
+        mode: ``mean`` over the tokens, ``cls`` for the first one, ``max`` per component.
+        normalize: divide each vector by its Euclidean length.
+
+    Returns:
+        fp32 ``[B, H]``.
+
+    Raises:
+        RuntimeError: a shape, dtype or mode does not fit, a sequence is empty, or ``hidden`` requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.pool(hidden, cu_seqlens, mode, normalize))
+
+
+# Fake kernels: shapes, dtypes and the errors that do not depend on data.
+
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Tensor])
+
+
+def _fake(name: str) -> Callable[[_Kernel], _Kernel]:
+    """Register a function as the fake kernel of an op."""
+
+    def register(kernel: _Kernel) -> _Kernel:
+        torch.library.register_fake(f"torch_ext::{name}", kernel)
+        return kernel
+
+    return register
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _check_inference_only(op: str, **tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            _check(
+                tensor is None or not tensor.requires_grad,
+                f"{op}: {name} requires grad, but torch_ext is for inference only and has no gradients: call it under "
+                f"torch.inference_mode() or torch.no_grad(), or pass {name}.detach()",
+            )
+
+
+def _is_opaque(packed: Tensor) -> bool:
+    # A mkldnn weight is [N, K] of bf16 to a fake tensor; what the library packs itself is bytes, and does not show K.
+    return packed.dtype == torch.uint8
+
+
+def _packs_with_mkldnn() -> bool:
+    return bool(isa_report()["isa"] == "onednn")
+
+
+@_fake("pack_linear_weight")
+def _(weight: Tensor) -> Tensor:
+    _check_inference_only("pack_linear_weight", weight=weight)
+    _check(weight.dim() == 2, f"pack_linear_weight: expected a weight [N, K], got {weight.dim()} dimensions")
+    _check(weight.dtype in _FLOATS, f"pack_linear_weight: expected fp32 or bf16, got {weight.dtype}")
+    if _packs_with_mkldnn():
+        return weight.new_empty(weight.shape, dtype=torch.bfloat16)
+    row_bytes = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty((weight.shape[0], row_bytes), dtype=torch.uint8)
+
+
+@_fake("unpack_linear_weight")
+def _(packed: Tensor) -> Tensor:
+    _check(packed.dim() == 2, f"unpack_linear_weight: expected a packed weight, got {packed.dim()} dimensions")
+    columns = torch.library.get_ctx().new_dynamic_size() if _is_opaque(packed) else packed.shape[1]
+    return packed.new_empty((packed.shape[0], columns), dtype=torch.bfloat16)
+
+
+@_fake("linear")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    _check_inference_only("linear", x=x, bias=bias, residual=residual)
+    _check(x.dtype in _FLOATS, f"linear: expected x of fp32 or bf16, got {x.dtype}")
+    _check(x.dim() >= 1, "linear: expected x [..., K], got a scalar")
+    _check(packed.dim() == 2, f"linear: expected a packed weight, got {packed.dim()} dimensions")
+    _check(activation in ACTIVATIONS, f"linear: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    _check(out_dtype is None or out_dtype in _FLOATS, f"linear: expected out_dtype fp32 or bf16, got {out_dtype}")
+    rows = packed.shape[0]
+    if not _is_opaque(packed):
+        _check(
+            x.shape[-1] == packed.shape[1],
+            f"linear: expected x with K={packed.shape[1]} (packed weight is {rows}x{packed.shape[1]}), got "
+            f"{x.shape[-1]}",
+        )
+    _check(
+        bias is None or (bias.dim() == 1 and bias.shape[0] == rows),
+        f"linear: expected bias [{rows}], got {list(bias.shape) if bias is not None else None}",
+    )
+    shape = (*x.shape[:-1], rows)
+    _check(
+        residual is None or residual.shape == shape,
+        f"linear: expected residual {list(shape)}, got {list(residual.shape) if residual is not None else None}",
+    )
+    return x.new_empty(shape, dtype=out_dtype or x.dtype)
+
+
+@_fake("varlen_attention")
+def _(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    _check_inference_only("varlen_attention", qkv=qkv)
+    _check(qkv.dim() == 2, f"varlen_attention: expected qkv [T, 3 * H], got {qkv.dim()} dimensions")
+    _check(
+        num_heads > 0 and qkv.shape[1] % (3 * num_heads) == 0,
+        f"varlen_attention: expected qkv [T, 3 * H] with H a multiple of num_heads={num_heads}, got {list(qkv.shape)}",
+    )
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
+
+
+@_fake("add_layer_norm")
+def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    _check_inference_only("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
+    return x.new_empty(x.shape)
+
+
+@_fake("embed_layer_norm")
+def _(
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    position_offset: int,
+) -> Tensor:
+    _check_inference_only(
+        "embed_layer_norm", word=word, position=position, token_type=token_type, weight=weight, bias=bias
+    )
+    return word.new_empty((input_ids.shape[0], word.shape[1]))
+
+
+@_fake("pool")
+def _(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool) -> Tensor:
+    _check_inference_only("pool", hidden=hidden)
+    _check(mode in POOLING_MODES, f"pool: unknown mode {mode!r}; known: {', '.join(POOLING_MODES)}")
+    return hidden.new_empty((cu_seqlens.shape[0] - 1, hidden.shape[1]), dtype=torch.float32)
