@@ -1,0 +1,109 @@
+#include "cpu_features.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace torch_ext {
+namespace {
+
+#if defined(__aarch64__) && defined(__linux__)
+
+// Bit numbers of Linux' arch/arm64 uapi asm/hwcap.h; spelled out because the headers of older
+// distributions lack the newer ones.
+constexpr unsigned long kHwcapAsimd = 1ul << 1;
+constexpr unsigned long kHwcapAsimdDp = 1ul << 20;
+constexpr unsigned long kHwcapSve = 1ul << 22;
+constexpr unsigned long kHwcap2SveBf16 = 1ul << 12;
+constexpr unsigned long kHwcap2I8mm = 1ul << 13;
+constexpr unsigned long kHwcap2Bf16 = 1ul << 14;
+
+uint32_t detect() {
+  const unsigned long hwcap = getauxval(AT_HWCAP);
+  const unsigned long hwcap2 = getauxval(AT_HWCAP2);
+  uint32_t features = kFeatureNone;
+  if (hwcap & kHwcapAsimd) features |= kFeatureNeon;
+  if (hwcap & kHwcapAsimdDp) features |= kFeatureDotprod;
+  if (hwcap & kHwcapSve) features |= kFeatureSve;
+  if (hwcap2 & kHwcap2SveBf16) features |= kFeatureSveBf16;
+  if (hwcap2 & kHwcap2I8mm) features |= kFeatureI8mm;
+  if (hwcap2 & kHwcap2Bf16) features |= kFeatureBf16;
+  return features;
+}
+
+#elif defined(__aarch64__)
+
+uint32_t detect() { return kFeatureNeon; }
+
+#elif defined(__x86_64__)
+
+uint64_t enabled_register_state() {
+  uint32_t low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+uint32_t detect() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return kFeatureNone;
+  const bool fma = c & (1u << 12), osxsave = c & (1u << 27), f16c = c & (1u << 29);
+  if (!osxsave) return kFeatureNone;
+  const uint64_t state = enabled_register_state();
+  const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return kFeatureNone;
+  const bool avx2 = b & (1u << 5);
+  const bool avx512 = (b & (1u << 16)) && (b & (1u << 17)) && (b & (1u << 30)) && (b & (1u << 31));
+  uint32_t features = kFeatureNone;
+  if (ymm && avx2 && fma && f16c) features |= kFeatureAvx2Fma;
+  if (zmm && avx512 && avx2 && fma) features |= kFeatureAvx512;
+  if (features & kFeatureAvx512) {
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) features |= kFeatureAvx512Bf16;
+  }
+  return features;
+}
+
+#else
+
+uint32_t detect() { return kFeatureNone; }
+
+#endif
+
+struct NamedFeature {
+  uint32_t bit;
+  const char* name;
+};
+
+constexpr NamedFeature kNames[] = {
+    {kFeatureNeon, "asimd"},        {kFeatureDotprod, "asimddp"}, {kFeatureI8mm, "i8mm"},
+    {kFeatureBf16, "bf16"},         {kFeatureSve, "sve"},         {kFeatureSveBf16, "svebf16"},
+    {kFeatureAvx2Fma, "avx2+fma"},  {kFeatureAvx512, "avx512"},   {kFeatureAvx512Bf16, "avx512_bf16"},
+};
+
+}  // namespace
+
+uint32_t cpu_features() {
+  static const uint32_t features = detect();
+  return features;
+}
+
+std::vector<std::string> feature_names(uint32_t features) {
+  std::vector<std::string> names;
+  for (const NamedFeature& f : kNames) {
+    if (features & f.bit) names.emplace_back(f.name);
+  }
+  return names;
+}
+
+const char* architecture_name() {
+#if defined(__aarch64__)
+  return "aarch64";
+#elif defined(__x86_64__)
+  return "x86-64";
+#else
+  return "other";
+#endif
+}
+
+}  // namespace torch_ext

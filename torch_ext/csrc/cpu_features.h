@@ -1,0 +1,35 @@
+/// CPU features that kernels may require, read once from the operating system.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace torch_ext {
+
+/// One bit per feature. A kernel lists the bits it needs; dispatch compares them with `cpu_features()`.
+enum Feature : uint32_t {
+  kFeatureNone = 0,
+  // aarch64, from AT_HWCAP / AT_HWCAP2.
+  kFeatureNeon = 1u << 0,
+  kFeatureDotprod = 1u << 1,
+  kFeatureI8mm = 1u << 2,
+  kFeatureBf16 = 1u << 3,
+  kFeatureSve = 1u << 4,
+  kFeatureSveBf16 = 1u << 5,
+  // x86-64, from CPUID and XGETBV.
+  kFeatureAvx2Fma = 1u << 16,
+  kFeatureAvx512 = 1u << 17,  // F, BW, VL and DQ together
+  kFeatureAvx512Bf16 = 1u << 18,
+};
+
+/// The features of the CPU this process runs on. Read once; never changes afterwards.
+uint32_t cpu_features();
+
+/// Names of the bits in `features`, in the spelling of /proc/cpuinfo where that has one.
+std::vector<std::string> feature_names(uint32_t features);
+
+/// "aarch64", "x86-64" or "other".
+const char* architecture_name();
+
+}  // namespace torch_ext

@@ -1,0 +1,128 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu_features.h"
+#include "kernels/neon_bf16/gemm_bfmmla.h"
+
+namespace torch_ext {
+namespace {
+
+#if defined(__aarch64__)
+const VecKernels* const kVecCandidates[] = {&kVecNeonBf16, &kVecNeon, &kVecPortable};
+const Isa kIsas[] = {
+    {"neon_bf16", kFeatureNeon | kFeatureBf16, LinearEngine::kOwn, &kGemmBfmmla, &kVecNeonBf16},
+    {"neon", kFeatureNeon, LinearEngine::kOwn, kVecNeon.gemm_bf16, &kVecNeon},
+    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, &kVecPortable},
+};
+#elif defined(__x86_64__)
+const VecKernels* const kVecCandidates[] = {&kVecAvx512Bf16, &kVecAvx512, &kVecAvx2, &kVecPortable};
+const Isa kIsas[] = {
+    {"onednn", kFeatureAvx512, LinearEngine::kOnednn, nullptr, nullptr},
+    {"torch", kFeatureNone, LinearEngine::kTorch, nullptr, nullptr},
+    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, &kVecPortable},
+};
+#else
+const VecKernels* const kVecCandidates[] = {&kVecPortable};
+const Isa kIsas[] = {
+    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, &kVecPortable},
+};
+#endif
+
+bool runs_here(uint32_t required) { return (cpu_features() & required) == required; }
+
+std::string join(const std::vector<std::string>& words) {
+  std::string s;
+  for (const std::string& w : words) s += (s.empty() ? "" : ", ") + w;
+  return s;
+}
+
+Dispatch choose() {
+  Dispatch d = {nullptr, nullptr, false};
+  const char* const wanted = std::getenv("TORCH_EXT_ISA");
+  d.forced = wanted && *wanted;
+  std::string names;
+  for (const Isa& isa : kIsas) {
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+    if (d.isa || (d.forced && std::string(wanted) != isa.name)) continue;
+    if (runs_here(isa.required_features)) {
+      d.isa = &isa;
+    } else if (d.forced) {
+      throw std::runtime_error("TORCH_EXT_ISA=" + std::string(wanted) + " needs a CPU with " +
+                               join(feature_names(isa.required_features & ~cpu_features())) +
+                               ", which this one has not; unset it to let torch_ext choose");
+    }
+  }
+  if (!d.isa) {
+    throw std::runtime_error("TORCH_EXT_ISA=" + std::string(wanted ? wanted : "") + " is unknown on " +
+                             architecture_name() + ": expected one of " + names);
+  }
+  d.vec = d.isa->vec ? d.isa->vec : &best_vec_kernels(cpu_features());
+  return d;
+}
+
+std::string quoted(const std::string& s) { return "\"" + s + "\""; }
+
+std::string quoted_list(const std::vector<std::string>& words) {
+  std::string s;
+  for (const std::string& w : words) s += (s.empty() ? "" : ", ") + quoted(w);
+  return "[" + s + "]";
+}
+
+std::vector<std::string> ukernel_names(const GemmKernel& g) {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < g.ukernel_count; ++i) names.emplace_back(g.ukernels[i].name);
+  return names;
+}
+
+}  // namespace
+
+const Isa* isa_candidates(size_t* count) {
+  *count = sizeof kIsas / sizeof kIsas[0];
+  return kIsas;
+}
+
+const VecKernels& best_vec_kernels(uint32_t features) {
+  for (const VecKernels* v : kVecCandidates) {
+    if ((v->required_features & features) == v->required_features) return *v;
+  }
+  return kVecPortable;
+}
+
+const Dispatch& dispatch() {
+  static const Dispatch d = choose();
+  return d;
+}
+
+const GemmKernel& attention_gemm(const Dispatch& d, DType t) {
+  // Keys, values and probabilities in bf16 lose nothing that bf16 input had not lost; fp32 input stays fp32.
+  if (t == DType::kBF16 && d.isa->gemm && d.isa->gemm->lhs_type == DType::kBF16) return *d.isa->gemm;
+  return *d.vec->gemm_f32;
+}
+
+std::string isa_report_json() {
+  const Dispatch& d = dispatch();
+  std::string s = "{\"arch\": " + quoted(architecture_name()) + ", \"isa\": " + quoted(d.isa->name) +
+                  ", \"forced\": " + (d.forced ? "true" : "false") +
+                  ", \"cpu_features\": " + quoted_list(feature_names(cpu_features()));
+  const char* const engine = d.isa->linear == LinearEngine::kOwn      ? "torch_ext"
+                             : d.isa->linear == LinearEngine::kOnednn ? "PyTorch's prepacked oneDNN linear"
+                                                                      : "PyTorch's aten::linear";
+  s += ", \"linear\": " + quoted(engine);
+  s += ", \"linear_kernels\": " +
+       quoted_list(d.isa->gemm ? ukernel_names(*d.isa->gemm) : std::vector<std::string>());
+  s += ", \"attention_kernels\": " + quoted_list(ukernel_names(attention_gemm(d, DType::kBF16)));
+  s += ", \"row_kernels\": " + quoted(d.vec->name) + ", \"candidates\": [";
+  bool first = true;
+  for (const Isa& isa : kIsas) {
+    s += std::string(first ? "" : ", ") + "{\"name\": " + quoted(isa.name) +
+         ", \"supported\": " + (runs_here(isa.required_features) ? "true" : "false") +
+         ", \"requires\": " + quoted_list(feature_names(isa.required_features)) + "}";
+    first = false;
+  }
+  return s + "]}";
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,156 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "packing/packed_weight.h"
+
+namespace torch_ext {
+namespace {
+
+// Packed rows that one pass over the weight's panels uses: half of the smallest second-level cache of the CPUs that
+// this is for (1 MiB), so that a panel and the output stay beside them.
+constexpr size_t kLhsChunkBytes = 512 * 1024;
+
+struct Range {
+  size_t begin, end;
+};
+
+// Part `index` of `parts` of [0, count), in whole multiples of `unit`.
+Range split(size_t count, size_t unit, size_t parts, size_t index) {
+  const size_t units = (count + unit - 1) / unit;
+  const size_t begin = units * index / parts * unit, end = units * (index + 1) / parts * unit;
+  return {std::min(begin, count), std::min(end, count)};
+}
+
+// Rows of the next block: whole main blocks, then one block for what is left.
+size_t block_rows(const GemmKernel& kernel, size_t left) {
+  return left >= kernel.max_mr() ? kernel.max_mr() : kernel.ukernel_for(left).mr;
+}
+
+}  // namespace
+
+GemmPlan plan_gemm(const GemmKernel& kernel, size_t m, size_t n, size_t k, size_t threads) {
+  GemmPlan best;
+  const size_t macs = m * n * k;
+  const size_t useful = std::max<size_t>(1, macs / kMinTaskMacs);
+  const size_t parts = std::min(threads, useful);
+  if (parts <= 1) return best;
+  const size_t row_units = (m + kernel.max_mr() - 1) / kernel.max_mr();
+  const size_t panel_units = kernel.panels(n);
+  // Costs in products: reading one weight element from beyond the cache is taken as 8 products, packing one element
+  // of the rows as 4. They decide only between grids of equal balance.
+  constexpr size_t kWeightCost = 8, kPackCost = 4;
+  size_t best_cost = SIZE_MAX;
+  for (size_t rows = 1; rows <= std::min(parts, row_units); ++rows) {
+    const size_t panels = std::min(parts / rows, panel_units);
+    const size_t task_rows = std::min((row_units + rows - 1) / rows * kernel.max_mr(), m);
+    const size_t task_columns = std::min((panel_units + panels - 1) / panels * kernel.nr, n);
+    const size_t cost = k * (task_rows * task_columns + kPackCost * task_rows + kWeightCost * task_columns);
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = {rows, panels};
+    }
+  }
+  return best;
+}
+
+void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, const GemmPlan& plan,
+                   size_t task) {
+  const size_t k = problem.k, nr = kernel.nr, steps = kernel.steps(k);
+  const Range rows = split(problem.m, kernel.max_mr(), plan.row_tasks, task / plan.panel_tasks);
+  const Range panels = split(kernel.panels(problem.n), 1, plan.panel_tasks, task % plan.panel_tasks);
+  const PackRowsFn pack = problem.lhs_type == DType::kF32 ? kernel.pack_lhs_f32 : kernel.pack_lhs_bf16;
+  const auto store = vec.store_tile[static_cast<size_t>(problem.activation)];
+  const size_t row_bytes = kernel.lhs_block_bytes(1, k), panel_bytes = kernel.rhs_panel_bytes(k);
+  const size_t main_rows = kernel.max_mr();
+  const size_t chunk_rows =
+      std::max(main_rows, kLhsChunkBytes / std::max<size_t>(row_bytes, 1) / main_rows * main_rows);
+  const char* const lhs = static_cast<const char*>(problem.lhs);
+  const char* const weight = static_cast<const char*>(problem.panels);
+  alignas(64) float tile[kMaxMr * kMaxNr];
+
+  for (size_t chunk = rows.begin; chunk < rows.end; chunk += chunk_rows) {
+    const size_t chunk_end = std::min(rows.end, chunk + chunk_rows);
+    char* const packed =
+        static_cast<char*>(thread_scratch(ScratchSlot::kLhs, row_bytes * round_up(chunk_end - chunk, main_rows)));
+    char* block = packed;
+    for (size_t row = chunk; row < chunk_end;) {
+      const size_t mr = block_rows(kernel, chunk_end - row), valid = std::min(mr, chunk_end - row);
+      pack(valid, mr, k, lhs + row * problem.ld_lhs * dtype_bytes(problem.lhs_type), problem.ld_lhs, block);
+      block += mr * row_bytes;
+      row += valid;
+    }
+    for (size_t panel = panels.begin; panel < panels.end; ++panel) {
+      const size_t column = panel * nr, columns = std::min(nr, problem.n - column);
+      const char* const rhs = weight + panel * panel_bytes;
+      block = packed;
+      for (size_t row = chunk; row < chunk_end;) {
+        const UKernel& ukernel = kernel.ukernel_for(std::min(main_rows, chunk_end - row));
+        const size_t valid = std::min(ukernel.mr, chunk_end - row);
+        ukernel.run(steps, block, rhs, tile);
+        store(tile, nr, valid, columns, problem.epilogue, row, column);
+        block += ukernel.mr * row_bytes;
+        row += valid;
+      }
+    }
+  }
+}
+
+size_t packed_payload_bytes(const GemmKernel& kernel, size_t n, size_t k) {
+  return kernel.panels(n) * kernel.rhs_panel_bytes(k);
+}
+
+void pack_weight_panels(const GemmKernel& kernel, size_t n, size_t k, const void* weight, DType type, size_t ld,
+                        void* payload, size_t first, size_t last) {
+  const PackRowsFn pack = type == DType::kF32 ? kernel.pack_rhs_nxk_f32 : kernel.pack_rhs_nxk_bf16;
+  const size_t panel_bytes = kernel.rhs_panel_bytes(k);
+  for (size_t panel = first; panel < last; ++panel) {
+    const size_t column = panel * kernel.nr;
+    pack(std::min(kernel.nr, n - column), kernel.nr, k,
+         static_cast<const char*>(weight) + column * ld * dtype_bytes(type), ld,
+         static_cast<char*>(payload) + panel * panel_bytes);
+  }
+}
+
+void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* payload, uint16_t* weight) {
+  const uint16_t* const packed = static_cast<const uint16_t*>(payload);
+  const size_t nr = kernel.nr, kr = kernel.kr;
+  const size_t panel_elements = kernel.rhs_panel_bytes(k) / sizeof(uint16_t);
+  for (size_t column = 0; column < n; ++column) {
+    const uint16_t* const panel = packed + column / nr * panel_elements;
+    const size_t j = column % nr;
+    for (size_t p = 0; p < k; ++p) weight[column * k + p] = panel[(p / kr * nr + j) * kr + p % kr];
+  }
+}
+
+namespace {
+
+struct Scratch {
+  void* data[static_cast<size_t>(ScratchSlot::kCount)] = {};
+  size_t bytes[static_cast<size_t>(ScratchSlot::kCount)] = {};
+  ~Scratch() {
+    for (void* d : data) std::free(d);
+  }
+};
+
+}  // namespace
+
+void* thread_scratch(ScratchSlot slot, size_t bytes) {
+  static thread_local Scratch scratch;
+  const size_t i = static_cast<size_t>(slot);
+  if (scratch.bytes[i] < bytes) {
+    std::free(scratch.data[i]);
+    scratch.bytes[i] = 0;
+    const size_t rounded = round_up(bytes, 4096);
+    scratch.data[i] = std::aligned_alloc(64, rounded);
+    if (!scratch.data[i]) throw std::bad_alloc();
+    scratch.bytes[i] = rounded;
+  }
+  return scratch.data[i];
+}
+
+}  // namespace torch_ext

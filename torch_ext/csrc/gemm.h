@@ -1,0 +1,53 @@
+/// The loop nest around a micro-kernel: C = epilogue(A W^T) for packed W, any sizes. Knows nothing of torch.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels/gemm_kernel.h"
+#include "kernels/vec_kernels.h"
+
+namespace torch_ext {
+
+struct GemmProblem {
+  size_t m = 0, n = 0, k = 0;
+  const void* lhs = nullptr;  ///< [m, k], rows `ld_lhs` elements apart
+  size_t ld_lhs = 0;
+  DType lhs_type = DType::kBF16;
+  const void* panels = nullptr;  ///< packed right-hand side
+  Activation activation = Activation::kNone;
+  Epilogue epilogue;
+};
+
+/// How the product is split: a grid of row ranges x panel ranges, one task each.
+struct GemmPlan {
+  size_t row_tasks = 1, panel_tasks = 1;
+  size_t tasks() const { return row_tasks * panel_tasks; }
+};
+
+/// Chooses the grid for at most `threads` threads. Every task packs the rows it uses, so a split over panels repeats
+/// packing, and a split over rows reads the weight again: the grid with the least of the most loaded task's work wins.
+/// Products below `kMinTaskMacs` for each task are not split further.
+GemmPlan plan_gemm(const GemmKernel& kernel, size_t m, size_t n, size_t k, size_t threads);
+
+constexpr size_t kMinTaskMacs = 128 * 1024;
+
+/// Runs task `task` of the plan. Tasks are independent of each other.
+void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, const GemmPlan& plan,
+                   size_t task);
+
+/// Bytes of the payload of a packed [n, k] weight.
+size_t packed_payload_bytes(const GemmKernel& kernel, size_t n, size_t k);
+
+/// Packs panels [first, last) of a row-major [n, k] weight with rows `ld` elements apart.
+void pack_weight_panels(const GemmKernel& kernel, size_t n, size_t k, const void* weight, DType type, size_t ld,
+                        void* payload, size_t first, size_t last);
+
+/// Unpacks a payload of bf16 panels to a row-major bf16 [n, k] weight.
+void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* payload, uint16_t* weight);
+
+/// Memory of this thread, at least `bytes`, 64-byte aligned; the next call in the same slot may return the same
+/// memory. Slots keep the callers in one call chain apart.
+enum class ScratchSlot { kLhs, kAttention, kBias, kRow, kCount };
+void* thread_scratch(ScratchSlot slot, size_t bytes);
+
+}  // namespace torch_ext

@@ -1,0 +1,86 @@
+/// What the loop nest in gemm.cpp needs to know of a family of matrix micro-kernels.
+///
+/// A family shares one layout of the packed right-hand side (the weight). It has one packer for each source
+/// type and order, and one micro-kernel for each number of rows it can take at a time. A kernel is data: the
+/// tables live beside the kernels, and dispatch.cpp lists them best first.
+///
+///   destination   x [m, k]  *  w [n, k]^T  ->  f32 [m, n]
+///
+/// Micro-kernel contract (`UKernel::run`): for `steps` steps of `k_step` products each,
+///
+///   tile[i][j] = sum over p < steps * k_step of  lhs(i, p) * rhs(j, p)      i < mr, j < nr
+///
+/// with `lhs` one packed block of `mr` rows, `rhs` one packed panel of `nr` columns, and `tile` f32, row stride
+/// `nr`, 16-byte aligned. All padding is zero and was put there by the packers, so a micro-kernel has no edges.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace torch_ext {
+
+/// Element types of matrices in memory. Values are stored in headers of packed weights: append only.
+enum class DType : uint8_t { kF32 = 0, kBF16 = 1 };
+
+/// Bytes of one element.
+constexpr size_t dtype_bytes(DType t) { return t == DType::kF32 ? 4 : 2; }
+
+/// How a packed weight lies in memory. Values are stored in headers of packed weights: append only.
+enum class Layout : uint32_t {
+  kBf16Pairs = 1,  ///< bf16, pairs of columns times four products: see neon_bf16/gemm_bfmmla.cpp
+  kBf16Rows = 2,   ///< bf16, one row of nr columns for each product: see vec/gemm_f32.inl
+  kF32Rows = 3,    ///< the same in fp32
+  kPlain = 4,      ///< bf16 [n, k], row-major, for PyTorch's own linear
+  kOnednn = 5,     ///< as oneDNN reordered it, for PyTorch's prepacked linear
+};
+
+using UKernelFn = void (*)(size_t steps, const void* lhs, const void* rhs, float* tile);
+
+struct UKernel {
+  const char* name;
+  size_t mr;
+  UKernelFn run;
+};
+
+/// Packs `rows` (1..block_rows) rows of a row-major matrix, `k` elements each, `ld` elements apart, as one block
+/// of `block_rows` rows. Rows past `rows` and products past `k` (up to a whole step) are zero.
+using PackRowsFn = void (*)(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst);
+
+/// Packs `cols` (1..nr) columns of a row-major [k, n] matrix, rows `ld` elements apart, as one panel.
+using PackColsFn = void (*)(size_t cols, size_t k, const void* src, size_t ld, void* dst);
+
+struct GemmKernel {
+  const char* name;        ///< family, also the layout's name: type, p, nr x kr
+  Layout layout;           ///< id in the header of packed weights
+  size_t nr, kr;           ///< panel width, and products of one column that lie side by side in a panel
+  size_t k_step;           ///< products per step; k is padded with zeros to a multiple of it
+  DType lhs_type;          ///< element type of packed blocks
+  DType rhs_type;          ///< element type of packed panels
+  PackRowsFn pack_lhs_f32;
+  PackRowsFn pack_lhs_bf16;
+  PackRowsFn pack_rhs_nxk_f32;   ///< weight rows are columns of the product: source [n, k]
+  PackRowsFn pack_rhs_nxk_bf16;
+  PackColsFn pack_rhs_kxn_f32;   ///< source [k, n]
+  PackColsFn pack_rhs_kxn_bf16;
+  const UKernel* ukernels;       ///< ascending mr; the last one is the main kernel
+  size_t ukernel_count;
+
+  size_t steps(size_t k) const { return (k + k_step - 1) / k_step; }
+  size_t panels(size_t n) const { return (n + nr - 1) / nr; }
+  size_t lhs_block_bytes(size_t mr, size_t k) const { return mr * steps(k) * k_step * dtype_bytes(lhs_type); }
+  size_t rhs_panel_bytes(size_t k) const { return nr * steps(k) * k_step * dtype_bytes(rhs_type); }
+  size_t max_mr() const { return ukernels[ukernel_count - 1].mr; }
+
+  /// The smallest micro-kernel that takes `rows` rows at once (rows <= max_mr()).
+  const UKernel& ukernel_for(size_t rows) const {
+    size_t i = 0;
+    while (ukernels[i].mr < rows) ++i;
+    return ukernels[i];
+  }
+};
+
+/// Largest mr and nr of any family: sizes tiles on the stack.
+constexpr size_t kMaxMr = 8;
+constexpr size_t kMaxNr = 32;
+
+}  // namespace torch_ext

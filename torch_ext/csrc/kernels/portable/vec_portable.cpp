@@ -1,0 +1,26 @@
+// Row kernels and fp32 matrix kernels for every CPU, in the compilers' vector extensions alone: what the other instances are
+// compared with.
+#include "kernels/vec_kernels.h"
+
+#include "cpu_features.h"
+
+namespace torch_ext {
+namespace vec_portable {
+
+#define TORCH_EXT_VEC_WIDTH 4
+#define TORCH_EXT_VEC_NR "12"
+#define TORCH_EXT_VEC_MAIN_MR 8
+#define TORCH_EXT_VEC_NAME "portable"
+#define TORCH_EXT_VEC_FEATURES (kFeatureNone)
+// clang-format off: the order matters
+#include "kernels/vec/simd.inl"
+#include "kernels/vec/rows.inl"
+#include "kernels/vec/gemm_f32.inl"
+#include "kernels/vec/instance.inl"
+// clang-format on
+
+}  // namespace vec_portable
+
+extern const VecKernels kVecPortable = vec_portable::kKernels;
+
+}  // namespace torch_ext

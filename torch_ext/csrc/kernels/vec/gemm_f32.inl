@@ -1,0 +1,217 @@
+// fp32 matrix micro-kernels on the vector type of simd.inl, for CPUs without a matrix instruction that fits.
+//
+// Layouts (f32p<nr>x1 and bf16p<nr>x1; shown for nr = 4, k = 4)
+//
+//   block of mr rows, fp32, row by row:        panel of nr columns, one row of nr for each product:
+//     a(0,0) a(0,1) a(0,2) a(0,3)                b(0,0) b(1,0) b(2,0) b(3,0)      product 0, columns 0..3
+//     a(1,0) ...                                 b(0,1) b(1,1) b(2,1) b(3,1)      product 1
+//
+//   block element (i, p) lies at  i * steps * 4 + p      panel element (j, p) at  p * nr + j
+//
+// Worked example: nr = 12, column j = 5, product p = 2 -> element 29 of the panel.
+//
+// Register use, main kernel: NEON 8 x 12, 24 accumulators, 3 panel vectors, 4 products of one row at a time; AVX2 6 x
+// 16, 12 accumulators; AVX-512 8 x 32, 16 accumulators.
+
+constexpr size_t kPanelVectors = TORCH_EXT_VEC_WIDTH == 4 ? 3 : 2;
+constexpr size_t kNr = kPanelVectors * kWidth;
+constexpr size_t kKStep = 4;
+
+template <int kLane>
+TORCH_EXT_INLINE vf multiply_add_lane(vf acc, vf b, const float* a) {
+#if defined(TORCH_EXT_VEC_NEON)
+  return (vf)vfmaq_laneq_f32((float32x4_t)acc, (float32x4_t)b, vld1q_f32(a), kLane);
+#else
+  return b * a[kLane] + acc;
+#endif
+}
+
+template <size_t kMr, int kLane, typename T>
+TORCH_EXT_INLINE void multiply_add_step(vf (&acc)[kMr][kPanelVectors], const float* lhs, size_t ld, const T* rhs) {
+  vf b[kPanelVectors];
+#pragma GCC unroll 4
+  for (size_t v = 0; v < kPanelVectors; ++v) b[v] = Io<T>::get(rhs + kLane * kNr + v * kWidth);
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kMr; ++i) {
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kPanelVectors; ++v) acc[i][v] = multiply_add_lane<kLane>(acc[i][v], b[v], lhs + i * ld);
+  }
+}
+
+template <size_t kMr, typename T>
+static void ukernel_f32(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile) {
+  const float* lhs = static_cast<const float*>(lhs_block);
+  const T* rhs = static_cast<const T*>(rhs_panel);
+  const size_t ld = steps * kKStep;
+  vf acc[kMr][kPanelVectors] = {};
+  for (size_t s = 0; s < steps; ++s) {
+    multiply_add_step<kMr, 0>(acc, lhs, ld, rhs);
+    multiply_add_step<kMr, 1>(acc, lhs, ld, rhs);
+    multiply_add_step<kMr, 2>(acc, lhs, ld, rhs);
+    multiply_add_step<kMr, 3>(acc, lhs, ld, rhs);
+    lhs += kKStep;
+    rhs += kKStep * kNr;
+  }
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kMr; ++i) {
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kPanelVectors; ++v) store(tile + i * kNr + v * kWidth, acc[i][v]);
+  }
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------------
+
+template <typename Src>
+static void pack_rows_f32(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst) {
+  const size_t padded = (k + kKStep - 1) / kKStep * kKStep;
+  for (size_t i = 0; i < block_rows; ++i) {
+    float* const d = static_cast<float*>(dst) + i * padded;
+    size_t p = 0;
+    if (i < rows) {
+      const Src* const s = static_cast<const Src*>(src) + i * ld;
+      for (; p + kWidth <= k; p += kWidth) store(d + p, Io<Src>::get(s + p));
+      if (p < k) {
+        put_n(d + p, get_n(s + p, k - p), k - p);
+        p = k;
+      }
+    }
+    for (; p < padded; ++p) d[p] = 0.0f;
+  }
+}
+
+typedef float v4f __attribute__((vector_size(16)));
+typedef uint32_t v4u __attribute__((vector_size(16)));
+typedef uint16_t v4h __attribute__((vector_size(8)));
+
+TORCH_EXT_INLINE v4f get_four(const float* p) {
+  v4f v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+TORCH_EXT_INLINE v4f get_four(const uint16_t* p) {
+  v4h h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (v4f)(__builtin_convertvector(h, v4u) << 16);
+}
+
+TORCH_EXT_INLINE void put_four(float* p, v4f v) { __builtin_memcpy(p, &v, sizeof v); }
+
+TORCH_EXT_INLINE void put_four(uint16_t* p, v4f v) {
+  const v4u u = (v4u)v;
+  const v4u rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const v4u is_number = (v4u)(v == v);
+  const v4h h = __builtin_convertvector((rounded & is_number) | (((u >> 16) | 0x40u) & ~is_number), v4h);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+TORCH_EXT_INLINE float widen_one(float x) { return x; }
+TORCH_EXT_INLINE float widen_one(uint16_t x) {
+  const uint32_t u = static_cast<uint32_t>(x) << 16;
+  float f;
+  __builtin_memcpy(&f, &u, sizeof f);
+  return f;
+}
+
+TORCH_EXT_INLINE void put_one(float* p, float x) { *p = x; }
+TORCH_EXT_INLINE void put_one(uint16_t* p, float x) {
+  uint16_t lanes[4];
+  put_four(lanes, v4f{x, x, x, x});
+  *p = lanes[0];
+}
+
+// Source [n, k]: columns of the panel are rows of the source. Four rows by four products are transposed at a time.
+template <typename Src, typename Dst>
+static void pack_panel_nxk(size_t cols, size_t block_cols, size_t k, const void* src, size_t ld, void* dst) {
+  const Src* const s = static_cast<const Src*>(src);
+  Dst* const d = static_cast<Dst*>(dst);
+  const size_t padded = (k + kKStep - 1) / kKStep * kKStep;
+  size_t j = 0;
+  for (; j + 4 <= cols; j += 4) {
+    size_t p = 0;
+    for (; p + 4 <= k; p += 4) {
+      const v4f r0 = get_four(s + j * ld + p), r1 = get_four(s + (j + 1) * ld + p);
+      const v4f r2 = get_four(s + (j + 2) * ld + p), r3 = get_four(s + (j + 3) * ld + p);
+      const v4f a = __builtin_shufflevector(r0, r1, 0, 4, 1, 5), b = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
+      const v4f c = __builtin_shufflevector(r2, r3, 0, 4, 1, 5), e = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
+      put_four(d + p * block_cols + j, __builtin_shufflevector(a, c, 0, 1, 4, 5));
+      put_four(d + (p + 1) * block_cols + j, __builtin_shufflevector(a, c, 2, 3, 6, 7));
+      put_four(d + (p + 2) * block_cols + j, __builtin_shufflevector(b, e, 0, 1, 4, 5));
+      put_four(d + (p + 3) * block_cols + j, __builtin_shufflevector(b, e, 2, 3, 6, 7));
+    }
+    for (; p < padded; ++p) {
+      for (size_t i = j; i < j + 4; ++i) {
+        put_one(d + p * block_cols + i, p < k ? widen_one(s[i * ld + p]) : 0.0f);
+      }
+    }
+  }
+  for (; j < block_cols; ++j) {
+    for (size_t p = 0; p < padded; ++p) {
+      put_one(d + p * block_cols + j, j < cols && p < k ? widen_one(s[j * ld + p]) : 0.0f);
+    }
+  }
+}
+
+// Source [k, n]: rows of the panel are parts of rows of the source.
+template <typename Src, typename Dst>
+static void pack_panel_kxn(size_t cols, size_t k, const void* src, size_t ld, void* dst) {
+  const size_t padded = (k + kKStep - 1) / kKStep * kKStep;
+  for (size_t p = 0; p < padded; ++p) {
+    const Src* const s = static_cast<const Src*>(src) + p * ld;
+    Dst* const d = static_cast<Dst*>(dst) + p * kNr;
+    size_t j = 0;
+    if (p < k) {
+      for (; j + kWidth <= cols; j += kWidth) Io<Dst>::put(d + j, Io<Src>::get(s + j));
+      if (j < cols) {
+        put_n(d + j, get_n(s + j, cols - j), cols - j);
+        j = cols;
+      }
+    }
+    for (; j < kNr; ++j) put_one(d + j, 0.0f);
+  }
+}
+
+#define TORCH_EXT_STRING(x) #x
+#define TORCH_EXT_UKERNEL(T, rhs, mr) \
+  { "gemm_f32_f32_" rhs "p" TORCH_EXT_VEC_NR "x1_" TORCH_EXT_STRING(mr) "x" TORCH_EXT_VEC_NR "_" TORCH_EXT_VEC_NAME, mr, ukernel_f32<mr, T> }
+
+static constexpr UKernel kUKernelsF32[] = {TORCH_EXT_UKERNEL(float, "f32", 1), TORCH_EXT_UKERNEL(float, "f32", 2),
+                                           TORCH_EXT_UKERNEL(float, "f32", 4),
+                                           TORCH_EXT_UKERNEL(float, "f32", TORCH_EXT_VEC_MAIN_MR)};
+static constexpr UKernel kUKernelsBf16[] = {
+    TORCH_EXT_UKERNEL(uint16_t, "bf16", 1), TORCH_EXT_UKERNEL(uint16_t, "bf16", 2),
+    TORCH_EXT_UKERNEL(uint16_t, "bf16", 4), TORCH_EXT_UKERNEL(uint16_t, "bf16", TORCH_EXT_VEC_MAIN_MR)};
+#undef TORCH_EXT_UKERNEL
+#undef TORCH_EXT_STRING
+
+static constexpr GemmKernel kGemmF32 = {"f32p" TORCH_EXT_VEC_NR "x1",
+                                        Layout::kF32Rows,
+                                        kNr,
+                                        1,
+                                        kKStep,
+                                        DType::kF32,
+                                        DType::kF32,
+                                        pack_rows_f32<float>,
+                                        pack_rows_f32<uint16_t>,
+                                        pack_panel_nxk<float, float>,
+                                        pack_panel_nxk<uint16_t, float>,
+                                        pack_panel_kxn<float, float>,
+                                        pack_panel_kxn<uint16_t, float>,
+                                        kUKernelsF32,
+                                        4};
+
+static constexpr GemmKernel kGemmBf16 = {"bf16p" TORCH_EXT_VEC_NR "x1",
+                                         Layout::kBf16Rows,
+                                         kNr,
+                                         1,
+                                         kKStep,
+                                         DType::kF32,
+                                         DType::kBF16,
+                                         pack_rows_f32<float>,
+                                         pack_rows_f32<uint16_t>,
+                                         pack_panel_nxk<float, uint16_t>,
+                                         pack_panel_nxk<uint16_t, uint16_t>,
+                                         pack_panel_kxn<float, uint16_t>,
+                                         pack_panel_kxn<uint16_t, uint16_t>,
+                                         kUKernelsBf16,
+                                         4};

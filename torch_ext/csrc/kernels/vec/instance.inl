@@ -1,0 +1,16 @@
+// The table of one instance; simd.inl, rows.inl and gemm_f32.inl come before it.
+
+static constexpr VecKernels kKernels = {
+    TORCH_EXT_VEC_NAME,
+    TORCH_EXT_VEC_FEATURES,
+    {store_tile<Activation::kNone>, store_tile<Activation::kGelu>, store_tile<Activation::kGeluTanh>,
+     store_tile<Activation::kRelu>, store_tile<Activation::kTanh>, store_tile<Activation::kSilu>},
+    softmax_row,
+    scale_row,
+    sum_layer_norm_row,
+    fold_row<false>,
+    fold_row<true>,
+    sum_squares,
+    &kGemmF32,
+    &kGemmBf16,
+};

@@ -1,0 +1,212 @@
+// Row kernels of vec_kernels.h on the vector type of simd.inl.
+
+// ---- epilogue ---------------------------------------------------------------------------------------------------
+
+template <Activation kAct>
+TORCH_EXT_INLINE vf activate(vf x) {
+  if constexpr (kAct == Activation::kGelu) return gelu(x);
+  if constexpr (kAct == Activation::kGeluTanh) return gelu_tanh(x);
+  if constexpr (kAct == Activation::kRelu) return max_nan(splat(0.0f), x);
+  if constexpr (kAct == Activation::kTanh) return tanh_approx(x);
+  if constexpr (kAct == Activation::kSilu) return silu(x);
+  return x;
+}
+
+template <typename T>
+TORCH_EXT_INLINE vf residual_vector(const void* residual, size_t at) {
+  return Io<T>::get(static_cast<const T*>(residual) + at);
+}
+
+template <Activation kAct, typename Out>
+static void store_tile_as(const float* tile, size_t ld_tile, size_t rows, size_t cols, const Epilogue& ep, size_t row0,
+                          size_t col0) {
+  const float* bias = ep.bias ? ep.bias + col0 : nullptr;
+  Out* const out = static_cast<Out*>(ep.out) + row0 * ep.ld_out + col0;
+  const size_t residual_at = row0 * ep.ld_residual + col0;
+  for (size_t i = 0; i < rows; ++i) {
+    const float* t = tile + i * ld_tile;
+    Out* const o = out + i * ep.ld_out;
+    const size_t r = residual_at + i * ep.ld_residual;
+    size_t j = 0;
+    for (; j + kWidth <= cols; j += kWidth) {
+      vf v = load(t + j);
+      if (bias) v = v + load(bias + j);
+      v = activate<kAct>(v);
+      if (ep.residual) {
+        v = v + (ep.residual_type == DType::kF32 ? residual_vector<float>(ep.residual, r + j)
+                                                 : residual_vector<uint16_t>(ep.residual, r + j));
+      }
+      Io<Out>::put(o + j, v);
+    }
+    if (j < cols) {
+      const size_t n = cols - j;
+      vf v = get_n(t + j, n);
+      if (bias) v = v + get_n(bias + j, n);
+      v = activate<kAct>(v);
+      if (ep.residual) {
+        v = v + (ep.residual_type == DType::kF32 ? get_n(static_cast<const float*>(ep.residual) + r + j, n)
+                                                 : get_n(static_cast<const uint16_t*>(ep.residual) + r + j, n));
+      }
+      put_n(o + j, v, n);
+    }
+  }
+}
+
+template <Activation kAct>
+static void store_tile(const float* tile, size_t ld_tile, size_t rows, size_t cols, const Epilogue& ep, size_t row0,
+                       size_t col0) {
+  if (ep.out_type == DType::kF32) {
+    store_tile_as<kAct, float>(tile, ld_tile, rows, cols, ep, row0, col0);
+  } else {
+    store_tile_as<kAct, uint16_t>(tile, ld_tile, rows, cols, ep, row0, col0);
+  }
+}
+
+// ---- softmax ----------------------------------------------------------------------------------------------------
+
+static float softmax_row(float* s, size_t n, float scale) {
+  const size_t whole = (n + kWidth - 1) / kWidth * kWidth;
+  for (size_t j = n; j < whole; ++j) s[j] = -3.0e38f;
+  vf m = load(s);
+  for (size_t j = kWidth; j < whole; j += kWidth) m = max_nan(m, load(s + j));
+  const vf offset = splat(max_lanes(m) * scale);
+  vf sum = splat(0.0f);
+  for (size_t j = 0; j + kWidth <= n; j += kWidth) {
+    const vf e = exp_approx(load(s + j) * scale - offset);
+    store(s + j, e);
+    sum = sum + e;
+  }
+  float total = sum_lanes(sum);
+  if (n % kWidth != 0) {
+    const size_t j = n - n % kWidth;
+    store(s + j, exp_approx(load(s + j) * scale - offset));
+    for (size_t i = j; i < n; ++i) total += s[i];
+  }
+  return total;
+}
+
+template <typename Out>
+static void scale_row_as(const float* s, size_t n, float factor, Out* out) {
+  size_t j = 0;
+  for (; j + kWidth <= n; j += kWidth) Io<Out>::put(out + j, load(s + j) * factor);
+  if (j < n) put_n(out + j, get_n(s + j, n - j) * factor, n - j);
+}
+
+static void scale_row(const float* s, size_t n, float factor, void* out, DType out_type) {
+  if (out_type == DType::kF32) {
+    scale_row_as(s, n, factor, static_cast<float*>(out));
+  } else {
+    scale_row_as(s, n, factor, static_cast<uint16_t*>(out));
+  }
+}
+
+// ---- normalization ----------------------------------------------------------------------------------------------
+
+template <typename T, int kSources>
+struct SumOfRows {
+  const T *a, *b, *c;
+  TORCH_EXT_INLINE vf add(vf x, vf y) { return x + y; }
+  inline __attribute__((always_inline)) vf get(size_t j) const {
+    vf v = Io<T>::get(a + j);
+    if (kSources > 1) v = v + Io<T>::get(b + j);
+    if (kSources > 2) v = v + Io<T>::get(c + j);
+    return v;
+  }
+  inline __attribute__((always_inline)) vf get_last(size_t j, size_t n) const {
+    vf v = get_n(a + j, n);
+    if (kSources > 1) v = v + get_n(b + j, n);
+    if (kSources > 2) v = v + get_n(c + j, n);
+    return v;
+  }
+};
+
+// The sum is formed anew in each of the three passes: the row is in the first-level cache by then, and no
+// intermediate row has to be held.
+template <typename T, int kSources>
+static void sum_layer_norm_sources(size_t n, SumOfRows<T, kSources> source, const float* weight, const float* bias,
+                                   float eps, T* out) {
+  const size_t whole = n - n % kWidth;
+  const size_t rest = n - whole;
+  vf sum = splat(0.0f);
+  for (size_t j = 0; j < whole; j += kWidth) sum = sum + source.get(j);
+  if (rest) sum = sum + source.get_last(whole, rest);
+  const float mean = sum_lanes(sum) / static_cast<float>(n);
+
+  vf squares = splat(0.0f);
+  for (size_t j = 0; j < whole; j += kWidth) {
+    const vf d = source.get(j) - mean;
+    squares = squares + d * d;
+  }
+  float variance = sum_lanes(squares);
+  if (rest) {
+    float lanes[kWidth];
+    store(lanes, source.get_last(whole, rest));
+    for (size_t i = 0; i < rest; ++i) variance += (lanes[i] - mean) * (lanes[i] - mean);
+  }
+  variance /= static_cast<float>(n);
+  const float scale = 1.0f / __builtin_sqrtf(variance + eps);
+
+  for (size_t j = 0; j < whole; j += kWidth) {
+    Io<T>::put(out + j, (source.get(j) - mean) * scale * load(weight + j) + load(bias + j));
+  }
+  if (rest) {
+    const vf d = source.get_last(whole, rest) - mean;
+    put_n(out + whole, d * scale * get_n(weight + whole, rest) + get_n(bias + whole, rest), rest);
+  }
+}
+
+template <typename T>
+static void sum_layer_norm_typed(size_t n, const T* a, const T* b, const T* c, const float* weight, const float* bias,
+                                 float eps, T* out) {
+  if (c && b) {
+    sum_layer_norm_sources<T, 3>(n, {a, b, c}, weight, bias, eps, out);
+  } else if (b || c) {
+    sum_layer_norm_sources<T, 2>(n, {a, b ? b : c, nullptr}, weight, bias, eps, out);
+  } else {
+    sum_layer_norm_sources<T, 1>(n, {a, nullptr, nullptr}, weight, bias, eps, out);
+  }
+}
+
+static void sum_layer_norm_row(size_t n, const void* a, const void* b, const void* c, const float* weight,
+                               const float* bias, float eps, void* out, DType t) {
+  if (t == DType::kF32) {
+    sum_layer_norm_typed(n, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<const float*>(c),
+                         weight, bias, eps, static_cast<float*>(out));
+  } else {
+    sum_layer_norm_typed(n, static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b),
+                         static_cast<const uint16_t*>(c), weight, bias, eps, static_cast<uint16_t*>(out));
+  }
+}
+
+// ---- pooling ----------------------------------------------------------------------------------------------------
+
+template <bool kMax, typename T>
+static void fold_row_as(size_t n, const T* x, float* acc) {
+  size_t j = 0;
+  for (; j + kWidth <= n; j += kWidth) {
+    const vf v = Io<T>::get(x + j), a = load(acc + j);
+    store(acc + j, kMax ? max_nan(a, v) : a + v);
+  }
+  if (j < n) {
+    const vf v = get_n(x + j, n - j), a = get_n(acc + j, n - j);
+    put_n(acc + j, kMax ? max_nan(a, v) : a + v, n - j);
+  }
+}
+
+template <bool kMax>
+static void fold_row(size_t n, const void* x, DType t, float* acc) {
+  if (t == DType::kF32) {
+    fold_row_as<kMax>(n, static_cast<const float*>(x), acc);
+  } else {
+    fold_row_as<kMax>(n, static_cast<const uint16_t*>(x), acc);
+  }
+}
+
+static float sum_squares(size_t n, const float* x) {
+  vf s = splat(0.0f);
+  size_t j = 0;
+  for (; j + kWidth <= n; j += kWidth) s = s + load(x + j) * load(x + j);
+  float total = sum_lanes(s);
+  for (; j < n; ++j) total += x[j] * x[j];
+  return total;
+}

@@ -1,0 +1,203 @@
+// One vector type of TORCH_EXT_VEC_WIDTH floats and what the row kernels need of it. Included inside a namespace
+// and a target region by each instance (see ../neon/vec_neon.cpp); never included on its own.
+//
+// Arithmetic is written with the compilers' vector extensions (GCC and Clang). Where those do not reach one
+// instruction, TORCH_EXT_VEC_NEON / _NEON_BF16 / _AVX2 / _AVX512 / _AVX512_BF16 select an intrinsic.
+
+constexpr size_t kWidth = TORCH_EXT_VEC_WIDTH;
+
+typedef float vf __attribute__((vector_size(4 * TORCH_EXT_VEC_WIDTH)));
+typedef int32_t vi __attribute__((vector_size(4 * TORCH_EXT_VEC_WIDTH)));
+typedef uint32_t vu __attribute__((vector_size(4 * TORCH_EXT_VEC_WIDTH)));
+typedef uint16_t vh __attribute__((vector_size(2 * TORCH_EXT_VEC_WIDTH)));
+
+#define TORCH_EXT_INLINE static inline __attribute__((always_inline))
+
+TORCH_EXT_INLINE vf splat(float x) {
+  vf v = {};
+  return v + x;
+}
+
+TORCH_EXT_INLINE vf load(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+TORCH_EXT_INLINE void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+
+TORCH_EXT_INLINE vi as_int(vf v) { return (vi)v; }
+TORCH_EXT_INLINE vf as_float(vi v) { return (vf)v; }
+
+/// max and min that give `x` when `x` is NaN: `bound` comes first.
+TORCH_EXT_INLINE vf max_nan(vf bound, vf x) {
+#if defined(TORCH_EXT_VEC_NEON)
+  return (vf)vmaxq_f32((float32x4_t)bound, (float32x4_t)x);
+#elif defined(TORCH_EXT_VEC_AVX512)
+  return (vf)_mm512_maskz_max_ps(0xffff, (__m512)bound, (__m512)x);
+#elif defined(TORCH_EXT_VEC_AVX2)
+  return (vf)_mm256_max_ps((__m256)bound, (__m256)x);
+#else
+  return (bound > x) ? bound : x;
+#endif
+}
+
+TORCH_EXT_INLINE vf min_nan(vf bound, vf x) {
+#if defined(TORCH_EXT_VEC_NEON)
+  return (vf)vminq_f32((float32x4_t)bound, (float32x4_t)x);
+#elif defined(TORCH_EXT_VEC_AVX512)
+  return (vf)_mm512_maskz_min_ps(0xffff, (__m512)bound, (__m512)x);
+#elif defined(TORCH_EXT_VEC_AVX2)
+  return (vf)_mm256_min_ps((__m256)bound, (__m256)x);
+#else
+  return (bound < x) ? bound : x;
+#endif
+}
+
+TORCH_EXT_INLINE vf load_bf16(const uint16_t* p) {
+#if defined(TORCH_EXT_VEC_NEON)
+  return (vf)vshll_n_u16(vld1_u16(p), 16);
+#else
+  vh h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
+}
+
+/// Rounds to nearest even; NaN stays NaN.
+TORCH_EXT_INLINE void store_bf16(uint16_t* p, vf v) {
+#if defined(TORCH_EXT_VEC_NEON_BF16)
+  const bfloat16x4_t h = vcvt_bf16_f32((float32x4_t)v);
+  __builtin_memcpy(p, &h, sizeof h);
+#elif defined(TORCH_EXT_VEC_AVX512_BF16)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &h, sizeof h);
+#else
+  const vu u = (vu)v;
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu quiet = (u >> 16) | 0x40u;
+  const vu is_number = (vu)(v == v);
+  const vh h = __builtin_convertvector((rounded & is_number) | (quiet & ~is_number), vh);
+  __builtin_memcpy(p, &h, sizeof h);
+#endif
+}
+
+TORCH_EXT_INLINE float sum_lanes(vf v) {
+  float lanes[kWidth], s = 0.0f;
+  store(lanes, v);
+  for (size_t half = kWidth / 2; half > 0; half /= 2) {
+    for (size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  s = lanes[0];
+  return s;
+}
+
+TORCH_EXT_INLINE float max_lanes(vf v) {
+  float lanes[kWidth];
+  store(lanes, v);
+  float m = lanes[0];
+  for (size_t i = 1; i < kWidth; ++i) m = lanes[i] > m ? lanes[i] : m;
+  return m;
+}
+
+/// Loads and stores of type T (float or uint16_t for bf16), whole vectors and the first n < kWidth elements.
+template <typename T>
+struct Io;
+
+template <>
+struct Io<float> {
+  static constexpr DType kType = DType::kF32;
+  TORCH_EXT_INLINE vf get(const float* p) { return load(p); }
+  TORCH_EXT_INLINE void put(float* p, vf v) { store(p, v); }
+};
+
+template <>
+struct Io<uint16_t> {
+  static constexpr DType kType = DType::kBF16;
+  TORCH_EXT_INLINE vf get(const uint16_t* p) { return load_bf16(p); }
+  TORCH_EXT_INLINE void put(uint16_t* p, vf v) { store_bf16(p, v); }
+};
+
+template <typename T>
+TORCH_EXT_INLINE vf get_n(const T* p, size_t n) {
+  T lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(T));
+  return Io<T>::get(lanes);
+}
+
+template <typename T>
+TORCH_EXT_INLINE void put_n(T* p, vf v, size_t n) {
+  T lanes[kWidth];
+  Io<T>::put(lanes, v);
+  __builtin_memcpy(p, lanes, n * sizeof(T));
+}
+
+/// exp(x), relative error below 3e-7 (about 2 ulp) for x in [-87, 88]; below -87 it gives exp(-87), above 88 exp(88).
+/// 2^n * p(r), n = round(x / ln 2), |r| <= ln(2) / 2, with p the Taylor polynomial of degree 7 (its remainder,
+/// r^8 / 8!, is 5e-9 there).
+TORCH_EXT_INLINE vf exp_approx(vf x) {
+  x = min_nan(splat(88.0f), max_nan(splat(-87.0f), x));
+  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const vf shifted = x * 1.44269504f + shifter;
+  const vf n = shifted - shifter;
+  const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact in products
+  vf p = splat(1.0f / 5040.0f);
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const vi exponent = as_int(shifted) << 23;
+  return as_float(as_int(p) + exponent);
+}
+
+/// x * Phi(x), the exact (erf) GELU: absolute error below 2e-6, relative to |x| below 5e-7 for x > 1.
+/// Phi(x) = 1/2 + x P(x^2) / Q(x^2) with P of degree 4 and Q of degree 5, a least-maximum fit of erf(x / sqrt 2) / x
+/// on [0, 5.2] (error of the fit 1.2e-7); outside x is clamped, where Phi is 0 or 1 to single precision.
+TORCH_EXT_INLINE vf gelu(vf x) {
+  const vf low = max_nan(splat(-5.2f), x);
+  const vf c = min_nan(splat(5.2f), low);
+  const vf t = c * c;
+  vf p = splat(0.5f * 1.1680729585e-05f);
+  p = p * t + 0.5f * 6.2849780078e-04f;
+  p = p * t + 0.5f * 1.1037290096e-02f;
+  p = p * t + 0.5f * 9.9184483290e-02f;
+  p = p * t + 0.5f * 7.9788380861e-01f;
+  vf q = splat(5.0188032219e-07f);
+  q = q * t + 1.1273526616e-04f;
+  q = q * t + 2.7036676183e-03f;
+  q = q * t + 3.7337098792e-02f;
+  q = q * t + 2.9097005725e-01f;
+  q = q * t + 1.0f;
+  return low * ((c * p) / q + 0.5f);
+}
+
+/// x / (1 + exp(-x)). Relative error below 1e-6; 0 below -87.
+TORCH_EXT_INLINE vf silu(vf x) {
+  const vf low = max_nan(splat(-87.0f), x);
+  return low / (exp_approx(-low) + 1.0f);
+}
+
+/// GELU in its tanh form: x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))).
+TORCH_EXT_INLINE vf gelu_tanh(vf x) {
+  const vf low = max_nan(splat(-12.0f), x);  // exp(-2u) is above 1e40 there: the result is 0
+  const vf u = low * (low * low * 0.0713548163f + 1.5957691216f);
+  return low / (exp_approx(-u) + 1.0f);
+}
+
+/// tanh(x): 1 - 2 / (exp(2x) + 1); near zero, where that cancels, its odd Taylor polynomial. Relative error below 2e-6.
+TORCH_EXT_INLINE vf tanh_approx(vf x) {
+  const vf c = min_nan(splat(10.0f), max_nan(splat(-10.0f), x));
+  const vf far = 1.0f - 2.0f / (exp_approx(c + c) + 1.0f);
+  const vf t = c * c;
+  vf p = splat(-1382.0f / 155925.0f);
+  p = p * t + 62.0f / 2835.0f;
+  p = p * t - 17.0f / 315.0f;
+  p = p * t + 2.0f / 15.0f;
+  p = p * t - 1.0f / 3.0f;
+  const vf near = c * (p * t) + c;
+  const vi is_near = (vi)(t < splat(0.25f * 0.25f));
+  return as_float((as_int(near) & is_near) | (as_int(far) & ~is_near));
+}

@@ -1,0 +1,73 @@
+/// Row kernels written once with portable vectors and compiled for each instruction set: epilogue of the matrix
+/// product, softmax, normalization, embedding, pooling. Raw pointers only; sizes in elements.
+#pragma once
+
+#include "gemm_kernel.h"
+
+namespace torch_ext {
+
+enum class Activation : uint8_t { kNone, kGelu, kGeluTanh, kRelu, kTanh, kSilu };
+constexpr size_t kActivationCount = 6;
+
+/// Most floats in a vector of any instance.
+constexpr size_t kMaxVecWidth = 16;
+
+/// What happens to a tile of the product on its way to memory:
+/// out = act(tile + bias) + residual, rounded once to the output's type.
+struct Epilogue {
+  const float* bias = nullptr;     ///< [n] or null
+  const void* residual = nullptr;  ///< [m, n], row stride `ld_residual`, or null
+  size_t ld_residual = 0;
+  DType residual_type = DType::kF32;
+  void* out = nullptr;  ///< [m, n], row stride `ld_out`
+  size_t ld_out = 0;
+  DType out_type = DType::kF32;
+};
+
+struct VecKernels {
+  const char* name;
+  uint32_t required_features;
+
+  /// Stores tile [rows, cols] (row stride `ld_tile`) as rows row0.. and columns col0.. of the output.
+  /// One entry for each Activation.
+  void (*store_tile[kActivationCount])(const float* tile, size_t ld_tile, size_t rows, size_t cols,
+                                       const Epilogue& ep, size_t row0, size_t col0);
+
+  /// s[j] = exp(scale * (s[j] - max s)) for j < n; returns the sum of the results. n >= 1. `s` has room for n rounded
+  /// up to kMaxVecWidth elements; those past n hold nothing of use afterwards.
+  float (*softmax_row)(float* s, size_t n, float scale);
+
+  /// out[j] = s[j] * factor
+  void (*scale_row)(const float* s, size_t n, float factor, void* out, DType out_type);
+
+  /// out = (v - mean v) / sqrt(var v + eps) * weight + bias over one row of n, with v = a + b + c summed in fp32;
+  /// b and c may be null. a, b, c and out have type `t`; out may be a, b or c.
+  void (*sum_layer_norm_row)(size_t n, const void* a, const void* b, const void* c, const float* weight,
+                             const float* bias, float eps, void* out, DType t);
+
+  /// acc[j] += x[j] and acc[j] = max(acc[j], x[j])
+  void (*accumulate_row)(size_t n, const void* x, DType t, float* acc);
+  void (*max_row)(size_t n, const void* x, DType t, float* acc);
+
+  /// Sum of squares.
+  float (*sum_squares)(size_t n, const float* x);
+
+  /// fp32 matrix product on this instruction set, with panels kept in fp32 or in bf16.
+  const GemmKernel* gemm_f32;
+  const GemmKernel* gemm_bf16;
+};
+
+#if defined(__aarch64__)
+extern const VecKernels kVecNeon;
+extern const VecKernels kVecNeonBf16;
+#elif defined(__x86_64__)
+extern const VecKernels kVecAvx2;
+extern const VecKernels kVecAvx512;
+extern const VecKernels kVecAvx512Bf16;
+#endif
+extern const VecKernels kVecPortable;
+
+/// Best first; the last one needs nothing.
+const VecKernels& best_vec_kernels(uint32_t features);
+
+}  // namespace torch_ext

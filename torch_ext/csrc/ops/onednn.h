@@ -1,0 +1,35 @@
+/// PyTorch's prepacked oneDNN linear, as bytes: a weight that oneDNN reordered is kept in our packed tensor together
+/// with oneDNN's description of its layout, and handed back to PyTorch without a copy at every call.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops/tensor_util.h"
+
+namespace torch_ext {
+
+/// Whether this PyTorch has prepacked bf16 linear layers on this CPU.
+bool onednn_available();
+
+/// A weight reordered by oneDNN.
+struct OnednnWeight {
+  Tensor tensor;                  ///< opaque
+  std::vector<uint8_t> metadata;  ///< oneDNN's layout, serialized by PyTorch
+  size_t bytes;                   ///< of the reordered data
+};
+OnednnWeight onednn_reorder(const Tensor& weight_bf16);
+
+/// The opaque tensor over `data`, which must outlive it and be 64-byte aligned.
+Tensor onednn_view(void* data, int64_t n, int64_t k, const uint8_t* metadata, size_t metadata_bytes);
+
+/// Row-major bf16 [n, k].
+Tensor onednn_to_dense(const Tensor& opaque);
+
+/// act(x W^T + bias), or x W^T + bias + residual where `residual` is given (then without activation). x bf16 [m, k],
+/// residual bf16 [m, n] -> bf16 [m, n].
+Tensor onednn_linear(const Tensor& x, const Tensor& opaque, const Tensor* bias, Activation activation,
+                     const Tensor* residual);
+
+}  // namespace torch_ext

@@ -1,0 +1,26 @@
+/// The ops behind torch.ops.torch_ext.*, on tensors. Their contract is in torch_ext/ops.py.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "ops/tensor_util.h"
+
+namespace torch_ext {
+
+Tensor pack_linear_weight(const Tensor& weight);
+Tensor unpack_linear_weight(const Tensor& packed);
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, const std::string& activation,
+              const std::optional<ScalarType>& out_dtype, const std::optional<Tensor>& residual);
+Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
+                        const std::optional<double>& scale);
+Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
+                      double eps);
+Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,
+                        const Tensor& word, const Tensor& position, const std::optional<Tensor>& token_type,
+                        const Tensor& weight, const Tensor& bias, double eps, int64_t position_offset);
+Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& mode, bool normalize);
+std::string isa_report();
+
+}  // namespace torch_ext
