@@ -1,0 +1,29 @@
+"""Health check of the server's image: exit code 0 if ``GET /ready`` answers 200, else 1 with a line that says why.
+
+A bare socket, since importing an HTTP client takes seconds where the image's architecture is emulated.
+"""
+
+import os
+import socket
+import sys
+
+TIMEOUT_S = 25
+
+
+def check(port: int) -> str | None:
+    """Ask the server on this port of 127.0.0.1.
+
+    Returns:
+        None if it is ready, else what is wrong.
+    """
+    try:
+        with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
+            connection.sendall(b"GET /ready HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            status = connection.makefile("rb").readline().decode("latin-1").strip()
+    except OSError as error:
+        return f"no answer on port {port}: {error}"
+    return None if status.split(" ")[1:2] == ["200"] else f"port {port} answers {status!r}, expected 200"
+
+
+if __name__ == "__main__":
+    sys.exit(check(int(os.environ.get("PORT", "8000"))))
