@@ -144,4 +144,6 @@ def _text_of_json(line: str, where: str) -> str:
         value = value.get("text")
     if not isinstance(value, str):
         raise TextsError(f'{where}: expected a JSON string, or an object with a string in its field "text"')
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise TextsError(f"{where}: expected Unicode text, got a lone surrogate")
     return value

@@ -1,0 +1,1 @@
+"""`python -m deploy export`: from a model of transformers to a verified bundle."""

@@ -1,0 +1,266 @@
+"""The command line of `python -m deploy export`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.bundle import POOLING_MODES, TASKS, VARIANTS, BundleError, Manifest
+from deploy.export.errors import ExportError, Interrupted, first_line, is_disk_full
+from deploy.texts import TextsError
+
+__all__ = ["main"]
+
+_DESCRIPTION = """\
+Prepare a model for serving: one folder (bundle) with a bf16 encoder for torch_ext, int8 and fp32 ONNX models, the
+tokenizer and a manifest. Every variant is compared with transformers in fp32 on real text, and one that misses its
+accuracy bound is refused. The folder appears complete or not at all.
+"""
+
+_EPILOG = """\
+default bounds, feature-extraction (cosine per text): fp32 mean and min 0.99999; bf16 mean 0.9999, min 0.9995;
+int8 mean 0.985. Classification and fill-mask: share of texts with the same best label or token (mean), probabilities
+(max_prob_diff), relative error of the logits (logit_error).
+
+examples:
+  python -m deploy export sentence-transformers/all-MiniLM-L6-v2 -o bundle
+  python -m deploy export ./my-classifier -o bundle --texts samples.txt --variants torch_ext-bf16,onnx-fp32
+  python -m deploy export ./my-model -o bundle --force --bound onnx-int8.mean=0.98
+
+exit codes: 0 done, 1 a bug, 2 something you can put right (the message says what), 128 + n stopped by signal n.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy export",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="model folder, or id on the Hugging Face hub")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--force", action="store_true", help="replace DIR if it is not empty (the old one stays on failure)"
+    )
+    parser.add_argument("--task", choices=TASKS, help="default: from the model's files")
+    parser.add_argument(
+        "--pooling", choices=POOLING_MODES, help="default: from the model's sentence-transformers files"
+    )
+    parser.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="L2-normalize embeddings; default: as above",
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest input; default: from the model's files")
+    parser.add_argument("--name", help="name that the server reports; default: the hub id or the folder's name")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument(
+        "--variants",
+        type=_variants,
+        default=list(VARIANTS),
+        metavar="A,B",
+        help=f"variants to write; default: all that the model allows of {','.join(VARIANTS)}",
+    )
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="texts to verify on: one per line, or .jsonl")
+    parser.add_argument("--max-texts", type=_positive, metavar="N", help="default: 256 built-in ones, or 2000 of FILE")
+    parser.add_argument(
+        "--bound",
+        type=_bound,
+        action="append",
+        default=[],
+        metavar="VARIANT.NAME=VALUE",
+        help="change an accuracy bound",
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="default: what this process may use")
+    parser.add_argument(
+        "--speed-seconds",
+        type=float,
+        default=1.5,
+        metavar="S",
+        help="measure each variant that long; 0: not (default 1.5)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--debug", action="store_true", help="print tracebacks")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _variants(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"expected names of {', '.join(VARIANTS)}, got {text!r}")
+    return [name for name in VARIANTS if name in names]
+
+
+def _bound(text: str) -> tuple[str, str, float]:
+    from deploy.export.accuracy import BOUND_NAMES
+
+    where, _, number = text.partition("=")
+    variant, _, name = where.rpartition(".")
+    try:
+        value = float(number)
+    except ValueError:
+        value = float("nan")
+    if variant not in VARIANTS or name not in BOUND_NAMES or value != value:
+        raise argparse.ArgumentTypeError(
+            f"expected onnx-int8.mean=0.98, NAME one of {', '.join(BOUND_NAMES)}; got {text!r}"
+        )
+    return variant, name, value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the export.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Returns:
+        The exit code; see the help.
+    """
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    from deploy.export.staging import interruptible
+
+    try:
+        with interruptible():
+            return _run(options)
+    except (ExportError, BundleError, TextsError) as error:
+        return _fail(options, str(error), 2)
+    except Interrupted as stop:
+        name = signal.Signals(stop.signal).name
+        return _fail(options, f"stopped by {name}; nothing was written to {options.output}", 128 + stop.signal)
+    except MemoryError:
+        return _fail(
+            options, "out of memory; export on a machine with more (about 4 times the size of the fp32 weights)", 2
+        )
+    except Exception as error:
+        if is_disk_full(error):
+            return _fail(
+                options, f"-o {options.output}: the disk is full ({first_line(error)}); nothing was left there", 2
+            )
+        if isinstance(error, OSError):
+            return _fail(options, f"-o {options.output}: {error}; nothing was left there", 2)
+        kind = type(error).__name__
+        return _fail(options, f"unexpected {kind}: {first_line(error)}; run again with --debug for the traceback", 1)
+
+
+def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+    if options.debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    # What can be told without loading a model is told first.
+    from deploy.export.source import find_model, read_source
+    from deploy.export.staging import check_target
+
+    protected = [Path(options.model)] if os.path.isdir(options.model) else []
+    target = check_target(options.output, options.force, protected)
+    if options.texts is not None and not options.texts.is_file():
+        raise TextsError(f"--texts {options.texts}: no such file")
+    folder, name, revision = find_model(options.model, options.revision)
+    source = read_source(
+        folder, options.name or name, revision, options.task, options.pooling, options.normalize, options.max_tokens
+    )
+    variants = _allowed(source.model_type, source.supported_by_torch_ext, options)
+
+    from deploy.export.pipeline import Options, export, step_count
+    from deploy.export.progress import Progress, megabytes
+
+    bounds: dict[str, dict[str, float]] = {}
+    for variant, key, value in options.bound:
+        if source.task == "feature-extraction" and key not in {"mean", "min"}:
+            raise ExportError(f"--bound {variant}.{key}: feature-extraction has the bounds mean and min")
+        bounds.setdefault(variant, {})[key] = value
+    progress = Progress(step_count(variants), silent=options.quiet)
+    pooling = ""
+    if source.pooling is not None:
+        normalized = "normalized" if source.pooling.normalize else "not normalized"
+        pooling = f", {source.pooling.mode} pooling, {normalized} ({source.pooling.source})"
+    progress.say(f"export {source.name}: {source.architecture}, {source.task} ({source.task_source}){pooling}")
+    manifest = export(
+        source,
+        target,
+        Options(
+            variants,
+            bounds,
+            options.texts,
+            options.max_texts,
+            options.threads,
+            max(0.0, options.speed_seconds),
+            options.force,
+        ),
+        progress,
+    )
+    if not options.quiet:
+        _print_table(manifest)
+        size = megabytes(sum(entry.bytes for entry in manifest.files.values()))
+        print(
+            f"\n{options.output}: {size}, {len(manifest.variants)} variants, {progress.elapsed_s:.0f} s. Serve it with:"
+        )
+        print(f"  python -m deploy serve {options.output} --variant {next(iter(manifest.variants))}")
+    return 0
+
+
+def _allowed(model_type: str, torch_ext: bool, options: argparse.Namespace) -> list[str]:
+    """The variants that this kind of model has; asking for another one by name is an error."""
+    names: list[str] = options.variants
+    if torch_ext:
+        return names
+    left = [name for name in names if VARIANTS[name].engine != "torch_ext"]
+    if left and names == list(VARIANTS):
+        print(f"note: torch_ext does not run {model_type} models; writing {', '.join(left)}", file=sys.stderr)
+        return left
+    if left != names:
+        raise ExportError(
+            f"torch_ext does not run {model_type} models yet; pass --variants "
+            + ",".join(name for name in VARIANTS if VARIANTS[name].engine != "torch_ext")
+        )
+    return names
+
+
+def _print_table(manifest: Manifest) -> None:
+    from deploy.export.progress import megabytes
+
+    metric = next(iter(manifest.variants.values())).accuracy.metric
+    rows = [("variant", "size", f"{metric} mean", "min", "texts/s")]
+    for name, variant in manifest.variants.items():
+        speed = f"{variant.speed.texts_per_s:.0f}" if variant.speed else "-"
+        accuracy = variant.accuracy
+        rows.append((name, megabytes(variant.bytes), f"{accuracy.mean:.6f}", f"{accuracy.min:.6f}", speed))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print()
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("  ".join(cells))
+    speeds = [variant.speed for variant in manifest.variants.values() if variant.speed is not None]
+    texts = manifest.verification
+    print(
+        f"against transformers fp32 on {texts['texts']} texts: {texts['source']}, {texts['mean_tokens']} tokens on average",
+        end="",
+    )
+    if speeds:
+        baseline = texts["reference_texts_per_s"]
+        print(f"; it runs {baseline:.0f} texts/s", end="") if baseline else None
+        print(f"\ntexts/s: a quick measurement here, {speeds[0].threads} threads of {speeds[0].cpu}", end="")
+    print()

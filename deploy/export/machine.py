@@ -1,0 +1,39 @@
+"""What this machine is, for the labels on measured speeds."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from pathlib import Path
+
+__all__ = ["cpu_name", "usable_cpus"]
+
+
+def cpu_name() -> str:
+    """The CPU as the kernel names it, or its architecture where it does not (ARM)."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the quota of its container rounded down."""
+    count = len(os.sched_getaffinity(0))
+    quota = math.inf
+    for path, split in (("/sys/fs/cgroup/cpu.max", True), ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", False)):
+        try:
+            words = Path(path).read_text(encoding="ascii").split()
+            period = int(
+                words[1] if split else Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text(encoding="ascii")
+            )
+            if words[0] not in {"max", "-1"}:
+                quota = int(words[0]) / period
+            break
+        except (OSError, ValueError, IndexError, ZeroDivisionError):
+            continue
+    return max(1, min(count, math.floor(quota) if math.isfinite(quota) else count))
