@@ -1,0 +1,294 @@
+"""From requests to batches and back: one queue, one engine thread, a token budget.
+
+The event loop puts a `Work` (the texts of one request) into the queue; the engine thread takes what is there, as many
+texts as the token budget allows, and runs them; it never waits for more while it is idle. Every batch goes round the
+requests, one text of each in turn, so that a request with a thousand texts delays one with a single text by one batch
+at most. Results go back with one wake-up of the event loop per batch, not per request.
+
+State is split so that no lock is needed: the queue is the only thing that both threads write; counts of waiting tokens
+belong to the event loop, the round belongs to the engine thread. A request that was given up is only marked; the engine
+thread drops what is left of it when its turn comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import ApiError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Batcher", "Engine", "Item", "Work"]
+
+log = logging.getLogger("deploy.server")
+
+
+class Work:
+    """The texts of one request on their way through the engine.
+
+    Attributes:
+        ids: Per text token ids, i64 [tokens].
+        options: What the engine's head needs to know; the same for all texts of the request.
+        results: Per text what the engine made of it.
+        tokens: Tokens of all texts.
+        future: Done when every text has its result.
+        abandoned: The client has left; what did not run yet is dropped.
+        submitted_s: When it was queued, by `time.perf_counter`.
+        started_s: When its first batch started.
+        infer_s: How long the batches took that held a text of it.
+    """
+
+    __slots__ = (
+        "abandoned",
+        "future",
+        "ids",
+        "infer_s",
+        "left",
+        "next",
+        "options",
+        "results",
+        "started_s",
+        "submitted_s",
+        "tokens",
+        "unanswered_tokens",
+    )
+
+    def __init__(self, ids: Sequence[NDArray[np.int64]], options: Any, future: asyncio.Future[list[Any]]) -> None:
+        self.ids = ids
+        self.options = options
+        self.future = future
+        self.results: list[Any] = [None] * len(ids)
+        self.tokens = sum(map(len, ids))
+        self.unanswered_tokens = self.tokens
+        self.left = len(ids)
+        self.next = 0
+        self.abandoned = False
+        self.submitted_s = 0.0
+        self.started_s = 0.0
+        self.infer_s = 0.0
+
+
+Item = tuple[Work, int]
+"""One text of a batch: its request and its index there."""
+
+
+class Engine(Protocol):
+    """Runs batches. All methods are called on the engine thread only."""
+
+    def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
+        """Runs a batch.
+
+        Args:
+            ids: Per text token ids, i64 [tokens].
+            options: Per text the options of its request.
+
+        Returns:
+            Per text its result.
+        """
+        ...
+
+
+class Batcher:
+    """The queue and the engine thread.
+
+    Methods are called on the event loop, except `_main` and what it calls.
+
+    Attributes:
+        queued_tokens: Tokens that wait or run.
+        running: Whether the engine is loaded and takes work.
+        failure: Why the engine could not be loaded, or None.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        max_batch_tokens: int,
+        max_queue_tokens: int,
+        on_batch: Callable[[int, int], None] = lambda texts, tokens: None,
+    ) -> None:
+        """Prepares, without starting a thread.
+
+        Args:
+            load: Makes the engine; called on the engine thread.
+            max_batch_tokens: Token budget of a batch; a single text may exceed it.
+            max_queue_tokens: Most tokens that wait or run.
+            on_batch: Told the texts and tokens of every batch, on the event loop.
+        """
+        self.max_batch_tokens = max_batch_tokens
+        self.max_queue_tokens = max_queue_tokens
+        self.queued_tokens = 0
+        self.running = False
+        self.failure: BaseException | None = None
+        self._load = load
+        self.on_batch = on_batch
+        self._inbox: SimpleQueue[Work | None] = SimpleQueue()
+        self._round: deque[Work] = deque()
+        self._tokens_per_s = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    # Event loop.
+
+    async def start(self) -> None:
+        """Starts the engine thread and waits until the engine is loaded.
+
+        Raises:
+            BaseException: Whatever the loading raised.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._loop.create_future()
+        self._thread.start()
+        await self._ready
+
+    def submit(self, work: Work) -> None:
+        """Queues the texts of a request; `work.future` will be done with its results.
+
+        Raises:
+            ApiError: The queue is full (429), or could never hold this request (413).
+        """
+        waiting = self.queued_tokens + work.tokens
+        if waiting > self.max_queue_tokens:
+            if work.tokens > self.max_queue_tokens:
+                raise ApiError(
+                    "too_large",
+                    f"expected at most {self.max_queue_tokens} tokens in one request, got {work.tokens}; send fewer "
+                    "texts at a time",
+                )
+            raise self.queue_full()
+        self.queued_tokens = waiting
+        work.submitted_s = time.perf_counter()
+        self._inbox.put(work)
+
+    def queue_full(self) -> ApiError:
+        """The error of a request that does not fit now, with a Retry-After from the measured speed."""
+        wait_s = math.ceil(self.queued_tokens / self._tokens_per_s) if self._tokens_per_s else 1
+        return ApiError(
+            "queue_full",
+            f"{self.queued_tokens} tokens are waiting and the queue holds {self.max_queue_tokens}; try again later",
+            {"Retry-After": str(min(max(wait_s, 1), 60))},
+        )
+
+    def abandon(self, work: Work) -> None:
+        """Drops what is left of a request whose client has left."""
+        if not work.abandoned and not work.future.done():
+            work.abandoned = True
+            self.queued_tokens -= work.unanswered_tokens
+            work.unanswered_tokens = 0
+            work.future.cancel()
+
+    async def close(self) -> None:
+        """Runs what is queued, then ends the engine thread."""
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self.running = False
+
+    def _loaded(self) -> None:
+        assert self._ready is not None
+        self.running = self.failure is None
+        if self._ready.done():
+            return
+        if self.failure is None:
+            self._ready.set_result(None)
+        else:
+            self._ready.set_exception(self.failure)
+
+    def _deliver(self, batch: list[Item], tokens: int, seconds: float, error: Exception | None) -> None:
+        """Hands the results of a batch to the requests that are complete now."""
+        rate = tokens / max(seconds, 1e-9)
+        self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
+        self.on_batch(len(batch), tokens)
+        for work, index in batch:
+            if work.abandoned:
+                continue
+            count = len(work.ids[index])
+            work.unanswered_tokens -= count
+            self.queued_tokens -= count
+            work.left -= 1
+            if error is not None:
+                if not work.future.done():
+                    self.queued_tokens -= work.unanswered_tokens
+                    work.unanswered_tokens = 0
+                    work.abandoned = True
+                    work.future.set_exception(
+                        ApiError("internal", "the engine failed on the batch of this request; see the server's log")
+                    )
+            elif work.left == 0 and not work.future.done():
+                work.future.set_result(work.results)
+
+    # Engine thread.
+
+    def _main(self) -> None:
+        assert self._loop is not None
+        try:
+            engine = self._load()
+        except BaseException as error:
+            self.failure = error
+            self._loop.call_soon_threadsafe(self._loaded)
+            return
+        self._loop.call_soon_threadsafe(self._loaded)
+        while (batch := self._take()) is not None:
+            items, tokens = batch
+            failure: Exception | None = None
+            started_s = time.perf_counter()
+            try:
+                results = engine.run([work.ids[index] for work, index in items], [work.options for work, _ in items])
+                if len(results) != len(items):
+                    raise RuntimeError(f"engine: expected {len(items)} results, got {len(results)}")
+                for (work, index), result in zip(items, results, strict=True):
+                    work.results[index] = result
+            except Exception as raised:
+                log.exception("the engine failed on a batch of %d texts, %d tokens", len(items), tokens)
+                failure = raised
+            seconds = time.perf_counter() - started_s
+            for work in {work for work, _ in items}:
+                if work.started_s == 0.0:
+                    work.started_s = started_s
+                work.infer_s += seconds
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, items, tokens, seconds, failure)
+            except RuntimeError:  # The loop is closed: nobody is left to answer.
+                return
+
+    def _take(self) -> tuple[list[Item], int] | None:
+        """The next batch: waits only while there is nothing at all. None: the batcher was closed."""
+        inbox, ready = self._inbox, self._round
+        items: list[Item] = []
+        tokens = 0
+        while not items:
+            if not ready:
+                work = inbox.get()
+                if work is None:
+                    return None
+                ready.append(work)
+            for _ in range(inbox.qsize()):
+                work = inbox.get()
+                if work is None:
+                    inbox.put(None)  # Closing: what came before is run first.
+                    break
+                ready.append(work)
+            while ready:
+                work = ready.popleft()
+                if work.abandoned:
+                    continue
+                size = len(work.ids[work.next])
+                if items and tokens + size > self.max_batch_tokens:
+                    ready.appendleft(work)
+                    break
+                items.append((work, work.next))
+                tokens += size
+                work.next += 1
+                if work.next < len(work.ids):
+                    ready.append(work)
+        return items, tokens

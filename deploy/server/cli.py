@@ -1,0 +1,239 @@
+"""The command line of `python -m deploy serve`.
+
+Only the standard library is imported before the threads are settled: OpenMP reads its variables once, when torch loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..bundle import VARIANTS, BundleError, Manifest, load_manifest
+from .limits import Settings
+
+if TYPE_CHECKING:
+    from .batching import Engine
+
+__all__ = ["main"]
+
+API_KEY_VARIABLE = "DEPLOY_API_KEY"
+OMP_SPINS = "1000"
+"""How often an idle OpenMP thread looks for work before it sleeps (GOMP_SPINCOUNT)."""
+
+
+class _UsageError(Exception):
+    """Something the caller can put right; its message is one line."""
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected seconds from 0, got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy serve",
+        description="Serve a bundle over HTTP. GET /docs on the running server describes its API.",
+        epilog="Exit codes: 0 stopped by a signal, every accepted request answered; 1 some were not, or a bug; "
+        "2 the bundle, the options or the address are wrong.",
+    )
+    parser.add_argument("bundle", type=Path, metavar="DIR", help="folder written by python -m deploy export")
+    parser.add_argument("--variant", help=f"{', '.join(VARIANTS)}; default: the first of these that the bundle has")
+    parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=defaults.port, help="0 takes a free one and prints it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=_positive, help="threads of the engine (default: CPU quota of the container, rounded down)"
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-batch-tokens",
+        type=_positive,
+        default=defaults.max_batch_tokens,
+        help="token budget of a batch (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-queue-tokens",
+        type=_positive,
+        default=defaults.max_queue_tokens,
+        help="tokens that may wait; more is answered with 429 (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-inputs", type=_positive, default=defaults.max_inputs, help="texts in a request (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--max-chars", type=_positive, default=defaults.max_chars, help="characters of a text (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--max-body-bytes", type=_positive, default=defaults.max_body_bytes, help="request body (default: %(default)s)"
+    )
+    times = parser.add_argument_group("times")
+    times.add_argument(
+        "--request-timeout",
+        type=_seconds,
+        default=defaults.request_timeout_s,
+        metavar="S",
+        help="a request has to arrive within this time (default: %(default)s)",
+    )
+    times.add_argument(
+        "--keep-alive",
+        type=_seconds,
+        default=defaults.keep_alive_s,
+        metavar="S",
+        help="idle connections are closed after this time; longer than your load balancer's (default: %(default)s)",
+    )
+    times.add_argument(
+        "--drain-delay",
+        type=_seconds,
+        default=defaults.drain_delay_s,
+        metavar="S",
+        help="after SIGTERM, go on accepting for this time while /ready answers 503 (default: %(default)s)",
+    )
+    times.add_argument(
+        "--drain-timeout",
+        type=_seconds,
+        default=defaults.drain_timeout_s,
+        metavar="S",
+        help="then answer what was accepted within this time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get(API_KEY_VARIABLE),
+        help=f"require Authorization: Bearer KEY; better given in {API_KEY_VARIABLE}, which other users cannot see",
+    )
+    parser.add_argument("--access-log", action="store_true", help="print a line per request (costs CPU)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serves until a signal.
+
+    Args:
+        argv: Arguments after `serve`.
+
+    Returns:
+        The exit code, see the parser's epilog.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return _serve(arguments)
+    except (_UsageError, BundleError) as error:
+        print(f"python -m deploy serve: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"python -m deploy serve: the package {error.name} is missing; install the extra: "
+            "pip install 'torch-ext[serve]'",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _settle_threads(threads: int) -> None:
+    """Sets what OpenMP and BLAS read once, unless the user has."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy only pools and normalises here.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", OMP_SPINS)
+
+
+def _best_variant(manifest: Manifest) -> str:
+    """The first variant of the bundle in the order of `VARIANTS`."""
+    return next((name for name in VARIANTS if name in manifest.variants), next(iter(manifest.variants)))
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    # Checked before anything is loaded: names and sizes now, hashes when the variant is known.
+    manifest = load_manifest(arguments.bundle, verify=False, variants=())
+    variant = manifest.variant(arguments.variant or _best_variant(manifest))
+    manifest = load_manifest(arguments.bundle, verify=True, variants=(variant.name,))
+    if not 0 <= arguments.port <= 65535:
+        raise _UsageError(f"--port: expected 0 to 65535, got {arguments.port}")
+
+    from .threads import available_cpus
+
+    threads = arguments.threads or available_cpus()
+    _settle_threads(threads)
+
+    from .app import App
+    from .batching import Batcher
+    from .engines import load_engine
+    from .lifecycle import Server, listen
+    from .tokens import TextTokenizer
+
+    settings = Settings(
+        host=arguments.host,
+        port=arguments.port,
+        threads=threads,
+        max_batch_tokens=arguments.max_batch_tokens,
+        max_queue_tokens=arguments.max_queue_tokens,
+        max_body_bytes=arguments.max_body_bytes,
+        max_inputs=arguments.max_inputs,
+        max_chars=arguments.max_chars,
+        request_timeout_s=arguments.request_timeout,
+        keep_alive_s=arguments.keep_alive,
+        drain_delay_s=arguments.drain_delay,
+        drain_timeout_s=arguments.drain_timeout,
+        api_key=arguments.api_key or None,
+        access_log=arguments.access_log,
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if settings.access_log:
+        access = logging.getLogger("uvicorn.access")
+        access.setLevel(logging.INFO)
+    try:
+        tokenizer = TextTokenizer.from_manifest(manifest)
+    except ValueError as error:
+        raise BundleError(str(error)) from error
+    try:
+        sock = listen(settings.host, settings.port)
+    except OSError as error:
+        raise _UsageError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; choose another --host or "
+            "--port (--port 0 takes a free one)"
+        ) from error
+    host, port = sock.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    isa = ""
+
+    def load() -> Engine:
+        nonlocal isa
+        engine, isa = load_engine(manifest, variant, threads, tokenizer.token)
+        return engine
+
+    def announce() -> None:
+        print(
+            f"serving {manifest.model.name} ({manifest.task}) on {url} "
+            f"variant={variant.name} threads={threads} isa={isa}",
+            flush=True,
+        )
+
+    batcher = Batcher(load, settings.max_batch_tokens, settings.max_queue_tokens)
+    app = App(manifest, variant.name, tokenizer, batcher, settings)
+    batcher.on_batch = app.count_batch
+    server = Server(app, batcher, settings, announce)
+    server.run(sockets=[sock])
+    if server.load_error is not None:
+        if isinstance(server.load_error, BundleError):
+            raise server.load_error
+        raise BundleError(
+            f"{manifest.root}: variant {variant.name} cannot be loaded: "
+            f"{type(server.load_error).__name__}: {server.load_error}"
+        ) from server.load_error
+    return server.exit_code

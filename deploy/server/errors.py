@@ -1,0 +1,85 @@
+"""The one table of errors: kind, HTTP status, and what a client should make of it.
+
+Every error of the server has one of these kinds; its JSON says which: `{"error": {"type": kind, "message": ...}}`.
+OpenAI's routes (`/v1/*`) add the fields that its clients read, `param` and `code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import orjson
+
+__all__ = ["ERRORS", "ApiError", "ErrorKind", "error_body"]
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """One row of the table.
+
+    Attributes:
+        status: HTTP status.
+        meaning: What happened, in general; shown in the OpenAPI description.
+        retry: Whether the same request may succeed later; then the answer has a Retry-After header.
+    """
+
+    status: int
+    meaning: str
+    retry: bool = False
+
+
+ERRORS: Mapping[str, ErrorKind] = {
+    "wrong_task": ErrorKind(400, "the bundle's task does not serve this endpoint; the message names the one that fits"),
+    "unauthorized": ErrorKind(401, "the API key is missing or wrong"),
+    "not_found": ErrorKind(404, "no such path"),
+    "method_not_allowed": ErrorKind(405, "the path exists, with another method"),
+    "timeout": ErrorKind(408, "the request did not arrive completely in time"),
+    "too_large": ErrorKind(413, "body, number of inputs, or length of one text above the limit"),
+    "unsupported_media_type": ErrorKind(415, "the body is compressed; send plain JSON in UTF-8"),
+    "invalid_request": ErrorKind(422, "not JSON in UTF-8, a missing or unknown field, a wrong type, or an empty list"),
+    "queue_full": ErrorKind(429, "more tokens are waiting than the queue holds", retry=True),
+    "malformed_http": ErrorKind(400, "not HTTP/1.1, or a header section above the limit; the connection is closed"),
+    "internal": ErrorKind(500, "the engine failed on this request; the server's log says why"),
+    "loading": ErrorKind(503, "the model is being loaded", retry=True),
+    "draining": ErrorKind(503, "the server is shutting down; send the request elsewhere", retry=True),
+}
+
+
+class ApiError(Exception):
+    """An error that a client is told about.
+
+    Attributes:
+        kind: Key in `ERRORS`.
+        message: What was expected, what came, what to do.
+        headers: More response headers.
+    """
+
+    def __init__(self, kind: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.headers = dict(headers or {})
+
+    @property
+    def status(self) -> int:
+        """HTTP status of this error."""
+        return ERRORS[self.kind].status
+
+
+def error_body(error: ApiError, openai: bool = False) -> bytes:
+    """The JSON of an error.
+
+    Args:
+        error: What went wrong.
+        openai: Adds `param` and `code`, as OpenAI's clients expect.
+
+    Returns:
+        UTF-8 JSON. Characters that UTF-8 cannot hold are replaced: a message may quote what a client sent.
+    """
+    message = error.message.encode("utf-8", "replace").decode("utf-8")
+    body: dict[str, object] = {"type": error.kind, "message": message}
+    if openai:
+        body["param"] = None
+        body["code"] = error.status
+    return orjson.dumps({"error": body})

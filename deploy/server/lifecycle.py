@@ -1,0 +1,171 @@
+"""A server's life: listen, load, serve, drain, exit.
+
+uvicorn closes idle connections at once when it is told to stop, and with them those whose next request is on its way;
+it also raises the signal again after a clean stop. This server stops listening but takes what the kernel had accepted,
+lets every connection finish with an answer that says `Connection: close`, and exits with 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from .app import App
+from .batching import Batcher
+from .limits import Settings
+from .protocol import HttpProtocol
+
+__all__ = ["Server", "listen"]
+
+log = logging.getLogger("deploy.server")
+
+IDLE_GRACE_S = 0.5
+"""While draining, how long a connection without a request may still send one."""
+
+
+def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        OSError: The host is unknown, or the port is in use or not permitted.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a model that is loaded behind it, and a drain that loses nothing.
+
+    Attributes:
+        exit_code: 0, or 1 if the drain timed out, or 2 if the model could not be loaded.
+        load_error: Why the model could not be loaded, or None.
+    """
+
+    def __init__(self, app: App, batcher: Batcher, settings: Settings, on_ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            http=HttpProtocol,
+            ws="none",
+            loop="auto",
+            lifespan="off",
+            log_config=None,
+            access_log=settings.access_log,
+            server_header=False,
+            timeout_keep_alive=int(settings.keep_alive_s),
+        )
+        super().__init__(config)
+        self.exit_code = 0
+        self.load_error: BaseException | None = None
+        self._app = app
+        self._batcher = batcher
+        self._settings = settings
+        self._on_ready = on_ready
+        self._loading: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM and SIGINT: drain; a second SIGINT exits at once."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self._app.draining = True
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, and starts to load the model."""
+        await super().startup(sockets)
+        self._loading = asyncio.get_running_loop().create_task(self._load())
+
+    async def _load(self) -> None:
+        try:
+            await self._batcher.start()
+        except BaseException as error:
+            self.load_error = error
+            self.exit_code = 2
+            self.should_exit = True
+        else:
+            if not self.should_exit:
+                self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Every 0.1 s; every second closes connections whose request does not arrive."""
+        if counter % 10 == 0:
+            before_s = time.monotonic() - self._settings.request_timeout_s
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, HttpProtocol):
+                    since_s = connection.receiving_since_s
+                    if since_s is not None and since_s < before_s:
+                        connection.expire()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drains: answers everything that was accepted."""
+        self._app.draining = True
+        if self._batcher.running:
+            await asyncio.sleep(self._settings.drain_delay_s)
+        begun_s = time.monotonic()
+        deadline_s = begun_s + self._settings.drain_timeout_s
+        await self._stop_listening(sockets or [])
+        while (self.server_state.connections or self.server_state.tasks) and not self.force_exit:
+            now_s = time.monotonic()
+            if now_s > deadline_s:
+                break
+            if now_s - begun_s > IDLE_GRACE_S or not self._batcher.running:
+                for connection in list(self.server_state.connections):
+                    if isinstance(connection, HttpProtocol) and connection.idle:
+                        connection.transport.close()
+            await asyncio.sleep(0.02)
+        unanswered = len(self.server_state.tasks)
+        if unanswered:
+            log.error(
+                "%d requests were not answered within the drain timeout of %g s",
+                unanswered,
+                self._settings.drain_timeout_s,
+            )
+            self.exit_code = self.exit_code or 1
+        self._app.close()
+        with contextlib.suppress(asyncio.TimeoutError):
+            left_s = max(deadline_s - time.monotonic(), 0.1)
+            await asyncio.wait_for(self._batcher.close(), 0.1 if self.force_exit or unanswered else left_s)
+            return
+        # The engine thread is in the middle of a batch and cannot be stopped; nobody waits for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self.exit_code or 1)
+
+    async def _stop_listening(self, sockets: list[socket.socket]) -> None:
+        """Closes the listening sockets, after taking the connections that the kernel has accepted."""
+        loop = asyncio.get_running_loop()
+        twins = [sock.dup() for sock in sockets]
+        for server in self.servers:
+            server.close()
+        for sock in sockets:
+            sock.close()
+        await asyncio.sleep(0)
+        for twin in twins:
+            twin.setblocking(False)
+            with contextlib.suppress(BlockingIOError), twin:
+                while True:
+                    connection, _ = twin.accept()
+                    await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> HttpProtocol:
+        return HttpProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)

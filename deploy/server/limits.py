@@ -1,0 +1,58 @@
+"""What a request may cost, and the server's other settings.
+
+A limit that is hit is told with the limit and the value that came, as 413 (one request is too large whatever the load),
+422 (`truncate: false` and a text above the model's limit) or 429 (the request fits, but not now).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["INLINE_CHARS", "MASKS_PER_TEXT", "MAX_TOP_K", "Settings"]
+
+INLINE_CHARS = 4096
+"""Requests with at most this many characters in all are tokenised on the event loop: about 1 ms of CPU at worst, while
+handing over to a thread and back costs about 50 us and holds nobody up less. Longer ones go to a helper thread."""
+
+MASKS_PER_TEXT = 32
+"""Most mask tokens in one text: each one costs a row of logits over the whole vocabulary."""
+
+MAX_TOP_K = 100
+"""Most predictions per mask token."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a server; the defaults are those of the command line.
+
+    Attributes:
+        host: Address to listen on.
+        port: Port; 0 takes a free one.
+        threads: Threads of the engine.
+        max_batch_tokens: Token budget of a batch. One text always fits.
+        max_queue_tokens: Most tokens waiting or running; more is 429.
+        max_body_bytes: Longest request body; checked while it is read, before it is parsed.
+        max_inputs: Most texts in a request.
+        max_chars: Longest text, in code points.
+        request_timeout_s: A request has to arrive within this time.
+        keep_alive_s: Idle connections are closed after this time.
+        drain_delay_s: After SIGTERM, how long connections are still accepted while /ready answers 503.
+        drain_timeout_s: After that, how long requests may take to be answered.
+        api_key: Key that inference requests have to bring, or None.
+        access_log: One line per request.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    threads: int = 1
+    max_batch_tokens: int = 8192
+    max_queue_tokens: int = 262_144
+    max_body_bytes: int = 4 << 20
+    max_inputs: int = 1024
+    max_chars: int = 32_768
+    request_timeout_s: float = 30.0
+    keep_alive_s: float = 75.0
+    drain_delay_s: float = 0.0
+    drain_timeout_s: float = 25.0
+    api_key: str | None = None
+    access_log: bool = False
