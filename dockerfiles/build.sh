@@ -52,7 +52,7 @@ install_packages() {
     arm64) torch=2.10.0 backend='';;
   esac
   shift
-  if ls /wheelhouse/torch-*.whl >/dev/null 2>&1; then backend=''; fi
+  if ls "${WHEELHOUSE:=/wheelhouse}"/torch-*.whl >/dev/null 2>&1; then backend=''; fi
   # Each argument moves from the front to the back.
   for argument do
     shift

@@ -55,7 +55,8 @@ RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhou
     sh build.sh install "$TARGETARCH" --compile-bytecode --target /app/site-packages \
       -r requirements.txt "torch${TORCH:+==$TORCH}" && \
     if [ -e /app/site-packages/nvidia ]; then echo "error: this torch is a CUDA build: see TORCH in dockerfiles/README.md"; exit 1; fi && \
-    rm -rf /app/site-packages/bin /app/site-packages/torch/include /app/site-packages/torch/share/cmake && \
+    rm -rf /app/site-packages/bin /app/site-packages/torch/include /app/site-packages/torch/share/cmake /app/site-packages/torch/test && \
+    find /app/site-packages/torch/bin -type f ! -name torch_shm_manager -delete && \
     chmod -R a+rX /app
 
 FROM build AS application
@@ -89,8 +90,8 @@ EXPOSE 8000
 # A long start: importing torch takes 20 s where the image's architecture is emulated.
 HEALTHCHECK --interval=10s --timeout=30s --start-period=180s --retries=3 CMD ["python", "-I", "-S", "/app/healthcheck.py"]
 # Start it with --init (compose: init: true): an illegal instruction in PID 1 hangs for ever under emulation.
-ENTRYPOINT ["python", "-m", "deploy", "serve"]
-CMD ["/bundle", "--host", "0.0.0.0"]
+ENTRYPOINT ["python", "-m", "deploy", "serve", "--host", "0.0.0.0"]
+CMD ["/bundle"]
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="torch-ext server" \

@@ -1,0 +1,56 @@
+# The load test (Locust), for amd64 and arm64. Same arguments as server.Dockerfile; see README.md beside this file.
+#
+#   docker build -f dockerfiles/loadtest.Dockerfile -t torch-ext-loadtest .
+#   docker run --init --network container:SERVER torch-ext-loadtest --host http://127.0.0.1:8000 --headless -u 32 -r 32 -t 30s
+
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG BUILD_IMAGE=${BASE_IMAGE}
+
+FROM scratch AS wheelhouse
+COPY wheelhouse* /
+
+FROM --platform=$BUILDPLATFORM ${BUILD_IMAGE} AS build
+ARG PIP_INDEX_URL
+ARG PIP_NO_INDEX
+ARG TARGETARCH
+ENV UV_LINK_MODE=copy
+WORKDIR /build
+COPY dockerfiles/build.sh pyproject.toml ./
+RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhouse \
+    --mount=type=cache,target=/root/.cache/uv \
+    sh build.sh uv && \
+    sh build.sh requirements pyproject.toml loadtest >requirements.txt && \
+    sh build.sh install "$TARGETARCH" --compile-bytecode --target /app/site-packages -r requirements.txt && \
+    rm -rf /app/site-packages/bin && \
+    chmod -R a+rX /app && \
+    mkdir /reports
+
+# The load test takes its texts from deploy/texts.py, and nothing else of deploy/.
+FROM build AS application
+COPY loadtest /app/loadtest
+COPY deploy/__init__.py deploy/texts.py /app/deploy/
+RUN python -m compileall -q /app/loadtest /app/deploy && chmod -R a+rX /app/loadtest /app/deploy
+
+FROM ${BASE_IMAGE} AS loadtest
+WORKDIR /app
+COPY --from=build /app/site-packages site-packages
+COPY --from=application /app/deploy deploy
+COPY --from=application /app/loadtest loadtest
+COPY --from=build --chown=65532:65532 /reports /reports
+ENV PYTHONPATH=/app/site-packages \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    USER=app
+USER 65532:65532
+# It serves nothing that could be asked for its health.
+HEALTHCHECK NONE
+ENTRYPOINT ["python", "-m", "locust", "-f", "/app/loadtest/locustfile.py"]
+CMD ["--help"]
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="torch-ext load test" \
+      org.opencontainers.image.description="Locust with ragged real text and limits that decide its exit code" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
