@@ -8,11 +8,13 @@
 #   build.sh install ARCH ARGUMENTS...          `uv pip install ARGUMENTS...` for ARCH, running none of its code; torch is a
 #                                               CPU build, and a requirement that is just "torch" gets the tested version
 #
-#   /wheelhouse      wheels that are preferred to the index's, if there are any
+#   WHEELHOUSE       a folder of wheels that are preferred to the index's, if it is there (default: /wheelhouse)
 #   PIP_INDEX_URL    another index
-#   PIP_NO_INDEX     1: no index at all: everything, uv too, comes from /wheelhouse
+#   PIP_NO_INDEX     1: no index at all: everything, uv too, comes from WHEELHOUSE
 #   /run/secrets/ca  a CA certificate that is trusted beside the image's own
 set -eu
+
+WHEELHOUSE=${WHEELHOUSE:-/wheelhouse}
 
 die() { echo "build.sh: error: $*" >&2; exit 1; }
 
@@ -52,14 +54,14 @@ install_packages() {
     arm64) torch=2.10.0 backend='';;
   esac
   shift
-  if ls "${WHEELHOUSE:=/wheelhouse}"/torch-*.whl >/dev/null 2>&1; then backend=''; fi
+  if ls "$WHEELHOUSE"/torch-*.whl >/dev/null 2>&1; then backend=''; fi
   # Each argument moves from the front to the back.
   for argument do
     shift
     if [ "$argument" = torch ]; then argument=torch==$torch; fi
     set -- "$@" "$argument"
   done
-  if [ -d /wheelhouse ]; then set -- --find-links /wheelhouse "$@"; fi
+  if [ -d "$WHEELHOUSE" ]; then set -- --find-links "$WHEELHOUSE" "$@"; fi
   if [ -n "$backend" ]; then set -- --torch-backend "$backend" "$@"; fi
   if [ -n "${PIP_NO_INDEX:-}" ]; then set -- --no-index "$@"
   elif [ -n "${PIP_INDEX_URL:-}" ]; then set -- --default-index "$PIP_INDEX_URL" "$@"; fi
@@ -73,7 +75,7 @@ case $step in
     command -v uv >/dev/null && exit 0
     trust_ca
     python -m pip install --quiet --no-cache-dir --root-user-action=ignore --disable-pip-version-check \
-      --find-links /wheelhouse 'uv>=0.6.9';;
+      --find-links "$WHEELHOUSE" 'uv>=0.6.9';;
   compiler)
     find_compiler "$@"
     command -v "$cxx" >/dev/null && exit 0

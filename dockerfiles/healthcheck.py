@@ -22,7 +22,11 @@ def check(port: int) -> str | None:
             status = connection.makefile("rb").readline().decode("latin-1").strip()
     except OSError as error:
         return f"no answer on port {port}: {error}"
-    return None if status.split(" ")[1:2] == ["200"] else f"port {port} answers {status!r}, expected 200"
+    return (
+        None
+        if status.startswith(("HTTP/1.0 200 ", "HTTP/1.1 200 "))
+        else f"port {port} answers {status!r}, expected 200"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""The compose file, read without an engine, and its commands against the programs that get them."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PATH = ROOT / "dockerfiles" / "compose.yaml"
+SERVICES = ("server", "locust-master", "locust-worker")
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    return yaml.safe_load(PATH.read_text())
+
+
+def default(value: str) -> str:
+    """The value with every variable replaced by its default."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+
+
+def test_services(compose: dict[str, Any]) -> None:
+    assert tuple(compose["services"]) == SERVICES
+    assert not any("build" in service for service in compose["services"].values())
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_are_hardened_and_limited(compose: dict[str, Any], name: str) -> None:
+    service = compose["services"][name]
+    assert service["init"] is True
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["tmpfs"] == ["/tmp"]
+    assert float(default(str(service["cpus"]))) > 0
+    assert re.fullmatch(r"\d+[mg]", default(service["mem_limit"]))
+
+
+def test_load_goes_to_this_machine_only(compose: dict[str, Any]) -> None:
+    for name in ("locust-master", "locust-worker"):
+        service = compose["services"][name]
+        assert service["network_mode"] == "service:server"
+        assert service["depends_on"]["server"] == {"condition": "service_healthy"}
+        for argument in service["command"]:
+            host = re.fullmatch(r"--(?:host|master-host|master-bind-host)=(?:http://)?([^:]+)(?::\d+)?", argument)
+            assert host is None or host[1] == "127.0.0.1"
+    assert "--host=http://127.0.0.1:8000" in compose["services"]["locust-master"]["command"]
+    assert all(port.startswith("127.0.0.1:") for port in compose["services"]["server"]["ports"])
+
+
+def test_the_server_may_drain_before_it_is_killed(compose: dict[str, Any]) -> None:
+    from deploy.server.limits import Settings
+
+    settings = Settings()
+    grace_s = int(compose["services"]["server"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s > settings.drain_delay_s + settings.drain_timeout_s
+
+
+def test_the_server_knows_its_options(compose: dict[str, Any]) -> None:
+    from deploy.bundle import VARIANTS
+    from deploy.server.cli import _parser
+    from deploy.server.limits import Settings
+
+    arguments = _parser().parse_args([default(word) for word in compose["services"]["server"]["command"]])
+    assert str(arguments.bundle) == "/bundle"
+    assert arguments.variant in VARIANTS
+    assert Settings().port == 8000
+    assert compose["services"]["server"]["ports"][0].endswith(":8000")
+
+
+def locust(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Locust with this repository's file."""
+    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_the_locust_master_knows_its_options(compose: dict[str, Any], tmp_path: Path) -> None:
+    port = free_port()
+    arguments = [
+        default(argument).replace("/reports", str(tmp_path)).replace(":8000", f":{port}")
+        for argument in compose["services"]["locust-master"]["command"]
+    ]
+    result = locust(*arguments, f"--master-bind-port={free_port()}")
+    # It has read every option, and finds no server.
+    assert result.returncode == 2
+    assert f"no answer from http://127.0.0.1:{port}/ready" in result.stderr
+
+
+def test_locust_workers_know_their_options(compose: dict[str, Any]) -> None:
+    known = set(re.findall(r"--[a-z][a-z0-9-]*", locust("--help").stdout))
+    assert {argument.split("=")[0] for argument in compose["services"]["locust-worker"]["command"]} <= known
