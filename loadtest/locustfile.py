@@ -1,0 +1,415 @@
+r"""Load test with real text: what can this machine take, and does it keep its promises?
+
+::
+
+    locust -f loadtest/locustfile.py --host http://127.0.0.1:8000 --headless -u 32 -r 32 -t 20s \
+        --task embed --slo-p95-ms 200 --slo-error-rate 0.01 --csv out --html report.html
+
+Each user sends a request, waits for the answer, checks it, and sends the next: a closed loop, in which a server that
+slows down is sent less (``--think-time-s`` adds a pause). A request counts if it starts after all users run and
+``--warm-up-s`` has passed. No request is cut off at the end: those under way are waited for, and count. A user that is
+refused waits as ``Retry-After`` says, at most a second.
+
+Exit code: 0 if the limits are kept, 1 if one is missed, 2 if the test could not start. Without limits: 1 on any error.
+With several processes or machines (``--processes``, ``--master``, ``--worker``) the master alone judges.
+"""
+
+# Locust's events carry no annotations.
+# mypy: disable-error-code="untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gevent
+from locust import FastHttpUser, events, stats, task
+from locust.env import Environment
+from locust.event import EventHook
+from locust.exception import StopUser
+from locust.runners import MasterRunner, WorkerRunner
+
+# Locust imports this file by its path, from any folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from deploy.texts import TextsError, docstrings, load_texts, sample
+from loadtest.measure import Collector, describe, parse_server_timing
+from loadtest.options import CannotStartError, Options, add_options
+from loadtest.probe import check_host, check_server, learn_traits
+from loadtest.tasks import TASKS, InvalidResponseError, Task, Traits, insert_mask
+
+logger = logging.getLogger("loadtest")
+
+EXIT_KEPT, EXIT_MISSED, EXIT_CANNOT_START = 0, 1, 2
+
+# Messages between master and workers.
+START, FINISH, FINISHED = "loadtest_start", "loadtest_finish", "loadtest_finished"
+
+UNCOUNTED = EventHook()
+"""Where requests that do not count are reported: nobody listens."""
+
+PAUSE_AFTER_FAILURE_S = 0.1
+"""Pause of a user whose request failed without a word on how long to wait: a busy loop of failures says nothing."""
+
+# Now, not when the test starts: it takes seconds on a busy machine, in which Locust's run time would already tick and a
+# master would give up a worker for sending no heartbeat. With --processes the children inherit the result.
+if not any(argument.startswith(("--texts", "--help", "-h", "--version", "-V")) for argument in sys.argv):
+    with contextlib.suppress(TextsError):
+        docstrings()
+
+events.init_command_line_parser.add_listener(lambda parser, **_: add_options(parser))
+
+
+@dataclass
+class Session:
+    """What one process knows of the test that it runs.
+
+    Attributes:
+        runner: Locust's.
+        options: This load test's.
+        task: The endpoint under test.
+        traits: What was learnt of the server.
+        texts: What is sent.
+        rng: Picks texts.
+        collector: Counts of requests that count; a worker's go to the master and start again from zero.
+        users: How many there are.
+        starts_s: When requests began to count, on the monotonic clock; None before that.
+        ends_s: When requests ceased to be sent; None before that.
+        in_flight: Requests that count and have no answer yet.
+        warm_up: The greenlet that waits for the end of the warm-up.
+        finished_workers: Of each worker that has nothing under way any more, for how many seconds its requests counted.
+    """
+
+    runner: Any
+    options: Options
+    task: Task
+    traits: Traits
+    texts: list[str]
+    rng: random.Random
+    collector: Collector = field(default_factory=Collector)
+    users: int = 0
+    starts_s: float | None = None
+    ends_s: float | None = None
+    in_flight: int = 0
+    warm_up: gevent.Greenlet | None = None
+    finished_workers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def counting(self) -> bool:
+        """Whether a request that starts now counts."""
+        return self.starts_s is not None and self.ends_s is None
+
+    @property
+    def measured_s(self) -> float:
+        """For how many seconds requests that count were sent; a master's own clock is not that of its workers."""
+        if windows := [seconds for seconds in self.finished_workers.values() if seconds]:
+            return sum(windows) / len(windows)
+        if self.starts_s is None or self.ends_s is None:
+            return 0.0
+        return self.ends_s - self.starts_s
+
+    def start_counting(self) -> None:
+        """Ends the warm-up. Locust's own rates, in its tables, CSV and HTML, start here too."""
+        if self.starts_s is None and self.ends_s is None:
+            self.runner.stats.reset_all()
+            self.starts_s = time.monotonic()
+            if isinstance(self.runner, MasterRunner):
+                self.runner.send_message(START)
+
+    def stop_sending(self) -> None:
+        """Ends what is measured; requests under way still count."""
+        if self.ends_s is None:
+            self.ends_s = time.monotonic()
+
+    def wait_for_answers(self) -> None:
+        """Waits until no request that counts is under way."""
+        deadline_s = time.monotonic() + self.options.request_timeout_s + 1
+        while self.in_flight and time.monotonic() < deadline_s:
+            gevent.sleep(0.02)
+        # Answers that trickle in for ever: their users are about to be stopped.
+        self.collector.errors += self.in_flight
+
+
+_session: Session | None = None
+"""The test of this process: Locust's users and event listeners have nothing else in common."""
+
+
+def read_texts(options: Options, endpoint: Task, traits: Traits, rng: random.Random) -> list[str]:
+    """The texts that are sent, in random order.
+
+    Raises:
+        CannotStartError: The file is missing, empty, or no text.
+    """
+    try:
+        if options.texts:
+            texts = load_texts(options.texts, limit=options.text_count)
+        else:
+            texts = sample(options.text_count, seed=options.seed)
+    except TextsError as error:
+        raise CannotStartError(str(error)) from error
+    if endpoint.needs_mask and traits.mask_token is not None:
+        texts = [insert_mask(text, traits.mask_token, rng) for text in texts]
+    return [text[: options.max_chars] for text in texts]
+
+
+def prepare(environment: Environment) -> Session:
+    """Looks at the options and the server, and reads the texts.
+
+    Raises:
+        CannotStartError: Any of them is not as it should be.
+    """
+    assert environment.parsed_options is not None
+    options = Options.from_namespace(environment.parsed_options)
+    host = environment.host = check_host(environment.host)
+    check_server(host, options)
+    endpoint = TASKS[options.task]
+    traits = learn_traits(host, options, endpoint)
+    rng = random.Random(f"{options.seed}/{getattr(environment.runner, 'worker_index', 0)}")
+    return Session(environment.runner, options, endpoint, traits, read_texts(options, endpoint, traits, rng), rng)
+
+
+@events.init.add_listener
+def on_init(environment: Environment, **_: Any) -> None:
+    """Stops before anything starts if the test cannot run, and lets master and workers talk."""
+    runner = environment.runner
+    if isinstance(runner, WorkerRunner):
+        environment.process_exit_code = EXIT_KEPT
+        runner.register_message(START, on_start)
+        runner.register_message(FINISH, on_finish, concurrent=True)
+        return
+    if isinstance(runner, MasterRunner):
+        runner.register_message(FINISHED, on_finished)
+    # In the web interface, the host can still be typed in.
+    if environment.host or environment.web_ui is None:
+        try:
+            prepare(environment)
+        except CannotStartError as error:
+            print(f"loadtest: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_CANNOT_START)
+
+
+@events.test_start.add_listener
+def on_test_start(environment: Environment, **_: Any) -> None:
+    """Starts a test in this process."""
+    global _session
+    runner: Any = environment.runner
+    try:
+        _session = prepare(environment)
+    except CannotStartError as error:
+        print(f"loadtest: {error}", file=sys.stderr, flush=True)
+        _session = None
+        if not isinstance(runner, WorkerRunner):
+            environment.process_exit_code = EXIT_CANNOT_START
+        # Not from within this listener: the runner is still starting.
+        gevent.spawn(runner.quit if environment.web_ui is None else runner.stop)
+        return
+    TextUser.network_timeout = TextUser.connection_timeout = _session.options.request_timeout_s
+
+
+@events.spawning_complete.add_listener
+def on_spawning_complete(user_count: int, **_: Any) -> None:
+    """Starts the warm-up, once; it ends by itself. Workers wait for their master's word."""
+    if _session is not None and _session.warm_up is None and not isinstance(_session.runner, WorkerRunner):
+        _session.users = user_count
+        _session.warm_up = gevent.spawn_later(_session.options.warm_up_s, _session.start_counting)
+
+
+class TextUser(FastHttpUser):
+    """Sends texts to the endpoint under test, one request after the other."""
+
+    concurrency = 1
+
+    def wait_time(self) -> float:
+        """Seconds between an answer and the next request: random, so that users do not march in step."""
+        mean_s = _session.options.think_time_s if _session is not None else 0.0
+        return random.expovariate(1 / mean_s) if mean_s else 0.0
+
+    @task
+    def send(self) -> None:
+        """Sends one request, and checks its answer."""
+        session = _session
+        if session is None or session.ends_s is not None:
+            raise StopUser
+        texts = session.rng.choices(session.texts, k=session.options.inputs_per_request)
+        # Decided when the request starts: an answer after the warm-up may belong to a queue that was shorter.
+        counts = session.counting
+        self.client.request_event = self.environment.events.request if counts else UNCOUNTED
+        session.in_flight += counts
+        try:
+            with self.client.post(
+                session.task.path,
+                # Bytes are sent as they are; Locust's annotation knows only str.
+                data=session.task.body(texts, session.traits),  # type: ignore[arg-type]
+                headers=session.options.headers,
+                name=session.task.path,
+                catch_response=True,
+            ) as response:
+                pause_s = judge(response, len(texts), session, session.collector if counts else Collector())
+        finally:
+            session.in_flight -= counts
+        if pause_s:
+            gevent.sleep(pause_s)
+
+
+def judge(response: Any, count: int, session: Session, collector: Collector) -> float:
+    """Counts one answer, or the lack of one.
+
+    Args:
+        response: Locust's, within its ``with`` block.
+        count: How many texts were sent.
+        session: The test.
+        collector: Where it counts.
+
+    Returns:
+        For how many seconds the user should pause.
+    """
+    latency_ms = response.request_meta["response_time"]
+    if response.status_code == 429:
+        collector.refused += 1
+        response.failure("refused: status 429 (full)")
+        return _retry_after_s(response.headers.get("retry-after"))
+    if response.status_code != 200:
+        collector.errors += 1
+        # Status 0: no connection, or no answer in time.
+        response.failure(f"status {response.status_code}" if response.status_code else f"no answer: {response.error!r}")
+        return PAUSE_AFTER_FAILURE_S
+    if latency_ms > 1000 * session.options.request_timeout_s:
+        # The socket's timeout is between two reads; an answer that trickles in takes longer.
+        collector.errors += 1
+        response.failure("no answer in time")
+        return 0.0
+    try:
+        tokens = session.task.validate(response.content, count, session.traits)
+    except InvalidResponseError as error:
+        collector.errors += 1
+        response.failure(f"wrong answer: {error}")
+        return 0.0
+    collector.add_good(latency_ms, count, tokens, parse_server_timing(response.headers.get("server-timing")))
+    response.success()
+    return 0.0
+
+
+def _retry_after_s(header: str | None) -> float:
+    try:
+        return min(max(float(header or ""), 0.0), 1.0)
+    except ValueError:
+        return PAUSE_AFTER_FAILURE_S
+
+
+@events.report_to_master.add_listener
+def on_report_to_master(data: dict[str, Any], **_: Any) -> None:
+    """Hands what a worker has counted since its last report to the master."""
+    if _session is not None:
+        data["loadtest"] = _session.collector.to_wire()
+        data["loadtest_counting"] = _session.counting
+        _session.collector = Collector()
+
+
+@events.worker_report.add_listener
+def on_worker_report(client_id: str, data: Mapping[str, Any], **_: Any) -> None:
+    """Adds a worker's counts to the master's; a worker that came late is told to start counting."""
+    if _session is not None and "loadtest" in data:
+        _session.collector.merge(Collector.from_wire(data["loadtest"]))
+        if _session.counting and not data["loadtest_counting"]:
+            _session.runner.send_message(START, client_id=client_id)
+
+
+@events.test_stopping.add_listener
+def on_test_stopping(environment: Environment, **_: Any) -> None:
+    """Ends the test without cutting off a request; a master waits for its workers' last reports."""
+    session = _session
+    if session is None or session.ends_s is not None:
+        return
+    session.stop_sending()
+    runner = environment.runner
+    if not isinstance(runner, MasterRunner):
+        session.wait_for_answers()
+        return
+    runner.send_message(FINISH)
+    deadline_s = time.monotonic() + session.options.request_timeout_s + 5
+    while True:
+        missing = {client.id for client in runner.clients.all} - session.finished_workers.keys()
+        if not missing or time.monotonic() > deadline_s:
+            break
+        gevent.sleep(0.02)
+    if missing:
+        logger.error("no last report from %d worker(s): their last requests do not count", len(missing))
+
+
+def on_start(**_: Any) -> None:
+    """A worker starts counting."""
+    if _session is not None:
+        _session.start_counting()
+
+
+def on_finish(environment: Environment, **_: Any) -> None:
+    """A worker sends no more, waits for answers, reports, and says so."""
+    runner: Any = environment.runner
+    measured_s = 0.0
+    if _session is not None:
+        _session.stop_sending()
+        _session.wait_for_answers()
+        measured_s = _session.measured_s
+    runner._send_stats()
+    runner.send_message(FINISHED, {"measured_s": measured_s})
+
+
+def on_finished(msg: Any, **_: Any) -> None:
+    """The master notes that a worker is done. Its last report came before, on the same connection."""
+    if _session is not None:
+        _session.finished_workers[msg.node_id] = msg.data["measured_s"]
+
+
+@events.quitting.add_listener
+def on_quitting(environment: Environment, **_: Any) -> None:
+    """Gives the verdict, and sets the exit code."""
+    session = _session
+    runner: Any = environment.runner
+    if isinstance(runner, WorkerRunner):
+        return
+    if session is None:
+        # In the web interface nobody may have pressed start.
+        if environment.web_ui is None and environment.process_exit_code is None:
+            print("loadtest: the run ended before a request was sent", file=sys.stderr, flush=True)
+            environment.process_exit_code = EXIT_CANNOT_START
+        return
+    # After Ctrl-C users still run.
+    session.stop_sending()
+    assert environment.parsed_options is not None
+    csv_prefix: str | None = environment.parsed_options.csv_prefix
+    if csv_prefix:
+        # Locust writes its tables once a second, but not at the end: the last requests would be missing.
+        gevent.sleep(1.2 * stats.CSV_STATS_INTERVAL_SEC)
+    verdicts = session.options.objectives.judge(session.collector)
+    crashes = sum(int(crash["count"]) for crash in runner.exceptions.values())
+    if crashes:
+        verdicts.append((False, f"{crashes} exceptions in the load test itself, see above"))
+    kept = all(passed for passed, _ in verdicts)
+    environment.process_exit_code = EXIT_KEPT if kept else EXIT_MISSED
+    summary = {
+        "task": session.task.name,
+        "path": session.task.path,
+        "host": environment.host,
+        "users": session.users,
+        "think_time_s": session.options.think_time_s,
+        "inputs_per_request": session.options.inputs_per_request,
+        "warm_up_s": session.options.warm_up_s,
+        **session.collector.summary(session.measured_s),
+        "generator_saturated": bool(
+            getattr(runner, "cpu_warning_emitted", False) or getattr(runner, "worker_cpu_warning_emitted", False)
+        ),
+        "limits": [{"kept": passed, "message": message} for passed, message in verdicts],
+        "kept": kept,
+    }
+    if csv_prefix:
+        Path(f"{csv_prefix}_summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    # After Locust's own tables, which come between this event and that one.
+    events.quit.add_listener(lambda **_: print("\n".join(["", *describe(summary)]), flush=True))

@@ -1,0 +1,161 @@
+"""Options of the load test beside Locust's own: what is sent, and which limits decide the exit code."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loadtest.measure import Objectives
+from loadtest.tasks import TASKS
+
+__all__ = ["CannotStartError", "Options", "add_options"]
+
+
+class CannotStartError(Exception):
+    """The load test cannot start; the message says why and what to do."""
+
+
+class _Group(Protocol):
+    def add_argument(self, *names: str, **settings: Any) -> Any: ...
+
+
+class _Parser(_Group, Protocol):
+    def add_argument_group(self, title: str) -> Any: ...
+
+
+def add_options(parser: _Parser) -> None:
+    """Adds this load test's options to Locust's.
+
+    Args:
+        parser: Locust's parser; its arguments take two settings more than argparse's, ``env_var`` and ``is_secret``.
+    """
+    group: _Group = parser.add_argument_group("Server under test")
+    add = group.add_argument
+    add("--task", choices=sorted(TASKS), default="embed", help="endpoint to test (default: embed)")
+    add("--inputs-per-request", type=int, default=1, metavar="N", help="texts in a request (default: 1)")
+    add(
+        "--think-time-s",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="mean pause of a user after an answer, exponentially distributed (default: 0, a closed loop)",
+    )
+    add(
+        "--warm-up-s",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="requests count from so many seconds after all users run (default: 2)",
+    )
+    add(
+        "--request-timeout-s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="an answer that takes longer is an error (default: 30)",
+    )
+    add(
+        "--texts",
+        default="",
+        metavar="FILE",
+        help="texts to send, one per line, or JSON lines (default: docstrings of Python's standard library)",
+    )
+    add("--text-count", type=int, default=2000, metavar="N", help="how many different texts (default: 2000)")
+    add("--max-chars", type=int, default=2000, metavar="N", help="cut texts to this length (default: 2000)")
+    add("--seed", type=int, default=0, help="which texts, in which order (default: 0)")
+    add("--encoding-format", choices=("float", "base64"), default="float", help="for --task openai (default: float)")
+    add("--model", default="", help="model name for --task openai (default: the server's first)")
+    add("--mask-token", default="", help="for --task fill-mask (default: the server's own)")
+    add("--top-k", type=int, default=5, help="candidates for each mask with --task fill-mask (default: 5)")
+    # Not in the group: only the parser itself knows is_secret, which keeps the key out of the web interface.
+    parser.add_argument(
+        "--api-key", default="", env_var="LOADTEST_API_KEY", is_secret=True, help="sent as a bearer token"
+    )
+    group = parser.add_argument_group("Limits that decide the exit code (0 kept, 1 missed)")
+    add = group.add_argument
+    add("--slo-p95-ms", type=float, metavar="MS", help="95 %% of the right answers take at most that long")
+    add(
+        "--slo-error-rate",
+        type=float,
+        metavar="PART",
+        help="at most that part of the requests fails, 0 to 1; status 429 is counted apart, not as an error",
+    )
+    add(
+        "--slo-refused-rate",
+        type=float,
+        metavar="PART",
+        help="at most that part of the requests is refused with status 429, 0 to 1 (default: any)",
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options' values, checked. Names and units are those on the command line."""
+
+    task: str
+    inputs_per_request: int
+    think_time_s: float
+    warm_up_s: float
+    request_timeout_s: float
+    texts: str
+    text_count: int
+    max_chars: int
+    seed: int
+    encoding_format: str
+    model: str
+    mask_token: str
+    top_k: int
+    api_key: str
+    slo_p95_ms: float | None
+    slo_error_rate: float | None
+    slo_refused_rate: float | None
+
+    @classmethod
+    def from_namespace(cls, parsed: argparse.Namespace) -> Options:
+        """Checks what was given.
+
+        Args:
+            parsed: Result of the parser that `add_options` added to.
+
+        Raises:
+            CannotStartError: A value is out of range.
+        """
+        values = vars(parsed)
+        options = cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        for name, lowest in (
+            *(("inputs_per_request", 1), ("text_count", 1), ("max_chars", 1), ("top_k", 1)),
+            *(("think_time_s", 0), ("warm_up_s", 0)),
+        ):
+            if not values[name] >= lowest:
+                raise CannotStartError(f"{_flag(name)}: expected at least {lowest}, got {values[name]:g}")
+        for name in ("request_timeout_s", "slo_p95_ms"):
+            if values[name] is not None and not values[name] > 0:
+                raise CannotStartError(f"{_flag(name)}: expected more than 0, got {values[name]:g}")
+        for name in ("slo_error_rate", "slo_refused_rate"):
+            if values[name] is not None and not 0 <= values[name] <= 1:
+                raise CannotStartError(f"{_flag(name)}: expected between 0 and 1, such as 0.01, got {values[name]:g}")
+        run_time_s = values.get("run_time")
+        if run_time_s and run_time_s <= options.warm_up_s:
+            raise CannotStartError(
+                f"the run of {run_time_s:g} s (-t) ends within its warm-up of {options.warm_up_s:g} s: make it longer "
+                "or lower --warm-up-s"
+            )
+        return options
+
+    @property
+    def objectives(self) -> Objectives:
+        """The limits."""
+        return Objectives(self.slo_p95_ms, self.slo_error_rate, self.slo_refused_rate)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of every request."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        return headers
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,118 @@
+"""Questions to a server before a load test: is it there, is it ready, what is its model?"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import urlsplit
+
+from loadtest.options import CannotStartError, Options
+from loadtest.tasks import InvalidResponseError, Task, Traits
+
+__all__ = ["check_host", "check_server", "learn_traits"]
+
+
+class _Probe:
+    """Sends single requests. A proxy from the environment is not used, since the load does not use one either."""
+
+    def __init__(self, host: str, headers: dict[str, str], timeout_s: float) -> None:
+        self.host = host
+        self.headers = headers
+        self.timeout_s = timeout_s
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Sends POST with a body, GET without, and returns status and body of the answer.
+
+        Raises:
+            CannotStartError: No answer.
+        """
+        request = urllib.request.Request(self.host + path, data=body, headers=self.headers)
+        try:
+            with self.opener.open(request, timeout=self.timeout_s) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", None) or error
+            raise CannotStartError(
+                f"no answer from {self.host}{path}: {reason}. Is the server running, and is --host right?"
+            ) from error
+
+    def ask_json(self, path: str) -> dict[str, Any]:
+        """Sends GET; an answer that is not a JSON object counts as an empty one."""
+        status, content = self.ask(path)
+        try:
+            answer = json.loads(content) if status == 200 else {}
+        except ValueError:
+            return {}
+        return answer if isinstance(answer, dict) else {}
+
+
+def check_host(host: str | None) -> str:
+    """Looks at an address.
+
+    Returns:
+        The host without a slash at its end.
+
+    Raises:
+        CannotStartError: There is none, or it is not a URL.
+    """
+    if not host:
+        raise CannotStartError("no server to test: pass --host, for example --host http://127.0.0.1:8000")
+    try:
+        parts = urlsplit(host)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise CannotStartError(f"--host: expected a URL such as http://127.0.0.1:8000, got {host!r}")
+    return host.rstrip("/")
+
+
+def check_server(host: str, options: Options) -> None:
+    """Stops unless a server answers and is ready. One without ``/ready`` (it answers 404) is taken as ready.
+
+    Raises:
+        CannotStartError: No answer, or a server that says it is not ready.
+    """
+    status, _ = _Probe(host, options.headers, min(5.0, options.request_timeout_s)).ask("/ready")
+    if status == 503:
+        raise CannotStartError(f"the server at {host} is not ready (GET /ready answers 503): wait until it is")
+
+
+def learn_traits(host: str, options: Options, task: Task) -> Traits:
+    """Asks the server what its model is, and tries the endpoint once.
+
+    Raises:
+        CannotStartError: The endpoint is not there, or does not answer rightly.
+    """
+    probe = _Probe(host, options.headers, options.request_timeout_s)
+    traits = Traits(options.model, options.mask_token or None, None, options.encoding_format, options.top_k)
+    models = probe.ask_json("/v1/models").get("data")
+    first = models[0] if isinstance(models, list) and models and isinstance(models[0], dict) else {}
+    traits.model = traits.model or str(first.get("id", ""))
+    text = "a text"
+    if task.needs_mask:
+        traits.mask_token = traits.mask_token or first.get("mask_token")
+        if not isinstance(traits.mask_token, str):
+            raise CannotStartError(
+                f"the server at {host} tells no mask token (GET /v1/models): pass it, as in --mask-token '[MASK]'"
+            )
+        text = f"a {traits.mask_token} text"
+    status, content = probe.ask(task.path, task.body([text], traits))
+    if status in (404, 405):
+        raise CannotStartError(f"the server at {host} has no {task.path} (status {status}): choose another --task")
+    # A server that is full already is what a load test may well meet.
+    if status != 429:
+        if status != 200:
+            start = content[:200].decode("utf-8", "replace")
+            raise CannotStartError(f"the server at {host} does not answer POST {task.path}: status {status}, {start}")
+        try:
+            task.validate(content, 1, traits)
+        except InvalidResponseError as error:
+            raise CannotStartError(f"the server at {host} answers POST {task.path} wrongly: {error}") from error
+    return traits

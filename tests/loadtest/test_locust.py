@@ -1,0 +1,245 @@
+"""Real Locust runs in processes of their own, against a server that behaves as it is told."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from stub_server import DIMENSION, OWN_TEXTS, ROOT, Run, Stub, free_port, start_locust
+
+from loadtest.tasks import TASKS
+
+Locust = Callable[..., Run]
+
+
+def aggregated(run: Run) -> dict[str, str]:
+    """The last line of Locust's table of requests."""
+    with (run.folder / "out_stats.csv").open(encoding="utf-8") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["Name"] == "Aggregated")
+    return row
+
+
+def test_limits_kept_and_true_numbers(locust: Locust, stub: Stub) -> None:
+    stub.delay_s = 0.05
+    stub.headers = {"Server-Timing": "tokenize;dur=0.5, queue;dur=4, infer;dur=40"}
+    run = locust(stub.host, "--slo-p95-ms", "1000", "--slo-error-rate", "0", texts=())
+    assert run.code == 0, run.output
+    summary = run.summary
+    counted = summary["requests"]
+    # Four users in a closed loop of at least 50 ms: no more than 80 requests/s can be true.
+    assert 0 < summary["requests_per_s"] <= 80
+    assert counted <= 80 * summary["measured_s"] + 4
+    assert summary["latency_ms"]["p50"] >= 50
+    assert summary["latency_ms"]["p50"] <= summary["latency_ms"]["p95"] <= summary["latency_ms"]["max"]
+    assert summary["tokens_per_s"] == pytest.approx(7 * summary["requests_per_s"])
+    assert summary["server_ms"]["infer"] == {"mean": pytest.approx(40), "p50": 40, "p95": 40}
+    # The warm-up of 0.3 s was served but does not count; nothing else is missing, not even the last requests.
+    warm_up = stub.served[200] - counted
+    assert 4 <= warm_up <= 4 * (0.3 / 0.05 + 2)
+    row = aggregated(run)
+    assert int(row["Request Count"]) == counted
+    assert int(row["Failure Count"]) == 0
+    assert float(row["Requests/s"]) == pytest.approx(summary["requests_per_s"], rel=0.1)
+    assert float(row["Average Response Time"]) == pytest.approx(summary["latency_ms"]["mean"])
+    (html,) = (row for row in run.html_rows if row["name"] == "Aggregated")
+    assert html["num_requests"] == counted
+    assert html["response_time_percentile_0.95"] == pytest.approx(summary["latency_ms"]["p95"], rel=0.05)
+    assert "kept       p95" in run.output
+    assert f"{counted} right, 0 refused (429), 0 errors" in run.output
+    # Real text, of many lengths.
+    assert len({len(text) for text in stub.texts}) > 10
+
+
+def test_slow_server_misses_the_latency_limit(locust: Locust, stub: Stub) -> None:
+    # One request in ten is slow: the median is fine, the 95th percentile is not.
+    stub.delay_of = lambda number: 0.15 if number % 10 == 0 else 0.01
+    run = locust(stub.host, "--slo-p95-ms", "100")
+    assert run.code == 1, run.output
+    assert "MISSED     p95" in run.output
+    assert run.summary["latency_ms"]["p50"] < 100 < run.summary["latency_ms"]["p95"]
+    assert run.summary["kept"] is False
+
+
+@pytest.mark.parametrize(("limit", "code"), [("0.5", 0), ("0.01", 1)])
+def test_errors_and_refusals_are_counted_apart(locust: Locust, stub: Stub, limit: str, code: int) -> None:
+    stub.delay_s = 0.005
+    stub.headers = {"Retry-After": "0"}
+    stub.status = lambda number: 500 if number % 5 == 0 else 429 if number % 5 in (1, 2) else 200
+    run = locust(stub.host, "--slo-error-rate", limit)
+    assert run.code == code, run.output
+    summary = run.summary
+    # Of each five requests one fails and two are refused; users in flight at both ends blur it a little.
+    assert summary["error_rate"] == pytest.approx(0.2, abs=0.05)
+    assert summary["refused_rate"] == pytest.approx(0.4, abs=0.05)
+    row = aggregated(run)
+    assert int(row["Request Count"]) == summary["requests"]
+    assert int(row["Failure Count"]) == summary["errors"] + summary["refused"]
+    with (run.folder / "out_failures.csv").open(encoding="utf-8") as file:
+        failures = {line["Error"]: int(line["Occurrences"]) for line in csv.DictReader(file)}
+    assert sum(count for error, count in failures.items() if "429" in error) == summary["refused"]
+    assert sum(count for error, count in failures.items() if "500" in error) == summary["errors"]
+
+
+def test_refusals_alone_keep_the_error_limit_but_not_their_own(locust: Locust, stub: Stub) -> None:
+    stub.headers = {"Retry-After": "0"}
+    stub.delay_s = 0.005
+    stub.status = lambda number: 429 if number % 2 else 200
+    run = locust(stub.host, "--slo-error-rate", "0", "--slo-refused-rate", "0.1")
+    assert run.code == 1, run.output
+    assert "kept       error rate 0 %" in run.output
+    assert "MISSED     refused (429) rate" in run.output
+
+
+def test_wrong_answers_are_errors(locust: Locust, stub: Stub) -> None:
+    def shorter(path: str, body: dict[str, Any]) -> Any:
+        return {"embeddings": [[0.5] * (DIMENSION - 1)], "usage": {"tokens": 3}}
+
+    stub.answer = shorter
+    stub.delay_s = 0.005
+    run = locust(stub.host)
+    assert run.code == 1, run.output
+    assert run.summary["good"] == 0
+    assert run.summary["errors"] > 0
+    assert f"expected an embedding of {DIMENSION} numbers, got {DIMENSION - 1}" in run.output
+    assert "none was answered rightly" in run.output
+
+
+def test_answers_that_never_come_are_errors(locust: Locust, stub: Stub) -> None:
+    stub.delay_of = lambda number: 3.0 if number % 4 == 0 else 0.01
+    run = locust(stub.host, "--request-timeout-s", "0.5", "--slo-p95-ms", "400", "--slo-error-rate", "0")
+    assert run.code == 1, run.output
+    assert run.summary["errors"] > 0
+    assert run.summary["latency_ms"]["max"] < 500
+    assert "MISSED     error rate" in run.output
+
+
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"embed"}))
+def test_other_endpoints(locust: Locust, stub: Stub, task: str) -> None:
+    stub.delay_s = 0.005
+    arguments = ["--encoding-format", "base64"] if task == "openai" else []
+    run = locust(stub.host, "--task", task, "--inputs-per-request", "3", "--slo-error-rate", "0", *arguments)
+    assert run.code == 0, run.output
+    assert run.summary["path"] == TASKS[task].path
+    assert run.summary["texts_per_s"] == pytest.approx(3 * run.summary["requests_per_s"])
+
+
+def test_think_time_and_own_texts(locust: Locust, stub: Stub) -> None:
+    file = ROOT / "LICENSE"
+    run = locust(stub.host, "--think-time-s", "0.1", "--texts", str(file), "--max-chars", "20")
+    assert run.code == 0, run.output
+    # Four users that pause 0.1 s on average: about 40 requests/s, and never the thousands of a closed loop.
+    assert 10 < run.summary["requests_per_s"] < 80
+    lines = {line.strip()[:20] for line in file.read_text(encoding="utf-8").splitlines()}
+    assert set(stub.texts) <= lines
+
+
+def test_server_not_running() -> None:
+    host = f"http://127.0.0.1:{free_port()}"
+    process = start_locust("--host", host, "--headless", "-u", "1", "-t", "5s", *OWN_TEXTS)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert f"loadtest: no answer from {host}/ready" in output
+    assert "Is the server running, and is --host right?" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no server to test: pass --host"),
+        (["--host", "127.0.0.1:8000"], "expected a URL such as http://127.0.0.1:8000"),
+        (
+            ["--host", "HOST", "--task", "predict", "--inputs-per-request", "0"],
+            "--inputs-per-request: expected at least 1",
+        ),
+        (["--host", "HOST", "--slo-error-rate", "5"], "--slo-error-rate: expected between 0 and 1"),
+        (["--host", "HOST", "--slo-p95-ms", "0"], "--slo-p95-ms: expected more than 0"),
+        (["--host", "HOST", "--warm-up-s", "5"], "ends within its warm-up"),
+        (["--host", "HOST", "--texts", "missing.txt"], "cannot read texts from missing.txt"),
+    ],
+)
+def test_impossible_settings_are_refused(stub: Stub, arguments: list[str], message: str) -> None:
+    arguments = [stub.host if argument == "HOST" else argument for argument in arguments]
+    process = start_locust("--headless", "-u", "1", "-t", "3s", *OWN_TEXTS, *arguments)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert message in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("ready", 503, "is not ready"),
+        ("paths", frozenset({"/embed"}), "has no /predict (status 404): choose another --task"),
+        ("paths", frozenset({"/predict"}), "none"),
+    ],
+)
+def test_server_is_looked_at_first(locust: Locust, stub: Stub, attribute: str, value: Any, message: str) -> None:
+    stub.delay_s = 0.01
+    setattr(stub, attribute, value)
+    run = locust(stub.host, "--task", "predict")
+    assert "Traceback" not in run.output
+    if message == "none":
+        assert run.code == 0, run.output
+    else:
+        assert run.code == 2, run.output
+        assert message in run.output
+        assert not stub.texts
+
+
+@pytest.mark.parametrize(("limit_ms", "code"), [("1000", 0), ("20", 1)])
+def test_master_alone_judges(stub: Stub, tmp_path: Any, limit_ms: str, code: int) -> None:
+    stub.delay_s = 0.05
+    port = str(free_port())
+    workers = [
+        start_locust("--worker", "--master-host", "127.0.0.1", "--master-port", port, *OWN_TEXTS) for _ in range(2)
+    ]
+    master = start_locust(
+        *("--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--expect-workers", "2"),
+        *("--host", stub.host, "--headless", "-u", "4", "-r", "100", "-t", "5s", "--warm-up-s", "1", "--only-summary"),
+        *("--csv", str(tmp_path / "out"), "--html", str(tmp_path / "report.html"), "--slo-p95-ms", limit_ms),
+        *OWN_TEXTS,
+    )
+    processes = [master, *workers]
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert master.returncode == code, outputs[0]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    verdict = "kept       p95" if code == 0 else "MISSED     p95"
+
+    assert [output.count(verdict) for output in outputs] == [1, 0, 0]
+    run = Run(master.returncode, outputs[0], tmp_path)
+    assert 0 < run.summary["requests_per_s"] <= 80
+    assert run.summary["errors"] == 0
+    # Both workers' requests, and those of the last moment: nothing but the warm-up is missing.
+    assert int(aggregated(run)["Request Count"]) == run.summary["requests"]
+    assert 0 < run.summary["requests"] <= stub.served[200]
+    assert run.summary["requests"] == pytest.approx(run.summary["measured_s"] * run.summary["requests_per_s"], rel=1e-3)
+
+
+def test_interrupt_still_gives_a_verdict(stub: Stub) -> None:
+    stub.delay_s = 0.02
+    process = start_locust(
+        *("--host", stub.host, "--headless", "-u", "2", "-r", "10", "--warm-up-s", "0", "--slo-p95-ms", "1"),
+        *OWN_TEXTS,
+    )
+    deadline_s = time.monotonic() + 30
+    while stub.served[200] < 20 and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    try:
+        output, _ = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 1, output
+    assert "MISSED     p95" in output
