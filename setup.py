@@ -196,8 +196,15 @@ setuptools.setup(
             include_dirs=[str(ROOT / CSRC / "compat"), str(ROOT / CSRC), *include_paths()],
             extra_compile_args={
                 "cxx": [
-                    *("-O3", "-std=c++20", "-ffp-contract=fast", "-g0", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
-                    *("-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra", "-Wno-unused-parameter"),
+                    *("-O3", "-std=c++20", "-ffp-contract=fast", "-g0", "-fvisibility=hidden"),
+                    *(
+                        "-fvisibility-inlines-hidden",
+                        "-ffunction-sections",
+                        "-fdata-sections",
+                        "-Wall",
+                        "-Wextra",
+                        "-Wno-unused-parameter",
+                    ),
                     f"-ffile-prefix-map={ROOT}/=",  # Messages name files relative to the checkout.
                     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
                 ]

@@ -90,10 +90,10 @@ def linear(
     out_dtype: torch.dtype | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ weight.T + bias) + residual``, with bf16 products and fp32 sums.
+    """``activation(x @ weight.T + bias) + residual``, with products of bf16 and sums in fp32.
 
     Args:
-        x: fp32 or bf16 ``[..., K]``; fp32 is rounded to bf16 while it is read.
+        x: fp32 or bf16 ``[..., K]``; fp32 is rounded to bf16 while it is read, where products are computed in bf16.
         packed: the weight ``[N, K]``, from :func:`pack_linear_weight`.
         bias: fp32 or bf16 ``[N]``.
         activation: applied in fp32, before rounding: ``none``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``tanh``,
@@ -238,13 +238,11 @@ def _check_inference_only(op: str, **tensors: Tensor | None) -> None:
             )
 
 
-def _is_opaque(packed: Tensor) -> bool:
-    # A mkldnn weight is [N, K] of bf16 to a fake tensor; what the library packs itself is bytes, and does not show K.
-    return packed.dtype == torch.uint8
-
-
-def _packs_with_mkldnn() -> bool:
-    return bool(isa_report()["isa"] == "onednn")
+def _check_packed(op: str, packed: Tensor) -> None:
+    _check(
+        packed.dim() == 2 and packed.dtype == torch.uint8,
+        f"{op}: expected a weight packed by torch_ext::pack_linear_weight, got {packed.dtype} {list(packed.shape)}",
+    )
 
 
 @_fake("pack_linear_weight")
@@ -252,16 +250,15 @@ def _(weight: Tensor) -> Tensor:
     _check_inference_only("pack_linear_weight", weight=weight)
     _check(weight.dim() == 2, f"pack_linear_weight: expected a weight [N, K], got {weight.dim()} dimensions")
     _check(weight.dtype in _FLOATS, f"pack_linear_weight: expected fp32 or bf16, got {weight.dtype}")
-    if _packs_with_mkldnn():
-        return weight.new_empty(weight.shape, dtype=torch.bfloat16)
+    # How many bytes depends on the CPU that packs.
     row_bytes = torch.library.get_ctx().new_dynamic_size()
     return weight.new_empty((weight.shape[0], row_bytes), dtype=torch.uint8)
 
 
 @_fake("unpack_linear_weight")
 def _(packed: Tensor) -> Tensor:
-    _check(packed.dim() == 2, f"unpack_linear_weight: expected a packed weight, got {packed.dim()} dimensions")
-    columns = torch.library.get_ctx().new_dynamic_size() if _is_opaque(packed) else packed.shape[1]
+    _check_packed("unpack_linear_weight", packed)
+    columns = torch.library.get_ctx().new_dynamic_size()  # Only the header of a real tensor tells.
     return packed.new_empty((packed.shape[0], columns), dtype=torch.bfloat16)
 
 
@@ -277,16 +274,10 @@ def _(
     _check_inference_only("linear", x=x, bias=bias, residual=residual)
     _check(x.dtype in _FLOATS, f"linear: expected x of fp32 or bf16, got {x.dtype}")
     _check(x.dim() >= 1, "linear: expected x [..., K], got a scalar")
-    _check(packed.dim() == 2, f"linear: expected a packed weight, got {packed.dim()} dimensions")
+    _check_packed("linear", packed)
     _check(activation in ACTIVATIONS, f"linear: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     _check(out_dtype is None or out_dtype in _FLOATS, f"linear: expected out_dtype fp32 or bf16, got {out_dtype}")
     rows = packed.shape[0]
-    if not _is_opaque(packed):
-        _check(
-            x.shape[-1] == packed.shape[1],
-            f"linear: expected x with K={packed.shape[1]} (packed weight is {rows}x{packed.shape[1]}), got "
-            f"{x.shape[-1]}",
-        )
     _check(
         bias is None or (bias.dim() == 1 and bias.shape[0] == rows),
         f"linear: expected bias [{rows}], got {list(bias.shape) if bias is not None else None}",
