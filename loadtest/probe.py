@@ -13,6 +13,9 @@ from loadtest.tasks import InvalidResponseError, Task, Traits
 
 __all__ = ["check_host", "check_server", "learn_traits"]
 
+MASK_TOKENS = ("[MASK]", "<mask>")
+"""Those of the BERT and of the RoBERTa family, for a server that does not tell its own."""
+
 
 class _Probe:
     """Sends single requests. A proxy from the environment is not used, since the load does not use one either."""
@@ -84,6 +87,13 @@ def check_server(host: str, options: Options) -> None:
         raise CannotStartError(f"the server at {host} is not ready (GET /ready answers 503): wait until it is")
 
 
+def _mask_tokens(task: Task, known: Any) -> tuple[str | None, ...]:
+    """The mask tokens to try: a text without the model's own is refused with status 422."""
+    if not task.needs_mask:
+        return (None,)
+    return (str(known),) if known else MASK_TOKENS
+
+
 def learn_traits(host: str, options: Options, task: Task) -> Traits:
     """Asks the server what its model is, and tries the endpoint once.
 
@@ -95,15 +105,13 @@ def learn_traits(host: str, options: Options, task: Task) -> Traits:
     models = probe.ask_json("/v1/models").get("data")
     first = models[0] if isinstance(models, list) and models and isinstance(models[0], dict) else {}
     traits.model = traits.model or str(first.get("id", ""))
-    text = "a text"
-    if task.needs_mask:
-        traits.mask_token = traits.mask_token or first.get("mask_token")
-        if not isinstance(traits.mask_token, str):
-            raise CannotStartError(
-                f"the server at {host} tells no mask token (GET /v1/models): pass it, as in --mask-token '[MASK]'"
-            )
-        text = f"a {traits.mask_token} text"
-    status, content = probe.ask(task.path, task.body([text], traits))
+    status, content = 0, b""
+    for mask_token in _mask_tokens(task, traits.mask_token or first.get("mask_token")):
+        traits.mask_token = mask_token
+        text = f"a {mask_token} text" if task.needs_mask else "a text"
+        status, content = probe.ask(task.path, task.body([text], traits))
+        if status != 422:
+            break
     if status in (404, 405):
         raise CannotStartError(f"the server at {host} has no {task.path} (status {status}): choose another --task")
     # A server that is full already is what a load test may well meet.
