@@ -1,4 +1,6 @@
 // Row kernels and fp32 matrix kernels for aarch64 with Advanced SIMD, which every aarch64 server CPU has.
+#include <type_traits>
+
 #include "kernels/vec_kernels.h"
 
 #if defined(__aarch64__)

@@ -128,30 +128,31 @@ void gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla(size_t steps, const void* lhs, con
 #undef STORE_ROW_PAIR
 
 // Few rows: `kPairs` row pairs need 6 * kPairs accumulators, which leaves registers for the compiler. With one pair,
-// two steps are kept apart (kSets) because six accumulators do not hide the latency of BFMMLA.
-template <size_t kPairs, size_t kSets>
+// two steps are kept apart (kSets) because six accumulators do not hide the latency of BFMMLA. `kUnroll` steps make one
+// turn of the loop.
+template <size_t kPairs, size_t kSets, size_t kUnroll>
 inline __attribute__((always_inline)) void few_rows(size_t steps, const void* lhs_block, const void* rhs_panel,
                                                     float* tile) {
   const bfloat16_t* lhs = static_cast<const bfloat16_t*>(lhs_block);
   const bfloat16_t* rhs = static_cast<const bfloat16_t*>(rhs_panel);
   float32x4_t acc[kSets][kPairs][kPanelPairs] = {};
   size_t s = steps;
-  for (; s >= kSets; s -= kSets) {
-#pragma GCC unroll 2
-    for (size_t set = 0; set < kSets; ++set) {
+  for (; s >= kUnroll; s -= kUnroll) {
+#pragma GCC unroll 4
+    for (size_t u = 0; u < kUnroll; ++u) {
 #pragma GCC unroll 6
       for (size_t j = 0; j < kPanelPairs; ++j) {
-        const bfloat16x8_t b = vld1q_bf16(rhs + (set * kPanelPairs + j) * 8);
+        const bfloat16x8_t b = vld1q_bf16(rhs + (u * kPanelPairs + j) * 8);
 #pragma GCC unroll 3
         for (size_t i = 0; i < kPairs; ++i) {
-          acc[set][i][j] = vbfmmlaq_f32(acc[set][i][j], vld1q_bf16(lhs + (set * kPairs + i) * 8), b);
+          acc[u % kSets][i][j] = vbfmmlaq_f32(acc[u % kSets][i][j], vld1q_bf16(lhs + (u * kPairs + i) * 8), b);
         }
       }
     }
-    lhs += kSets * kPairs * 8;
-    rhs += kSets * kPanelPairs * 8;
+    lhs += kUnroll * kPairs * 8;
+    rhs += kUnroll * kPanelPairs * 8;
   }
-  if (kSets > 1 && s != 0) {
+  for (; s != 0; --s) {
 #pragma GCC unroll 6
     for (size_t j = 0; j < kPanelPairs; ++j) {
 #pragma GCC unroll 3
@@ -159,6 +160,8 @@ inline __attribute__((always_inline)) void few_rows(size_t steps, const void* lh
         acc[0][i][j] = vbfmmlaq_f32(acc[0][i][j], vld1q_bf16(lhs + i * 8), vld1q_bf16(rhs + j * 8));
       }
     }
+    lhs += kPairs * 8;
+    rhs += kPanelPairs * 8;
   }
 #pragma GCC unroll 3
   for (size_t i = 0; i < kPairs; ++i) {
@@ -177,15 +180,15 @@ inline __attribute__((always_inline)) void few_rows(size_t steps, const void* lh
 }
 
 void gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
-  few_rows<1, 2>(steps, lhs, rhs, tile);
+  few_rows<1, 2, 4>(steps, lhs, rhs, tile);
 }
 
 void gemm_f32_bf16_bf16p12x4_4x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
-  few_rows<2, 1>(steps, lhs, rhs, tile);
+  few_rows<2, 1, 2>(steps, lhs, rhs, tile);
 }
 
 void gemm_f32_bf16_bf16p12x4_6x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
-  few_rows<3, 1>(steps, lhs, rhs, tile);
+  few_rows<3, 1, 2>(steps, lhs, rhs, tile);
 }
 
 // ---- packers ------------------------------------------------------------------------------------------------------

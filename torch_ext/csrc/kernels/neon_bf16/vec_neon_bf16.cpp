@@ -1,4 +1,6 @@
 // Row kernels and fp32 matrix kernels for aarch64 with FEAT_BF16: those of NEON with the hardware's rounding to bf16.
+#include <type_traits>
+
 #include "kernels/vec_kernels.h"
 
 #if defined(__aarch64__)

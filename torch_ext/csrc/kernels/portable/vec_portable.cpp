@@ -1,5 +1,7 @@
 // Row kernels and fp32 matrix kernels for every CPU, in the compilers' vector extensions alone: what the other instances are
 // compared with.
+#include <type_traits>
+
 #include "kernels/vec_kernels.h"
 
 #include "cpu_features.h"

@@ -12,43 +12,73 @@ TORCH_EXT_INLINE vf activate(vf x) {
   return x;
 }
 
-template <typename T>
-TORCH_EXT_INLINE vf residual_vector(const void* residual, size_t at) {
-  return Io<T>::get(static_cast<const T*>(residual) + at);
+// One vector of columns for all rows: bias and the constants of the activation stay in registers. `Residual` is void
+// where there is none.
+template <Activation kAct, typename Out, typename Residual>
+static void store_columns(const float* tile, size_t ld_tile, size_t rows, vf bias, const Residual* residual,
+                          size_t ld_residual, Out* out, size_t ld_out) {
+  for (size_t i = 0; i < rows; ++i) {
+    vf v = activate<kAct>(load(tile) + bias);
+    if constexpr (!std::is_void_v<Residual>) {
+      v = v + Io<Residual>::get(residual);
+      residual += ld_residual;
+    }
+    Io<Out>::put(out, v);
+    tile += ld_tile;
+    out += ld_out;
+  }
+}
+
+// The same for the last n < kWidth columns.
+template <Activation kAct, typename Out, typename Residual>
+static void store_last_columns(const float* tile, size_t ld_tile, size_t rows, vf bias, const Residual* residual,
+                               size_t ld_residual, Out* out, size_t ld_out, size_t n) {
+  for (size_t i = 0; i < rows; ++i) {
+    vf v = activate<kAct>(get_n(tile, n) + bias);
+    if constexpr (!std::is_void_v<Residual>) {
+      v = v + get_n(residual, n);
+      residual += ld_residual;
+    }
+    put_n(out, v, n);
+    tile += ld_tile;
+    out += ld_out;
+  }
+}
+
+template <Activation kAct, typename Out, typename Residual>
+static void store_tile_as(const float* tile, size_t ld_tile, size_t rows, size_t cols, const Epilogue& ep, size_t row0,
+                          size_t col0) {
+  const float* const bias = ep.bias ? ep.bias + col0 : nullptr;
+  Out* const out = static_cast<Out*>(ep.out) + row0 * ep.ld_out + col0;
+  const Residual* residual = nullptr;
+  if constexpr (!std::is_void_v<Residual>) {
+    residual = static_cast<const Residual*>(ep.residual) + row0 * ep.ld_residual + col0;
+  }
+  const auto residual_at = [&](size_t j) -> const Residual* {
+    if constexpr (std::is_void_v<Residual>) return nullptr;
+    else return residual + j;
+  };
+  size_t j = 0;
+  for (; j + kWidth <= cols; j += kWidth) {
+    store_columns<kAct>(tile + j, ld_tile, rows, bias ? load(bias + j) : splat(0.0f), residual_at(j), ep.ld_residual,
+                        out + j, ep.ld_out);
+  }
+  if (j < cols) {
+    const size_t n = cols - j;
+    store_last_columns<kAct>(tile + j, ld_tile, rows, bias ? get_n(bias + j, n) : splat(0.0f), residual_at(j),
+                             ep.ld_residual, out + j, ep.ld_out, n);
+  }
 }
 
 template <Activation kAct, typename Out>
-static void store_tile_as(const float* tile, size_t ld_tile, size_t rows, size_t cols, const Epilogue& ep, size_t row0,
+static void store_tile_to(const float* tile, size_t ld_tile, size_t rows, size_t cols, const Epilogue& ep, size_t row0,
                           size_t col0) {
-  const float* bias = ep.bias ? ep.bias + col0 : nullptr;
-  Out* const out = static_cast<Out*>(ep.out) + row0 * ep.ld_out + col0;
-  const size_t residual_at = row0 * ep.ld_residual + col0;
-  for (size_t i = 0; i < rows; ++i) {
-    const float* t = tile + i * ld_tile;
-    Out* const o = out + i * ep.ld_out;
-    const size_t r = residual_at + i * ep.ld_residual;
-    size_t j = 0;
-    for (; j + kWidth <= cols; j += kWidth) {
-      vf v = load(t + j);
-      if (bias) v = v + load(bias + j);
-      v = activate<kAct>(v);
-      if (ep.residual) {
-        v = v + (ep.residual_type == DType::kF32 ? residual_vector<float>(ep.residual, r + j)
-                                                 : residual_vector<uint16_t>(ep.residual, r + j));
-      }
-      Io<Out>::put(o + j, v);
-    }
-    if (j < cols) {
-      const size_t n = cols - j;
-      vf v = get_n(t + j, n);
-      if (bias) v = v + get_n(bias + j, n);
-      v = activate<kAct>(v);
-      if (ep.residual) {
-        v = v + (ep.residual_type == DType::kF32 ? get_n(static_cast<const float*>(ep.residual) + r + j, n)
-                                                 : get_n(static_cast<const uint16_t*>(ep.residual) + r + j, n));
-      }
-      put_n(o + j, v, n);
-    }
+  if (!ep.residual) {
+    store_tile_as<kAct, Out, void>(tile, ld_tile, rows, cols, ep, row0, col0);
+  } else if (ep.residual_type == DType::kF32) {
+    store_tile_as<kAct, Out, float>(tile, ld_tile, rows, cols, ep, row0, col0);
+  } else {
+    store_tile_as<kAct, Out, uint16_t>(tile, ld_tile, rows, cols, ep, row0, col0);
   }
 }
 
@@ -56,9 +86,9 @@ template <Activation kAct>
 static void store_tile(const float* tile, size_t ld_tile, size_t rows, size_t cols, const Epilogue& ep, size_t row0,
                        size_t col0) {
   if (ep.out_type == DType::kF32) {
-    store_tile_as<kAct, float>(tile, ld_tile, rows, cols, ep, row0, col0);
+    store_tile_to<kAct, float>(tile, ld_tile, rows, cols, ep, row0, col0);
   } else {
-    store_tile_as<kAct, uint16_t>(tile, ld_tile, rows, cols, ep, row0, col0);
+    store_tile_to<kAct, uint16_t>(tile, ld_tile, rows, cols, ep, row0, col0);
   }
 }
 

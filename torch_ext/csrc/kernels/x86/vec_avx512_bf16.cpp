@@ -1,4 +1,6 @@
 // Row kernels and fp32 matrix kernels for x86-64 with AVX-512 BF16: those of AVX-512 with the hardware's rounding to bf16.
+#include <type_traits>
+
 #include "kernels/vec_kernels.h"
 
 #if defined(__x86_64__)
