@@ -169,7 +169,9 @@ Tensor linear_onednn(const LinearCall& call, const Packed& packed) {
                                      ? call.x
                                      : stable::to(call.x, ScalarType::BFloat16));
   const Tensor weight = opaque_view(packed);
-  const Tensor* const bias = call.bias ? &*call.bias : nullptr;
+  std::optional<Tensor> adjacent_bias;  // PyTorch's fused linear does not look at strides
+  if (call.bias) adjacent_bias = as_contiguous(*call.bias);
+  const Tensor* const bias = adjacent_bias ? &*adjacent_bias : nullptr;
   // PyTorch fuses a residual where everything, the bias too, is bf16.
   const bool fuse_residual = call.residual && call.activation == Activation::kNone &&
                              call.out_type == DType::kBF16 &&
