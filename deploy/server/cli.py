@@ -214,7 +214,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     def load() -> Engine:
         nonlocal isa
-        engine, isa = load_engine(manifest, variant, threads, tokenizer.token)
+        engine, isa = load_engine(manifest, variant, threads, tokenizer.token, settings.max_batch_tokens)
         return engine
 
     def announce() -> None:

@@ -8,6 +8,7 @@ engine is made, on the engine thread, and only the one that is needed.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ __all__ = ["EmbedOptions", "FillMaskOptions", "OnnxEngine", "TorchEngine", "load
 PADDING_BOUND = 1.15
 """ONNX Runtime: texts of a batch run together while padding adds at most 15 % to their tokens. It gains nothing from
 larger batches (fp32 on 2 cores: 116 texts/s one by one, 108 in sorted batches of 32), so padding is what to avoid."""
+
+WARM_UP_S = 2.0
+"""Most time that start-up spends on running every bucket once."""
 
 LOGITS_BYTES = 128 << 20
 """Fill-mask: most memory that one call may spend on logits over the vocabulary."""
@@ -53,8 +57,26 @@ class FillMaskOptions:
     top_k: int
 
 
+def bucket(tokens: int) -> int:
+    """The number of tokens that a batch is filled up to where shapes cost.
+
+    oneDNN makes code for every new number of rows: 10 to 30 ms of CPU and some MB each, as much as running the batch,
+    and it keeps up to 1024 of them. Rounded up to a multiple of 32, above 512 to an eighth of a power of two, batches
+    have few different sizes, for 4 % more tokens on average.
+
+    Args:
+        tokens: Tokens of a batch, from 1.
+    """
+    step = max(32, (1 << (tokens - 1).bit_length()) // 16)
+    return -(-tokens // step) * step
+
+
 def load_engine(
-    manifest: Manifest, variant: Variant, threads: int, token_text: Callable[[int], str] = str
+    manifest: Manifest,
+    variant: Variant,
+    threads: int,
+    token_text: Callable[[int], str] = str,
+    max_batch_tokens: int = 0,
 ) -> tuple[Engine, str]:
     """Loads a variant of a bundle and runs it once.
 
@@ -63,6 +85,7 @@ def load_engine(
         variant: Which variant of it.
         threads: Threads of the engine.
         token_text: How a token id reads, for fill-mask.
+        max_batch_tokens: Largest batch to prepare for.
 
     Returns:
         The engine, and what runs it (an ISA of torch_ext, or the version of ONNX Runtime) for the start-up line.
@@ -81,6 +104,7 @@ def load_engine(
     special = [token.id for name in ("cls", "mask", "sep") if (token := manifest.special_tokens[name]) is not None]
     ids = np.array(special or [0], dtype=np.int64)
     engine.run([ids, ids[:-1] if len(ids) > 1 else ids], [EmbedOptions(True), EmbedOptions(True)])
+    engine.warm_up(max_batch_tokens)
     return engine, engine.isa
 
 
@@ -99,6 +123,9 @@ class _TaskEngine:
         self._token_text = functools.lru_cache(maxsize=1 << 16)(token_text)
         mask = manifest.special_tokens["mask"]
         self._mask_id = -1 if mask is None else mask.id
+
+    def warm_up(self, max_batch_tokens: int) -> None:
+        """Does once what would slow the first batches down."""
 
     def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
         """Runs a batch; see `batching.Engine`."""
@@ -191,13 +218,41 @@ class TorchEngine(_TaskEngine):
             if self._head is None:
                 raise BundleError(f"{path}: no head for {manifest.task} in this file; export the model again")
         self.isa = str(torch_ext.isa_report()["isa"])
+        # Only oneDNN makes code per shape; the kernels of torch_ext take any number of rows.
+        self._bucketed = self.isa == "onednn" and variant.dtype == "bf16"
+        pad = manifest.special_tokens["pad"]
+        assert pad is not None
+        self._pad_id = pad.id
+
+    def warm_up(self, max_batch_tokens: int) -> None:
+        """Runs batches of every size that oneDNN will see, shortest first, for `WARM_UP_S` at most."""
+        begun_s = time.monotonic()
+        size = 0
+        while self._bucketed and size < max_batch_tokens and time.monotonic() - begun_s < WARM_UP_S:
+            size = bucket(size + 1)
+            self._encode(self._filler(size))
+
+    def _filler(self, tokens: int) -> list[NDArray[np.int64]]:
+        """Token ids of texts that nobody reads, with so many tokens in all; per text i64 [tokens]."""
+        longest = self._manifest.max_tokens
+        sizes = [longest] * (tokens // longest)
+        if tokens % longest:
+            sizes.append(tokens % longest)
+        return [np.full(size, self._pad_id, dtype=np.int64) for size in sizes]
 
     def _encode(self, ids: Sequence[NDArray[np.int64]]) -> tuple[Any, Any, NDArray[np.int32]]:
-        """Hidden states [tokens, hidden], cu_seqlens as a tensor and as an array, i32 [texts + 1]."""
-        bounds = np.zeros(len(ids) + 1, dtype=np.int32)
-        np.cumsum([len(text) for text in ids], out=bounds[1:])
+        """Hidden states [tokens, hidden], cu_seqlens as a tensor and as an array, i32 [texts + 1].
+
+        Where the number of tokens is rounded up, filler texts follow those of the batch in all three.
+        """
+        texts = list(ids)
+        if self._bucketed:
+            tokens = sum(map(len, ids))
+            texts += self._filler(bucket(tokens) - tokens)
+        bounds = np.zeros(len(texts) + 1, dtype=np.int32)
+        np.cumsum([len(text) for text in texts], out=bounds[1:])
         cu_seqlens = self._torch.from_numpy(bounds)
-        hidden = self._encoder(self._torch.from_numpy(np.concatenate(ids)), cu_seqlens)
+        hidden = self._encoder(self._torch.from_numpy(np.concatenate(texts)), cu_seqlens)
         return hidden, cu_seqlens, bounds
 
     def _embed(self, ids: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
@@ -205,12 +260,12 @@ class TorchEngine(_TaskEngine):
         pooling = self._manifest.pooling
         assert pooling is not None
         rows: NDArray[np.float32] = self._pool(hidden, cu_seqlens, mode=pooling.mode, normalize=False).numpy()
-        return rows
+        return rows[: len(ids)]
 
     def _classify(self, ids: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
         hidden, cu_seqlens, _ = self._encode(ids)
         assert self._head is not None
-        logits: NDArray[np.float32] = self._head(hidden, cu_seqlens[:-1].to(self._torch.int64)).numpy()
+        logits: NDArray[np.float32] = self._head(hidden, cu_seqlens[: len(ids)].to(self._torch.int64)).numpy()
         return logits
 
     def _fill(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:

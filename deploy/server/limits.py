@@ -45,7 +45,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     threads: int = 1
-    max_batch_tokens: int = 8192
+    max_batch_tokens: int = 2048
     max_queue_tokens: int = 262_144
     max_body_bytes: int = 4 << 20
     max_inputs: int = 1024
