@@ -1,0 +1,153 @@
+"""add_layer_norm, embed_layer_norm, pool."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import torch_ext
+from tests.ops import reference
+
+FLOATS = (torch.float32, torch.bfloat16)
+WIDTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64, 127, 384, 768)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_add_layer_norm(generator: torch.Generator, dtype: torch.dtype, with_residual: bool) -> None:
+    for rows, width, offset in [*((3, width, 0.0) for width in WIDTHS), (0, 8, 0.0), (1, 384, 0.0), (9, 384, 30.0)]:
+        x = (torch.randn(rows, width, generator=generator) + offset).to(dtype)
+        residual = torch.randn(rows, width, generator=generator).to(dtype) if with_residual else None
+        weight, bias = torch.randn(width, generator=generator), torch.randn(width, generator=generator)
+        actual = torch_ext.add_layer_norm(x, residual, weight, bias, 1e-5)
+        assert actual.dtype == dtype
+        reference.add_layer_norm(x, residual, weight, bias, 1e-5).check(actual, f"{rows}x{width}+{offset}")
+
+
+def test_add_layer_norm_strided(generator: torch.Generator) -> None:
+    base = torch.randn(40, 90, generator=generator)
+    weight, bias = torch.randn(80, generator=generator)[::2], torch.randn(40, generator=generator)
+    x, residual = base.T[:50], base.T[40:]
+    actual = torch_ext.add_layer_norm(x, residual, weight, bias, 1e-12)
+    reference.add_layer_norm(x, residual, weight, bias, 1e-12).check(actual, "strided")
+
+
+def test_constant_rows() -> None:
+    weight, bias = torch.full((16,), 2.0), torch.full((16,), 3.0)
+    assert torch.equal(torch_ext.add_layer_norm(torch.full((2, 16), 7.0), None, weight, bias, 1e-5), bias.expand(2, 16))
+
+
+def test_add_layer_norm_errors() -> None:
+    x, ones = torch.ones(3, 8), torch.ones(8)
+    for match, arguments in (
+        (r"expected x \[T, H\]", (ones, None, ones, ones)),
+        ("expected weight", (x, None, torch.ones(7), ones)),
+        ("expected bias", (x, None, ones, torch.ones(9))),
+        ("expected residual like x", (x, torch.ones(3, 7), ones, ones)),
+        ("expected residual like x", (x, x.bfloat16(), ones, ones)),
+        ("fp32 or bf16, got fp64", (x.double(), None, ones, ones)),
+        ("x requires grad", (x.clone().requires_grad_(), None, ones, ones)),
+        ("weight requires grad", (x, None, ones.clone().requires_grad_(), ones)),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            torch_ext.add_layer_norm(*arguments, 1e-5)
+
+
+def embedding(generator: torch.Generator, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "word": torch.randn(50, width, generator=generator).to(dtype),
+        "position": torch.randn(20, width, generator=generator).to(dtype),
+        "token_type": torch.randn(3, width, generator=generator).to(dtype),
+        "weight": torch.randn(width, generator=generator),
+        "bias": torch.randn(width, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_embed_layer_norm(generator: torch.Generator, dtype: torch.dtype) -> None:
+    for width, lengths, offset in itertools.product((1, 7, 33, 384), ([1], [3, 20, 0, 1, 18], [0], []), (0, 2)):
+        if max(lengths, default=0) + offset > 20:
+            lengths = [length - 2 if length > 2 else length for length in lengths]
+        tensors = embedding(generator, width, dtype)
+        tokens, bounds = sum(lengths), reference.cu_seqlens(lengths)
+        ids = torch.randint(0, 50, (tokens,), generator=generator)
+        types = torch.randint(0, 3, (tokens,), generator=generator)
+        for token_type_ids, token_type in ((None, None), (None, tensors["token_type"]), (types, tensors["token_type"])):
+            arguments = (ids, bounds, token_type_ids, tensors["word"], tensors["position"], token_type)
+            arguments += (tensors["weight"], tensors["bias"], 1e-12, offset)
+            actual = torch_ext.embed_layer_norm(*arguments)
+            assert actual.dtype == dtype
+            reference.embed_layer_norm(*arguments).check(actual, f"{width} {lengths} {offset}")
+
+
+def test_embed_layer_norm_errors(generator: torch.Generator) -> None:
+    tensors = embedding(generator, 8, torch.float32)
+    good = {
+        "input_ids": torch.zeros(5, dtype=torch.int64),
+        "cu_seqlens": reference.cu_seqlens([2, 3]),
+        "token_type_ids": None,
+        **tensors,
+        "eps": 1e-5,
+        "position_offset": 0,
+    }
+    assert torch_ext.embed_layer_norm(**good).shape == (5, 8)
+    for match, change in (
+        ("input_ids from 0 to 49, got 50 at 3", {"input_ids": torch.tensor([0, 0, 0, 50, 0])}),
+        ("input_ids from 0 to 49, got -1 at 0", {"input_ids": torch.tensor([-1, 0, 0, 0, 0])}),
+        ("input_ids i64", {"input_ids": torch.zeros(5, dtype=torch.int32)}),
+        ("input_ids i64", {"input_ids": torch.zeros(1, 5, dtype=torch.int64)}),
+        ("token_type_ids from 0 to 2, got 3", {"token_type_ids": torch.tensor([0, 0, 0, 0, 3])}),
+        ("token_type_ids i64", {"token_type_ids": torch.zeros(4, dtype=torch.int64)}),
+        ("no token types", {"token_type_ids": torch.zeros(5, dtype=torch.int64), "token_type": None}),
+        ("truncate it", {"position": tensors["position"][:2]}),
+        ("truncate it", {"position_offset": 18}),
+        ("truncate it", {"position_offset": -1}),
+        ("position", {"position": torch.ones(20, 7)}),
+        ("position", {"position": tensors["position"].bfloat16()}),
+        ("cu_seqlens to end", {"cu_seqlens": reference.cu_seqlens([2, 2])}),
+        ("fp32 or bf16", {"word": tensors["word"].half()}),
+        ("word requires grad", {"word": tensors["word"].clone().requires_grad_()}),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            torch_ext.embed_layer_norm(**{**good, **change})
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pool(generator: torch.Generator, dtype: torch.dtype, mode: str, normalize: bool) -> None:
+    for width, lengths in itertools.product((1, 3, 16, 17, 384), ([1], [5, 1, 200, 7], [])):
+        hidden = torch.randn(sum(lengths), width, generator=generator).to(dtype)
+        bounds = reference.cu_seqlens(lengths)
+        actual = torch_ext.pool(hidden, bounds, mode, normalize)
+        assert actual.dtype == torch.float32
+        reference.pool(hidden, bounds, mode, normalize).check(actual, f"{width} {lengths}")
+
+
+def test_pool_strided_and_zero(generator: torch.Generator) -> None:
+    hidden = torch.randn(16, 9, generator=generator).T
+    bounds = reference.cu_seqlens([4, 5])
+    reference.pool(hidden, bounds, "mean", True).check(torch_ext.pool(hidden, bounds, "mean", True), "strided")
+    # As torch.nn.functional.normalize does: no NaN from a zero vector.
+    assert torch.equal(torch_ext.pool(torch.zeros(9, 16), bounds, "mean", True), torch.zeros(2, 16))
+
+
+def test_pool_max_of_negative_numbers() -> None:
+    assert (torch_ext.pool(torch.full((3, 4), -5.0), reference.cu_seqlens([3]), "max") == -5).all()
+
+
+def test_pool_errors() -> None:
+    hidden, bounds = torch.ones(5, 8), reference.cu_seqlens([2, 3])
+    for match, arguments in (
+        ("expected mode mean, cls or max, got 'sum'", (hidden, bounds, "sum")),
+        ("sequence 1 has no tokens", (hidden, reference.cu_seqlens([2, 0, 3]))),
+        (r"expected hidden \[T, H\]", (torch.ones(5), bounds)),
+        ("fp32 or bf16, got fp16", (hidden.half(), bounds)),
+        ("cu_seqlens to end", (hidden, reference.cu_seqlens([2, 2]))),
+        ("hidden requires grad", (hidden.clone().requires_grad_(), bounds)),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            torch_ext.pool(*arguments)
