@@ -148,7 +148,7 @@ class Accuracy:
 
     Attributes:
         metric: `cosine` (feature-extraction, per text), `agreement` (text-classification: same best label;
-            fill-mask: same best token) or `r2` (regression).
+            fill-mask: same best token) or `closeness` (regression: 1 less the relative error).
         mean: Mean of the metric over the texts.
         min: Worst text.
         texts: How many texts were compared.

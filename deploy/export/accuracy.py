@@ -181,9 +181,9 @@ class Labels(Comparison):
         error = _ratio(*_relative_error(right, got, centred=single and right.shape[1] > 1))
         per_text = np.full(self._texts, np.nan)
         if self._problem_type == "regression":
-            # 1 for the same value, 0 for one that is off by the spread of the reference's values (one text: its size).
-            spread = right.std(axis=0) if len(right) > 1 else np.abs(right[0])
-            per_text[order] = (1 - np.abs(got - right) / np.maximum(spread, 1e-12)).min(axis=1)
+            # 1 for the same value, 0 for one that is off by the size of the reference's values.
+            size = np.sqrt((right**2).mean(axis=0))
+            per_text[order] = (1 - np.abs(got - right) / np.maximum(size, 1e-12)).min(axis=1)
             return per_text, {"logit_error": error, "max_diff": float(np.abs(got - right).max())}
         if single:
             first, second = _softmax(right), _softmax(got)

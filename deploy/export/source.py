@@ -144,6 +144,8 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str, str 
         ExportError: There is no such folder, or the hub does not give the model.
     """
     path = Path(model).expanduser()
+    if not model:
+        raise ExportError("MODEL is empty: no such folder, and not an id on the hub (expected NAME or OWNER/NAME)")
     if path.is_dir():
         if revision is not None:
             raise ExportError(f"--revision {revision}: only for models on the hub, and {model} is a folder")

@@ -116,7 +116,7 @@ def make_tiny_model(folder: Path, model_type: str, task: str, **settings: Any) -
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
-    """Makes small random models, each once: `tiny_model(model_type, task, **config)` gives a folder not to be changed."""
+    """Makes small random models, each once: `tiny_model(model_type, task, **config)`; not to be changed."""
     made: dict[str, Path] = {}
 
     def make(model_type: str = "bert", task: str = "feature-extraction", **settings: Any) -> Path:

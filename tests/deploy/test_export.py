@@ -1,0 +1,340 @@
+"""Exports of small random models and of a real one: what is written is right, measured, and true."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from deploy.bundle import VARIANTS, load_manifest
+from deploy.export.cli import main
+from deploy.texts import sample
+from torch_ext import Encoder, Head
+
+TEXTS = ["A short one.", "Return the number of items, and raise ValueError if there are none of them at all.", "x"]
+TASKS = {
+    "feature-extraction": transformers.AutoModel,
+    "text-classification": transformers.AutoModelForSequenceClassification,
+    "fill-mask": transformers.AutoModelForMaskedLM,
+}
+QUICK = ["--max-texts", "24", "--speed-seconds", "0", "--quiet"]
+
+
+def reference(model: Path, task: str, ids: list[int]) -> np.ndarray:
+    """Hidden states [tokens, width] or logits of one text, in transformers."""
+    loaded = TASKS[task].from_pretrained(model).eval()
+    with torch.inference_mode():
+        output = loaded(input_ids=torch.tensor([ids]))
+    return (output.last_hidden_state if task == "feature-extraction" else output.logits)[0].numpy()
+
+
+def onnx_output(path: Path, ids: list[int]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    feeds["token_type_ids"] = np.zeros_like(feeds["input_ids"])
+    return session.run(None, {item.name: feeds[item.name] for item in session.get_inputs()})[0][0]
+
+
+def torch_ext_output(path: Path, dtype: Any, task: str, ids: list[int]) -> np.ndarray:
+    """Hidden states, class logits, or logits at every token."""
+    encoder = Encoder.load(str(path), dtype=dtype)
+    with torch.inference_mode():
+        hidden = encoder(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
+        if task == "feature-extraction":
+            return hidden.float().numpy()
+        head = Head.load(str(path), dtype=dtype)
+        assert head is not None
+        logits = head(hidden, torch.arange(len(ids) if task == "fill-mask" else 1))
+    return logits.numpy() if task == "fill-mask" else logits.numpy()[0]
+
+
+def error(right: np.ndarray, got: np.ndarray) -> float:
+    """Largest difference, relative to the largest value if that is above 1; logits of a fresh head are all near 0."""
+    assert right.shape == got.shape
+    return float(np.abs(right - got).max() / max(1.0, np.abs(right).max()))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
+def test_every_task_of_every_architecture(
+    model_type: str, task: str, tiny_model: Callable[..., Path], tiny_bundle: Callable[[str, str], Path]
+) -> None:
+    model, bundle = tiny_model(model_type, task), tiny_bundle(model_type, task)
+    manifest = load_manifest(bundle, verify=True)
+    assert list(manifest.variants) == list(VARIANTS)
+    assert manifest.task == task
+    assert manifest.hidden_size == 64
+    assert manifest.max_tokens == (64 if model_type == "roberta" else 66)
+    assert manifest.model.architecture.lower().startswith(model_type)
+    assert (manifest.pooling is not None) == (task == "feature-extraction")
+    assert manifest.labels == (("LABEL_0", "LABEL_1") if task == "text-classification" else None)
+    assert manifest.problem_type == ("single_label_classification" if task == "text-classification" else None)
+    assert manifest.special_tokens["pad"].id == (1 if model_type == "roberta" else 0)  # type: ignore[union-attr]
+    assert manifest.special_tokens["mask"].token == ("<mask>" if model_type == "roberta" else "[MASK]")  # type: ignore[union-attr]
+
+    # Not with the exporter's own engines: files as anybody would load them, one text after the other.
+    tokenizer = Tokenizer.from_file(str(manifest.tokenizer_path))
+    bounds = {"torch_ext-bf16": 0.03, "onnx-int8": 0.1, "onnx-fp32": 1e-5, "torch-fp32": 1e-5}
+    for text in TEXTS:
+        ids = tokenizer.encode(text).ids
+        assert ids == transformers.AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+        right = reference(model, task, ids)
+        for name, bound in bounds.items():
+            path, kind = bundle / VARIANTS[name].file, VARIANTS[name]
+            is_onnx = kind.engine == "onnxruntime"
+            got = onnx_output(path, ids) if is_onnx else torch_ext_output(path, kind.dtype, task, ids)
+            assert error(right, got) < bound, (name, text)
+
+
+def test_the_manifest_is_true(tiny_bundle: Callable[..., Path], tiny_model: Callable[..., Path]) -> None:
+    bundle = tiny_bundle()
+    value = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    here = {path.name for path in bundle.iterdir()}
+    assert here == {*value["files"], "manifest.json"}
+    assert here == {"manifest.json", "tokenizer.json", "config.json", *(kind.file for kind in VARIANTS.values())}
+    for name, entry in value["files"].items():
+        content = (bundle / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    for name, variant in value["variants"].items():
+        assert variant["bytes"] == (bundle / variant["file"]).stat().st_size
+        assert variant["accuracy"]["texts"] == 24 == value["verification"]["texts"]
+        assert variant["accuracy"]["mean"] >= variant["accuracy"]["min"] >= -1
+        assert variant["speed"] is None, name
+    assert (bundle / "config.json").read_bytes() == (tiny_model() / "config.json").read_bytes()
+    assert value["created_with"]["transformers"] == transformers.__version__
+    assert value["created_with"]["torch"] == torch.__version__
+    assert value["created_with"]["onnxruntime"] == onnxruntime.__version__
+    # Others than the owner can read it: a server runs as somebody else.
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in bundle.iterdir())
+    assert bundle.stat().st_mode & 0o555 == 0o555
+
+
+def test_tokenizer_has_no_truncation_and_no_padding(minilm_bundle: Path) -> None:
+    value = json.loads((minilm_bundle / "tokenizer.json").read_text(encoding="utf-8"))
+    assert value["truncation"] is None
+    assert value["padding"] is None
+    assert len(Tokenizer.from_file(str(minilm_bundle / "tokenizer.json")).encode("word " * 1000).ids) == 1002
+
+
+def test_real_model(minilm_bundle: Path, minilm_model: Path) -> None:
+    manifest = load_manifest(minilm_bundle, verify=True)
+    assert manifest.model.name == "all-MiniLM-L6-v2"
+    assert (manifest.hidden_size, manifest.max_tokens) == (384, 256)
+    assert manifest.pooling is not None
+    assert (manifest.pooling.mode, manifest.pooling.normalize) == ("mean", True)
+    assert manifest.pooling.source == "1_Pooling/config.json"
+    for name, bounds in {
+        "torch_ext-bf16": (0.9999, 0.9995),
+        "onnx-int8": (0.985, 0.95),
+        "onnx-fp32": (0.99999, 0.99999),
+        "torch-fp32": (0.99999, 0.99999),
+    }.items():
+        variant = manifest.variant(name)
+        assert variant.accuracy.mean >= bounds[0], name
+        assert variant.accuracy.min >= bounds[1], name
+        assert variant.speed is not None
+        assert variant.speed.texts_per_s > 1
+        assert variant.speed.threads >= 1
+    sizes = {name: variant.bytes for name, variant in manifest.variants.items()}
+    assert sizes["onnx-int8"] < 0.27 * sizes["onnx-fp32"]
+    assert sizes["torch_ext-bf16"] < 0.51 * sizes["torch-fp32"]
+    assert "layers_in_fp32" in manifest.variant("onnx-int8").accuracy.details
+    assert manifest.variant("onnx-int8").accuracy.details["layers_in_fp32"] == 0
+
+
+def test_int8_and_bf16_of_the_real_model_on_other_texts(minilm_bundle: Path, minilm_model: Path) -> None:
+    """Not the texts of the export, one by one, pooled here: the bounds are those that users are promised."""
+    tokenizer = Tokenizer.from_file(str(minilm_bundle / "tokenizer.json"))
+    tokenizer.enable_truncation(256)
+    model = transformers.AutoModel.from_pretrained(minilm_model).eval()
+    session = onnxruntime.InferenceSession(str(minilm_bundle / "model_int8.onnx"), providers=["CPUExecutionProvider"])
+    encoder = Encoder.load(str(minilm_bundle / "encoder_bf16.safetensors"), dtype="bf16")
+    cosines: dict[str, list[float]] = {"int8": [], "bf16": []}
+    with torch.inference_mode():
+        for text in sample(80, seed=7):
+            ids = tokenizer.encode(text).ids
+            rows, ends = torch.tensor([ids]), torch.tensor([0, len(ids)], dtype=torch.int32)
+            right = model(input_ids=rows).last_hidden_state[0].mean(0).numpy()
+            ones = np.ones((1, len(ids)), np.int64)
+            feeds = {"input_ids": rows.numpy(), "attention_mask": ones, "token_type_ids": ones * 0}
+            outputs = {
+                "int8": session.run(None, feeds)[0][0].mean(0),
+                "bf16": encoder(rows[0], ends).float().mean(0).numpy(),
+            }
+            for name, got in outputs.items():
+                cosines[name].append(float(right @ got / np.linalg.norm(right) / np.linalg.norm(got)))
+    assert np.mean(cosines["int8"]) >= 0.985
+    assert np.mean(cosines["bf16"]) >= 0.9999
+    assert np.min(cosines["bf16"]) >= 0.9995
+
+
+def test_int8_is_made_for_arm(minilm_bundle: Path) -> None:
+    """u8 activations, s8 weights with one scale per channel, and no product of activations in int8."""
+    import onnx
+
+    graph = onnx.load(minilm_bundle / "model_int8.onnx").graph
+    weights = {item.name: item for item in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == 36
+    for node in products:
+        assert weights[node.input[1]].data_type == onnx.TensorProto.INT8
+    scales = [item for name, item in weights.items() if name.endswith("_scale") and len(item.dims) == 1]
+    assert len(scales) >= 36
+    assert {item.dims[0] for item in scales} >= {384, 1536}
+    assert sum(node.op_type == "MatMul" for node in graph.node) == 12
+
+
+def test_int8_keeps_sensitive_layers_in_fp32(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One channel 1000 times larger than the others takes all steps of the quantizer; fp32 does not mind."""
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    model = transformers.AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.attention.self.value.weight[7] *= 1000
+            layer.attention.self.value.bias[7] *= 1000
+            layer.attention.output.dense.weight[:, 7] /= 1000
+    model.save_pretrained(folder)
+    plain = load_manifest_of(tiny_model(), tmp_path / "plain", "--variants", "onnx-int8")
+    bound = str(plain.variant("onnx-int8").accuracy.mean - 5e-4)
+    options = ["--variants", "onnx-int8", "--bound", f"onnx-int8.mean={bound}"]
+    manifest = load_manifest_of(folder, tmp_path / "out", *options)
+    accuracy = manifest.variant("onnx-int8").accuracy
+    assert 2 <= accuracy.details["layers_in_fp32"] < accuracy.details["layers"]
+    assert accuracy.mean >= float(bound) == accuracy.bound["mean"]
+    import onnx
+
+    graph = onnx.load(manifest.root / "model_int8.onnx").graph
+    kept = [node.name for node in graph.node if node.op_type == "MatMul" and "/self/" not in node.name]
+    assert sum("attention/output" in name for name in kept) == 2
+
+
+def load_manifest_of(model: Path, target: Path, *options: str) -> Any:
+    assert main([str(model), "-o", str(target), *QUICK, *options]) == 0
+    return load_manifest(target, verify=True)
+
+
+def test_chosen_variants_only(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    manifest = load_manifest_of(tiny_model(), tmp_path / "a", "--variants", "onnx-int8, torch_ext-bf16")
+    assert list(manifest.variants) == ["torch_ext-bf16", "onnx-int8"]
+    assert sorted(path.name for path in manifest.root.iterdir()) == [
+        "config.json",
+        "encoder_bf16.safetensors",
+        "manifest.json",
+        "model_int8.onnx",
+        "tokenizer.json",
+    ]
+
+
+def test_architectures_that_only_onnx_runs(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("electra")
+    manifest = load_manifest_of(model, tmp_path / "a")
+    assert list(manifest.variants) == ["onnx-int8", "onnx-fp32"]
+    assert "note: torch_ext does not run electra models" in capsys.readouterr().err
+    assert main([str(model), "-o", str(tmp_path / "b"), "--variants", "torch_ext-bf16", *QUICK]) == 2
+    assert "torch_ext does not run electra models yet; pass --variants onnx-int8,onnx-fp32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "metric"),
+    [
+        ({"num_labels": 1}, "closeness"),
+        ({"num_labels": 4, "problem_type": "multi_label_classification"}, "agreement"),
+        ({"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}, "agreement"),
+    ],
+)
+def test_kinds_of_classification(
+    settings: dict[str, Any], metric: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model("bert", "text-classification", **settings)
+    manifest = load_manifest_of(model, tmp_path / "a", "--variants", "torch_ext-bf16,onnx-fp32")
+    assert manifest.labels == tuple(settings.get("id2label", {}).values()) or manifest.labels == tuple(
+        f"LABEL_{index}" for index in range(settings["num_labels"])
+    )
+    expected = "regression" if settings.get("num_labels") == 1 else "single_label_classification"
+    assert manifest.problem_type == settings.get("problem_type", expected)
+    assert {variant.accuracy.metric for variant in manifest.variants.values()} == {metric}
+
+
+def test_slow_tokenizer_and_lower_case_of_sentence_transformers(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A vocabulary without tokenizer.json is converted, and what sentence-transformers does before it is built in."""
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": False}), encoding="utf-8")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 12, "do_lower_case": true}', encoding="utf-8")
+    manifest = load_manifest_of(folder, tmp_path / "out", "--variants", "onnx-fp32", "--normalize", "--pooling", "max")
+    assert manifest.max_tokens == 12
+    assert (manifest.pooling.mode, manifest.pooling.normalize) == ("max", True)
+    tokenizer = Tokenizer.from_file(str(manifest.tokenizer_path))
+    assert tokenizer.encode("THE VALUE of It").ids == tokenizer.encode("the value of it").ids
+    unknown = tokenizer.token_to_id("[UNK]")
+    assert unknown not in tokenizer.encode("THE VALUE").ids
+
+
+def test_texts_of_the_user(tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample(30)), encoding="utf-8")
+    arguments = [str(tiny_model()), "-o", str(tmp_path / "out"), "--texts", str(file), "--max-texts", "10"]
+    assert main([*arguments, "--variants", "onnx-fp32", "--speed-seconds", "0.05", "--threads", "1"]) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.verification["texts"] == 10
+    assert manifest.verification["source"] == "mine.jsonl"
+    speed = manifest.variant("onnx-fp32").speed
+    assert speed is not None
+    assert (speed.threads, speed.batch) == (1, 10)
+    printed = capsys.readouterr()
+    assert "note: 10 of 30 texts, evenly spread" in printed.err
+    # Steps with sizes and times go to one stream, the result to the other.
+    assert "[1/5] load the model and its tokenizer ... 0.1 M parameters, 0.4 MB, " in printed.err
+    assert "[5/5] write the manifest ..." in printed.err
+    assert "Warning" not in printed.err
+    assert "onnx-fp32" in printed.out
+    assert "python -m deploy serve" in printed.out
+
+
+def test_pickled_weights_are_read_without_running_them(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=False)
+    (folder / "model.safetensors").unlink()
+    arguments = [str(folder), "-o", str(tmp_path / "out"), "--variants", "onnx-fp32", *QUICK[:-1]]
+    assert main(arguments) == 0
+    assert "pickle read without running code" in capsys.readouterr().err
+
+    class Harmful:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "harm",)
+
+    torch.save({"embeddings": Harmful()}, folder / "pytorch_model.bin")
+    assert main([*arguments[:2], str(tmp_path / "other"), *arguments[3:]]) == 2
+    assert not (tmp_path / "harm").exists()
+    assert "pytorch_model.bin: " in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_code_of_a_model_is_never_run(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')\nraise SystemExit\n", encoding="utf-8")
+    for name in ("config.json", "tokenizer_config.json"):
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
+        remote = dict.fromkeys(("AutoConfig", "AutoModel"), "evil.Thing") | {"AutoTokenizer": ["evil.T", "evil.T"]}
+        (folder / name).write_text(json.dumps({**value, "auto_map": remote}), encoding="utf-8")
+    load_manifest_of(folder, tmp_path / "out", "--variants", "onnx-fp32")
+    assert not (tmp_path / "harm").exists()
