@@ -38,8 +38,8 @@ constexpr size_t kKr = 4;
 
 // ---- micro-kernels ------------------------------------------------------------------------------------------------
 
-// The main kernel is assembly because its loop needs all 32 vector registers: compilers that hoist a load spill an
-// accumulator.
+// The kernels of eight and of two rows are assembly: the loop of the first needs all 32 vector registers, and compilers
+// that hoist a load spill an accumulator; the second, unrolled, suffers the same way.
 //
 //   v0..v3    block: rows 0-1, 2-3, 4-5, 6-7 of one step
 //   v4..v7    panel: two column pairs at a time; four registers, so that loads run ahead of use
@@ -122,43 +122,88 @@ void gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla(size_t steps, const void* lhs, con
   // clang-format on
 }
 
+// Two rows: six accumulators would not hide the latency of BFMMLA, so that even and odd steps have a set each.
+//
+//   v0..v3    block, one register for each of four steps
+//   v8..v13   accumulators of steps 0 and 2: columns 2j, 2j+1 in v(8 + j)
+//   v14..v19  accumulators of steps 1 and 3
+//   v20..v31  panel, two steps at a time
+//
+// Four steps: 24 BFMMLA, 14 LDP and 4 instructions of loop control.
+#define ROW_PAIR_STEP(a, rhs0, rhs1, rhs2, b0, b1, b2, b3, b4, b5, c0, c1, c2, c3, c4, c5) \
+  "ldp q" #b0 ", q" #b1 ", [%[rhs], #" #rhs0 "] \n"                                        \
+  "ldp q" #b2 ", q" #b3 ", [%[rhs], #" #rhs1 "] \n"                                        \
+  "ldp q" #b4 ", q" #b5 ", [%[rhs], #" #rhs2 "] \n"                                        \
+  "bfmmla v" #c0 ".4s, v" #a ".8h, v" #b0 ".8h \n"                                         \
+  "bfmmla v" #c1 ".4s, v" #a ".8h, v" #b1 ".8h \n"                                         \
+  "bfmmla v" #c2 ".4s, v" #a ".8h, v" #b2 ".8h \n"                                         \
+  "bfmmla v" #c3 ".4s, v" #a ".8h, v" #b3 ".8h \n"                                         \
+  "bfmmla v" #c4 ".4s, v" #a ".8h, v" #b4 ".8h \n"                                         \
+  "bfmmla v" #c5 ".4s, v" #a ".8h, v" #b5 ".8h \n"
+
+#define EVEN_STEP(a, rhs0, rhs1, rhs2) \
+  ROW_PAIR_STEP(a, rhs0, rhs1, rhs2, 20, 21, 22, 23, 24, 25, 8, 9, 10, 11, 12, 13)
+#define ODD_STEP(a, rhs0, rhs1, rhs2) \
+  ROW_PAIR_STEP(a, rhs0, rhs1, rhs2, 26, 27, 28, 29, 30, 31, 14, 15, 16, 17, 18, 19)
+#define ADD_SETS(even, odd) "fadd v" #even ".4s, v" #even ".4s, v" #odd ".4s \n"
+
+void gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
+  size_t quads = steps / 4, rest = steps % 4;
+  // clang-format off
+  __asm__ volatile(
+      ZERO(8) ZERO(9) ZERO(10) ZERO(11) ZERO(12) ZERO(13) ZERO(14) ZERO(15) ZERO(16) ZERO(17) ZERO(18) ZERO(19)
+      "cbz %[quads], 2f \n"
+      "1: \n"
+      "ldp q0, q1, [%[lhs]] \n"
+      "ldp q2, q3, [%[lhs], #32] \n"
+      EVEN_STEP(0, 0, 32, 64)
+      ODD_STEP(1, 96, 128, 160)
+      EVEN_STEP(2, 192, 224, 256)
+      ODD_STEP(3, 288, 320, 352)
+      "add %[lhs], %[lhs], #64 \n"
+      "subs %[quads], %[quads], #1 \n"
+      "add %[rhs], %[rhs], #384 \n"
+      "b.ne 1b \n"
+      "2: \n"
+      "cbz %[rest], 4f \n"
+      "3: \n"
+      "ldr q0, [%[lhs]], #16 \n"
+      EVEN_STEP(0, 0, 32, 64)
+      "subs %[rest], %[rest], #1 \n"
+      "add %[rhs], %[rhs], #96 \n"
+      "b.ne 3b \n"
+      "4: \n"
+      ADD_SETS(8, 14) ADD_SETS(9, 15) ADD_SETS(10, 16) ADD_SETS(11, 17) ADD_SETS(12, 18) ADD_SETS(13, 19)
+      STORE_ROW_PAIR(8, 9, 10, 11, 12, 13, 0, 32, 48, 80)
+      : [lhs] "+r"(lhs), [rhs] "+r"(rhs), [quads] "+r"(quads), [rest] "+r"(rest)
+      : [tile] "r"(tile)
+      : "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16",
+        "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31");
+  // clang-format on
+}
+
+#undef ADD_SETS
+#undef ODD_STEP
+#undef EVEN_STEP
+#undef ROW_PAIR_STEP
 #undef BFMMLA_COLUMN_PAIR
 #undef STEP
 #undef ZERO
 #undef STORE_ROW_PAIR
 
-// Few rows: `kPairs` row pairs need 6 * kPairs accumulators, which leaves registers for the compiler. With one pair,
-// two steps are kept apart (kSets) because six accumulators do not hide the latency of BFMMLA. `kUnroll` steps make one
-// turn of the loop.
-template <size_t kPairs, size_t kSets, size_t kUnroll>
-inline __attribute__((always_inline)) void few_rows(size_t steps, const void* lhs_block, const void* rhs_panel,
-                                                    float* tile) {
+// Two or three row pairs: 6 * kPairs accumulators leave registers for the compiler.
+template <size_t kPairs>
+inline __attribute__((always_inline)) void row_pairs(size_t steps, const void* lhs_block, const void* rhs_panel,
+                                                     float* tile) {
   const bfloat16_t* lhs = static_cast<const bfloat16_t*>(lhs_block);
   const bfloat16_t* rhs = static_cast<const bfloat16_t*>(rhs_panel);
-  float32x4_t acc[kSets][kPairs][kPanelPairs] = {};
-  size_t s = steps;
-  for (; s >= kUnroll; s -= kUnroll) {
-#pragma GCC unroll 4
-    for (size_t u = 0; u < kUnroll; ++u) {
-#pragma GCC unroll 6
-      for (size_t j = 0; j < kPanelPairs; ++j) {
-        const bfloat16x8_t b = vld1q_bf16(rhs + (u * kPanelPairs + j) * 8);
-#pragma GCC unroll 3
-        for (size_t i = 0; i < kPairs; ++i) {
-          acc[u % kSets][i][j] = vbfmmlaq_f32(acc[u % kSets][i][j], vld1q_bf16(lhs + (u * kPairs + i) * 8), b);
-        }
-      }
-    }
-    lhs += kUnroll * kPairs * 8;
-    rhs += kUnroll * kPanelPairs * 8;
-  }
-  for (; s != 0; --s) {
+  float32x4_t acc[kPairs][kPanelPairs] = {};
+  for (size_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 6
     for (size_t j = 0; j < kPanelPairs; ++j) {
+      const bfloat16x8_t b = vld1q_bf16(rhs + j * 8);
 #pragma GCC unroll 3
-      for (size_t i = 0; i < kPairs; ++i) {
-        acc[0][i][j] = vbfmmlaq_f32(acc[0][i][j], vld1q_bf16(lhs + i * 8), vld1q_bf16(rhs + j * 8));
-      }
+      for (size_t i = 0; i < kPairs; ++i) acc[i][j] = vbfmmlaq_f32(acc[i][j], vld1q_bf16(lhs + i * 8), b);
     }
     lhs += kPairs * 8;
     rhs += kPanelPairs * 8;
@@ -167,28 +212,19 @@ inline __attribute__((always_inline)) void few_rows(size_t steps, const void* lh
   for (size_t i = 0; i < kPairs; ++i) {
 #pragma GCC unroll 3
     for (size_t j = 0; j < kPanelPairs; j += 2) {
-      float32x4_t a = acc[0][i][j], b = acc[0][i][j + 1];
-      if (kSets > 1) {
-        a = vaddq_f32(a, acc[kSets - 1][i][j]);
-        b = vaddq_f32(b, acc[kSets - 1][i][j + 1]);
-      }
-      const float64x2_t a2 = vreinterpretq_f64_f32(a), b2 = vreinterpretq_f64_f32(b);
-      vst1q_f32(tile + 2 * i * kNr + 2 * j, vreinterpretq_f32_f64(vzip1q_f64(a2, b2)));
-      vst1q_f32(tile + (2 * i + 1) * kNr + 2 * j, vreinterpretq_f32_f64(vzip2q_f64(a2, b2)));
+      const float64x2_t a = vreinterpretq_f64_f32(acc[i][j]), b = vreinterpretq_f64_f32(acc[i][j + 1]);
+      vst1q_f32(tile + 2 * i * kNr + 2 * j, vreinterpretq_f32_f64(vzip1q_f64(a, b)));
+      vst1q_f32(tile + (2 * i + 1) * kNr + 2 * j, vreinterpretq_f32_f64(vzip2q_f64(a, b)));
     }
   }
 }
 
-void gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
-  few_rows<1, 2, 4>(steps, lhs, rhs, tile);
-}
-
 void gemm_f32_bf16_bf16p12x4_4x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
-  few_rows<2, 1, 2>(steps, lhs, rhs, tile);
+  row_pairs<2>(steps, lhs, rhs, tile);
 }
 
 void gemm_f32_bf16_bf16p12x4_6x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
-  few_rows<3, 1, 2>(steps, lhs, rhs, tile);
+  row_pairs<3>(steps, lhs, rhs, tile);
 }
 
 // ---- packers ------------------------------------------------------------------------------------------------------
