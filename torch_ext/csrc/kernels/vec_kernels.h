@@ -45,7 +45,7 @@ struct VecKernels {
   void (*sum_layer_norm_row)(size_t n, const void* a, const void* b, const void* c, const float* weight,
                              const float* bias, float eps, void* out, DType t);
 
-  /// acc[j] += x[j] and acc[j] = max(acc[j], x[j])
+  /// acc[j] += x[j] and acc[j] = max(acc[j], x[j]), which is NaN if either is.
   void (*accumulate_row)(size_t n, const void* x, DType t, float* acc);
   void (*max_row)(size_t n, const void* x, DType t, float* acc);
 

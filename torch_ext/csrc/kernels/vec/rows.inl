@@ -215,11 +215,11 @@ static void fold_row_as(size_t n, const T* x, float* acc) {
   size_t j = 0;
   for (; j + kWidth <= n; j += kWidth) {
     const vf v = Io<T>::get(x + j), a = load(acc + j);
-    store(acc + j, kMax ? max_nan(a, v) : a + v);
+    store(acc + j, kMax ? max_or_nan(a, v) : a + v);
   }
   if (j < n) {
     const vf v = get_n(x + j, n - j), a = get_n(acc + j, n - j);
-    put_n(acc + j, kMax ? max_nan(a, v) : a + v, n - j);
+    put_n(acc + j, kMax ? max_or_nan(a, v) : a + v, n - j);
   }
 }
 
