@@ -1,0 +1,201 @@
+#include "paths.h"
+
+#include <set>
+
+#include "cpu_features.h"
+#include "kernels/neon_bf16/gemm_bfmmla.h"
+#include "reference.h"
+
+namespace torch_ext::test {
+namespace {
+
+constexpr DType kTypes[] = {DType::kF32, DType::kBF16};
+constexpr const char* kUses[] = {"gemm", "gemm random", "attention f32", "attention bf16"};
+
+std::set<std::string>& covered() {
+  static std::set<std::string> paths;
+  return paths;
+}
+
+bool runs_here(uint32_t required) { return (cpu_features() & required) == required; }
+
+std::string packer_path(const GemmPath& path, Packer p, DType t) {
+  return path.name() + ": " + packer_name(p) + "_" + dtype_name(t);
+}
+
+std::string use_path(const GemmPath& path, const char* use) { return path.name() + ": " + use; }
+
+std::string store_path(const VecKernels& vec, Activation a, DType out, const char* residual) {
+  return std::string(vec.name) + ": store_tile " + activation_name(a) + ", out " + dtype_name(out) + ", residual " +
+         residual;
+}
+
+std::string row_path(const VecKernels& vec, const char* function, const char* type = "") {
+  return std::string(vec.name) + ": " + function + (*type ? " " : "") + type;
+}
+
+std::vector<std::string> paths_of(const GemmPath& path) {
+  std::vector<std::string> names;
+  for (const Packer p : kPackers) {
+    for (const DType t : kTypes) names.push_back(packer_path(path, p, t));
+  }
+  for (size_t i = 0; i < path.kernel->ukernel_count; ++i) names.emplace_back(path.kernel->ukernels[i].name);
+  for (const char* const use : kUses) names.push_back(use_path(path, use));
+  return names;
+}
+
+std::vector<std::string> paths_of(const VecKernels& vec) {
+  std::vector<std::string> names = {row_path(vec, "softmax_row"), row_path(vec, "sum_squares")};
+  for (const DType t : kTypes) {
+    for (const char* const f : {"scale_row", "sum_layer_norm_row", "accumulate_row", "max_row"}) {
+      names.push_back(row_path(vec, f, dtype_name(t)));
+    }
+    for (size_t a = 0; a < kActivationCount; ++a) {
+      for (const char* const residual : {"none", "f32", "bf16"}) {
+        names.push_back(store_path(vec, static_cast<Activation>(a), t, residual));
+      }
+    }
+  }
+  return names;
+}
+
+}  // namespace
+
+const std::vector<const VecKernels*>& all_vec_paths() {
+  static const std::vector<const VecKernels*> all = {
+#if defined(__aarch64__)
+      &kVecNeonBf16,
+      &kVecNeon,
+#elif defined(__x86_64__)
+      &kVecAvx512Bf16,
+      &kVecAvx512,
+      &kVecAvx2,
+#endif
+      &kVecPortable,
+  };
+  return all;
+}
+
+const std::vector<GemmPath>& all_gemm_paths() {
+  static const std::vector<GemmPath> all = [] {
+    std::vector<GemmPath> paths;
+#if defined(__aarch64__)
+    paths.push_back({&kGemmBfmmla, &kVecNeonBf16, kFeatureNeon | kFeatureBf16, "neon_bfmmla"});
+#endif
+    for (const VecKernels* const vec : all_vec_paths()) {
+      paths.push_back({vec->gemm_f32, vec, vec->required_features, vec->name});
+      paths.push_back({vec->gemm_bf16, vec, vec->required_features, vec->name});
+    }
+    return paths;
+  }();
+  return all;
+}
+
+std::vector<GemmPath> gemm_paths() {
+  std::vector<GemmPath> here;
+  for (const GemmPath& path : all_gemm_paths()) {
+    if (runs_here(path.required_features)) here.push_back(path);
+  }
+  return here;
+}
+
+std::vector<const VecKernels*> vec_paths() {
+  std::vector<const VecKernels*> here;
+  for (const VecKernels* const vec : all_vec_paths()) {
+    if (runs_here(vec->required_features)) here.push_back(vec);
+  }
+  return here;
+}
+
+void cover(const std::string& path) { covered().insert(path); }
+size_t covered_paths() { return covered().size(); }
+
+std::vector<std::string> uncovered_paths() {
+  std::vector<std::string> expected, missed;
+  for (const GemmPath& path : gemm_paths()) {
+    for (const std::string& name : paths_of(path)) expected.push_back(name);
+  }
+  for (const VecKernels* const vec : vec_paths()) {
+    for (const std::string& name : paths_of(*vec)) expected.push_back(name);
+  }
+  for (const std::string& name : expected) {
+    if (!covered().count(name)) missed.push_back(name);
+  }
+  return missed;
+}
+
+std::vector<std::string> paths_of_other_cpus() {
+  std::vector<std::string> names;
+  for (const GemmPath& path : all_gemm_paths()) {
+    if (!runs_here(path.required_features)) names.push_back(path.name());
+  }
+  for (const VecKernels* const vec : all_vec_paths()) {
+    if (!runs_here(vec->required_features)) names.push_back(vec->name);
+  }
+  return names;
+}
+
+const char* packer_name(Packer p) {
+  return p == Packer::kLhs ? "pack_lhs" : p == Packer::kRhsNxk ? "pack_rhs_nxk" : "pack_rhs_kxn";
+}
+
+void pack(const GemmPath& path, Packer packer, DType type, size_t rows, size_t block_rows, size_t k, const void* src,
+          size_t ld, void* dst) {
+  const GemmKernel& g = *path.kernel;
+  const bool f32 = type == DType::kF32;
+  cover(packer_path(path, packer, type));
+  switch (packer) {
+    case Packer::kLhs:
+      return (f32 ? g.pack_lhs_f32 : g.pack_lhs_bf16)(rows, block_rows, k, src, ld, dst);
+    case Packer::kRhsNxk:
+      return (f32 ? g.pack_rhs_nxk_f32 : g.pack_rhs_nxk_bf16)(rows, block_rows, k, src, ld, dst);
+    case Packer::kRhsKxn:
+      return (f32 ? g.pack_rhs_kxn_f32 : g.pack_rhs_kxn_bf16)(rows, k, src, ld, dst);
+  }
+}
+
+void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const void* rhs, float* tile) {
+  cover(ukernel.name);
+  ukernel.run(steps, lhs, rhs, tile);
+}
+
+void store_tile(const VecKernels& vec, Activation a, const float* tile, size_t ld_tile, size_t rows, size_t cols,
+                const Epilogue& ep, size_t row0, size_t col0) {
+  cover(store_path(vec, a, ep.out_type, ep.residual ? dtype_name(ep.residual_type) : "none"));
+  vec.store_tile[static_cast<size_t>(a)](tile, ld_tile, rows, cols, ep, row0, col0);
+}
+
+float softmax_row(const VecKernels& vec, float* s, size_t n, float scale) {
+  cover(row_path(vec, "softmax_row"));
+  return vec.softmax_row(s, n, scale);
+}
+
+void scale_row(const VecKernels& vec, const float* s, size_t n, float factor, void* out, DType out_type) {
+  cover(row_path(vec, "scale_row", dtype_name(out_type)));
+  vec.scale_row(s, n, factor, out, out_type);
+}
+
+void sum_layer_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c,
+                        const float* weight, const float* bias, float eps, void* out, DType t) {
+  cover(row_path(vec, "sum_layer_norm_row", dtype_name(t)));
+  vec.sum_layer_norm_row(n, a, b, c, weight, bias, eps, out, t);
+}
+
+void accumulate_row(const VecKernels& vec, size_t n, const void* x, DType t, float* acc) {
+  cover(row_path(vec, "accumulate_row", dtype_name(t)));
+  vec.accumulate_row(n, x, t, acc);
+}
+
+void max_row(const VecKernels& vec, size_t n, const void* x, DType t, float* acc) {
+  cover(row_path(vec, "max_row", dtype_name(t)));
+  vec.max_row(n, x, t, acc);
+}
+
+float sum_squares(const VecKernels& vec, size_t n, const float* x) {
+  cover(row_path(vec, "sum_squares"));
+  return vec.sum_squares(n, x);
+}
+
+void cover_use(const GemmPath& path, const char* use) { cover(use_path(path, use)); }
+
+}  // namespace torch_ext::test

@@ -1,0 +1,56 @@
+/// Every path that is compiled for this architecture. Tests call kernels through the helpers below, which note what
+/// ran: a path that this CPU has and that no test ran is a failure.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/gemm_kernel.h"
+#include "kernels/vec_kernels.h"
+
+namespace torch_ext::test {
+
+/// A family of matrix kernels, with the row kernels that it is used with.
+struct GemmPath {
+  const GemmKernel* kernel;
+  const VecKernels* vec;
+  uint32_t required_features;
+  std::string engine;  ///< as micro-kernels are named after it: "neon_bfmmla"
+  std::string name() const { return std::string(kernel->name) + " " + engine; }
+};
+
+const std::vector<GemmPath>& all_gemm_paths();
+const std::vector<const VecKernels*>& all_vec_paths();
+
+/// Those whose features this CPU has.
+std::vector<GemmPath> gemm_paths();
+std::vector<const VecKernels*> vec_paths();
+
+void cover(const std::string& path);
+size_t covered_paths();
+std::vector<std::string> uncovered_paths();
+std::vector<std::string> paths_of_other_cpus();
+
+/// The six packers of a family.
+enum class Packer { kLhs, kRhsNxk, kRhsKxn };
+constexpr Packer kPackers[] = {Packer::kLhs, Packer::kRhsNxk, Packer::kRhsKxn};
+const char* packer_name(Packer p);
+/// Packs `rows` rows (kLhs, kRhsNxk) or columns (kRhsKxn) of `src`; `block_rows` is ignored by kRhsKxn.
+void pack(const GemmPath& path, Packer packer, DType type, size_t rows, size_t block_rows, size_t k, const void* src,
+          size_t ld, void* dst);
+
+void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const void* rhs, float* tile);
+void store_tile(const VecKernels& vec, Activation a, const float* tile, size_t ld_tile, size_t rows, size_t cols,
+                const Epilogue& ep, size_t row0, size_t col0);
+float softmax_row(const VecKernels& vec, float* s, size_t n, float scale);
+void scale_row(const VecKernels& vec, const float* s, size_t n, float factor, void* out, DType out_type);
+void sum_layer_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c,
+                        const float* weight, const float* bias, float eps, void* out, DType t);
+void accumulate_row(const VecKernels& vec, size_t n, const void* x, DType t, float* acc);
+void max_row(const VecKernels& vec, size_t n, const void* x, DType t, float* acc);
+float sum_squares(const VecKernels& vec, size_t n, const float* x);
+
+/// Notes a whole product or attention of a family: "gemm", "attention f32", ...
+void cover_use(const GemmPath& path, const char* use);
+
+}  // namespace torch_ext::test

@@ -1,0 +1,188 @@
+// Attention over packed sequences against softmax(scale Q K^T) V in double precision.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "attention.h"
+#include "bounds.h"
+#include "guarded.h"
+#include "paths.h"
+#include "reference.h"
+#include "runner.h"
+
+namespace torch_ext::test {
+namespace {
+
+struct Sequences {
+  Sequences(DType type, std::vector<size_t> lengths, size_t heads, size_t head_size, float scale)
+      : type(type),
+        lengths(lengths),
+        heads(heads),
+        head_size(head_size),
+        hidden(heads * head_size),
+        total(std::accumulate(lengths.begin(), lengths.end(), size_t{0})),
+        scale(scale),
+        qkv(type, total, 3 * hidden),
+        out(type, total, hidden),
+        cu_seqlens(lengths.size() + 1) {
+    qkv.fill(random_source());
+    cu_seqlens[0] = 0;
+    for (size_t s = 0; s < lengths.size(); ++s) {
+      cu_seqlens[s + 1] = cu_seqlens[s] + static_cast<int32_t>(lengths[s]);
+    }
+  }
+
+  void run(const GemmPath& path) {
+    context("%s: %zu sequences, the first of %zu, %zu heads of %zu, %s, scale %g", path.name().c_str(), lengths.size(),
+            lengths[0], heads, head_size, dtype_name(type), static_cast<double>(scale));
+    const AttentionProblem problem = {qkv.data(),     out.data(), type,      cu_seqlens.get(),
+                                      lengths.size(), heads,      head_size, scale};
+    for (size_t s = lengths.size(); s-- > 0;) {
+      for (size_t h = 0; h < heads; ++h) run_attention_head(*path.kernel, *path.vec, problem, s, h);
+    }
+    cover_use(path, type == DType::kF32 ? "attention f32" : "attention bf16");
+  }
+
+  float q(size_t token, size_t h, size_t c) const { return qkv.get(token, h * head_size + c); }
+  float k(size_t token, size_t h, size_t c) const { return qkv.get(token, hidden + h * head_size + c); }
+  float v(size_t token, size_t h, size_t c) const { return qkv.get(token, 2 * hidden + h * head_size + c); }
+
+  /// Compares the rows of one head of one sequence; `stride` leaves rows out.
+  void expect_right(const GemmPath& path, size_t s, size_t h, size_t stride) const {
+    const size_t first = static_cast<size_t>(cu_seqlens[s]), n = lengths[s];
+    const DType panels = path.kernel->rhs_type, rows = path.kernel->lhs_type;
+    for (size_t i = 0; i < n; i += stride) {
+      std::vector<double> scores(n);
+      double score_bound = 0;
+      for (size_t j = 0; j < n; ++j) {
+        double sum_abs = 0;
+        for (size_t c = 0; c < head_size; ++c) {
+          const double product = static_cast<double>(rounded_to(rows, q(first + i, h, c))) *
+                                 static_cast<double>(rounded_to(panels, k(first + j, h, c)));
+          scores[j] += product;
+          sum_abs += std::fabs(product);
+        }
+        // The product's error, and the rounding of scale * score and scale * max.
+        score_bound = std::max(
+            score_bound, static_cast<double>(scale) * (product_bound(sum_abs, head_size) + 2 * kRoundF32 * sum_abs));
+      }
+      const std::vector<double> p = reference_softmax(scores, scale);
+      for (size_t c = 0; c < head_size; ++c) {
+        double y = 0, weighted = 0, sum_abs_v = 0;
+        for (size_t j = 0; j < n; ++j) {
+          const double value = rounded_to(panels, v(first + j, h, c));
+          y += p[j] * value;
+          weighted += p[j] * std::fabs(value);
+          sum_abs_v += std::fabs(value);
+        }
+        const double got = out.get(first + i, h * head_size + c);
+        const double bound = attention_bound(weighted, sum_abs_v, score_bound, n, rows, type, y);
+        EXPECT(within(got, y, bound), "sequence %zu, head %zu, row %zu, column %zu: %.9g, expected %.9g +- %.2g", s, h,
+               i, c, got, y, bound);
+      }
+    }
+  }
+
+  const DType type;
+  const std::vector<size_t> lengths;
+  const size_t heads, head_size, hidden, total;
+  const float scale;
+  Matrix qkv, out;
+  Guarded<int32_t> cu_seqlens;
+};
+
+void check(const GemmPath& path, DType type, std::vector<size_t> lengths, size_t heads, size_t head_size, float scale,
+           size_t stride = 1) {
+  Sequences x(type, lengths, heads, head_size, scale);
+  x.run(path);
+  for (size_t s = 0; s < lengths.size(); ++s) {
+    for (size_t h = 0; h < heads; ++h) x.expect_right(path, s, h, stride);
+  }
+}
+
+TORCH_EXT_TEST(attention_is_right_for_every_length) {
+  std::vector<size_t> lengths = {1, 2, 7, 8, 9, 12, 13, 16, 49, 128, 300};
+  if (options().quick) lengths = {1, 2, 7, 8, 9, 12, 13, 16, 49};
+  for (const GemmPath& path : gemm_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (const size_t n : lengths) check(path, type, {n}, 2, 32, 0.17677669f, n > 64 ? 7 : n > 20 ? 3 : 1);
+    }
+  }
+}
+
+TORCH_EXT_TEST(attention_is_right_for_every_head_size) {
+  for (const GemmPath& path : gemm_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (const size_t d : {1, 3, 8, 16, 32, 40, 64, 80, 128}) {
+        check(path, type, {13}, 1, d, 1.0f / std::sqrt(static_cast<float>(d)), options().quick ? 5 : 1);
+      }
+    }
+  }
+}
+
+TORCH_EXT_TEST(attention_of_several_sequences_keeps_them_apart) {
+  for (const GemmPath& path : gemm_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      check(path, type, {3, 0, 17, 1, 0, 8, 12, 0}, 3, 16, 0.25f);
+      check(path, type, {0}, 2, 8, 1.0f);
+      check(path, type, {0, 5}, 2, 8, 1.0f);
+    }
+  }
+}
+
+TORCH_EXT_TEST(attention_with_extreme_scores) {
+  for (const GemmPath& path : gemm_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (const float scale : {100.0f, 1000.0f, 0.0f}) check(path, type, {19}, 1, 16, scale);
+    }
+  }
+}
+
+TORCH_EXT_TEST(random_attention_is_right) {
+  Random shapes(random_source().bits());
+  for (const GemmPath& path : gemm_paths()) {
+    for (size_t i = 0; i < options().random / 2 + 1; ++i) {
+      const size_t longest = options().quick ? 20 : 140;
+      std::vector<size_t> lengths(shapes.between(1, 4));
+      for (size_t& n : lengths) n = shapes.below(longest);
+      const size_t d = shapes.between(1, options().quick ? 40 : 130), heads = shapes.between(1, 3);
+      const DType type = shapes.coin() ? DType::kF32 : DType::kBF16;
+      check(path, type, lengths, heads, d, 2.0f / static_cast<float>(shapes.between(1, 20)), options().quick ? 4 : 3);
+    }
+  }
+}
+
+TORCH_EXT_TEST(nan_stays_in_its_rows_of_attention) {
+  const size_t n = 13, d = 16, heads = 2;
+  for (const GemmPath& path : gemm_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (size_t part = 0; part < 3; ++part) {  // query, key, value
+        for (const size_t token : {size_t{0}, size_t{9}, n - 1}) {
+          Sequences x(type, {4, n, 5}, heads, d, 0.25f);
+          const size_t column = 5;
+          x.qkv.set(4 + token, part * heads * d + d + column, NAN);  // second sequence, second head
+          x.run(path);
+          for (size_t i = 0; i < x.total; ++i) {
+            for (size_t c = 0; c < heads * d; ++c) {
+              const bool same_head = i >= 4 && i < 4 + n && c >= d;
+              const bool touched = same_head && (part == 0 ? i == 4 + token : part == 1 ? true : c == d + column);
+              EXPECT(std::isnan(x.out.get(i, c)) == touched, "NaN in %s of token %zu: (%zu, %zu) is %g",
+                     part == 0   ? "query"
+                     : part == 1 ? "key"
+                                 : "value",
+                     token, i, c, static_cast<double>(x.out.get(i, c)));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TORCH_EXT_TEST(attention_cost_grows_with_the_square) {
+  EXPECT(attention_cost(0, 64) == 0, "nothing costs %zu", attention_cost(0, 64));
+  EXPECT(attention_cost(200, 64) > 3 * attention_cost(100, 64), "200 tokens cost %zu", attention_cost(200, 64));
+}
+
+}  // namespace
+}  // namespace torch_ext::test
