@@ -239,7 +239,7 @@ def _required_bytes(source: Source, parameters: int, variants: Sequence[str]) ->
     """What an export needs on disk at its peak, estimated."""
     per_parameter = {"torch_ext-bf16": 2.0, "torch-fp32": 4.0, "onnx-fp32": 4.0, "onnx-int8": 1.3}
     names = set(variants) | ({"onnx-fp32"} if "onnx-int8" in variants else set())
-    # A tied output layer is written twice in ONNX; tokenizers and graphs take some megabytes.
+    # Tokenizers and graphs take some megabytes.
     total = sum(per_parameter[name] * parameters for name in names)
     tokenizer = sum(path.stat().st_size for path in source.folder.glob("*.json") if path.is_file())
     return int(total * 1.03) + 2 * tokenizer + (4 << 20)
@@ -357,7 +357,8 @@ def _fill(
         if source.task == "fill-mask":
             ids, masks = tokens.mask(ids)
         model = _load_model(source)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        # With tied ones counted twice, as every file but the model's own has them.
+        parameters = sum(tensor.numel() for tensor in model.state_dict().values())
         required, free = _required_bytes(source, parameters, names), staging.free_bytes()
         if free < required:
             raise ExportError(
@@ -420,7 +421,7 @@ def _fill(
             results[name] = result, speed
     if "onnx-fp32" not in names:
         for path in _files_of(folder, "onnx-fp32"):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     with progress.step("write the manifest") as said:
         manifest = _manifest(source, folder, tokens, results, labels, problem_type, hidden_size)

@@ -1,0 +1,547 @@
+"""Whatever goes wrong is told in one line, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.__main__ import main as deploy_main
+from deploy.bundle import VARIANTS, load_manifest
+from deploy.export import pipeline, staging
+from deploy.export.cli import main
+from deploy.export.errors import ExportError, first_line, is_disk_full
+from deploy.export.staging import Staging, check_target
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["--max-texts", "4", "--speed-seconds", "0", "--quiet", "--variants", "onnx-fp32"]
+Capture = pytest.CaptureFixture[str]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def fails(capsys: Capture, arguments: list[str], message: str, code: int = 2) -> None:
+    """Runs the command and checks that it fails with one line that says `message`."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert printed.out == ""
+
+
+# The command line
+
+
+def test_usage(capsys: Capture) -> None:
+    assert deploy_main([]) == 2
+    assert "commands:" in capsys.readouterr().err
+    assert deploy_main(["--help"]) == 0
+    assert "export" in capsys.readouterr().out
+    assert deploy_main(["exprt"]) == 2
+    assert "unknown command 'exprt'; expected one of export, serve" in capsys.readouterr().err
+    assert deploy_main(["export", "--help"]) == 0
+    assert "--force" in capsys.readouterr().out
+    assert deploy_main(["export"]) == 2
+    assert "required: MODEL, -o/--output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "translation"], "invalid choice: 'translation'"),
+        (["--variants", "onnx-int4"], "expected names of torch_ext-bf16, onnx-int8, onnx-fp32, torch-fp32"),
+        (["--variants", ","], "expected names of"),
+        (["--bound", "onnx-int8=0.9"], "expected onnx-int8.mean=0.98, NAME one of mean, min"),
+        (["--bound", "onnx-int8.mean=much"], "expected onnx-int8.mean=0.98"),
+        (["--bound", "onnx-int8.mean=nan"], "expected onnx-int8.mean=0.98"),
+        (["--max-texts", "0"], "expected at least 1, got 0"),
+        (["--threads", "-1"], "expected at least 1, got -1"),
+    ],
+)
+def test_options_that_are_wrong(options: list[str], message: str, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["model", "-o", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_simple_errors_take_no_library() -> None:
+    code = (
+        "import sys; from deploy.__main__ import main;"
+        "main(['export', '--help']); main(['export', '/nowhere', '-o', 'x']);"
+        "print(sorted({'torch', 'transformers', 'optimum', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.endswith("[]\n")
+    assert "error: /nowhere: no such folder" in done.stderr
+
+
+# What is told before anything is written
+
+
+def test_models_that_are_none(tmp_path: Path, capsys: Capture) -> None:
+    out = ["-o", str(tmp_path / "out")]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    fails(capsys, [str(tmp_path / "empty"), *out], r"not a model folder \(no config.json\)")
+    fails(capsys, [str(tmp_path / "missing"), *out], "no such folder")
+    fails(capsys, [str(tmp_path / "file"), *out], "found a file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_are_taken(tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    model = str(tiny_model())
+    (tmp_path / "file").write_bytes(b"mine")
+    fails(capsys, [model, "-o", str(tmp_path / "file")], "expected a folder to write, found a file")
+    fails(capsys, [model, "-o", str(tmp_path / "file" / "below")], "file is a file, not a folder")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_bytes(b"mine")
+    fails(capsys, [model, "-o", str(full)], r"not empty \(notes.txt...\); pass --force to replace it")
+    assert contents(tmp_path) == {"file": b"mine", "full/notes.txt": b"mine"}
+
+
+def test_force_never_replaces_what_is_in_use(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(tiny_model(), tmp_path / "above" / "model")
+    before = contents(tmp_path)
+    fails(capsys, [str(model), "-o", str(model), "--force"], "refuses to replace a folder that holds")
+    fails(capsys, [str(model), "-o", str(model.parent), "--force"], "refuses to replace a folder that holds")
+    monkeypatch.chdir(tmp_path / "above")
+    fails(capsys, [str(model), "-o", str(tmp_path), "--force"], "refuses to replace a folder that holds")
+    monkeypatch.setenv("HOME", str(tmp_path / "above"))
+    monkeypatch.chdir(ROOT)
+    fails(capsys, [str(tiny_model()), "-o", str(tmp_path / "above"), "--force"], "refuses to replace a folder")
+    assert contents(tmp_path) == before
+
+
+def test_texts_that_are_missing(tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    arguments = [str(tiny_model()), "-o", str(tmp_path / "out")]
+    fails(capsys, [*arguments, "--texts", str(tmp_path / "no.txt")], "--texts .*no.txt: no such file")
+    (tmp_path / "no.txt").write_bytes(b"\n")
+    fails(capsys, [*arguments, "--texts", str(tmp_path / "no.txt"), *QUICK], "no texts in")
+    assert not (tmp_path / "out").exists()
+
+
+# What is told while the export runs; nothing is left
+
+
+def no_bundle(tmp_path: Path) -> bool:
+    """Neither the target nor a hidden folder beside it."""
+    return [path.name for path in tmp_path.iterdir() if path.name != "model"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{", encoding="utf-8"),
+            "the tokenizer cannot be loaded",
+        ),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"1234567890"), "model.safetensors: .*"),
+        (lambda folder: cut(folder / "model.safetensors"), "model.safetensors: .*"),
+        (lambda folder: edit(folder, vocab_size=40), "the tokenizer has ids up to .*, the model a vocabulary of 40"),
+        (lambda folder: edit(folder, hidden_size=32), "model.safetensors: "),
+        (lambda folder: edit(folder, hidden_act="magic"), "model.safetensors: cannot be loaded: .*magic"),
+        (lambda folder: poison(folder), "the model gives NaN or infinity in fp32"),
+    ],
+    ids=["tokenizer", "weights", "cut", "vocabulary", "shapes", "activation", "nan"],
+)
+def test_damaged_models(
+    change: Callable[[Path], Any], message: str, tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    change(folder)
+    fails(capsys, [str(folder), "-o", str(tmp_path / "out"), *QUICK], message)
+    assert no_bundle(tmp_path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    import json
+
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+
+
+def poison(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.layer.0.output.dense.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_tasks_that_the_weights_do_not_have(tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    model, out = str(tiny_model()), str(tmp_path / "out")
+    fails(capsys, [model, "-o", out, "--task", "text-classification", *QUICK], "no weights for classifier.bias")
+    fails(capsys, [model, "-o", out, "--task", "fill-mask", *QUICK], "no weights for cls.predictions")
+    assert no_bundle(tmp_path)
+
+
+def test_configuration_that_torch_ext_does_not_run(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    model = str(tiny_model("bert", position_embedding_type="relative_key"))
+    arguments = [model, "-o", str(tmp_path / "out"), *QUICK[:-1]]
+    message = "torch_ext-bf16: .*position_embedding_type.*leave it out with --variants onnx-int8,onnx-fp32"
+    fails(capsys, [*arguments, "torch_ext-bf16,onnx-fp32"], message)
+    assert no_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variant", "bound", "others", "measured"),
+    [
+        ("onnx-int8", "mean", "torch_ext-bf16", r"mean cosine 0\.99\d+ < 0.999999"),
+        ("torch_ext-bf16", "min", "onnx-int8", r"min cosine 0\.99\d+ < 0.999999"),
+    ],
+)
+def test_bounds_that_are_missed(
+    variant: str,
+    bound: str,
+    others: str,
+    measured: str,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    options = [*QUICK[:-1], "torch_ext-bf16,onnx-int8", "--bound", f"{variant}.{bound}=0.999999"]
+    target = tmp_path / "out"
+    message = (
+        f"{variant} misses its accuracy bound on 4 texts: {measured}; leave it out with --variants {others}, or change "
+        f"the bound with --bound {variant}.{bound}=VALUE"
+    )
+    fails(capsys, [str(tiny_model()), "-o", str(target), *options], message)
+    assert no_bundle(tmp_path)
+    # Without it, and with a bound that it keeps.
+    assert main([str(tiny_model()), "-o", str(target), *options, "--variants", others]) == 0
+    assert list(load_manifest(target).variants) == [others]
+
+
+def test_bounds_of_another_task(tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    arguments = [str(tiny_model()), "-o", str(tmp_path / "out"), *QUICK]
+    fails(capsys, [*arguments, "--bound", "onnx-fp32.logit_error=1"], "feature-extraction has the bounds mean and min")
+
+
+# A disk that is full
+
+
+def test_too_little_room_is_told_before(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Staging, "free_bytes", lambda self: 3_000_000)
+    arguments = [str(tiny_model()), "-o", str(tmp_path / "out"), *QUICK]
+    fails(capsys, arguments, r"about [\d.]+ MB are needed there, 3.0 MB are free; make room")
+    assert no_bundle(tmp_path)
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["write_manifest", "file_entry", "shutil.copyfile"])
+def test_disk_that_fills_up(
+    name: str, tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_bytes(b"old bundle")
+    monkeypatch.setattr(f"deploy.export.pipeline.{name}", full_disk)
+    fails(
+        capsys, [str(tiny_model()), "-o", str(target), "--force", *QUICK], "the disk is full .*nothing was left there"
+    )
+    assert contents(tmp_path) == {"out/old": b"old bundle"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path | None]:
+    """A file system of 1 MiB, or None where this process may not mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        yield None
+        return
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("variant", ["onnx-fp32", "torch-fp32", "onnx-int8"])
+def test_disk_that_is_really_full(
+    variant: str,
+    small_disk: Path | None,
+    tiny_model: Callable[..., Path],
+    tiny_bundle: Callable[..., Path],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every writer (Python, Rust, optimum) reports a full disk in its own way; without mounts one is simulated."""
+    monkeypatch.setattr(Staging, "free_bytes", lambda self: 10**12)
+    if small_disk is None:
+        target = tmp_path / "out"
+        monkeypatch.setattr("deploy.export.pipeline.Staging.commit", full_disk)
+    else:
+        target = small_disk / "out"
+        sizes = {path.name: path.stat().st_size for path in tiny_bundle().iterdir()}
+        # Half of the file fits; what int8 is made from fits too.
+        left = sizes[VARIANTS[variant].file] // 2 + 2 * sizes["tokenizer.json"]
+        left += sizes["model.onnx"] if variant == "onnx-int8" else 0
+        (small_disk / "filler").write_bytes(bytes((1 << 20) - left))
+    arguments = [str(tiny_model("bert")), "-o", str(target), *QUICK[:-1], variant]
+    fails(capsys, arguments, "the disk is full .*nothing was left there")
+    assert [path.name for path in target.parent.iterdir() if path.name != "filler" and path != small_disk] in (
+        [],
+        ["small"],
+    )
+
+
+def test_reports_of_a_full_disk() -> None:
+    assert is_disk_full(OSError(errno.ENOSPC, "x"))
+    assert is_disk_full(OSError(errno.EDQUOT, "x"))
+    assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
+    wrapped = ValueError("could not save")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "x")
+    assert is_disk_full(wrapped)
+    assert not is_disk_full(OSError(errno.EACCES, "x"))
+    assert not is_disk_full(ValueError("os error 280"))
+    assert first_line(ValueError("\n\n  first \nsecond")) == "first"
+    assert first_line(KeyError()) == "KeyError"
+    assert len(first_line(ValueError("x" * 1000))) == 300
+
+
+# Signals
+
+
+def test_interrupt_in_the_middle(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_bytes(b"old bundle")
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("deploy.export.pipeline.write_manifest", lambda _: signal.raise_signal(signal.SIGINT))
+    message = "stopped by SIGINT; nothing was written to"
+    fails(capsys, [str(tiny_model()), "-o", str(target), "--force", *QUICK], message, 128 + signal.SIGINT)
+    assert contents(tmp_path) == {"out/old": b"old bundle"}
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def start(model: Path, target: Path) -> subprocess.Popen[str]:
+    """Starts an export and waits until it has a model to write."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy", "export", str(model), "-o", str(target), "--force", "--speed-seconds", "60"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert process.stderr is not None
+    deadline = time.monotonic() + 120
+    hidden = lambda: [path for path in target.parent.iterdir() if path.name.startswith(".torch-ext-export-")]  # noqa: E731
+    while time.monotonic() < deadline and process.poll() is None:
+        if any((path / "tokenizer.json").is_file() for path in hidden()):
+            return process
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate()[1])
+
+
+def test_terminated_and_killed_exports(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_bytes(b"old bundle")
+    process = start(tiny_model(), target)
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"error: stopped by SIGTERM; nothing was written to {target}" in printed
+    assert contents(tmp_path) == {"out/old": b"old bundle"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+    # Nobody can clean up behind SIGKILL, but the target is as it was, and the next export cleans up.
+    process = start(tiny_model(), target)
+    process.kill()
+    process.communicate(timeout=60)
+    assert contents(target) == {"old": b"old bundle"}
+    assert len(list(tmp_path.iterdir())) == 2
+    assert main([str(tiny_model()), "-o", str(target), "--force", *QUICK]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "old" not in contents(target)
+    load_manifest(target, verify=True)
+
+
+# All or nothing
+
+
+def fill(stage: Staging, text: str) -> None:
+    (stage.path / "manifest.json").write_text(text, encoding="utf-8")
+    (stage.path / "data").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("way", ["swap", "two renames", "inside"])
+def test_replacing(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are swapped in one step where the system can, else renamed twice, and filled where they are mounted."""
+    if way == "two renames":
+        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+    if way == "inside":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    target = tmp_path / "out"
+    target.mkdir()
+    inode = target.stat().st_ino
+    for number in range(3):
+        with Staging(check_target(target, True), True) as stage:
+            fill(stage, f"new {number}")
+            assert (stage.path.parent == target) == (way == "inside")
+            stage.commit("manifest.json")
+        assert contents(target) == {"manifest.json": f"new {number}".encode(), "data": f"new {number}".encode()}
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (target.stat().st_ino == inode) == (way == "inside")
+
+
+def raises_broken(call: Callable[[], None]) -> bool:
+    """Whether a call raises what `failing` below does."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno == errno.EIO
+    return False
+
+
+@pytest.mark.parametrize("way", ["swap", "two renames", "inside"])
+@pytest.mark.parametrize("broken", [1, 2, 3, 4, 5])
+def test_failures_while_replacing(way: str, broken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever rename fails, the old folder is back as it was."""
+    target = tmp_path / "out"
+    target.mkdir()
+    for name in ("manifest.json", "older"):
+        (target / name).write_bytes(b"old")
+    if way == "two renames":
+        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+    if way == "inside":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    rename, calls = os.rename, []
+
+    def failing(first: Any, second: Any) -> None:
+        calls.append(second)
+        if len(calls) == broken:
+            raise OSError(errno.EIO, "broken")
+        rename(first, second)
+
+    with Staging(check_target(target, True), True) as stage:
+        fill(stage, "new")
+        monkeypatch.setattr(os, "rename", failing)
+        failed = raises_broken(lambda: stage.commit("manifest.json"))
+    expected = {"swap": 1, "two renames": 3, "inside": 4}[way]  # Renames of a commit that succeeds.
+    assert failed == (broken <= expected)
+    old, new = {"manifest.json": b"old", "older": b"old"}, {"manifest.json": b"new", "data": b"new"}
+    assert contents(tmp_path / "out") == (old if failed else new)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nothing_is_made_without_commit(tmp_path: Path) -> None:
+    target = check_target(tmp_path / "a" / "b" / "out", False)
+    with Staging(target, False) as stage:
+        fill(stage, "half")
+    assert list(tmp_path.iterdir()) == []
+    with Staging(target, False) as stage:
+        fill(stage, "whole")
+        assert not target.exists()
+        stage.commit("manifest.json")
+    assert contents(target) == {"manifest.json": b"whole", "data": b"whole"}
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_what_appears_during_an_export_is_not_overwritten(
+    mounted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    if mounted:
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    with Staging(target, False) as stage:
+        fill(stage, "new")
+        (target / "theirs").write_bytes(b"theirs")
+        with pytest.raises(ExportError, match="something else was written there"):
+            stage.commit("manifest.json")
+    assert contents(tmp_path) == {"out/theirs": b"theirs"}
+
+
+def test_exports_at_the_same_time_leave_each_other_alone(tmp_path: Path) -> None:
+    target = check_target(tmp_path / "out", False)
+    with Staging(target, False) as first:
+        fill(first, "first")
+        with Staging(target, False) as second:
+            fill(second, "second")
+            second.commit("manifest.json")
+        with pytest.raises(ExportError, match="something else was written there"):
+            first.commit("manifest.json")
+    assert contents(tmp_path) == {"out/manifest.json": b"second", "out/data": b"second"}
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with Staging(check_target(tmp_path / "link", False), False) as stage:
+        fill(stage, "new")
+        stage.commit("manifest.json")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "data").read_bytes() == b"new"
+
+
+# What is missing on this machine
+
+
+@pytest.mark.parametrize(
+    ("module", "variant", "message"),
+    [
+        ("optimum.exporters.onnx", "onnx-fp32", r"export needs more packages .*pip install 'torch-ext\[export\]'"),
+        ("torch_ext", "torch-fp32", "or leave it out with --variants onnx-int8,onnx-fp32"),
+    ],
+)
+def test_packages_that_are_missing(
+    module: str,
+    variant: str,
+    message: str,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    fails(capsys, [str(tiny_model()), "-o", str(tmp_path / "out"), *QUICK[:-1], variant], message)
+    assert no_bundle(tmp_path)
+
+
+def test_bugs_are_not_dressed_up(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(pipeline, "_manifest", bug)
+    arguments = [str(tiny_model()), "-o", str(tmp_path / "out"), *QUICK]
+    fails(capsys, arguments, "unexpected ZeroDivisionError: division by zero; run again with --debug", 1)
+    assert main([*arguments, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert no_bundle(tmp_path)
