@@ -1,0 +1,218 @@
+"""A server in this process with an engine that a test controls, and clients that speak to it through a socket."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, SpecialToken, Variant
+from deploy.server.app import App
+from deploy.server.batching import Batcher
+from deploy.server.lifecycle import Server, listen
+from deploy.server.limits import Settings
+from deploy.server.tokens import TextTokenizer
+
+WIDTH = 8
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCABULARY = {token: index for index, token in enumerate((*SPECIAL, *(f"w{number}" for number in range(100))))}
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A tokenizer of whole words `w0` to `w99`, with `[CLS]` and `[SEP]` around a text."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def make_manifest(folder: Path, task: str = "feature-extraction", max_tokens: int = 16) -> Manifest:
+    """A manifest around the tokenizer; there are no weights."""
+    write_tokenizer(folder)
+    return Manifest(
+        root=folder,
+        model=ModelInfo("fake", None, "FakeModel"),
+        created_with={"torch_ext": "0"},
+        task=task,
+        hidden_size=WIDTH,
+        max_tokens=max_tokens,
+        pooling=Pooling("mean", True) if task == "feature-extraction" else None,
+        labels=("no", "yes") if task == "text-classification" else None,
+        problem_type="single_label_classification" if task == "text-classification" else None,
+        special_tokens={
+            "pad": SpecialToken(0, "[PAD]"),
+            "cls": SpecialToken(2, "[CLS]"),
+            "sep": SpecialToken(3, "[SEP]"),
+            "mask": SpecialToken(4, "[MASK]"),
+        },
+        files={"tokenizer.json": FileEntry("0" * 64, 0)},
+        variants={"fake": Variant("fake", "none", "torch_ext", "fp32", 0, Accuracy("cosine", 1.0, 1.0, 1))},
+    )
+
+
+def expected_row(ids: Sequence[int]) -> list[float]:
+    """What the fake engine answers to token ids."""
+    return [float(len(ids)), float(sum(ids)), float(ids[0]), float(ids[-1]), 0.25, 0.0, 0.0, 1.0]
+
+
+@dataclass
+class FakeEngine:
+    """Answers with numbers that are made of the ids.
+
+    Attributes:
+        gate: Batches wait until it is set.
+        entered: Set as soon as a batch has begun.
+        batches: Ids of every batch.
+        poison: A batch with this token id fails.
+        drop: Answers with one result too few.
+    """
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Event = field(default_factory=threading.Event)
+    batches: list[list[list[int]]] = field(default_factory=list)
+    options: list[list[Any]] = field(default_factory=list)
+    poison: int = -1
+    drop: bool = False
+
+    def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
+        self.batches.append([text.tolist() for text in ids])
+        self.options.append(list(options))
+        self.entered.set()
+        assert self.gate.wait(20), "the test never opened the gate"
+        if any(self.poison in text for text in ids):
+            raise RuntimeError("poisoned")
+        rows = np.array([expected_row(text.tolist()) for text in ids], dtype=np.float32)
+        return list(rows)[self.drop :]
+
+
+@dataclass
+class Reply:
+    """An answer: status, headers with lower-case names, body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def kind(self) -> str:
+        """Kind of the error; fails unless it is one, well formed."""
+        error = self.json["error"]
+        assert isinstance(error["message"], str)
+        assert error["message"]
+        return str(error["type"])
+
+
+class Client:
+    """One keep-alive connection."""
+
+    def __init__(self, port: int, timeout_s: float = 20.0) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.connection.close()
+
+    def send(self, method: str, path: str, body: Any = None, **headers: str) -> None:
+        """Sends a request; a body that is not bytes becomes JSON."""
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        fields = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.connection.request(method, path, body, fields)
+
+    def read(self) -> Reply:
+        """Reads the answer."""
+        response = self.connection.getresponse()
+        return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+
+    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        self.send(method, path, body, **headers)
+        return self.read()
+
+
+def raw(port: int, data: bytes, timeout_s: float = 20.0) -> bytes:
+    """Sends bytes and returns everything that comes until the server closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as sock:
+        sock.sendall(data)
+        parts = []
+        with contextlib.suppress(ConnectionResetError):
+            while part := sock.recv(1 << 16):
+                parts.append(part)
+        return b"".join(parts)
+
+
+def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
+    """Waits until a condition holds; fails if it never does."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "the condition never held"
+        time.sleep(0.005)
+
+
+class LiveServer:
+    """A server in a thread of this process, with the fake engine."""
+
+    def __init__(self, manifest: Manifest, settings: Settings, engine: FakeEngine, load: Any = None) -> None:
+        self.engine = engine
+        self.manifest = manifest
+        self.batcher = Batcher(load or (lambda: engine), settings.max_batch_tokens, settings.max_queue_tokens)
+        self.app = App(manifest, "fake", TextTokenizer.from_manifest(manifest), self.batcher, settings)
+        self.batcher.on_batch = self.app.count_batch
+        self.ready = threading.Event()
+        self.server = Server(self.app, self.batcher, settings, self.ready.set)
+        sock = listen("127.0.0.1", 0)
+        self.port = int(sock.getsockname()[1])
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [sock]}, name="server")
+        self.thread.start()
+
+    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """One request on a connection of its own."""
+        with Client(self.port) as client:
+            return client(method, path, body, **headers)
+
+    def terminate(self) -> None:
+        """What a SIGTERM does."""
+        self.server.handle_exit(15, None)
+
+    def stop(self) -> int:
+        """Drains, waits for the end, and returns the exit code."""
+        self.terminate()
+        self.engine.gate.set()
+        self.thread.join(20)
+        assert not self.thread.is_alive(), "the server did not stop"
+        return self.server.exit_code
+
+
+@contextlib.contextmanager
+def running(manifest: Manifest, settings: Settings | None = None, **engine: Any) -> Iterator[LiveServer]:
+    """A server that is ready; its engine's gate is open unless the test gives one."""
+    fake = FakeEngine(**engine)
+    if "gate" not in engine:
+        fake.gate.set()
+    server = LiveServer(manifest, settings or Settings(port=0, request_timeout_s=5.0), fake)
+    try:
+        assert server.ready.wait(10), "the server never became ready"
+        yield server
+    finally:
+        code = server.stop()
+    assert code == 0
