@@ -20,6 +20,7 @@ With several processes or machines (``--processes``, ``--master``, ``--worker``)
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import logging
 import random
@@ -64,6 +65,9 @@ PAUSE_AFTER_FAILURE_S = 0.1
 if not any(argument.startswith(("--texts", "--help", "-h", "--version", "-V")) for argument in sys.argv):
     with contextlib.suppress(TextsError):
         docstrings()
+
+# Points of the report's charts; five seconds apart is too far for a run of twenty.
+stats.HISTORY_STATS_INTERVAL_SEC = 1
 
 events.init_command_line_parser.add_listener(lambda parser, **_: add_options(parser))
 
@@ -411,5 +415,23 @@ def on_quitting(environment: Environment, **_: Any) -> None:
     }
     if csv_prefix:
         Path(f"{csv_prefix}_summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    text = "\n".join(describe(summary))
+    if html_file := environment.parsed_options.html_file:
+        add_to_report(Path(html_file), text)
     # After Locust's own tables, which come between this event and that one.
-    events.quit.add_listener(lambda **_: print("\n".join(["", *describe(summary)]), flush=True))
+    events.quit.add_listener(lambda **_: print(f"\n{text}", flush=True))
+
+
+def add_to_report(path: Path, text: str) -> None:
+    """Puts the summary on top of Locust's HTML report, which knows neither the limits nor percentiles of three digits.
+
+    Args:
+        path: The report; without one (after SIGTERM Locust writes none), nothing happens.
+        text: Lines of text.
+    """
+    if path.is_file():
+        # The last one is the page's own; scripts before it hold others as text.
+        before, body, after = path.read_text(encoding="utf-8").rpartition("<body>")
+        style = "margin:0;padding:1.5em;overflow:auto;font-size:14px;color:#222;background:#eee"
+        block = f'<pre style="{style}">{html.escape(text)}</pre>' if body else ""
+        path.write_text(before + body + block + after, encoding="utf-8")

@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=.venv
 PYTHON=${PYTHON:-python3}
 
-say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
+say() { printf '== %s\n' "$*" >&2; }
 die() {
   printf 'error: %s\n' "$*" >&2
   exit 1
@@ -41,7 +41,7 @@ make_venv() {
   fi
 }
 
-pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
 
 # The CPU builds that are tested. Newer aarch64 builds on the index need CUDA's libraries.
 default_torch() {

