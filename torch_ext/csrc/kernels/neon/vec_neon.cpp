@@ -15,7 +15,7 @@ namespace vec_neon {
 #define TORCH_EXT_VEC_NEON 1
 #define TORCH_EXT_VEC_WIDTH 4
 #define TORCH_EXT_VEC_NR "12"
-#define TORCH_EXT_VEC_MAIN_MR 8
+#define TORCH_EXT_VEC_MAIN_MR 6
 #define TORCH_EXT_VEC_NAME "neon_fmla"
 #define TORCH_EXT_VEC_FEATURES (kFeatureNeon)
 // clang-format off: the order matters

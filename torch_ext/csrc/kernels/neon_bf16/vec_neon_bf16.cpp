@@ -19,7 +19,7 @@ namespace vec_neon_bf16 {
 #define TORCH_EXT_VEC_NEON_BF16 1
 #define TORCH_EXT_VEC_WIDTH 4
 #define TORCH_EXT_VEC_NR "12"
-#define TORCH_EXT_VEC_MAIN_MR 8
+#define TORCH_EXT_VEC_MAIN_MR 6
 #define TORCH_EXT_VEC_NAME "neon_bf16_fmla"
 #define TORCH_EXT_VEC_FEATURES (kFeatureNeon | kFeatureBf16)
 // clang-format off: the order matters

@@ -10,8 +10,8 @@
 //
 // Worked example: nr = 12, column j = 5, product p = 2 -> element 29 of the panel.
 //
-// Register use, main kernel: NEON 8 x 12, 24 accumulators, 3 panel vectors, 4 products of one row at a time; AVX2 6 x
-// 16, 12 accumulators; AVX-512 8 x 32, 16 accumulators.
+// Register use, main kernel: NEON 6 x 12, 18 accumulators, 3 panel vectors, 6 vectors of four products, one for each row
+// (8 x 12 would need 35 of the 32 registers); AVX2 6 x 16, 12 accumulators; AVX-512 8 x 32, 16 accumulators.
 
 constexpr size_t kPanelVectors = TORCH_EXT_VEC_WIDTH == 4 ? 3 : 2;
 constexpr size_t kNr = kPanelVectors * kWidth;
@@ -39,7 +39,7 @@ TORCH_EXT_INLINE void multiply_add_step(vf (&acc)[kMr][kPanelVectors], const flo
 }
 
 template <size_t kMr, typename T>
-static void ukernel_f32(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile) {
+TORCH_EXT_INLINE void multiply_tile(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile) {
   const float* lhs = static_cast<const float*>(lhs_block);
   const T* rhs = static_cast<const T*>(rhs_panel);
   const size_t ld = steps * kKStep;
@@ -57,6 +57,20 @@ static void ukernel_f32(size_t steps, const void* lhs_block, const void* rhs_pan
 #pragma GCC unroll 4
     for (size_t v = 0; v < kPanelVectors; ++v) store(tile + i * kNr + v * kWidth, acc[i][v]);
   }
+}
+
+template <size_t kMr>
+static void ukernel_f32(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile) {
+  multiply_tile<kMr, float>(steps, lhs_block, rhs_panel, tile);
+}
+
+// GCC's first scheduling pass would widen the panel of several products ahead, and spill accumulators for it.
+template <size_t kMr>
+#if !defined(__clang__)
+__attribute__((optimize("no-schedule-insns")))
+#endif
+static void ukernel_bf16(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile) {
+  multiply_tile<kMr, uint16_t>(steps, lhs_block, rhs_panel, tile);
 }
 
 // ---- packing ----------------------------------------------------------------------------------------------------
@@ -172,15 +186,16 @@ static void pack_panel_kxn(size_t cols, size_t k, const void* src, size_t ld, vo
 }
 
 #define TORCH_EXT_STRING(x) #x
-#define TORCH_EXT_UKERNEL(T, rhs, mr) \
-  { "gemm_f32_f32_" rhs "p" TORCH_EXT_VEC_NR "x1_" TORCH_EXT_STRING(mr) "x" TORCH_EXT_VEC_NR "_" TORCH_EXT_VEC_NAME, mr, ukernel_f32<mr, T> }
+#define TORCH_EXT_UKERNEL(function, rhs, mr)                                                                        \
+  {"gemm_f32_f32_" rhs "p" TORCH_EXT_VEC_NR "x1_" TORCH_EXT_STRING(mr) "x" TORCH_EXT_VEC_NR "_" TORCH_EXT_VEC_NAME, \
+   mr, function<mr>}
 
-static constexpr UKernel kUKernelsF32[] = {TORCH_EXT_UKERNEL(float, "f32", 1), TORCH_EXT_UKERNEL(float, "f32", 2),
-                                           TORCH_EXT_UKERNEL(float, "f32", 4),
-                                           TORCH_EXT_UKERNEL(float, "f32", TORCH_EXT_VEC_MAIN_MR)};
+static constexpr UKernel kUKernelsF32[] = {
+    TORCH_EXT_UKERNEL(ukernel_f32, "f32", 1), TORCH_EXT_UKERNEL(ukernel_f32, "f32", 2),
+    TORCH_EXT_UKERNEL(ukernel_f32, "f32", 4), TORCH_EXT_UKERNEL(ukernel_f32, "f32", TORCH_EXT_VEC_MAIN_MR)};
 static constexpr UKernel kUKernelsBf16[] = {
-    TORCH_EXT_UKERNEL(uint16_t, "bf16", 1), TORCH_EXT_UKERNEL(uint16_t, "bf16", 2),
-    TORCH_EXT_UKERNEL(uint16_t, "bf16", 4), TORCH_EXT_UKERNEL(uint16_t, "bf16", TORCH_EXT_VEC_MAIN_MR)};
+    TORCH_EXT_UKERNEL(ukernel_bf16, "bf16", 1), TORCH_EXT_UKERNEL(ukernel_bf16, "bf16", 2),
+    TORCH_EXT_UKERNEL(ukernel_bf16, "bf16", 4), TORCH_EXT_UKERNEL(ukernel_bf16, "bf16", TORCH_EXT_VEC_MAIN_MR)};
 #undef TORCH_EXT_UKERNEL
 #undef TORCH_EXT_STRING
 
