@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +31,7 @@ __all__ = ["Server", "listen"]
 
 log = logging.getLogger("deploy.server")
 
-IDLE_GRACE_S = 0.5
+IDLE_GRACE_S = 1.0
 """While draining, how long a connection without a request may still send one."""
 
 
@@ -51,6 +53,19 @@ def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _refuse_new(sock: socket.socket) -> None:
+    """Lets a listening socket drop every packet, so that what the kernel has accepted is all there is to take.
+
+    Without this, a connection that is made between the last accept and the close would be reset. A client whose packet
+    is dropped tries again and is refused then. Does nothing where there are no socket filters.
+    """
+    accept_no_bytes = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K, 0.
+    program = ctypes.create_string_buffer(accept_no_bytes)
+    so_attach_filter = 26
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
 class Server(uvicorn.Server):
@@ -162,6 +177,7 @@ class Server(uvicorn.Server):
         await asyncio.sleep(0)
         for twin in twins:
             twin.setblocking(False)
+            _refuse_new(twin)
             with contextlib.suppress(BlockingIOError), twin:
                 while True:
                     connection, _ = twin.accept()
