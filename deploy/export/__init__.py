@@ -15,7 +15,7 @@ Decisions about int8 (ONNX, arm64 settings: u8 activations per tensor, s8 weight
 
 * Attention scores and context stay in fp32 (all-MiniLM-L6-v2, 2,000 docstrings: mean cosine 0.9931 instead of 0.9925).
 * Embedding tables are quantized: a quarter of the size for 0.0003 of cosine.
-* Where a model misses its bound, the layers whose inputs lose most by 8 bits are kept in fp32, up to half of them, until
+* Where a model misses its bound, the layers whose inputs lose most by 8 bits stay in fp32, up to half of them, until
   it keeps it. A single outlier channel in a layer's input is enough to need that.
 * On x86-64 without VNNI, u8 x s8 saturates. `deploy.bundle.ORT_SESSION_CONFIG` makes ONNX Runtime exact there; results
   are then those of VNNI and of ARM.
