@@ -1,0 +1,243 @@
+"""Built images, run: healthy, hardened, the same answers on both architectures, a load test by compose.
+
+Needs images and a bundle of a feature-extraction model, named by environment variables; ``.ci/run images`` makes them::
+
+    TORCH_EXT_IMAGE_AMD64 TORCH_EXT_IMAGE_ARM64 TORCH_EXT_IMAGE_LOADTEST   tags
+    TORCH_EXT_BUNDLE                                                       folder
+    DOCKER, DOCKER_COMPOSE                                                 commands
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.texts import sample
+
+from .engine import Container, docker, serving
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHES = ("amd64", "arm64")
+# Emulation takes about half a second a token.
+TEXTS = [text for text in sample(600, seed=11) if len(text) < 60][:10]
+
+CPUINFO = """\
+processor\t: 0
+BogoMIPS\t: 50.00
+Features\t: fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp ssbs
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x3
+CPU part\t: 0xd0c
+CPU revision\t: 1
+"""
+
+
+def setting(name: str) -> str:
+    """An environment variable that .ci/run sets."""
+    value = os.environ.get(name)
+    if not value:
+        pytest.skip(f"{name} is not set: .ci/run images builds what is needed and sets it")
+    return value
+
+
+def image(arch: str) -> str:
+    return setting(f"TORCH_EXT_IMAGE_{arch.upper()}")
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+
+
+def embeddings(container: Container) -> list[list[float]]:
+    """Embeddings of TEXTS, in two requests."""
+    half = len(TEXTS) // 2
+    return [
+        vector
+        for texts in (TEXTS[:half], TEXTS[half:])
+        for vector in container.post("/embed", {"inputs": texts})["embeddings"]
+    ]
+
+
+def of_this_machine(variant: str) -> list[list[float]]:
+    """Embeddings that the image of the common architecture computes."""
+    with serving(image("amd64"), "amd64", setting("TORCH_EXT_BUNDLE"), "--variant", variant) as container:
+        container.wait_until_healthy(120)
+        return embeddings(container)
+
+
+@pytest.fixture(scope="module")
+def fp32() -> list[list[float]]:
+    return of_this_machine("torch-fp32")
+
+
+@pytest.fixture(scope="module")
+def bf16() -> list[list[float]]:
+    return of_this_machine("torch_ext-bf16")
+
+
+@pytest.fixture(scope="module", params=ARCHES)
+def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, Container]]:
+    """A healthy server with its default variant, on each architecture; at the end it has to stop in good order."""
+    arch = request.param
+    with serving(image(arch), arch, setting("TORCH_EXT_BUNDLE"), options=["--cpus=1"]) as container:
+        print(f"{arch} healthy after {container.wait_until_healthy(300):.0f} s")
+        yield arch, container
+        exit_code, seconds = container.stop(40)
+        assert exit_code == 0, container.logs()
+        assert seconds < 30
+
+
+def test_same_embeddings(server: tuple[str, Container], fp32: list[list[float]], bf16: list[list[float]]) -> None:
+    arch, container = server
+    answers = embeddings(container)
+    worst, worst_fp32 = min(map(cosine, answers, bf16)), min(map(cosine, answers, fp32))
+    print(f"{arch}: worst cosine to amd64 {worst:.6f}, to amd64 in fp32 {worst_fp32:.6f}")
+    assert worst >= 0.9999
+    assert worst_fp32 >= 0.9995
+
+
+def test_what_it_says_of_itself(server: tuple[str, Container]) -> None:
+    arch, container = server
+    started = re.search(r"variant=(\S+) threads=(\d+) isa=(\S+)", container.logs())
+    assert started is not None, container.logs()
+    assert started[1] == "torch_ext-bf16"
+    assert started[2] == "1", "the container's CPU quota is 1"
+    if arch == "arm64":
+        assert started[3] == "neon_bf16", "the emulated CPU has bf16"
+    assert container.get("/ready")[0] == 200
+    assert container.get("/metrics")[0] == 200
+    assert container.get("/docs")[0] == 200
+
+
+def test_it_runs_without_rights(server: tuple[str, Container]) -> None:
+    _, container = server
+    assert docker("exec", container.name, "python", "-I", "-S", "-c", "import os; print(os.getuid(), os.getgid())") == (
+        "65532 65532"
+    )
+    write = "import sys\ntry: open('/app/x', 'w')\nexcept OSError: sys.exit(3)"
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        docker("exec", container.name, "python", "-I", "-S", "-c", write)
+
+
+def test_wrong_requests_get_an_answer(server: tuple[str, Container]) -> None:
+    _, container = server
+    for body in ([], {"inputs": []}, {"inputs": 3}, {"inputs": ["\ud800"]}):
+        with pytest.raises(Exception, match=r"HTTP Error 4\d\d"):
+            container.post("/embed", body)
+    assert len(container.post("/embed", {"inputs": "ok"})["embeddings"]) == 1
+
+
+def test_arm64_without_bf16(fp32: list[list[float]]) -> None:
+    """Graviton2's cores. Older ones run the kernels, but torch's own builds need the atomics of Armv8.1."""
+    options = ["--env=QEMU_CPU=neoverse-n1"]
+    with serving(image("arm64"), "arm64", setting("TORCH_EXT_BUNDLE"), options=options) as container:
+        container.wait_until_healthy(300)
+        assert "isa=neon\n" in container.logs() + "\n"
+        vectors = container.post("/embed", {"inputs": TEXTS[:3]})["embeddings"]
+    assert min(map(cosine, vectors, fp32)) >= 0.9995
+
+
+def test_arm64_onnx_int8(fp32: list[list[float]], tmp_path: Path) -> None:
+    # QEMU before 8.1 shows the host's /proc/cpuinfo, and ONNX Runtime 1.32 crashes on one that is not Arm's.
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(CPUINFO)
+    options = ["--env=QEMU_CPU=neoverse-n1", f"--volume={cpuinfo}:/proc/cpuinfo:ro", "--cpus=1"]
+    bundle = setting("TORCH_EXT_BUNDLE")
+    with serving(image("arm64"), "arm64", bundle, "--variant", "onnx-int8", options=options) as container:
+        container.wait_until_healthy(300)
+        vectors = container.post("/embed", {"inputs": TEXTS[:3]})["embeddings"]
+    assert min(map(cosine, vectors, fp32)) >= 0.95
+
+
+def test_a_missing_bundle_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with serving(image("amd64"), "amd64", str(tmp_path)) as container:
+        docker("wait", container.name)
+        assert container.state()["ExitCode"] == 2
+        assert "manifest.json" in container.logs()
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_what_is_in_the_image(arch: str) -> None:
+    tag = image(arch)
+    record = json.loads(docker("image", "inspect", tag))[0]
+    assert (record["Os"], record["Architecture"]) == ("linux", arch)
+    assert record["Config"]["User"] == "65532:65532"
+    assert record["Config"]["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert record["Size"] < 1.2e9
+    script = (
+        "import importlib.util as u, importlib.metadata as m, os;"
+        "print([n for n in ('transformers', 'optimum', 'nvidia', 'triton', 'pip_system_certs') if u.find_spec(n)]);"
+        "print(os.path.realpath(u.find_spec('torch_ext').origin)); print(m.version('torch'))"
+    )
+    output = docker("run", "--rm", "--init", f"--platform=linux/{arch}", "--entrypoint=python", tag, "-c", script)
+    absent, origin, torch = output.splitlines()[-3:]
+    assert absent == "[]"
+    assert origin == "/app/extension/torch_ext/__init__.py", "the wheel's, not a source folder's"
+    assert torch.startswith("2.13.0" if arch == "amd64" else "2.10.0")
+    assert not record["Config"].get("Volumes")
+
+
+def test_doctor_in_the_arm64_image() -> None:
+    name = f"torch-ext-test-{uuid.uuid4().hex[:12]}"
+    try:
+        # 0: all well, 1: something is set wrong (emulation is reported); anything else is a crash.
+        output = docker(
+            *("run", "--init", f"--name={name}", "--platform=linux/arm64", "--entrypoint=python", image("arm64")),
+            *("-m", "torch_ext.doctor", "--json"),
+            check=False,
+        )
+        assert int(docker("inspect", "--format={{.State.ExitCode}}", name)) in (0, 1), output
+    finally:
+        docker("rm", "--force", name)
+    assert "neon_bf16" in output
+
+
+def test_load_test_by_compose(tmp_path: Path) -> None:
+    compose = [*shlex.split(setting("DOCKER_COMPOSE")), "-f", str(ROOT / "dockerfiles" / "compose.yaml")]
+    environment = {
+        **os.environ,
+        "SERVER_IMAGE": image("amd64"),
+        "LOADTEST_IMAGE": setting("TORCH_EXT_IMAGE_LOADTEST"),
+        "BUNDLE": setting("TORCH_EXT_BUNDLE"),
+        "SERVER_PORT": "0",
+        "LOCUST_USERS": "8",
+        "LOCUST_RUN_TIME": "25s",
+        "SLO_P95_MS": "10000",
+        "SLO_ERROR_RATE": "0",
+        "COMPOSE_PROJECT_NAME": f"torch-ext-test-{uuid.uuid4().hex[:8]}",
+    }
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*compose, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    try:
+        up = run("up", "--detach")
+        assert up.returncode == 0, up.stderr + run("logs").stdout
+        waited = run("wait", "locust-master")
+        logs = run("logs", "--no-log-prefix", "locust-master").stdout
+        assert waited.returncode == 0, logs
+        copied = run("cp", "locust-master:/reports/.", str(tmp_path))
+        assert copied.returncode == 0, copied.stderr
+        names = {path.name for path in tmp_path.iterdir()}
+        assert {"load.html", "load_stats.csv"} <= names
+        rows = (tmp_path / "load_stats.csv").read_text().splitlines()
+        total = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+        assert int(total["Request Count"]) >= 8
+        assert int(total["Failure Count"]) == 0
+    finally:
+        run("down", "--volumes", "--timeout", "40")
