@@ -19,7 +19,7 @@ from .limits import Settings
 if TYPE_CHECKING:
     from .batching import Engine
 
-__all__ = ["main"]
+__all__ = ["main", "settle_threads"]
 
 API_KEY_VARIABLE = "DEPLOY_API_KEY"
 OMP_SPINS = "1000"
@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
-def _settle_threads(threads: int) -> None:
+def settle_threads(threads: int) -> None:
     """Sets what OpenMP and BLAS read once, unless the user has."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy only pools and normalises here.
@@ -169,7 +169,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from .threads import available_cpus
 
     threads = arguments.threads or available_cpus()
-    _settle_threads(threads)
+    settle_threads(threads)
 
     from .app import App
     from .batching import Batcher
