@@ -1,7 +1,7 @@
 """What the ops should compute, in plain PyTorch and double precision, and how far from it they may be.
 
-All bounds are here, each with its reason. ``EPS32`` and ``EPS16`` are the unit roundoffs of fp32 and bf16 (half the distance
-between neighbours, relative).
+All bounds are here, each with its reason. ``EPS32`` and ``EPS16`` are the unit roundoffs of fp32 and bf16 (half the
+distance between neighbours, relative).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ ACTIVATIONS = {
 # The largest slope of each activation: how much of an error before it is left after it.
 SLOPES = {"none": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0, "tanh": 1.0, "silu": 1.1}
 
-# Activations are polynomials or rational functions in fp32: 32 units of rounding of the value, or of 1 if it is smaller.
+# Activations are polynomials or rational functions in fp32: 32 units of rounding of the value, or of 1 if it is
+# smaller.
 ACTIVATION_EPS = 2.0**-19
 
 
@@ -87,8 +88,9 @@ def linear(
 ) -> Bounded:
     """The reference of ``linear``, with the unpacked weight.
 
-    The sums: BFMMLA rounds to odd and flushes subnormals, and the order of summation is free; ``8 * EPS32 * sum |a * b|`` holds
-    for random data at any depth (rounding errors of fp32 sums grow with the square root of the number of terms).
+    The sums: BFMMLA rounds to odd and flushes subnormals, and the order of summation is free; ``8 * EPS32 * sum |a *
+    b|`` holds for random data at any depth (rounding errors of fp32 sums grow with the square root of the number of
+    terms).
     """
     left = (x if takes_fp32() else x.bfloat16()).double()
     right = weight.bfloat16().double()
@@ -112,9 +114,9 @@ def linear(
 def attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None) -> Bounded:
     """The reference of ``varlen_attention``.
 
-    An error d in a score changes a probability by the factor exp(d), so at most by 2 d here. The scores' error is that of a
-    product in fp32, plus that of exp() in fp32. Probabilities may be rounded to bf16 before they are multiplied by values
-    if the input is bf16.
+    An error d in a score changes a probability by the factor exp(d), so at most by 2 d here. The scores' error is that
+    of a product in fp32, plus that of exp() in fp32. Probabilities may be rounded to bf16 before they are multiplied by
+    values if the input is bf16.
     """
     tokens, width = qkv.shape[0], qkv.shape[1] // 3
     size = width // num_heads
@@ -191,7 +193,10 @@ def embed_layer_norm(
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool) -> Bounded:
-    """The reference of ``pool``: a sum of n terms has n roundings of the running sum, which the sum of magnitudes bounds."""
+    """The reference of ``pool``.
+
+    A sum of n terms has n roundings of the running sum, which the sum of magnitudes bounds.
+    """
     exact, bound = [], []
     offsets = cu_seqlens.tolist()
     for begin, end in itertools.pairwise(offsets):

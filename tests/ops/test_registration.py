@@ -1,0 +1,133 @@
+"""What torch needs of an op beyond its result: schemas, fake kernels, torch.compile, torch.export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torch_ext
+from tests.ops import reference
+
+OPS = torch.ops.torch_ext
+
+
+def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Calls of every op that differ in what a fake kernel may get wrong."""
+
+    def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    bf16 = torch.bfloat16
+    packed = torch_ext.pack_linear_weight(rand(13, 24))
+    bounds = reference.cu_seqlens([3, 2])
+    ids = torch.tensor([1, 4, 0, 9, 2])
+    tables = (rand(10, 8), rand(6, 8), rand(2, 8))
+    norm = (rand(8), rand(8))
+    return {
+        "pack_linear_weight": [((rand(13, 24),), {}), ((rand(24, 13, dtype=bf16).T,), {})],
+        "unpack_linear_weight": [((packed,), {})],
+        "linear": [
+            ((rand(5, 24), packed), {}),
+            ((rand(2, 3, 24, dtype=bf16), packed, rand(13)), {"activation": "gelu", "out_dtype": torch.float32}),
+            ((rand(24, 5).T, packed), {"out_dtype": bf16, "residual": rand(5, 13)}),
+            ((rand(24), packed, rand(13, dtype=bf16), "tanh"), {}),
+            ((rand(0, 24), packed), {}),
+        ],
+        "varlen_attention": [((rand(5, 96), bounds, 2), {}), ((rand(5, 48, dtype=bf16), bounds, 4, 0.5), {})],
+        "add_layer_norm": [
+            ((rand(5, 8), None, *norm, 1e-5), {}),
+            ((rand(5, 8, dtype=bf16), rand(5, 8, dtype=bf16), *norm, 1e-5), {}),
+        ],
+        "embed_layer_norm": [
+            ((ids, bounds, None, *tables[:2], None, *norm, 1e-5, 0), {}),
+            ((ids, bounds, ids % 2, *(table.to(bf16) for table in tables), *norm, 1e-5, 2), {}),
+        ],
+        "pool": [((rand(5, 8), bounds, "mean", True), {}), ((rand(5, 8, dtype=bf16), bounds, "max", False), {})],
+    }
+
+
+@pytest.mark.parametrize("name", samples(torch.Generator()))
+def test_opcheck(generator: torch.Generator, name: str) -> None:
+    for args, kwargs in samples(generator)[name]:
+        torch.library.opcheck(getattr(OPS, name).default, args, kwargs)
+
+
+def test_every_op_is_checked() -> None:
+    assert {name for name in dir(OPS) if not name.startswith("_") and name != "name"} == set(samples(torch.Generator()))
+
+
+@pytest.mark.parametrize("name", [name for name in samples(torch.Generator()) if "pack" not in name])
+def test_fake_kernels_on_meta_tensors(generator: torch.Generator, name: str) -> None:
+    op = getattr(OPS, name)
+    for args, kwargs in samples(generator)[name]:
+        real = op(*args, **kwargs)
+
+        def to_meta(value: Any) -> Any:
+            return value.to("meta") if isinstance(value, Tensor) else value
+
+        fake = op(*map(to_meta, args), **{key: to_meta(value) for key, value in kwargs.items()})
+        assert (fake.shape, fake.dtype, fake.device.type) == (real.shape, real.dtype, "meta")
+        assert fake.stride() == real.stride()
+
+
+def test_fake_kernels_check() -> None:
+    packed = torch_ext.pack_linear_weight(torch.ones(13, 24)).to("meta")
+    x = torch.ones(5, 24, device="meta")
+    for match, call in (
+        ("requires grad.*inference only", lambda: torch_ext.linear(x.clone().requires_grad_(), packed)),
+        ("activation", lambda: torch_ext.linear(x, packed, None, "swish")),
+        ("bias", lambda: torch_ext.linear(x, packed, torch.ones(12, device="meta"))),
+        ("residual", lambda: torch_ext.linear(x, packed, residual=torch.ones(5, 12, device="meta"))),
+        ("fp32 or bf16", lambda: torch_ext.linear(x.half(), packed)),
+        ("packed by", lambda: torch_ext.linear(x, torch.ones(13, 24, device="meta"))),
+        ("num_heads", lambda: torch_ext.varlen_attention(x, torch.ones(2, device="meta"), 5)),
+        ("mode", lambda: torch_ext.pool(x, torch.ones(2, device="meta"), "sum")),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            call()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_function_equals_eager(generator: torch.Generator, dynamic: bool) -> None:
+    weight, bias = torch.randn(13, 24, generator=generator), torch.randn(13, generator=generator)
+    packed = torch_ext.pack_linear_weight(weight)
+
+    def function(x: Tensor, bounds: Tensor) -> Tensor:
+        wide = torch_ext.linear(x * 2, packed, bias, "gelu")
+        qkv = torch.cat([wide[:, :4]] * 3, -1) + 1
+        hidden = torch_ext.varlen_attention(qkv, bounds, 2)
+        return torch_ext.pool(torch_ext.add_layer_norm(hidden, None, bias[:4], bias[4:8], 1e-5), bounds).exp()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    for lengths in ([3, 2], [7, 1, 1]):
+        x, bounds = torch.randn(sum(lengths), 24, generator=generator), reference.cu_seqlens(lengths)
+        torch.testing.assert_close(compiled(x, bounds), function(x, bounds), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.compile
+def test_compiled_gradients_are_refused() -> None:
+    packed = torch_ext.pack_linear_weight(torch.ones(13, 24))
+    compiled = torch.compile(lambda x: torch_ext.linear(x * 2, packed), fullgraph=True)
+    with pytest.raises(Exception, match="requires grad, but torch_ext is for inference only"):
+        compiled(torch.ones(5, 24, requires_grad=True))
+
+
+def test_export() -> None:
+    packed = torch_ext.pack_linear_weight(torch.eye(24))
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("packed", packed)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch_ext.linear(x, self.packed, activation="relu")
+
+    rows = torch.export.Dim("rows", min=1, max=100)
+    program = torch.export.export(Module(), (torch.ones(5, 24),), dynamic_shapes=({0: rows},))
+    x = -torch.ones(7, 24)
+    assert torch.equal(program.module()(x), torch.zeros(7, 24))

