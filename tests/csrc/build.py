@@ -7,7 +7,7 @@ From the command line::
     python tests/csrc/build.py sanitize                      # this machine, AddressSanitizer and UBSan
     python tests/csrc/build.py native -- --random 2000 --filter random --seed 7   # a long randomized run
 
-Arguments after ``--`` go to the program (``--list``, ``--filter``, ``--seed``, ``--random``, ``--quick``, ``--verbose``).
+Arguments after ``--`` go to the program; ``-- --help`` lists them.
 Objects are kept in ``build/csrc-tests`` under a hash of everything that went into them.
 """
 

@@ -21,6 +21,13 @@ namespace {
 
 constexpr size_t kMaxFailuresOfATest = 8;
 
+// A sanitizer's own report of a crash says more than ours.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 struct TestCase {
   const char* name;
   void (*body)();
@@ -62,17 +69,19 @@ void on_crash(int signal) {
 }
 
 int usage(const char* program, const char* wrong) {
-  std::fprintf(stderr,
-               "%s: unknown argument %s\n"
-               "usage: %s [--list] [--report] [--filter TEXT] [--seed N] [--random N] [--quick] [--verbose]\n"
-               "  --list       print the names of the tests\n"
-               "  --report     print what dispatch chose, as JSON; 1 if it refuses TORCH_EXT_ISA\n"
-               "  --filter     run the tests whose name contains TEXT; coverage is not judged then\n"
-               "  --seed       seed of all random data\n"
-               "  --random     number of random shapes in each randomized test\n"
-               "  --quick      trimmed sizes, for emulators\n"
-               "  --verbose    print the largest errors that were measured\n",
-               program, wrong, program);
+  std::fprintf(
+      stderr,
+      "%s: unknown argument %s\n"
+      "usage: %s [--list] [--kernels] [--report] [--filter TEXT] [--seed N] [--random N] [--quick] [--verbose]\n"
+      "  --list       print the names of the tests\n"
+      "  --kernels    print the names of all micro-kernels that are compiled in\n"
+      "  --report     print what dispatch chose, as JSON; 1 if it refuses TORCH_EXT_ISA\n"
+      "  --filter     run the tests whose name contains TEXT; coverage is not judged then\n"
+      "  --seed       seed of all random data\n"
+      "  --random     number of random shapes in each randomized test\n"
+      "  --quick      trimmed sizes, for emulators\n"
+      "  --verbose    print the largest errors that were measured\n",
+      program, wrong, program);
   return 2;
 }
 
@@ -173,6 +182,11 @@ static int main_with(int argc, char** argv) {
     if (arg == "--list") {
       for (const TestCase& test : tests()) std::printf("%s\n", test.name);
       return 0;
+    } else if (arg == "--kernels") {
+      for (const GemmPath& path : all_gemm_paths()) {
+        for (size_t u = 0; u < path.kernel->ukernel_count; ++u) std::printf("%s\n", path.kernel->ukernels[u].name);
+      }
+      return 0;
     } else if (arg == "--report") {
       return report();
     } else if (arg == "--quick") {
@@ -189,9 +203,9 @@ static int main_with(int argc, char** argv) {
       return usage(argv[0], argv[i]);
     }
   }
-#if !defined(__SANITIZE_ADDRESS__)  // the sanitizer's own report says more
-  for (const int signal_number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) signal(signal_number, on_crash);
-#endif
+  if (!kSanitized) {
+    for (const int signal_number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) signal(signal_number, on_crash);
+  }
   return run_all();
 }
 

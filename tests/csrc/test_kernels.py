@@ -1,0 +1,226 @@
+"""Builds the C++ tests of the kernels, runs them here and under emulation, and checks what compilers make of kernels.
+
+Without a cross compiler and QEMU, or without LLVM's tools, the tests that need them are skipped with the reason;
+``.ci/run`` installs both and fails on any skip. For longer runs see ``build.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "torch_ext" / "csrc"
+
+# CPUs that QEMU shows: everything; Graviton2's core, without bf16; an older one, without dot products either.
+CPUS = ("max", "neoverse-n1", "cortex-a72")
+CPUS_WITH_BF16 = {"max"}
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+build = _load("csrc_tests_build", ROOT / "tests" / "csrc" / "build.py")
+mca = _load("csrc_tests_mca", ROOT / "benchmarks" / "mca.py")
+
+
+@functools.cache
+def program(variant: str) -> Path:
+    """The test program of a variant; the test is skipped if its tools are missing."""
+    missing = build.missing_tools(variant)
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)}: install g++-aarch64-linux-gnu and qemu-user-static")
+    return build.build(variant)
+
+
+def run(variant: str, *args: str, cpu: str | None = None, isa: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in {"TORCH_EXT_ISA", "QEMU_CPU"}}
+    if isa is not None:
+        environment["TORCH_EXT_ISA"] = isa
+    command = [*build.command(variant, program(variant), cpu), *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def expect_passed(done: subprocess.CompletedProcess[str], seed: int) -> None:
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert f"seed {seed}," in done.stdout
+    assert " 0 failed, 0 paths missed" in done.stdout
+
+
+def not_on_this_cpu(done: subprocess.CompletedProcess[str]) -> list[str]:
+    prefix = "not on this CPU: "
+    return [line.removeprefix(prefix) for line in done.stdout.splitlines() if line.startswith(prefix)]
+
+
+# ---- correctness ----------------------------------------------------------------------------------------------------
+
+
+def test_flags_are_those_of_setup_py() -> None:
+    setup = (ROOT / "setup.py").read_text()
+    assert [flag for flag in build.SHIPPED_FLAGS if f'"{flag}"' not in setup] == []
+    assert mca.FLAGS == build.SHIPPED_FLAGS
+
+
+def test_every_kernel_source_is_compiled() -> None:
+    sources = {path.relative_to(CSRC).as_posix() for path in build.kernel_sources()}
+    assert {"gemm.cpp", "attention.cpp", "dispatch.cpp", "kernels/neon_bf16/gemm_bfmmla.cpp"} <= sources
+    assert sources == {
+        path.relative_to(CSRC).as_posix()
+        for path in CSRC.rglob("*.cpp")
+        if path.parent.name not in {"ops", "compat"} and path.name != "registration.cpp"
+    }
+
+
+def test_kernels_on_this_machine(seed: int) -> None:
+    expect_passed(run("native", "--seed", str(seed)), seed)
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("cpu", CPUS)
+def test_kernels_under_emulation(cpu: str, seed: int) -> None:
+    done = run("aarch64", "--quick", "--seed", str(seed), cpu=cpu)
+    expect_passed(done, seed)
+    left_out = not_on_this_cpu(done)
+    if cpu in CPUS_WITH_BF16:
+        assert left_out == []
+    else:
+        assert left_out
+        assert all("bf16_fmla" in name or "bfmmla" in name for name in left_out)
+
+
+def test_a_run_without_tests_fails() -> None:
+    assert run("native", "--filter", "no such test").returncode == 1
+    assert run("native", "--no-such-option").returncode == 2
+
+
+# ---- dispatch -------------------------------------------------------------------------------------------------------
+
+
+def report(variant: str, cpu: str | None, isa: str | None = None) -> dict[str, object]:
+    done = run(variant, "--report", cpu=cpu, isa=isa)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+MACHINES = [pytest.param("native", None, id="native")] + [
+    pytest.param("aarch64", cpu, id=cpu, marks=pytest.mark.emulator) for cpu in CPUS
+]
+
+
+@pytest.mark.parametrize(("variant", "cpu"), MACHINES)
+def test_the_first_supported_candidate_is_chosen(variant: str, cpu: str | None) -> None:
+    chosen = report(variant, cpu)
+    supported = [c["name"] for c in chosen["candidates"] if c["supported"]]
+    assert chosen["forced"] is False
+    assert chosen["isa"] == supported[0]
+    assert report(variant, cpu, isa="") == chosen  # set to nothing is not set
+    if variant == "aarch64":
+        assert chosen["isa"] == ("neon_bf16" if cpu in CPUS_WITH_BF16 else "neon")
+        assert all(("bfmmla" in k) == (cpu in CPUS_WITH_BF16) for k in chosen["linear_kernels"])
+
+
+@pytest.mark.parametrize(("variant", "cpu"), MACHINES)
+def test_every_candidate_can_be_forced_or_is_refused(variant: str, cpu: str | None) -> None:
+    for candidate in report(variant, cpu)["candidates"]:
+        if candidate["supported"]:
+            forced = report(variant, cpu, isa=candidate["name"])
+            assert (forced["isa"], forced["forced"]) == (candidate["name"], True)
+        else:
+            done = run(variant, "--report", cpu=cpu, isa=candidate["name"])
+            assert done.returncode == 1
+            assert f"TORCH_EXT_ISA={candidate['name']} needs a CPU with" in done.stderr
+            assert any(feature in done.stderr for feature in candidate["requires"])
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("cpu", ["neoverse-n1", "cortex-a72"])
+def test_bf16_kernels_are_refused_without_bf16(cpu: str) -> None:
+    done = run("aarch64", "--report", cpu=cpu, isa="neon_bf16")
+    assert done.returncode == 1
+    assert "needs a CPU with bf16" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["sve9", "Portable", "neon_bf16 ", "1"])
+def test_an_unknown_isa_is_refused(name: str) -> None:
+    done = run("native", "--report", isa=name)
+    assert done.returncode == 1
+    assert f"TORCH_EXT_ISA={name} is unknown on" in done.stderr
+    assert "portable" in done.stderr  # what there is
+
+
+# ---- what compilers make of the kernels -----------------------------------------------------------------------------
+
+
+@functools.cache
+def loops(compiler: str) -> tuple[mca.Loop, ...]:
+    compilers = mca.find_compilers()
+    if compiler not in compilers:
+        pytest.skip(f"no {compiler} for aarch64: install g++-aarch64-linux-gnu and clang-19")
+    return tuple(mca.kernel_loops(compilers[compiler]))
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_the_loop_of_every_kernel_is_found(compiler: str) -> None:
+    kernels = run("aarch64", "--kernels").stdout.split()
+    expected = {name for name in kernels if not name.endswith("_portable")}
+    assert len(expected) >= 20
+    assert {loop.kernel for loop in loops(compiler)} == expected
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_no_inner_loop_spills(compiler: str) -> None:
+    spills = {loop.kernel: loop.spills() for loop in loops(compiler)}
+    assert {kernel: lines for kernel, lines in spills.items() if lines} == {}
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("cpu", ["neoverse-n2", "neoverse-v1", "neoverse-v2"])
+def test_the_main_kernel_reaches_the_peak_of_the_model(compiler: str, cpu: str) -> None:
+    tool = mca.find_mca()
+    if tool is None:
+        pytest.skip(f"no llvm-mca of LLVM {mca.OLDEST_LLVM} or newer: install llvm-19")
+    (loop,) = [loop for loop in loops(compiler) if loop.kernel == "gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla"]
+    assert loop.work == 24 * loop.steps
+    share = mca.share_of_peak(loop, cpu, tool)
+    assert share is not None
+    assert 0.97 <= share <= 1.0 + 1e-9
+
+
+LISTING = """
+0000000000000000 <torch_ext::(anonymous namespace)::gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(unsigned long)>:
+   0:\tldr\tq9, [sp, #16]
+   4:\tldr\tq0, [x1], #16
+   8:\tbfmmla\tv1.4s, v0.8h, v9.8h
+   c:\tstr\tq1, [sp, #32]
+  10:\tldp\tq9, q8, [sp, #16]
+  14:\tsubs\tx0, x0, #0x1
+  18:\tb.ne\t4 <torch_ext::kernel+0x4>  // b.any
+  1c:\tstr\tq1, [x3]
+  20:\tret
+"""
+
+
+def test_spills_and_loops_are_told_apart() -> None:
+    ((name, body),) = mca.functions(LISTING).items()
+    loop = mca.inner_loop(mca.kernel_name(name), body)
+    assert [i.address for i in loop.body] == [0x4, 0x8, 0xC, 0x10, 0x14, 0x18]
+    assert loop.spills() == ["str q1, [sp, #32]", "ldp q9, q8, [sp, #16]"]
+    assert loop.work == 1
+    assert loop.assembly().startswith("loop:\nldr q0, [x1], #16\n")
+    assert loop.assembly().endswith("b.ne loop\n")
