@@ -27,18 +27,19 @@ check_tools() {
 }
 
 make_venv() {
-  if [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
-    return
+  if [ ! -x "$VENV/bin/python" ]; then
+    # Debian and Ubuntu split venv's pip off; virtualenv brings its own.
+    if "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
+      "$PYTHON" -m venv "$VENV"
+    elif "$PYTHON" -m virtualenv --version >/dev/null 2>&1; then
+      "$PYTHON" -m virtualenv --quiet "$VENV"
+    else
+      die "$PYTHON cannot make virtual environments: install its venv package (Debian, Ubuntu: apt-get install python3-venv)"
+    fi
   fi
-  rm -rf "$VENV"
-  # Debian and Ubuntu split venv's pip off; virtualenv brings its own.
-  if "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
-    "$PYTHON" -m venv "$VENV"
-  elif "$PYTHON" -m virtualenv --version >/dev/null 2>&1; then
-    "$PYTHON" -m virtualenv --quiet "$VENV"
-  else
-    die "$PYTHON cannot make virtual environments: install its venv package (Debian, Ubuntu: apt-get install python3-venv)"
-  fi
+  # An environment that somebody else made, or that was left half made.
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --default-pip >/dev/null 2>&1 ||
+    die "$VENV has no pip and cannot get one: remove it (make distclean), and it is made again"
 }
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
