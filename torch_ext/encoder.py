@@ -27,6 +27,7 @@ __all__ = ["ARCHITECTURES", "Dtype", "Encoder", "EncoderSpec", "Head", "HeadSpec
 Dtype = Literal["bf16", "fp32"]
 
 FORMAT = "torch-ext-encoder"
+_UNLIKELY_ROWS = 1023  # no engine that prefers some numbers of rows prefers this one
 FORMAT_VERSION = 1
 
 _DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -35,6 +36,7 @@ _embed_layer_norm = torch.ops.torch_ext.embed_layer_norm.default
 _linear = torch.ops.torch_ext.linear.default
 _varlen_attention = torch.ops.torch_ext.varlen_attention.default
 _add_layer_norm = torch.ops.torch_ext.add_layer_norm.default
+_preferred_rows = torch.ops.torch_ext._preferred_rows.default
 _pack = torch.ops.torch_ext.pack_linear_weight.default
 _unpack = torch.ops.torch_ext.unpack_linear_weight.default
 
@@ -243,6 +245,8 @@ class Encoder:
                 layer.append(copy(f"layers.{index}.{part}.bias"))
             self._layers.append(tuple(layer))
         self._run = self._run_bf16 if dtype == "bf16" else self._run_fp32
+        # Where a product of a new size costs as much as a batch, and only there: see onednn_preferred_rows in csrc.
+        self._fills_up = dtype == "bf16" and _preferred_rows(_UNLIKELY_ROWS) != _UNLIKELY_ROWS
 
     @classmethod
     def from_transformers(cls, model: nn.Module, dtype: Dtype = "bf16") -> Encoder:
@@ -285,7 +289,25 @@ class Encoder:
             return self._run(input_ids, cu_seqlens, token_type_ids)
         self._check(input_ids, cu_seqlens, token_type_ids)
         with _Inference():
+            tokens = input_ids.shape[0]
+            rows = _preferred_rows(tokens) if self._fills_up else tokens
+            if rows != tokens:
+                filled = self._fill_up(rows - tokens, input_ids, cu_seqlens, token_type_ids)
+                return self._run(*filled)[:tokens]
             return self._run(input_ids, cu_seqlens, token_type_ids)
+
+    def _fill_up(
+        self, count: int, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append texts of `count` tokens in all, whose results nobody reads, to batches of a costly new size."""
+        tokens, longest = input_ids.shape[0], self.spec.max_positions
+        filler = input_ids.new_zeros(count)
+        bounds = [*range(tokens + longest, tokens + count, longest), tokens + count]
+        return (
+            torch.cat((input_ids, filler)),
+            torch.cat((cu_seqlens, torch.tensor(bounds, dtype=torch.int32))),
+            None if token_type_ids is None else torch.cat((token_type_ids, filler)),
+        )
 
     def _check(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> None:
         spec = self.spec

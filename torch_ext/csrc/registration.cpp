@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "Tensor? token_type, Tensor weight, Tensor bias, float eps, int position_offset) -> Tensor");
   m.def("pool(Tensor hidden, Tensor cu_seqlens, str mode, bool normalize) -> Tensor");
   m.def("_isa_report() -> str");
+  m.def("_preferred_rows(int rows) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
@@ -28,4 +29,5 @@ STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(torch_ext, CompositeExplicitAutograd, m) {
   m.impl("_isa_report", TORCH_BOX(&torch_ext::isa_report));
+  m.impl("_preferred_rows", TORCH_BOX(&torch_ext::preferred_rows));
 }

@@ -165,20 +165,30 @@ Tensor finish(const LinearCall& call, const Tensor& product, bool activated, con
 
 Tensor linear_onednn(const LinearCall& call, const Packed& packed) {
   check_layout("linear", packed.header, Layout::kOnednn, 0, 0);
-  const Tensor x = as_contiguous(call.x.scalar_type() == ScalarType::BFloat16
-                                     ? call.x
-                                     : stable::to(call.x, ScalarType::BFloat16));
+  Tensor x = as_contiguous(call.x.scalar_type() == ScalarType::BFloat16 ? call.x
+                                                                       : stable::to(call.x, ScalarType::BFloat16));
+  const int64_t rows = onednn_preferred_rows(call.m);
+  if (rows != call.m) {
+    const Tensor filled = new_tensor(x, {rows, call.k}, ScalarType::BFloat16);
+    const size_t bytes = static_cast<size_t>(call.m * call.k) * sizeof(uint16_t);
+    char* const data = static_cast<char*>(filled.mutable_data_ptr());
+    std::memcpy(data, x.const_data_ptr(), bytes);
+    std::memset(data + bytes, 0, static_cast<size_t>(rows * call.k) * sizeof(uint16_t) - bytes);
+    x = filled;
+  }
   const Tensor weight = opaque_view(packed);
   std::optional<Tensor> adjacent_bias;  // PyTorch's fused linear does not look at strides
   if (call.bias) adjacent_bias = as_contiguous(*call.bias);
   const Tensor* const bias = adjacent_bias ? &*adjacent_bias : nullptr;
   // PyTorch fuses a residual where everything, the bias too, is bf16.
-  const bool fuse_residual = call.residual && call.activation == Activation::kNone &&
+  const bool fuse_residual = rows == call.m && call.residual && call.activation == Activation::kNone &&
                              call.out_type == DType::kBF16 &&
                              call.residual->scalar_type() == ScalarType::BFloat16 &&
                              (!bias || bias->scalar_type() == ScalarType::BFloat16);
   if (fuse_residual) return onednn_linear(x, weight, bias, Activation::kNone, &*call.residual);
-  return finish(call, onednn_linear(x, weight, bias, call.activation, nullptr), true, call.x);
+  Tensor product = onednn_linear(x, weight, bias, call.activation, nullptr);
+  if (rows != call.m) product = stable::narrow(product, 0, 0, call.m);
+  return finish(call, product, true, call.x);
 }
 
 Tensor linear_torch(const LinearCall& call, const Packed& packed) {
@@ -196,6 +206,11 @@ Tensor linear_torch(const LinearCall& call, const Packed& packed) {
 }
 
 }  // namespace
+
+int64_t preferred_rows(int64_t rows) {
+  STD_TORCH_CHECK(rows >= 0, "preferred_rows: expected rows of at least 0, got ", rows);
+  return rows > 0 && linear_engine() == LinearEngine::kOnednn ? onednn_preferred_rows(rows) : rows;
+}
 
 Tensor pack_linear_weight(const Tensor& weight) {
   const char* const op = "pack_linear_weight";

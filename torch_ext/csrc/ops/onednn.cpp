@@ -1,5 +1,6 @@
 #include "ops/onednn.h"
 
+#include <algorithm>
 #include <array>
 
 // From torch/csrc/inductor/aoti_torch/c/shim_cpu.h, which a build for the stable ABI cannot include. PyTorch exports them
@@ -46,6 +47,14 @@ bool query_available() {
 bool onednn_available() {
   static const bool available = query_available();
   return available;
+}
+
+int64_t onednn_preferred_rows(int64_t rows) {
+  int64_t power = 1;
+  while (power < rows) power *= 2;
+  if (power <= 16) return power;
+  const int64_t step = power <= 128 ? 16 : std::max<int64_t>(32, power / 16);
+  return (rows + step - 1) / step * step;
 }
 
 OnednnWeight onednn_reorder(const Tensor& weight_bf16) {

@@ -23,4 +23,7 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
 Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& mode, bool normalize);
 std::string isa_report();
 
+/// At least `rows`: the number of rows that a caller with a choice gives to `linear`, because each new number costs.
+int64_t preferred_rows(int64_t rows);
+
 }  // namespace torch_ext
