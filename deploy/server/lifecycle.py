@@ -86,6 +86,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=settings.access_log,
             server_header=False,
+            proxy_headers=False,  # Nothing here looks at the client's address.
             timeout_keep_alive=int(settings.keep_alive_s),
         )
         super().__init__(config)
