@@ -234,7 +234,6 @@ def direct(bundle: str, variant: str, threads: int, texts: Sequence[str], second
 
     import torch_ext
     from deploy.bundle import load_manifest
-    from deploy.server.engines import bucket
     from deploy.server.tokens import TextTokenizer
 
     torch.set_num_threads(threads)
@@ -248,28 +247,22 @@ def direct(bundle: str, variant: str, threads: int, texts: Sequence[str], second
     result = {"tokenize": 1e6 * (time.process_time() - begun_s) / len(ids)}
     result["mean_tokens"] = statistics.mean(map(len, ids))
 
-    def run(batch: Sequence[Any], filled: bool) -> None:
-        lengths = [len(text) for text in batch]
-        if filled and (missing := bucket(sum(lengths)) - sum(lengths)):
-            lengths.append(missing)
-            batch = [*batch, np.zeros(missing, np.int64)]
-        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    def run(batch: Sequence[Any]) -> None:
+        cu_seqlens = torch.tensor([0, *np.cumsum([len(text) for text in batch])], dtype=torch.int32)
         hidden = encoder(torch.from_numpy(np.concatenate(batch)), cu_seqlens)
         torch_ext.pool(hidden, cu_seqlens, mode="mean", normalize=True)
 
     with torch.inference_mode():
         for size in (1, 8, 16, 32):
-            for filled in (False, True):
-                for measured in (False, True):
-                    begun_s, cpu_begun_s, count = time.perf_counter(), time.process_time(), 0
-                    for start in range(0, len(ids), size):
-                        run(ids[start : start + size], filled)
-                        count += len(ids[start : start + size])
-                        if time.perf_counter() - begun_s > seconds:
-                            break
-                    if measured:
-                        key = f"batch {size}{' filled' if filled else ''}"
-                        result[key] = 1e6 * (time.process_time() - cpu_begun_s) / count
+            for measured in (False, True):
+                begun_s, cpu_begun_s, count = time.perf_counter(), time.process_time(), 0
+                for start in range(0, len(ids), size):
+                    run(ids[start : start + size])
+                    count += len(ids[start : start + size])
+                    if time.perf_counter() - begun_s > seconds:
+                        break
+                if measured:
+                    result[f"batch {size}"] = 1e6 * (time.process_time() - cpu_begun_s) / count
     return result
 
 

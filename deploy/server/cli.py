@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _serve(arguments)
     except (_UsageError, BundleError) as error:
-        print(f"python -m deploy serve: {error}", file=sys.stderr)
+        print(f"python -m deploy serve: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(
@@ -194,9 +194,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         access_log=arguments.access_log,
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     if settings.access_log:
-        access = logging.getLogger("uvicorn.access")
-        access.setLevel(logging.INFO)
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     try:
         tokenizer = TextTokenizer.from_manifest(manifest)
     except ValueError as error:

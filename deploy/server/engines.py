@@ -29,7 +29,7 @@ PADDING_BOUND = 1.15
 larger batches (fp32 on 2 cores: 116 texts/s one by one, 108 in sorted batches of 32), so padding is what to avoid."""
 
 WARM_UP_S = 2.0
-"""Most time that start-up spends on running every bucket once."""
+"""Most time that start-up spends on running every size of batch once."""
 
 LOGITS_BYTES = 128 << 20
 """Fill-mask: most memory that one call may spend on logits over the vocabulary."""
@@ -55,20 +55,6 @@ class FillMaskOptions:
     """
 
     top_k: int
-
-
-def bucket(tokens: int) -> int:
-    """The number of tokens that a batch is filled up to where shapes cost.
-
-    oneDNN makes code for every new number of rows: 10 to 30 ms of CPU and some MB each, as much as running the batch,
-    and it keeps up to 1024 of them. Rounded up to a multiple of 32, above 512 to an eighth of a power of two, batches
-    have few different sizes, for 4 % more tokens on average.
-
-    Args:
-        tokens: Tokens of a batch, from 1.
-    """
-    step = max(32, (1 << (tokens - 1).bit_length()) // 16)
-    return -(-tokens // step) * step
 
 
 def load_engine(
@@ -218,41 +204,33 @@ class TorchEngine(_TaskEngine):
             if self._head is None:
                 raise BundleError(f"{path}: no head for {manifest.task} in this file; export the model again")
         self.isa = str(torch_ext.isa_report()["isa"])
-        # Only oneDNN makes code per shape; the kernels of torch_ext take any number of rows.
-        self._bucketed = self.isa == "onednn" and variant.dtype == "bf16"
         pad = manifest.special_tokens["pad"]
         assert pad is not None
         self._pad_id = pad.id
 
     def warm_up(self, max_batch_tokens: int) -> None:
-        """Runs batches of every size that oneDNN will see, shortest first, for `WARM_UP_S` at most."""
-        begun_s = time.monotonic()
-        size = 0
-        while self._bucketed and size < max_batch_tokens and time.monotonic() - begun_s < WARM_UP_S:
-            size = bucket(size + 1)
-            self._encode(self._filler(size))
+        """Runs a batch of every size that has a cost of its own, shortest first, for `WARM_UP_S` at most.
 
-    def _filler(self, tokens: int) -> list[NDArray[np.int64]]:
-        """Token ids of texts that nobody reads, with so many tokens in all; per text i64 [tokens]."""
+        oneDNN makes code for every number of rows; torch_ext fills batches up to few different ones.
+        """
+        preferred = self._torch.ops.torch_ext._preferred_rows
+        sizes = sorted({preferred(tokens) for tokens in range(1, max_batch_tokens + 1)})
+        if self._encoder.dtype != "bf16" or len(sizes) == max_batch_tokens:
+            return  # These kernels make no code: all sizes are equally good.
         longest = self._manifest.max_tokens
-        sizes = [longest] * (tokens // longest)
-        if tokens % longest:
-            sizes.append(tokens % longest)
-        return [np.full(size, self._pad_id, dtype=np.int64) for size in sizes]
+        begun_s = time.monotonic()
+        for size in sizes:
+            if time.monotonic() - begun_s > WARM_UP_S:
+                break
+            lengths = [longest] * (size // longest) + [size % longest] * (size % longest > 0)
+            self._encode([np.full(length, self._pad_id, dtype=np.int64) for length in lengths])
 
     def _encode(self, ids: Sequence[NDArray[np.int64]]) -> tuple[Any, Any, NDArray[np.int32]]:
-        """Hidden states [tokens, hidden], cu_seqlens as a tensor and as an array, i32 [texts + 1].
-
-        Where the number of tokens is rounded up, filler texts follow those of the batch in all three.
-        """
-        texts = list(ids)
-        if self._bucketed:
-            tokens = sum(map(len, ids))
-            texts += self._filler(bucket(tokens) - tokens)
-        bounds = np.zeros(len(texts) + 1, dtype=np.int32)
-        np.cumsum([len(text) for text in texts], out=bounds[1:])
+        """Hidden states [tokens, hidden], cu_seqlens as a tensor and as an array, i32 [texts + 1]."""
+        bounds = np.zeros(len(ids) + 1, dtype=np.int32)
+        np.cumsum([len(text) for text in ids], out=bounds[1:])
         cu_seqlens = self._torch.from_numpy(bounds)
-        hidden = self._encoder(self._torch.from_numpy(np.concatenate(texts)), cu_seqlens)
+        hidden = self._encoder(self._torch.from_numpy(np.concatenate(ids)), cu_seqlens)
         return hidden, cu_seqlens, bounds
 
     def _embed(self, ids: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
@@ -260,12 +238,12 @@ class TorchEngine(_TaskEngine):
         pooling = self._manifest.pooling
         assert pooling is not None
         rows: NDArray[np.float32] = self._pool(hidden, cu_seqlens, mode=pooling.mode, normalize=False).numpy()
-        return rows[: len(ids)]
+        return rows
 
     def _classify(self, ids: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
         hidden, cu_seqlens, _ = self._encode(ids)
         assert self._head is not None
-        logits: NDArray[np.float32] = self._head(hidden, cu_seqlens[: len(ids)].to(self._torch.int64)).numpy()
+        logits: NDArray[np.float32] = self._head(hidden, cu_seqlens[:-1].to(self._torch.int64)).numpy()
         return logits
 
     def _fill(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
@@ -296,6 +274,8 @@ class OnnxEngine(_TaskEngine):
         # A thread that spins for work takes the core from the event loop, and is charged to the container's quota.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        # A plan of the memory is kept for every shape that was ever seen; here they hardly repeat.
+        options.enable_mem_pattern = False
         for key, value in ORT_SESSION_CONFIG.items():
             options.add_session_config_entry(key, value)
         path = manifest.path(variant.file)

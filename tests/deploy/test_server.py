@@ -275,8 +275,20 @@ def test_compressed_body_is_refused(server: LiveServer) -> None:
         b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
         b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: " + b"y" * 200_000 + b"\r\n\r\n",
+        b"GET /" + b"y" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
     ],
-    ids=["TLS", "text", "negative length", "two lengths", "length and chunks", "wrong chunk", "long header"],
+    ids=[
+        "TLS",
+        "text",
+        "negative length",
+        "two lengths",
+        "length and chunks",
+        "wrong chunk",
+        "long header",
+        "long path",
+        "bytes in path",
+    ],
 )
 def test_what_is_not_http(server: LiveServer, data: bytes) -> None:
     answer = raw(server.port, data)
@@ -322,7 +334,7 @@ def test_slow_requests_are_given_up(manifest: Manifest) -> None:
 
 
 def test_unknown_path(server: LiveServer) -> None:
-    for path in ("/", "/embed/", "/nope", "/v1/completions", "/%00", "/../etc/passwd"):
+    for path in ("/", "/embed/", "/nope", "/v1/completions", "/%00", "/%ff%ed%a0%80", "/../etc/passwd"):
         reply = server("GET", path)
         assert (reply.status, reply.kind) == (404, "not_found"), path
     assert server("POST", "/v1/nope").json["error"]["code"] == 404

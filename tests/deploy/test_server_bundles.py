@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import Client, Reply, wait_until
 
 from deploy.bundle import VARIANTS, load_manifest
-from deploy.server.engines import EmbedOptions, FillMaskOptions, OnnxEngine, bucket, load_engine
+from deploy.server.engines import FillMaskOptions, OnnxEngine, load_engine
 from deploy.server.threads import available_cpus
 from deploy.server.tokens import TextTokenizer
 from deploy.texts import sample
@@ -333,22 +333,6 @@ def test_onnx_groups_keep_padding_low(minilm_bundle: Path) -> None:
     padded = sum(max(sizes[index] for index in group) * len(group) for group in groups)
     assert padded <= 1.15 * sum(sizes)
     assert len(groups) <= 5
-
-
-def test_filler_texts_do_not_change_the_others(minilm_bundle: Path) -> None:
-    assert [bucket(tokens) for tokens in (1, 32, 33, 512, 513, 1025, 2048)] == [32, 32, 64, 512, 576, 1152, 2048]
-    assert all(bucket(tokens) >= tokens and bucket(bucket(tokens)) == bucket(tokens) for tokens in range(1, 5000))
-    assert len({bucket(tokens) for tokens in range(1, 2049)}) == 32
-    manifest = load_manifest(minilm_bundle, verify=False)
-    encoder = TextTokenizer.from_manifest(manifest)
-    engine, _ = load_engine(manifest, manifest.variant("torch_ext-bf16"), 1)
-    ids = encoder.encode(["one text", "another text that is longer"], True)
-    rows = {}
-    for bucketed in (False, True):
-        engine._bucketed = bucketed  # type: ignore[attr-defined]
-        rows[bucketed] = np.stack(engine.run(ids, [EmbedOptions(True)] * 2))
-    assert rows[True].shape == rows[False].shape == (2, 384)
-    assert cosines(rows[True], rows[False]).min() > 0.9999
 
 
 # The process: start, failure, signals.
