@@ -1,0 +1,105 @@
+"""The demo's own parts: it starts and stops servers, and its table says what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo_script", ROOT / "scripts" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SERVER = "import os, time; print(f'serving it on http://127.0.0.1:{os.getpid()}', flush=True); time.sleep(60)"
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def pid_of(host: str) -> int:
+    return int(host.rpartition(":")[2])
+
+
+def test_server_is_stopped_whatever_happens(demo: ModuleType, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SERVER]
+    with demo.serving(command, tmp_path / "log") as host:
+        first = pid_of(host)
+        assert alive(first)
+    assert not alive(first)
+    with pytest.raises(KeyboardInterrupt), demo.serving(command, tmp_path / "log") as host:  # noqa: PT012
+        second = pid_of(host)
+        raise KeyboardInterrupt
+    assert not alive(second)
+
+
+def test_server_that_dies_is_told_with_its_log(demo: ModuleType, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; print('no such bundle'); sys.exit(2)"]
+    with pytest.raises(demo.DemoError, match=r"(?s)exit code 2.*no such bundle"), demo.serving(command, tmp_path / "l"):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_running(tmp_path: Path, number: int) -> None:
+    script = (
+        "import signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+        "import demo, pathlib\n"
+        "def run(arguments):\n"
+        f"    with demo.serving([sys.executable, '-c', {SERVER!r}], pathlib.Path({str(tmp_path / 'log')!r})) as host:\n"
+        "        print(host, flush=True)\n"
+        "        signal.pause()\n"
+        "demo.demo = run\n"
+        "sys.argv = ['demo']\n"
+        "sys.exit(demo.main())\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert process.stdout is not None
+    pid = pid_of(process.stdout.readline().strip())
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip() == "demo: stopped; its servers are stopped too"
+    deadline_s = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def measured(texts_per_s: float) -> dict[str, Any]:
+    return {"texts_per_s": texts_per_s, "latency_ms": {"p50": 10.4, "p95": 20.6}}
+
+
+def test_table_compares_with_the_baseline(demo: ModuleType) -> None:
+    rows = [
+        demo.Row(demo.BASELINE, 90_900_000, "the reference", measured(40)),
+        demo.Row("onnx-int8", 22_900_000, "cosine 0.99", measured(100)),
+    ]
+    header, first, second = demo.table(rows)
+    assert header.split() == ["variant", "size", "accuracy", "against", "fp32", "texts/s", "gain", "p50", "p95"]
+    assert first.split()[-8:] == ["the", "reference", "40.0", "1.0x", "10", "ms", "21", "ms"]
+    assert second.split() == ["onnx-int8", "22.9", "MB", "cosine", "0.99", "100.0", "2.5x", "10", "ms", "21", "ms"]

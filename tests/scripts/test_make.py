@@ -1,0 +1,108 @@
+"""What `make` and the scripts behind it say on a machine that lacks something, in a folder with a space in its name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what `make` needs, without an environment."""
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    (folder / "torch_ext").mkdir()
+    shutil.copy(ROOT / "torch_ext" / "__init__.py", folder / "torch_ext")
+    return folder
+
+
+def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    # Without the variables of a `make` that runs these tests.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=folder,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def executable(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def test_bare_make_lists_every_target(checkout: Path) -> None:
+    result = make(checkout)
+    assert result.returncode == 0, result.stderr
+    text = (checkout / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^\.PHONY: (\S+)$", text, re.MULTILINE)
+    assert {"demo", "test", "lint", "wheel", "wheel-aarch64"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^  {target} +\S", result.stdout, re.MULTILINE), target
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_python_without_venv(checkout: Path, tmp_path: Path, target: str) -> None:
+    python = executable(
+        tmp_path / "python3",
+        f'case "$*" in *ensurepip*|*virtualenv*) exit 1;; esac; exec "{sys.executable}" "$@"',
+    )
+    result = make(checkout, target, PYTHON=str(python), CXX="sh")
+    assert result.returncode != 0
+    assert "apt-get install python3-venv" in result.stderr
+    # One line of ours, and make's own.
+    assert len(result.stderr.splitlines()) == 2, result.stderr
+
+
+def test_python_that_is_too_old(checkout: Path, tmp_path: Path) -> None:
+    python = executable(tmp_path / "python3", 'test "$1" = --version && echo Python 3.9.2 && exit; exit 1')
+    result = make(checkout, "demo", PYTHON=str(python), CXX="sh")
+    assert "Python 3.9.2 is too old: choose Python 3.10 or newer" in result.stderr
+    assert result.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CXX": "no-such-compiler"}, "no C++ compiler no-such-compiler: install one"),
+        ({"PYTHON": "no-such-python"}, "no no-such-python: install Python 3.10 or newer"),
+    ],
+)
+def test_missing_tools(checkout: Path, variables: dict[str, str], message: str) -> None:
+    result = make(checkout, "demo", **{"PYTHON": sys.executable, "CXX": "sh", **variables})
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 2, result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_cross_compiler_is_asked_for(checkout: Path) -> None:
+    # For an architecture that this machine certainly has no compiler for.
+    result = subprocess.run(
+        ["bash", "scripts/wheel.sh", "riscv128", "dist"],
+        cwd=checkout,
+        env={name: value for name, value in os.environ.items() if name != "CXX"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "no cross compiler riscv128-linux-gnu-g++: install one" in result.stderr
