@@ -140,7 +140,7 @@ def test_wrong_requests_get_an_answer(server: tuple[str, Container]) -> None:
 
 
 def test_arm64_without_bf16(fp32: list[list[float]]) -> None:
-    """Graviton2's cores. Older ones run the kernels, but torch's own builds need the atomics of Armv8.1."""
+    """Graviton2's cores. On older ones (cortex-a72) the kernels run, but importing torch's own builds fails."""
     options = ["--env=QEMU_CPU=neoverse-n1"]
     with serving(image("arm64"), "arm64", setting("TORCH_EXT_BUNDLE"), options=options) as container:
         container.wait_until_healthy(300)
