@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -118,6 +119,9 @@ class Server(uvicorn.Server):
             self.exit_code = 2
             self.should_exit = True
         else:
+            # What is there now stays: the collector need not look at torch's half a million objects again.
+            gc.collect()
+            gc.freeze()
             if not self.should_exit:
                 self._on_ready()
 

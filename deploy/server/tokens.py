@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from .errors import ApiError
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ..bundle import Manifest
 
 __all__ = ["TextTokenizer"]
+
+_SLICE_TEXTS = 16
 
 
 class TextTokenizer:
@@ -83,7 +85,7 @@ class TextTokenizer:
         """
         limit = self.max_tokens
         result = []
-        for index, encoding in enumerate(self._tokenizer.encode_batch_fast(texts)):
+        for index, encoding in enumerate(self._encodings(texts)):
             ids = encoding.ids
             if len(ids) > limit:
                 if not truncate:
@@ -98,6 +100,11 @@ class TextTokenizer:
                 raise ApiError("invalid_request", f"input {index}: expected a text with at least one token, got none")
             result.append(np.array(ids, dtype=np.int64))
         return result
+
+    def _encodings(self, texts: Sequence[str]) -> Iterator[Encoding]:
+        """Encodings of texts, a few at a time: that of a long text takes far more memory than the ids that are kept."""
+        for start in range(0, len(texts), _SLICE_TEXTS):
+            yield from self._tokenizer.encode_batch_fast(texts[start : start + _SLICE_TEXTS])
 
     def check_ids(self, index: int, ids: Sequence[int]) -> NDArray[np.int64]:
         """Token ids that a client sent, with special tokens added where they do not start with the first one.
