@@ -204,6 +204,7 @@ def test_real_model_on_real_text(minilm: tuple[nn.Module, Any], seed: int) -> No
     """The bars of the project: each text at least 0.9995 from fp32, the mean at least 0.9999."""
     from deploy import texts
 
+    torch.set_num_threads(1)  # Two threads on a busy machine wait for each other most of the time.
     model, tokenizer = minilm
     ids = [
         torch.tensor(tokenizer(text, truncation=True, max_length=128)["input_ids"]) for text in texts.sample(96, seed)

@@ -1,0 +1,116 @@
+"""TORCH_EXT_ISA: every instruction set that this CPU has really runs, and gives the same results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import torch_ext
+
+HERE = Path(__file__).resolve().parent
+
+NAMES = {"aarch64": {"neon_bf16", "neon", "portable"}, "x86_64": {"onednn", "torch", "portable"}}
+
+# Runs a layer of every kind; prints what was used, and writes the results.
+PROGRAM = """
+import json, sys, torch, torch_ext
+generator = torch.Generator().manual_seed(int(sys.argv[2]))
+def rand(*shape): return torch.randn(*shape, generator=generator)
+bounds = torch.tensor([0, 3, 12, 13], dtype=torch.int32)
+results = []
+for dtype in (torch.float32, torch.bfloat16):
+    x = rand(13, 64).to(dtype)
+    for activation in ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu"):
+        x = torch_ext.linear(x, torch_ext.pack_linear_weight(rand(64, 64) / 8), rand(64) / 8, activation, None, x)
+        results.append(x)
+    x = torch_ext.linear(x, torch_ext.pack_linear_weight(rand(192, 64) / 8))
+    x = torch_ext.varlen_attention(x, bounds, 2)
+    x = torch_ext.add_layer_norm(x, x, rand(64), rand(64), 1e-5)
+    results += [x, torch_ext.pool(x, bounds, "mean", True)]
+torch.save(results, sys.argv[1])
+print(json.dumps(torch_ext.isa_report()))
+"""
+
+
+def supported() -> list[str]:
+    return [entry["name"] for entry in torch_ext.isa_report()["candidates"] if entry["supported"]]
+
+
+def run(isa: str | None, *command: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if name != "TORCH_EXT_ISA"}
+    if isa is not None:
+        environ["TORCH_EXT_ISA"] = isa
+    return subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True)
+
+
+def results(isa: str | None, seed: int, path: Path) -> tuple[dict[str, object], list[Tensor]]:
+    process = run(isa, "-c", PROGRAM, str(path), str(seed))
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout), torch.load(path)
+
+
+def test_report() -> None:
+    report = torch_ext.isa_report()
+    assert report["arch"] == {"x86_64": "x86-64"}.get(platform.machine(), platform.machine())
+    assert {entry["name"] for entry in report["candidates"]} == NAMES[platform.machine()]
+    assert report["isa"] in supported()
+    assert isinstance(report["cpu_features"], list)
+    assert report["forced"] == bool(os.environ.get("TORCH_EXT_ISA"))
+    # What runs everywhere comes last.
+    assert report["candidates"][-1] == {"name": "portable", "supported": True, "requires": []}
+    for entry in report["candidates"]:
+        assert entry["supported"] == (set(entry["requires"]) <= set(report["cpu_features"]))
+
+
+def test_best_is_chosen(seed: int, tmp_path: Path) -> None:
+    report, _ = results(None, seed, tmp_path / "results")
+    assert report["isa"] == supported()[0]
+    assert report["forced"] is False
+
+
+def test_all_give_the_same_results(seed: int, tmp_path: Path) -> None:
+    _, expected = results("portable", seed, tmp_path / "results")
+    for isa in supported():
+        report, actual = results(isa, seed, tmp_path / "results")
+        assert report["isa"] == isa
+        assert report["forced"] is True
+        for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+            similarity = F.cosine_similarity(one.double().flatten(), other.double().flatten(), dim=0)
+            # Nine layers in a row, each of which rounds to bf16 where others may not.
+            assert similarity > 0.9995, f"{isa}, result {index}: {similarity}"
+
+
+@pytest.mark.parametrize("name", ["avx1024", "NEON", " ", "portable,torch"])
+def test_unknown_names_raise(name: str) -> None:
+    program = "import torch, torch_ext; torch_ext.pack_linear_weight(torch.ones(3, 3))"
+    process = run(name, "-c", program)
+    assert process.returncode == 1
+    assert "TORCH_EXT_ISA" in process.stderr
+    assert all(known in process.stderr for known in NAMES[platform.machine()])
+
+
+def test_other_architectures_names_raise() -> None:
+    process = run("neon_bf16" if platform.machine() == "x86_64" else "onednn", "-m", "torch_ext.doctor")
+    assert process.returncode == 1
+    assert "TORCH_EXT_ISA" in process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(NAMES[platform.machine()] - {torch_ext.isa_report()["isa"]}))
+def test_whole_suite_under(name: str) -> None:
+    """The tests of the ops, in a process of their own, on every instruction set that the CPU has."""
+    if name not in supported():
+        assert run(name, "-c", "import torch_ext; torch_ext.isa_report()").returncode == 1
+        return
+    files = [str(HERE / f"test_{part}.py") for part in ("linear", "attention", "rows", "encoder", "registration")]
+    process = run(name, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not compile", *files)
+    assert process.returncode == 0, process.stdout[-4000:]
