@@ -2,6 +2,9 @@
 #   PYTHON=python3.12           Python that .venv is made with (3.10 or newer)
 #   TORCH=torch==2.13.0         torch to install; an index of one's own by pip's variables, such as PIP_INDEX_URL
 #   MODEL=folder-or-hub-id      model of `make demo`, `bundle` and `bench`
+#   BUNDLE=bundles/demo         bundle of `make bundle`, `serve` and `bench`
+#   PORT=8000                   port of `make serve`
+#   WHEELS=dist                 folder of `make wheel` and `wheel-aarch64`
 #   ARGS="..."                  more arguments for what a target runs
 
 .DEFAULT_GOAL := help
