@@ -4,6 +4,7 @@ From the command line::
 
     python tests/csrc/build.py native                        # this machine
     python tests/csrc/build.py aarch64 --cpu cortex-a72 -- --quick   # cross-compiled, under qemu-aarch64-static
+    python tests/csrc/build.py aarch64-clang -- --quick      # the same as clang compiles it
     python tests/csrc/build.py sanitize                      # this machine, AddressSanitizer and UBSan
     python tests/csrc/build.py native -- --random 2000 --filter random --seed 7   # a long randomized run
 
@@ -61,6 +62,7 @@ _SANITIZERS = ("-O1", "-g", "-std=c++20", "-fsanitize=address,undefined", "-fno-
 VARIANTS = {
     "native": Variant(os.environ.get("CXX", "g++")),
     "aarch64": Variant("aarch64-linux-gnu-g++", link_flags=("-static",), runner=(EMULATOR,)),
+    "aarch64-clang": Variant("clang++-19 --target=aarch64-linux-gnu", link_flags=("-static",), runner=(EMULATOR,)),
     "sanitize": Variant(os.environ.get("CXX", "g++"), _SANITIZERS, _SANITIZERS, _SANITIZERS),
 }
 

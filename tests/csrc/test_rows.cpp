@@ -318,6 +318,27 @@ TORCH_EXT_TEST(exp_is_within_the_bound_that_its_comment_states) {
   }
 }
 
+// silu(-x) = -x / (1 + exp(x)): two more roundings than exp itself.
+TORCH_EXT_TEST(exp_of_positive_numbers_is_within_the_bound_that_its_comment_states) {
+  std::vector<float> x;
+  const size_t count = options().quick ? 20000 : 1000000;
+  for (size_t i = 1; i <= count; ++i) x.push_back(-87.0f * static_cast<float>(i) / static_cast<float>(count));
+  for (const VecKernels* const vec : vec_paths()) {
+    context("%s", vec->name);
+    std::vector<float> y = x;
+    activate(*vec, Activation::kSilu, y);
+    Worst worst;
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double expected = reference_activation(Activation::kSilu, x[i]);
+      const double bound = exp_bound(std::fabs(expected)) + 2 * output_bound(DType::kF32, expected);
+      worst.see(y[i], expected, bound, x[i]);
+      EXPECT(within(y[i], expected, bound), "silu(%.9g) = %.9g, expected %.9g", static_cast<double>(x[i]),
+             static_cast<double>(y[i]), expected);
+    }
+    note("%s exp(-x): %.2f of the bound at x = %.9g", vec->name, worst.ratio, worst.at);
+  }
+}
+
 // ---- normalization --------------------------------------------------------------------------------------------------
 
 struct NormCase {

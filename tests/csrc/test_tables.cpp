@@ -55,6 +55,21 @@ TORCH_EXT_TEST(every_ukernel_name_matches_its_row) {
   }
 }
 
+TORCH_EXT_TEST(row_kernels_have_the_names_of_their_instructions) {
+  const std::vector<std::string> expected =
+#if defined(__aarch64__)
+      {"neon_bf16_fmla", "neon_fmla", "portable"};
+#elif defined(__x86_64__)
+      {"avx512_bf16_fma", "avx512_fma", "avx2_fma", "portable"};
+#else
+      {"portable"};
+#endif
+  EXPECT(all_vec_paths().size() == expected.size(), "%zu row kernels", all_vec_paths().size());
+  for (size_t i = 0; i < std::min(all_vec_paths().size(), expected.size()); ++i) {
+    EXPECT(expected[i] == all_vec_paths()[i]->name, "%s, expected %s", all_vec_paths()[i]->name, expected[i].c_str());
+  }
+}
+
 TORCH_EXT_TEST(every_family_is_well_formed) {
   std::vector<std::string> names;
   for (const GemmPath& path : all_gemm_paths()) {
