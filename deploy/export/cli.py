@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(options, f"stopped by {name}; nothing was written to {options.output}", 128 + stop.signal)
     except MemoryError:
         return _fail(
-            options, "out of memory; export on a machine with more (about 4 times the size of the fp32 weights)", 2
+            options,
+            "out of memory; use a machine with 8 times the size of the weights, or 4 times without onnx-int8",
+            2,
         )
     except Exception as error:
         if is_disk_full(error):

@@ -7,7 +7,7 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["cpu_name", "usable_cpus"]
+__all__ = ["available_memory_bytes", "cpu_name", "usable_cpus"]
 
 
 def cpu_name() -> str:
@@ -37,3 +37,25 @@ def usable_cpus() -> int:
         except (OSError, ValueError, IndexError, ZeroDivisionError):
             continue
     return max(1, min(count, math.floor(quota) if math.isfinite(quota) else count))
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that can be had without swapping, within the limit of the container; None where it is not told."""
+    available: list[int] = []
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                available.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError, IndexError):
+        pass
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most = Path(limit).read_text(encoding="ascii").strip()
+            if most != "max":
+                available.append(int(most) - int(Path(used).read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue
+    return min(available, default=None)

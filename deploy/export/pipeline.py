@@ -32,7 +32,7 @@ from deploy.bundle import (
 from deploy.export.accuracy import Comparison, Result, default_bounds, make_comparison
 from deploy.export.engines import Batch, Engine, OnnxEngine, TorchExtEngine, TransformersEngine, batches
 from deploy.export.errors import ExportError, first_line, is_disk_full
-from deploy.export.machine import cpu_name, usable_cpus
+from deploy.export.machine import available_memory_bytes, cpu_name, usable_cpus
 from deploy.export.progress import Progress, megabytes, quiet_libraries
 from deploy.export.source import Source
 from deploy.export.staging import Staging
@@ -245,6 +245,11 @@ def _required_bytes(source: Source, parameters: int, variants: Sequence[str]) ->
     return int(total * 1.03) + 2 * tokenizer + (4 << 20)
 
 
+def _required_memory(source: Source, variants: Collection[str]) -> int:
+    """What an export needs in memory at its peak, measured: ONNX Runtime's quantizer holds several copies."""
+    return (8 if "onnx-int8" in variants else 4) * source.weights_bytes + (1 << 30)
+
+
 def _speed(engine: Engine, work: Sequence[Batch], seconds: float, threads: int) -> Speed | None:
     """Texts per second over batches of every length, until the time is over; the engine has run before."""
     if seconds <= 0:
@@ -304,6 +309,11 @@ def export(source: Source, target: Path, options: Options, progress: Progress) -
         OSError: The disk is full, or fails; nothing is left.
     """
     texts, text_source, note = _read_texts(options)
+    required, available = _required_memory(source, options.variants), available_memory_bytes()
+    if available is not None and available < required:
+        hint = "; without onnx-int8 it takes half" if "onnx-int8" in options.variants else ""
+        memory = f"about {megabytes(required)} of memory are needed, {megabytes(available)} are free{hint}"
+        progress.say(f"note: {memory}")
     for line in (*source.notes, *([note] if note else [])):
         progress.say(f"note: {line}")
     with (
@@ -548,6 +558,7 @@ def _make_int8(
             result = comparison.check(engine, work, bounds)
             said.append(megabytes(_variant_bytes(folder, "onnx-int8")))
             if result.missed:
+                del engine
                 said.append(f"{result}: missed")
                 first = first or result
                 continue

@@ -254,6 +254,16 @@ def test_too_little_room_is_told_before(
     assert no_bundle(tmp_path)
 
 
+def test_too_little_memory_is_told_before(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.export.pipeline.available_memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("deploy.export.pipeline.write_manifest", full_disk)
+    arguments = [name for name in QUICK if name != "--quiet"]
+    assert main([str(tiny_model()), "-o", str(tmp_path / "out"), *arguments]) == 2
+    assert "note: about 1.08 GB of memory are needed, 1.0 MB are free\n" in capsys.readouterr().err
+
+
 def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
