@@ -11,6 +11,7 @@ namespace torch_ext::test {
 struct Options {
   uint64_t seed = 20250607;
   std::string filter;    ///< run the tests whose name contains this
+  std::string skip;      ///< leave out the tests whose name contains this, if it is not empty
   size_t random = 24;    ///< cases of each randomized test
   bool quick = false;    ///< trimmed sizes, for emulators
   bool verbose = false;  ///< print the largest measured errors beside their bounds

@@ -108,6 +108,15 @@ def test_a_run_without_tests_fails() -> None:
     assert run("native", "--no-such-option").returncode == 2
 
 
+def test_a_path_that_no_test_runs_fails() -> None:
+    done = run("native", "--quick", "--skip", "attention")
+    assert done.returncode == 1
+    assert " 0 failed" in done.stdout
+    missed = [line for line in done.stdout.splitlines() if line.startswith("FAIL this CPU has the path")]
+    assert missed
+    assert all("attention" in line for line in missed)
+
+
 # ---- dispatch -------------------------------------------------------------------------------------------------------
 
 
