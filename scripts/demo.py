@@ -186,6 +186,36 @@ def load_test(host: str, prefix: Path, task: str, users: int, seconds: int) -> d
     return measured
 
 
+class Neighbours:
+    """Measures how much of the CPUs others use within a block: on a busy machine, speeds are not what it can do.
+
+    Attributes:
+        share: Between 0 and 1, of all CPUs; set when the block ends.
+    """
+
+    share = 0.0
+
+    def __enter__(self) -> Neighbours:
+        """Starts."""
+        self._before = self._read()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends. Processes started within have ended by now, or they count as others."""
+        busy_s, own_s, wall_s = (after - before for after, before in zip(self._read(), self._before, strict=True))
+        self.share = max(0.0, busy_s - own_s) / (wall_s * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """CPU seconds of all, CPU seconds of this process and the children it waited for, and time."""
+        cpu, *numbers = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+        assert cpu == "cpu"
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, numbers[:8])
+        ticks = user + nice + system + irq + softirq + steal
+        own_s = sum(os.times()[:4])
+        return ticks / os.sysconf("SC_CLK_TCK"), own_s, time.monotonic()
+
+
 def machine(threads: int) -> str:
     """One paragraph on what the numbers were measured with."""
     packages = ("torch", "transformers", "onnxruntime", "locust")
@@ -266,11 +296,14 @@ def demo(arguments: argparse.Namespace) -> None:
     for variant in manifest.variants:
         servers[variant] = [sys.executable, "-m", "deploy", "serve", str(bundle), "--variant", variant]
     rows = []
+    neighbours, busiest = Neighbours(), 0.0
     for server, command in servers.items():
         label = server.replace(" ", "-")
         say(f"serve {server}, and load it for {arguments.seconds} s with {arguments.users} connections")
-        with serving([*command, "--threads", str(threads), "--port", "0"], loads / f"{label}_server.log") as host:
+        log = loads / f"{label}_server.log"
+        with neighbours, serving([*command, "--threads", str(threads), "--port", "0"], log) as host:
             measured = load_test(host, loads / label, task, arguments.users, arguments.seconds)
+        busiest = max(busiest, neighbours.share)
         latency = measured["latency_ms"]
         print(f"{measured['texts_per_s']:.1f} texts/s, p50 {latency['p50']:.0f} ms, p95 {latency['p95']:.0f} ms")
         is_baseline = server == BASELINE
@@ -288,6 +321,8 @@ def demo(arguments: argparse.Namespace) -> None:
         machine(threads),
         f"{BASELINE}: Flask, one request after the other (scripts/plain_server.py)",
     ]
+    if busiest > 0.1:
+        report.append(f"note: other programs used up to {busiest:.0%} of the CPUs meanwhile: all speeds are too low")
     (output / "results.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
     measurements = {row.name: {"size_bytes": row.size_bytes, "accuracy": row.accuracy, **row.load} for row in rows}
     (output / "results.json").write_text(json.dumps(measurements, indent=2) + "\n", encoding="utf-8")

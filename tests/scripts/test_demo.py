@@ -103,3 +103,23 @@ def test_table_compares_with_the_baseline(demo: ModuleType) -> None:
     assert header.split() == ["variant", "size", "accuracy", "against", "fp32", "texts/s", "gain", "p50", "p95"]
     assert first.split()[-8:] == ["the", "reference", "40.0", "1.0x", "10", "ms", "21", "ms"]
     assert second.split() == ["onnx-int8", "22.9", "MB", "cosine", "0.99", "100.0", "2.5x", "10", "ms", "21", "ms"]
+
+
+def test_only_what_others_compute_counts_as_theirs(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([(100.0, 7.0, 50.0), (112.0, 9.0, 55.0)])
+    monkeypatch.setattr(demo.Neighbours, "_read", staticmethod(lambda: next(readings)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    with demo.Neighbours() as neighbours:
+        pass
+    # 12 s of CPU in all, 2 s of them its own, in 5 s on 4 CPUs.
+    assert neighbours.share == pytest.approx(0.5)
+
+
+def test_children_are_its_own(demo: ModuleType) -> None:
+    busy_s, own_s, at_s = demo.Neighbours._read()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    after_busy_s, after_own_s, after_at_s = demo.Neighbours._read()
+    # The kernel counts in ticks.
+    assert after_own_s - own_s >= 0.48
+    assert after_busy_s - busy_s >= 0.48
+    assert after_at_s > at_s
