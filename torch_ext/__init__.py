@@ -77,7 +77,7 @@ try:
     _load_library()
 except ImportError:
     # The doctor has to be able to say what is wrong.
-    if "torch_ext.doctor" not in sys.orig_argv:
+    if not any("torch_ext.doctor" in argument for argument in sys.orig_argv):
         raise
 else:
     from torch_ext.encoder import Encoder, EncoderSpec, Head, HeadSpec

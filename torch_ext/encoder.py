@@ -6,7 +6,6 @@ this module nor loading a saved encoder needs the transformers package.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -180,7 +179,7 @@ def _norm_shapes(name: str, size: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
 
 
-class _Inference(contextlib.ContextDecorator):
+class _Inference:
     """Gradients off, and below autograd's dispatch keys: each call of an op saves torch's fallback for them.
 
     Unlike ``torch.inference_mode()`` it yields ordinary tensors, which may take part in autograd later (someone trains

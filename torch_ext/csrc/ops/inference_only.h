@@ -34,12 +34,13 @@ inline bool requires_grad(const torch::stable::Tensor& t) { return !call_is_leaf
 /// Throws if gradients are enabled and the tensor requires grad. Free under no_grad() and inference_mode(); elsewhere two
 /// small calls into torch.
 inline void check_inference_only(const char* op, const char* argument, const torch::stable::Tensor& t) {
-  if (!aoti_torch_grad_mode_is_enabled()) {
-    return;
-  }
+  if (!aoti_torch_grad_mode_is_enabled()) return;
+  const auto type = t.scalar_type();
+  if (type == torch::headeronly::ScalarType::Long || type == torch::headeronly::ScalarType::Int) return;
   STD_TORCH_CHECK(!detail::requires_grad(t), op, ": ", argument,
                   " requires grad, but torch_ext is for inference only and has no gradients: call it under "
-                  "torch.inference_mode() or torch.no_grad(), or pass ", argument, ".detach()");
+                  "torch.inference_mode() or torch.no_grad(), or pass ",
+                  argument, ".detach()");
 }
 
 }  // namespace torch_ext
