@@ -1,20 +1,19 @@
 """The ASGI application: routes, limits, and the way of a request from its bytes to its answer.
 
 Plain ASGI on uvicorn (httptools, uvloop), since the encoder costs about 1 ms of CPU per text and everything else
-counts against it. Measured with 32 keep-alive connections, a body of 200 characters, an answer of 384 floats and no
-model, user and system CPU of the server process per request:
+counts against it. User and system CPU of the server process per request, without a model, 32 keep-alive connections,
+an answer of 384 floats (Xeon with AMX, 2 cores; `python benchmarks/serving.py --frameworks`):
 
-| server and framework | CPU per request |
+| framework, all on uvicorn | CPU per request |
 |---|---|
-| this protocol written by hand on uvloop and httptools | 14 us |
-| uvicorn, plain ASGI (this) | 35 us |
-| granian, RSGI | 35 us |
-| granian, plain ASGI | 46 us |
-| uvicorn, Starlette | 57 us |
-| uvicorn, FastAPI with a pydantic model, answer written by orjson | 114 us |
-| uvicorn, FastAPI as documented (answer as a list of floats) | 614 us |
+| plain ASGI (this) | 28 us |
+| Starlette | 44 us |
+| FastAPI, pydantic checks the request, orjson writes the answer | 119 us |
+| FastAPI, the answer as a list of floats | 179 us |
 
-All with msgspec and orjson where the framework leaves a choice; command: `benchmarks/serving.py --frameworks`.
+Tried besides, in one run in which plain ASGI on uvicorn took 35 us: granian 46 us (its own interface, RSGI, 35 us), and
+a protocol written by hand on uvloop and httptools 14 us, which is not worth a second HTTP server to maintain. All of
+this server but the engine takes about 190 us per request of 53 tokens, half of it the tokenizer.
 """
 
 from __future__ import annotations

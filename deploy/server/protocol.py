@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 
 from uvicorn.config import Config
@@ -15,6 +16,8 @@ __all__ = ["MAX_HEADER_BYTES", "HttpProtocol"]
 
 MAX_HEADER_BYTES = 64 << 10
 """Longest request line and header section; httptools itself has no bound."""
+
+_UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -34,13 +37,13 @@ class HttpProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config=config, server_state=server_state, app_state=app_state, _loop=_loop)
         self.receiving_since_s: float | None = None
+        self._in_message = False
         self._header_bytes: int | None = None
 
     @property
     def idle(self) -> bool:
         """Whether no request is being received or answered."""
-        begun = self.receiving_since_s is not None and self._header_bytes is not None
-        return not begun and (self.cycle is None or self.cycle.response_complete)
+        return not self._in_message and (self.cycle is None or self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -57,7 +60,15 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of requests."""
+        """Bytes of requests.
+
+        The parser stops at a request that offers another protocol, and its body is lost. Java's client offers HTTP/2 in
+        its first request; this server has HTTP/1.1 only, and a server may ignore such offers, so the parser never sees
+        them.
+        """
+        if b"pgrade:" in data and not self._in_message:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
         if self._header_bytes is not None:
             self._header_bytes += len(data)
             if self._header_bytes > MAX_HEADER_BYTES:
@@ -68,6 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         self.receiving_since_s = time.monotonic()
+        self._in_message = True
         self._header_bytes = 0
         super().on_message_begin()
 
@@ -79,6 +91,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is there."""
         self.receiving_since_s = None
+        self._in_message = False
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

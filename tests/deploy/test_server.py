@@ -154,6 +154,16 @@ def test_chunked_body(server: LiveServer) -> None:
         assert client.read().status == 200
 
 
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+def test_offers_of_other_protocols_are_ignored(server: LiveServer, protocol: str) -> None:
+    with Client(server.port) as client:
+        for number in range(2):
+            texts = [f"w{number}\r\nUpgrade: {protocol}"]
+            reply = client("POST", "/embed", {"inputs": texts}, Connection="Upgrade, HTTP2-Settings", Upgrade=protocol)
+            assert reply.status == 200
+            np.testing.assert_array_equal(np.float32(reply.json["embeddings"]), rows_of(*texts))
+
+
 # What clients get wrong, by accident or on purpose. Each is followed by a good request.
 
 LIMITS = Settings(port=0, request_timeout_s=5.0)
