@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["main", "settle_threads"]
 
 API_KEY_VARIABLE = "DEPLOY_API_KEY"
-OMP_SPINS = "1000"
-"""How often an idle OpenMP thread looks for work before it sleeps (GOMP_SPINCOUNT)."""
 
 
 class _UsageError(Exception):
@@ -146,11 +144,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def settle_threads(threads: int) -> None:
-    """Sets what OpenMP and BLAS read once, unless the user has."""
+    """Sets what OpenMP and BLAS read once, unless the user has.
+
+    An idle OpenMP thread sleeps at once instead of looking for work. Looking costs CPU time, and takes the core from the
+    event loop and from other processes: on 2 cores that were busy otherwise, a text cost 2.9 ms of CPU with sleeping
+    threads, 3.3 ms with GOMP_SPINCOUNT=1000, 4.0 ms with 20000 and 12 ms with the default of 300000.
+
+    Args:
+        threads: Threads of the engine.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy only pools and normalises here.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", OMP_SPINS)
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _best_variant(manifest: Manifest) -> str:
