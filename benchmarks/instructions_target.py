@@ -35,7 +35,7 @@ def linear_call(m: int, k: int, n: int, activation: str) -> Callable[[], object]
 
 
 def encoder_call(tokens: int) -> Callable[[], object]:
-    """Encoder and mean pooling of one text, shapes of all-MiniLM-L6-v2; weights are random, counts do not depend on them."""
+    """Encoder and mean pooling of one text in the shapes of all-MiniLM-L6-v2; counts do not depend on the weights."""
     spec = torch_ext.EncoderSpec(**MINILM)
     weights = {name: torch.randn(shape) * 0.02 for name, shape in spec.shapes().items()}
     encoder = torch_ext.Encoder(spec, weights, "bf16")

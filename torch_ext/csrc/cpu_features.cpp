@@ -76,9 +76,9 @@ struct NamedFeature {
 };
 
 constexpr NamedFeature kNames[] = {
-    {kFeatureNeon, "asimd"},        {kFeatureDotprod, "asimddp"}, {kFeatureI8mm, "i8mm"},
-    {kFeatureBf16, "bf16"},         {kFeatureSve, "sve"},         {kFeatureSveBf16, "svebf16"},
-    {kFeatureAvx2Fma, "avx2+fma"},  {kFeatureAvx512, "avx512"},   {kFeatureAvx512Bf16, "avx512_bf16"},
+    {kFeatureNeon, "asimd"},       {kFeatureDotprod, "asimddp"}, {kFeatureI8mm, "i8mm"},
+    {kFeatureBf16, "bf16"},        {kFeatureSve, "sve"},         {kFeatureSveBf16, "svebf16"},
+    {kFeatureAvx2Fma, "avx2+fma"}, {kFeatureAvx512, "avx512"},   {kFeatureAvx512Bf16, "avx512_bf16"},
 };
 
 }  // namespace

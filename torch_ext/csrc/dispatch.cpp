@@ -111,8 +111,7 @@ std::string isa_report_json() {
                              : d.isa->linear == LinearEngine::kOnednn ? "PyTorch's prepacked oneDNN linear"
                                                                       : "PyTorch's aten::linear";
   s += ", \"linear\": " + quoted(engine);
-  s += ", \"linear_kernels\": " +
-       quoted_list(d.isa->gemm ? ukernel_names(*d.isa->gemm) : std::vector<std::string>());
+  s += ", \"linear_kernels\": " + quoted_list(d.isa->gemm ? ukernel_names(*d.isa->gemm) : std::vector<std::string>());
   s += ", \"attention_kernels\": " + quoted_list(ukernel_names(attention_gemm(d, DType::kBF16)));
   s += ", \"row_kernels\": " + quoted(d.vec->name) + ", \"candidates\": [";
   bool first = true;

@@ -30,8 +30,8 @@ struct VecKernels {
 
   /// Stores tile [rows, cols] (row stride `ld_tile`) as rows row0.. and columns col0.. of the output.
   /// One entry for each Activation.
-  void (*store_tile[kActivationCount])(const float* tile, size_t ld_tile, size_t rows, size_t cols,
-                                       const Epilogue& ep, size_t row0, size_t col0);
+  void (*store_tile[kActivationCount])(const float* tile, size_t ld_tile, size_t rows, size_t cols, const Epilogue& ep,
+                                       size_t row0, size_t col0);
 
   /// s[j] = exp(scale * (s[j] - max s)) for j < n; returns the sum of the results. n >= 1. `s` has room for n rounded
   /// up to kMaxVecWidth elements; those past n hold nothing of use afterwards.

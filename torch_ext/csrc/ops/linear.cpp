@@ -19,8 +19,9 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 LinearEngine linear_engine() {
   const LinearEngine engine = dispatch().isa->linear;
   if (engine == LinearEngine::kOnednn && !onednn_available()) {
-    STD_TORCH_CHECK(!dispatch().forced, "TORCH_EXT_ISA=onednn: this PyTorch has no prepacked bf16 linear on this CPU; "
-                                        "unset it or use TORCH_EXT_ISA=torch");
+    STD_TORCH_CHECK(!dispatch().forced,
+                    "TORCH_EXT_ISA=onednn: this PyTorch has no prepacked bf16 linear on this CPU; "
+                    "unset it or use TORCH_EXT_ISA=torch");
     return LinearEngine::kTorch;
   }
   return engine;
@@ -66,8 +67,8 @@ Packed read_packed(const char* op, const Tensor& packed) {
 
 void check_layout(const char* op, const PackedHeader& h, Layout layout, size_t nr, size_t kr) {
   STD_TORCH_CHECK(h.layout == layout && h.nr == nr && h.kr == kr, op, ": the weight is packed as ",
-                  layout_name(h.layout), " ", h.nr, "x", h.kr, ", but TORCH_EXT_ISA ", dispatch().isa->name,
-                  " takes ", layout_name(layout), " ", nr, "x", kr, "; pack it again in this process");
+                  layout_name(h.layout), " ", h.nr, "x", h.kr, ", but TORCH_EXT_ISA ", dispatch().isa->name, " takes ",
+                  layout_name(layout), " ", nr, "x", kr, "; pack it again in this process");
 }
 
 Tensor new_packed(const Tensor& like, const PackedHeader& h, const uint8_t* metadata, char** payload) {
@@ -165,8 +166,8 @@ Tensor finish(const LinearCall& call, const Tensor& product, bool activated, con
 
 Tensor linear_onednn(const LinearCall& call, const Packed& packed) {
   check_layout("linear", packed.header, Layout::kOnednn, 0, 0);
-  Tensor x = as_contiguous(call.x.scalar_type() == ScalarType::BFloat16 ? call.x
-                                                                       : stable::to(call.x, ScalarType::BFloat16));
+  Tensor x =
+      as_contiguous(call.x.scalar_type() == ScalarType::BFloat16 ? call.x : stable::to(call.x, ScalarType::BFloat16));
   const int64_t rows = onednn_preferred_rows(call.m);
   if (rows != call.m) {
     const Tensor filled = new_tensor(x, {rows, call.k}, ScalarType::BFloat16);
@@ -182,8 +183,7 @@ Tensor linear_onednn(const LinearCall& call, const Packed& packed) {
   const Tensor* const bias = adjacent_bias ? &*adjacent_bias : nullptr;
   // PyTorch fuses a residual where everything, the bias too, is bf16.
   const bool fuse_residual = rows == call.m && call.residual && call.activation == Activation::kNone &&
-                             call.out_type == DType::kBF16 &&
-                             call.residual->scalar_type() == ScalarType::BFloat16 &&
+                             call.out_type == DType::kBF16 && call.residual->scalar_type() == ScalarType::BFloat16 &&
                              (!bias || bias->scalar_type() == ScalarType::BFloat16);
   if (fuse_residual) return onednn_linear(x, weight, bias, Activation::kNone, &*call.residual);
   Tensor product = onednn_linear(x, weight, bias, call.activation, nullptr);
@@ -224,24 +224,22 @@ Tensor pack_linear_weight(const Tensor& weight) {
     case LinearEngine::kOwn: {
       const GemmKernel& kernel = *dispatch().isa->gemm;
       const Tensor source = weight.stride(1) == 1 ? weight : stable::contiguous(weight);
-      const Tensor packed = new_packed(weight,
-                                       make_packed_header(kernel.layout, n, k, kernel.nr, kernel.kr, 0,
-                                                          packed_payload_bytes(kernel, n, k)),
-                                       nullptr, &payload);
+      const Tensor packed = new_packed(
+          weight, make_packed_header(kernel.layout, n, k, kernel.nr, kernel.kr, 0, packed_payload_bytes(kernel, n, k)),
+          nullptr, &payload);
       const void* const data = source.const_data_ptr();
       const size_t ld = static_cast<size_t>(source.stride(0));
       stable::parallel_for(0, static_cast<int64_t>(kernel.panels(n)), 8, [&](int64_t begin, int64_t end) {
-        pack_weight_panels(kernel, n, k, data, type, ld, payload, static_cast<size_t>(begin),
-                           static_cast<size_t>(end));
+        pack_weight_panels(kernel, n, k, data, type, ld, payload, static_cast<size_t>(begin), static_cast<size_t>(end));
       });
       return packed;
     }
     case LinearEngine::kOnednn: {
       const Tensor narrow = as_contiguous(type == DType::kBF16 ? weight : stable::to(weight, ScalarType::BFloat16));
       const OnednnWeight w = onednn_reorder(narrow);
-      const Tensor packed = new_packed(
-          weight, make_packed_header(Layout::kOnednn, n, k, 0, 0, w.metadata.size(), w.bytes), w.metadata.data(),
-          &payload);
+      const Tensor packed =
+          new_packed(weight, make_packed_header(Layout::kOnednn, n, k, 0, 0, w.metadata.size(), w.bytes),
+                     w.metadata.data(), &payload);
       std::memcpy(payload, w.tensor.data_ptr(), w.bytes);
       return packed;
     }
@@ -250,8 +248,8 @@ Tensor pack_linear_weight(const Tensor& weight) {
   }
   const Tensor rounded = type == DType::kBF16 ? weight : stable::to(weight, ScalarType::BFloat16);
   const Tensor wide = as_contiguous(stable::to(rounded, ScalarType::Float));
-  const Tensor packed = new_packed(weight, make_packed_header(Layout::kPlain, n, k, 0, 0, 0, n * k * sizeof(float)),
-                                   nullptr, &payload);
+  const Tensor packed =
+      new_packed(weight, make_packed_header(Layout::kPlain, n, k, 0, 0, 0, n * k * sizeof(float)), nullptr, &payload);
   std::memcpy(payload, wide.const_data_ptr(), n * k * sizeof(float));
   return packed;
 }
@@ -339,7 +337,8 @@ Tensor linear(const Tensor& x, const Tensor& packed_tensor, const std::optional<
     const int64_t flat[] = {m, k};
     call.x = stable::view(call.x, IntHeaderOnlyArrayRef(flat, 2));
   }
-  const Tensor out = linear_engine() == LinearEngine::kOnednn ? linear_onednn(call, packed) : linear_torch(call, packed);
+  const Tensor out =
+      linear_engine() == LinearEngine::kOnednn ? linear_onednn(call, packed) : linear_torch(call, packed);
   return dim == 2 ? out : stable::view(out, out_sizes);
 }
 

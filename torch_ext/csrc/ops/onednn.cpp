@@ -10,8 +10,7 @@ __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(AtenTensor
                                                                       AtenTensorHandle* bias, const char* attribute,
                                                                       const double** scalars, int64_t scalar_count,
                                                                       const char** algorithm, AtenTensorHandle* out);
-__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(AtenTensorHandle x,
-                                                                             AtenTensorHandle other,
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(AtenTensorHandle x, AtenTensorHandle other,
                                                                              AtenTensorHandle weight,
                                                                              AtenTensorHandle* bias,
                                                                              const char* attribute,
@@ -99,8 +98,8 @@ Tensor onednn_linear(const Tensor& x, const Tensor& opaque, const Tensor* bias, 
   AtenTensorHandle* const bias_argument = bias ? &bias_handle : nullptr;
   AtenTensorHandle out = nullptr;
   if (residual) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise_binary(x.get(), residual->get(), opaque.get(),
-                                                                   bias_argument, "add", &out));
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu__linear_pointwise_binary(x.get(), residual->get(), opaque.get(), bias_argument, "add", &out));
   } else {
     const FusedActivation& fused = kFused[static_cast<size_t>(activation)];
     const char* algorithm = fused.algorithm;

@@ -16,8 +16,7 @@ constexpr int64_t kRowGrain = 32 * 1024;
 int64_t row_grain(int64_t width) { return std::max<int64_t>(1, kRowGrain / std::max<int64_t>(width, 1)); }
 
 const char* row_of(const Tensor& t, int64_t row, int64_t width, DType type) {
-  return static_cast<const char*>(t.const_data_ptr()) +
-         static_cast<size_t>(row * width) * dtype_bytes(type);
+  return static_cast<const char*>(t.const_data_ptr()) + static_cast<size_t>(row * width) * dtype_bytes(type);
 }
 
 Tensor check_table(const char* op, const char* argument, const Tensor& t, int64_t width, ScalarType type) {
@@ -89,8 +88,7 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
   const Tensor positions = check_table(op, "position", position, width, word.scalar_type());
   const Tensor ids = check_ids(op, "input_ids", input_ids, tokens, word.size(0));
   const Sequences sequences = check_sequences(op, cu_seqlens, tokens);
-  STD_TORCH_CHECK(position_offset >= 0 &&
-                      static_cast<int64_t>(sequences.longest) + position_offset <= position.size(0),
+  STD_TORCH_CHECK(position_offset >= 0 && static_cast<int64_t>(sequences.longest) + position_offset <= position.size(0),
                   op, ": a sequence of ", sequences.longest, " tokens is longer than the ",
                   position.size(0) - position_offset, " positions of the model; truncate it");
   STD_TORCH_CHECK(!token_type_ids || token_type, op, ": token_type_ids given, but the model has no token types");
@@ -143,7 +141,8 @@ Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& m
   const auto fold = mode == "max" ? vec.max_row : vec.accumulate_row;
   const bool whole = mode != "cls";
   torch::stable::parallel_for(
-      0, static_cast<int64_t>(sequences.count), row_grain(width * std::max<int64_t>(1, tokens / std::max<int64_t>(1, static_cast<int64_t>(sequences.count)))),
+      0, static_cast<int64_t>(sequences.count),
+      row_grain(width * std::max<int64_t>(1, tokens / std::max<int64_t>(1, static_cast<int64_t>(sequences.count)))),
       [&](int64_t begin, int64_t end) {
         for (int64_t s = begin; s < end; ++s) {
           float* const acc = pooled + static_cast<size_t>(s) * n;

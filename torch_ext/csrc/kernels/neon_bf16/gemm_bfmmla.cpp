@@ -38,6 +38,8 @@ constexpr size_t kKr = 4;
 
 // ---- micro-kernels ------------------------------------------------------------------------------------------------
 
+// clang-format off: one instruction per line
+
 // The kernels of eight and of two rows are assembly: the loop of the first needs all 32 vector registers, and compilers
 // that hoist a load spill an accumulator; the second, unrolled, suffers the same way.
 //
@@ -86,7 +88,6 @@ constexpr size_t kKr = 4;
 
 void gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
   size_t quads = steps / 4, rest = steps % 4;
-  // clang-format off
   __asm__ volatile(
       ZERO(8) ZERO(9) ZERO(10) ZERO(11) ZERO(12) ZERO(13) ZERO(14) ZERO(15)
       ZERO(16) ZERO(17) ZERO(18) ZERO(19) ZERO(20) ZERO(21) ZERO(22) ZERO(23)
@@ -119,7 +120,6 @@ void gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla(size_t steps, const void* lhs, con
       : "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14",
         "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30",
         "v31");
-  // clang-format on
 }
 
 // Two rows: six accumulators would not hide the latency of BFMMLA, so that even and odd steps have a set each.
@@ -149,7 +149,6 @@ void gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla(size_t steps, const void* lhs, con
 
 void gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
   size_t quads = steps / 4, rest = steps % 4;
-  // clang-format off
   __asm__ volatile(
       ZERO(8) ZERO(9) ZERO(10) ZERO(11) ZERO(12) ZERO(13) ZERO(14) ZERO(15) ZERO(16) ZERO(17) ZERO(18) ZERO(19)
       "cbz %[quads], 2f \n"
@@ -179,7 +178,6 @@ void gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(size_t steps, const void* lhs, con
       : [tile] "r"(tile)
       : "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16",
         "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31");
-  // clang-format on
 }
 
 #undef ADD_SETS
@@ -190,6 +188,8 @@ void gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(size_t steps, const void* lhs, con
 #undef STEP
 #undef ZERO
 #undef STORE_ROW_PAIR
+
+// clang-format on
 
 // Two or three row pairs: 6 * kPairs accumulators leave registers for the compiler.
 template <size_t kPairs>
@@ -319,10 +319,21 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla", 8, gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla},
 };
 
-constexpr GemmKernel kTable = {"bf16p12x4",          Layout::kBf16Pairs, kNr,           kKr,
-                               kKr,                  DType::kBF16,       DType::kBF16,  pack_rows<float>,
-                               pack_rows<uint16_t>,  pack_rows<float>,   pack_rows<uint16_t>,
-                               pack_cols<float>,     pack_cols<uint16_t>, kUKernels,    4};
+constexpr GemmKernel kTable = {"bf16p12x4",
+                               Layout::kBf16Pairs,
+                               kNr,
+                               kKr,
+                               kKr,
+                               DType::kBF16,
+                               DType::kBF16,
+                               pack_rows<float>,
+                               pack_rows<uint16_t>,
+                               pack_rows<float>,
+                               pack_rows<uint16_t>,
+                               pack_cols<float>,
+                               pack_cols<uint16_t>,
+                               kUKernels,
+                               4};
 
 }  // namespace
 

@@ -55,8 +55,10 @@ static void store_tile_as(const float* tile, size_t ld_tile, size_t rows, size_t
     residual = static_cast<const Residual*>(ep.residual) + row0 * ep.ld_residual + col0;
   }
   const auto residual_at = [&](size_t j) -> const Residual* {
-    if constexpr (std::is_void_v<Residual>) return nullptr;
-    else return residual + j;
+    if constexpr (std::is_void_v<Residual>)
+      return nullptr;
+    else
+      return residual + j;
   };
   size_t j = 0;
   for (; j + kWidth <= cols; j += kWidth) {

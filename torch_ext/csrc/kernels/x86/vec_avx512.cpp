@@ -10,7 +10,8 @@
 #include "cpu_features.h"
 #include "kernels/target_region.h"
 
-TARGET_REGION_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c", "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+TARGET_REGION_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c",
+                    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
 namespace torch_ext {
 namespace vec_avx512 {
