@@ -146,9 +146,9 @@ def main(argv: Sequence[str]) -> int:
 def settle_threads(threads: int) -> None:
     """Sets what OpenMP and BLAS read once, unless the user has.
 
-    An idle OpenMP thread sleeps at once instead of looking for work. Looking costs CPU time, and takes the core from the
-    event loop and from other processes: on 2 cores that were busy otherwise, a text cost 2.9 ms of CPU with sleeping
-    threads, 3.3 ms with GOMP_SPINCOUNT=1000, 4.0 ms with 20000 and 12 ms with the default of 300000.
+    An idle OpenMP thread sleeps at once instead of looking for work. Looking costs CPU time, and takes the core from
+    the event loop and from other processes: on 2 cores that were busy otherwise, a text cost 2.9 ms of CPU with
+    sleeping threads, 3.3 ms with GOMP_SPINCOUNT=1000, 4.0 ms with 20000 and 12 ms with the default of 300000.
 
     Args:
         threads: Threads of the engine.
