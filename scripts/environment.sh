@@ -26,6 +26,12 @@ check_tools() {
   command -v "${CXX:-g++}" >/dev/null || die "no C++ compiler ${CXX:-g++}: install one (Debian, Ubuntu: apt-get install g++), or set CXX"
 }
 
+# torch.compile compiles against them when its tests run.
+check_headers() {
+  "$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    die "$PYTHON has no headers: install its dev package (Debian, Ubuntu: apt-get install python3-dev)"
+}
+
 make_venv() {
   if [ ! -x "$VENV/bin/python" ]; then
     # Debian and Ubuntu split venv's pip off; virtualenv brings its own.
@@ -94,6 +100,7 @@ build() {
 
 install() {
   check_tools
+  [ "$1" != dev ] || check_headers
   make_venv
   install_torch
   say "installing what ${1} needs"

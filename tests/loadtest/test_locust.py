@@ -7,10 +7,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import pytest
-from stub_server import DIMENSION, OWN_TEXTS, ROOT, Run, Stub, free_port, start_locust
+from stub_server import DIMENSION, OWN_TEXTS, ROOT, Run, Stub, free_port, start_locust, together
 
 from loadtest.tasks import TASKS
 
@@ -58,87 +59,88 @@ def test_limits_kept_and_true_numbers(locust: Locust, stub: Stub) -> None:
     assert len({len(text) for text in stub.texts}) > 10
 
 
-def test_slow_server_misses_the_latency_limit(locust: Locust, stub: Stub) -> None:
+def test_errors_and_refusals_are_counted_apart(locust: Locust, stubs: list[Stub]) -> None:
+    for stub in stubs[:2]:
+        stub.delay_s = 0.01
+        stub.headers = {"Retry-After": "0"}
+        stub.status = lambda number: 500 if number % 5 == 0 else 429 if number % 5 in (1, 2) else 200
+    stubs[2].delay_s = 0.01
+    stubs[2].headers = {"Retry-After": "0"}
+    stubs[2].status = lambda number: 429 if number % 2 else 200
+    lenient, strict, refused = together(
+        lambda: locust(stubs[0].host, "--slo-error-rate", "0.5"),
+        lambda: locust(stubs[1].host, "--slo-error-rate", "0.01"),
+        lambda: locust(stubs[2].host, "--slo-error-rate", "0", "--slo-refused-rate", "0.1"),
+    )
+    assert lenient.code == 0, lenient.output
+    assert strict.code == 1, strict.output
+    for run in (lenient, strict):
+        summary = run.summary
+        # Of each five requests one fails and two are refused; users in flight at both ends blur it a little.
+        assert summary["error_rate"] == pytest.approx(0.2, abs=0.05)
+        assert summary["refused_rate"] == pytest.approx(0.4, abs=0.05)
+        row = aggregated(run)
+        assert int(row["Request Count"]) == summary["requests"]
+        assert int(row["Failure Count"]) == summary["errors"] + summary["refused"]
+        with (run.folder / "out_failures.csv").open(encoding="utf-8") as file:
+            failures = {line["Error"]: int(line["Occurrences"]) for line in csv.DictReader(file)}
+        assert sum(count for error, count in failures.items() if "429" in error) == summary["refused"]
+        assert sum(count for error, count in failures.items() if "500" in error) == summary["errors"]
+    # Refusals alone keep the limit on errors, but not their own.
+    assert refused.code == 1, refused.output
+    assert "kept       error rate 0 %" in refused.output
+    assert "MISSED     refused (429) rate" in refused.output
+
+
+def test_wrong_late_and_other_answers(locust: Locust, stubs: list[Stub]) -> None:
+    wrong, late, slow, own = stubs
+    wrong.answer = lambda path, body: {"embeddings": [[0.5] * (DIMENSION - 1)], "usage": {"tokens": 3}}
+    wrong.delay_s = 0.01
+    late.delay_of = lambda number: 3.0 if number % 4 == 0 else 0.01
     # One request in ten is slow: the median is fine, the 95th percentile is not.
-    stub.delay_of = lambda number: 0.15 if number % 10 == 0 else 0.01
-    run = locust(stub.host, "--slo-p95-ms", "100")
-    assert run.code == 1, run.output
-    assert "MISSED     p95" in run.output
-    assert run.summary["latency_ms"]["p50"] < 100 < run.summary["latency_ms"]["p95"]
-    assert run.summary["kept"] is False
-
-
-@pytest.mark.parametrize(("limit", "code"), [("0.5", 0), ("0.01", 1)])
-def test_errors_and_refusals_are_counted_apart(locust: Locust, stub: Stub, limit: str, code: int) -> None:
-    stub.delay_s = 0.005
-    stub.headers = {"Retry-After": "0"}
-    stub.status = lambda number: 500 if number % 5 == 0 else 429 if number % 5 in (1, 2) else 200
-    run = locust(stub.host, "--slo-error-rate", limit)
-    assert run.code == code, run.output
-    summary = run.summary
-    # Of each five requests one fails and two are refused; users in flight at both ends blur it a little.
-    assert summary["error_rate"] == pytest.approx(0.2, abs=0.05)
-    assert summary["refused_rate"] == pytest.approx(0.4, abs=0.05)
-    row = aggregated(run)
-    assert int(row["Request Count"]) == summary["requests"]
-    assert int(row["Failure Count"]) == summary["errors"] + summary["refused"]
-    with (run.folder / "out_failures.csv").open(encoding="utf-8") as file:
-        failures = {line["Error"]: int(line["Occurrences"]) for line in csv.DictReader(file)}
-    assert sum(count for error, count in failures.items() if "429" in error) == summary["refused"]
-    assert sum(count for error, count in failures.items() if "500" in error) == summary["errors"]
-
-
-def test_refusals_alone_keep_the_error_limit_but_not_their_own(locust: Locust, stub: Stub) -> None:
-    stub.headers = {"Retry-After": "0"}
-    stub.delay_s = 0.005
-    stub.status = lambda number: 429 if number % 2 else 200
-    run = locust(stub.host, "--slo-error-rate", "0", "--slo-refused-rate", "0.1")
-    assert run.code == 1, run.output
-    assert "kept       error rate 0 %" in run.output
-    assert "MISSED     refused (429) rate" in run.output
-
-
-def test_wrong_answers_are_errors(locust: Locust, stub: Stub) -> None:
-    def shorter(path: str, body: dict[str, Any]) -> Any:
-        return {"embeddings": [[0.5] * (DIMENSION - 1)], "usage": {"tokens": 3}}
-
-    stub.answer = shorter
-    stub.delay_s = 0.005
-    run = locust(stub.host)
-    assert run.code == 1, run.output
-    assert run.summary["good"] == 0
-    assert run.summary["errors"] > 0
-    assert f"expected an embedding of {DIMENSION} numbers, got {DIMENSION - 1}" in run.output
-    assert "none was answered rightly" in run.output
-
-
-def test_answers_that_never_come_are_errors(locust: Locust, stub: Stub) -> None:
-    stub.delay_of = lambda number: 3.0 if number % 4 == 0 else 0.01
-    run = locust(stub.host, "--request-timeout-s", "0.5", "--slo-p95-ms", "400", "--slo-error-rate", "0")
-    assert run.code == 1, run.output
-    assert run.summary["errors"] > 0
-    assert run.summary["latency_ms"]["max"] < 500
-    assert "MISSED     error rate" in run.output
-
-
-@pytest.mark.parametrize("task", sorted(set(TASKS) - {"embed"}))
-def test_other_endpoints(locust: Locust, stub: Stub, task: str) -> None:
-    stub.delay_s = 0.005
-    arguments = ["--encoding-format", "base64"] if task == "openai" else []
-    run = locust(stub.host, "--task", task, "--inputs-per-request", "3", "--slo-error-rate", "0", *arguments)
-    assert run.code == 0, run.output
-    assert run.summary["path"] == TASKS[task].path
-    assert run.summary["texts_per_s"] == pytest.approx(3 * run.summary["requests_per_s"])
-
-
-def test_think_time_and_own_texts(locust: Locust, stub: Stub) -> None:
+    slow.delay_of = lambda number: 0.3 if number % 10 == 0 else 0.01
     file = ROOT / "LICENSE"
-    run = locust(stub.host, "--think-time-s", "0.1", "--texts", str(file), "--max-chars", "20")
-    assert run.code == 0, run.output
+    wrong_run, late_run, slow_run, own_run = together(
+        lambda: locust(wrong.host),
+        lambda: locust(late.host, "--request-timeout-s", "0.5", "--slo-p95-ms", "499", "--slo-error-rate", "0"),
+        lambda: locust(slow.host, "--slo-p95-ms", "200"),
+        lambda: locust(own.host, "--think-time-s", "0.1", "--texts", str(file), "--max-chars", "20", texts=()),
+    )
+    assert wrong_run.code == 1, wrong_run.output
+    assert wrong_run.summary["good"] == 0
+    assert wrong_run.summary["errors"] > 0
+    assert f"expected an embedding of {DIMENSION} numbers, got {DIMENSION - 1}" in wrong_run.output
+    assert "none was answered rightly" in wrong_run.output
+
+    assert late_run.code == 1, late_run.output
+    assert late_run.summary["errors"] > 0
+    assert late_run.summary["latency_ms"]["max"] < 500
+    assert "MISSED     error rate" in late_run.output
+
+    assert slow_run.code == 1, slow_run.output
+    assert "MISSED     p95" in slow_run.output
+    assert slow_run.summary["latency_ms"]["p50"] < 200 < slow_run.summary["latency_ms"]["p95"]
+    assert slow_run.summary["kept"] is False
+
+    assert own_run.code == 0, own_run.output
     # Four users that pause 0.1 s on average: about 40 requests/s, and never the thousands of a closed loop.
-    assert 10 < run.summary["requests_per_s"] < 80
+    assert 10 < own_run.summary["requests_per_s"] < 80
     lines = {line.strip()[:20] for line in file.read_text(encoding="utf-8").splitlines()}
-    assert set(stub.texts) <= lines
+    assert set(own.texts) <= lines
+
+
+def test_other_endpoints(locust: Locust, stub: Stub) -> None:
+    stub.delay_s = 0.02
+    tasks = {"predict": (), "fill-mask": (), "openai": ("--encoding-format", "base64")}
+    common = ("--inputs-per-request", "3", "--slo-error-rate", "0")
+    assert {"embed", *tasks} == set(TASKS)
+    runs = together(
+        *(partial(locust, stub.host, "--task", task, *common, *arguments) for task, arguments in tasks.items())
+    )
+    for task, run in zip(tasks, runs, strict=True):
+        assert run.code == 0, run.output
+        assert run.summary["path"] == TASKS[task].path
+        assert run.summary["texts_per_s"] == pytest.approx(3 * run.summary["requests_per_s"])
 
 
 def test_server_not_running() -> None:
@@ -151,53 +153,57 @@ def test_server_not_running() -> None:
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "no server to test: pass --host"),
-        (["--host", "127.0.0.1:8000"], "expected a URL such as http://127.0.0.1:8000"),
-        (
-            ["--host", "HOST", "--task", "predict", "--inputs-per-request", "0"],
-            "--inputs-per-request: expected at least 1",
-        ),
-        (["--host", "HOST", "--slo-error-rate", "5"], "--slo-error-rate: expected between 0 and 1"),
-        (["--host", "HOST", "--slo-p95-ms", "0"], "--slo-p95-ms: expected more than 0"),
-        (["--host", "HOST", "--warm-up-s", "5"], "ends within its warm-up"),
-        (["--host", "HOST", "--texts", "missing.txt"], "cannot read texts from missing.txt"),
-    ],
-)
-def test_impossible_settings_are_refused(stub: Stub, arguments: list[str], message: str) -> None:
-    arguments = [stub.host if argument == "HOST" else argument for argument in arguments]
-    process = start_locust("--headless", "-u", "1", "-t", "3s", *OWN_TEXTS, *arguments)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, output
-    assert message in output
-    assert "Traceback" not in output
+IMPOSSIBLE = {
+    "no server to test: pass --host": [],
+    "expected a URL such as http://127.0.0.1:8000": ["--host", "127.0.0.1:8000"],
+    "--inputs-per-request: expected at least 1": ["--host", "HOST", "--inputs-per-request", "0"],
+    "--slo-error-rate: expected between 0 and 1": ["--host", "HOST", "--slo-error-rate", "5"],
+    "--slo-p95-ms: expected more than 0": ["--host", "HOST", "--slo-p95-ms", "0"],
+    "ends within its warm-up": ["--host", "HOST", "--warm-up-s", "5"],
+    "cannot read texts from missing.txt": ["--host", "HOST", "--texts", "missing.txt"],
+}
 
 
-@pytest.mark.parametrize(
-    ("attribute", "value", "message"),
-    [
-        ("ready", 503, "is not ready"),
-        ("paths", frozenset({"/embed"}), "has no /predict (status 404): choose another --task"),
-        ("paths", frozenset({"/predict"}), "none"),
-    ],
-)
-def test_server_is_looked_at_first(locust: Locust, stub: Stub, attribute: str, value: Any, message: str) -> None:
-    stub.delay_s = 0.01
-    setattr(stub, attribute, value)
-    run = locust(stub.host, "--task", "predict")
-    assert "Traceback" not in run.output
-    if message == "none":
-        assert run.code == 0, run.output
-    else:
-        assert run.code == 2, run.output
-        assert message in run.output
-        assert not stub.texts
+def test_impossible_settings_are_refused(stub: Stub) -> None:
+    def refused(arguments: list[str]) -> tuple[int, str]:
+        arguments = [stub.host if argument == "HOST" else argument for argument in arguments]
+        process = start_locust("--headless", "-u", "1", "-t", "3s", *OWN_TEXTS, *arguments)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+    results = together(*(partial(refused, arguments) for arguments in IMPOSSIBLE.values()))
+    for message, (code, output) in zip(IMPOSSIBLE, results, strict=True):
+        assert code == 2, output
+        assert message in output
+        assert "Traceback" not in output
+    assert not stub.texts
 
 
-@pytest.mark.parametrize(("limit_ms", "code"), [("1000", 0), ("20", 1)])
-def test_master_alone_judges(stub: Stub, tmp_path: Any, limit_ms: str, code: int) -> None:
+def test_server_is_looked_at_first(locust: Locust, stubs: list[Stub]) -> None:
+    loading, other, fine, _ = stubs
+    loading.ready = 503
+    other.paths = frozenset({"/embed"})
+    fine.paths = frozenset({"/predict"})
+    fine.delay_s = 0.02
+    runs = together(*(partial(locust, stub.host, "--task", "predict") for stub in (loading, other, fine)))
+    assert [run.code for run in runs] == [2, 2, 0]
+    assert "is not ready" in runs[0].output
+    assert "has no /predict (status 404): choose another --task" in runs[1].output
+    assert not any("Traceback" in run.output for run in runs)
+    assert not loading.texts
+    assert not other.texts
+
+
+def test_master_alone_judges(stubs: list[Stub], tmp_path: Path) -> None:
+    for folder in ("kept", "missed"):
+        (tmp_path / folder).mkdir()
+    together(
+        lambda: judged_by_master(stubs[0], tmp_path / "kept", "1000", 0),
+        lambda: judged_by_master(stubs[1], tmp_path / "missed", "20", 1),
+    )
+
+
+def judged_by_master(stub: Stub, tmp_path: Path, limit_ms: str, code: int) -> None:
     stub.delay_s = 0.05
     port = str(free_port())
     workers = [

@@ -71,6 +71,14 @@ def test_python_without_venv(checkout: Path, tmp_path: Path, target: str) -> Non
     assert len(result.stderr.splitlines()) == 2, result.stderr
 
 
+def test_python_without_headers(checkout: Path, tmp_path: Path) -> None:
+    python = executable(tmp_path / "python3", f'case "$*" in *Python.h*) exit 1;; esac; exec "{sys.executable}" "$@"')
+    result = make(checkout, "test", PYTHON=str(python), CXX="sh")
+    assert result.returncode != 0
+    assert "apt-get install python3-dev" in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
 def test_python_that_is_too_old(checkout: Path, tmp_path: Path) -> None:
     python = executable(tmp_path / "python3", 'test "$1" = --version && echo Python 3.9.2 && exit; exit 1')
     result = make(checkout, "demo", PYTHON=str(python), CXX="sh")
