@@ -99,11 +99,11 @@ class Connection(asyncio.Protocol):
             return
         if len(self.buffer) >= end + 4 + int(match[1]):
             self.client.latencies_s.append(time.perf_counter() - self.sent_s)
-            self.buffer = b""
-            self.client.done(self)
+            head, self.buffer = self.buffer[:end].lower(), b""
+            self.client.done(self, head.startswith(b"http/1.1") and b"connection: close" not in head)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Closed: a server that closes (HTTP/1.0) is connected to again."""
+        """Closed, by either side."""
         self.client.lost(error)
 
 
@@ -128,11 +128,11 @@ class Client:
         """Remembers what went wrong."""
         self.failure = self.failure or message
 
-    def done(self, connection: Connection) -> None:
-        """An answer has come."""
-        if self.stopping:
+    def done(self, connection: Connection, keep_alive: bool) -> None:
+        """An answer has come: the next request goes over the same connection, or over a new one."""
+        if self.stopping or not keep_alive:
             connection.transport.close()
-        elif not connection.transport.is_closing():
+        else:
             connection.send()
 
     def lost(self, error: Exception | None) -> None:
