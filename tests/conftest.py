@@ -10,6 +10,8 @@ import pytest
 # Models and tokenizers come from installed packages; a test that needs the hub is wrong.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests start servers, exports and load generators side by side: an idle OpenMP thread that spins takes their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SEED_VARIABLE = "TORCH_EXT_TEST_SEED"
 SEED = int(os.environ.get(SEED_VARIABLE, "20240229"))
