@@ -13,11 +13,11 @@ FROM --platform=$BUILDPLATFORM ${BUILD_IMAGE} AS build
 ARG PIP_INDEX_URL
 ARG PIP_NO_INDEX
 ARG TARGETARCH
-ENV UV_LINK_MODE=copy
+ENV UV_LINK_MODE=copy UV_CACHE_DIR=/build/uv-cache
 WORKDIR /build
 COPY dockerfiles/build.sh pyproject.toml ./
 RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhouse \
-    --mount=type=cache,target=/root/.cache/uv \
+    --mount=type=cache,target=/build/uv-cache \
     sh build.sh uv && \
     sh build.sh requirements pyproject.toml loadtest >requirements.txt && \
     sh build.sh install "$TARGETARCH" --compile-bytecode --target /app/site-packages -r requirements.txt && \

@@ -18,7 +18,7 @@ COPY wheelhouse* /
 FROM --platform=$BUILDPLATFORM ${BUILD_IMAGE} AS build
 ARG PIP_INDEX_URL
 ARG PIP_NO_INDEX
-ENV UV_LINK_MODE=copy
+ENV UV_LINK_MODE=copy UV_CACHE_DIR=/build/uv-cache
 WORKDIR /build
 COPY dockerfiles/build.sh /build/build.sh
 RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhouse \
@@ -31,7 +31,7 @@ ARG TARGETARCH
 RUN sh build.sh compiler "$BUILDARCH" "$TARGETARCH"
 # torch is needed for its headers, which are the same on every architecture.
 RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhouse \
-    --mount=type=cache,target=/root/.cache/uv \
+    --mount=type=cache,target=/build/uv-cache \
     uv venv --quiet env && \
     sh build.sh install "$BUILDARCH" --python env/bin/python torch 'setuptools>=77' wheel ninja
 COPY setup.py pyproject.toml MANIFEST.in README.md LICENSE src/
@@ -50,7 +50,7 @@ ARG TORCH
 # Dependencies first: they change less often than the code.
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhouse \
-    --mount=type=cache,target=/root/.cache/uv \
+    --mount=type=cache,target=/build/uv-cache \
     sh build.sh requirements pyproject.toml dependencies serve >requirements.txt && \
     sh build.sh install "$TARGETARCH" --compile-bytecode --target /app/site-packages \
       -r requirements.txt "torch${TORCH:+==$TORCH}" && \

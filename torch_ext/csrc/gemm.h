@@ -47,7 +47,7 @@ void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* pay
 
 /// Memory of this thread, at least `bytes`, 64-byte aligned; the next call in the same slot may return the same
 /// memory. Slots keep the callers in one call chain apart.
-enum class ScratchSlot { kLhs, kAttention, kBias, kRow, kCount };
+enum class ScratchSlot { kLhs, kAttention, kCount };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
 
 }  // namespace torch_ext
