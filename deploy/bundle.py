@@ -24,7 +24,6 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "MANIFEST_FILE",
-    "ORT_SESSION_CONFIG",
     "POOLING_MODES",
     "PROBLEM_TYPES",
     "TASKS",
@@ -55,14 +54,6 @@ TASKS = ("feature-extraction", "text-classification", "fill-mask")
 POOLING_MODES = ("mean", "cls", "max")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ENGINES = ("torch_ext", "onnxruntime")
-
-ORT_SESSION_CONFIG: Mapping[str, str] = {"session.x64quantprecision": "1"}
-"""Session configuration entries that every ONNX Runtime session of a bundle has to be opened with.
-
-The int8 model multiplies u8 activations by s8 weights, which is exact on ARM and on x86-64 with VNNI. Older x86-64 adds
-pairs of such products in 16 bits and saturates; this entry makes ONNX Runtime use its exact u8 x u8 kernels there, and
-changes nothing elsewhere.
-"""
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")

@@ -17,7 +17,7 @@ Decisions about int8 (ONNX, arm64 settings: u8 activations per tensor, s8 weight
 * Embedding tables are quantized: a quarter of the size for 0.0003 of cosine.
 * Where a model misses its bound, the layers whose inputs lose most by 8 bits stay in fp32, up to half of them, until
   it keeps it. A single outlier channel in a layer's input is enough to need that.
-* On x86-64 without VNNI, u8 x s8 saturates. `deploy.bundle.ORT_SESSION_CONFIG` makes ONNX Runtime exact there: under an
+* On x86-64 without VNNI, u8 x s8 saturates. `deploy.onnx_session` makes ONNX Runtime exact there: under an
   emulated AVX2 CPU the outputs are then those of VNNI. On aarch64 (emulated Neoverse N1 and N2) the mean cosine to fp32
   of 16 texts is 0.9926, on x86-64 0.9925; the outputs differ from each other as much, since roundings go other ways.
 """

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from deploy.bundle import ORT_SESSION_CONFIG, Pooling
+from deploy.bundle import Pooling
+from deploy.onnx_session import session_options
 
 __all__ = ["Batch", "Engine", "OnnxEngine", "TorchExtEngine", "TransformersEngine", "batches", "pool"]
 
@@ -180,13 +181,9 @@ class OnnxEngine:
         """Opens a session on the CPU."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        for name, value in ORT_SESSION_CONFIG.items():
-            options.add_session_config_entry(name, value)
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            str(path), session_options(threads), providers=["CPUExecutionProvider"]
+        )
         self._inputs = {item.name for item in self._session.get_inputs()}
         self._output = self._session.get_outputs()[0].name
         self._task = task

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bundle import ORT_SESSION_CONFIG, BundleError, Manifest, Variant
+from ..bundle import BundleError, Manifest, Variant
+from ..onnx_session import session_options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -268,16 +269,12 @@ class OnnxEngine(_TaskEngine):
         super().__init__(manifest, token_text)
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        options = session_options(threads)
         # A thread that spins for work takes the core from the event loop, and is charged to the container's quota.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         # A plan of the memory is kept for every shape that was ever seen; here they hardly repeat.
         options.enable_mem_pattern = False
-        for key, value in ORT_SESSION_CONFIG.items():
-            options.add_session_config_entry(key, value)
         path = manifest.path(variant.file)
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
