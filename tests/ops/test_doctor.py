@@ -209,7 +209,9 @@ def test_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:
     package = Path(torch_ext.__file__).parent
     copy = tmp_path / "torch_ext"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("csrc", "*.so", "__pycache__"))
-    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    # The copy comes before what is on the path already, where torch may be.
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
     def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *arguments]
