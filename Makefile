@@ -55,7 +55,7 @@ build: $(VENV)/.demo $(VENV)/.built ## compile the extension in place
 # --- For users ---
 
 .PHONY: demo
-demo: $(VENV)/.demo $(VENV)/.built ## prepare, quantize, serve and load-test a real BERT (about 5 minutes)
+demo: $(VENV)/.demo $(VENV)/.built ## prepare, quantize, serve and load-test a real BERT (2 minutes after set-up)
 	@$(PY) scripts/demo.py $(ARGS)
 
 .PHONY: bundle
