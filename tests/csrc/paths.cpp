@@ -154,9 +154,10 @@ void pack(const GemmPath& path, Packer packer, DType type, size_t rows, size_t b
   }
 }
 
-void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const void* rhs, float* tile) {
+void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const void* rhs, float* tile,
+                 size_t ld_tile) {
   cover(ukernel.name);
-  ukernel.run(steps, lhs, rhs, tile);
+  ukernel.run(steps, lhs, rhs, tile, ld_tile);
 }
 
 void store_tile(const VecKernels& vec, Activation a, const float* tile, size_t ld_tile, size_t rows, size_t cols,

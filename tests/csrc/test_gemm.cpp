@@ -43,8 +43,17 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps) {
       put(panel, g.rhs_type, pairs ? (p / 4 * g.nr + j) * 4 + p % 4 : p * g.nr + j, x);
     }
   }
-  const Guarded<float> tile(u.mr * g.nr);
-  run_ukernel(u, steps, block.data(), panel.data(), tile.get());
+  // Rows apart, so that what lies between them must stay as it is.
+  const size_t ld_tile = g.nr + 4;
+  constexpr float kUntouched = 12345.0f;
+  const Guarded<float> tile(u.mr * ld_tile - 4);
+  std::fill(tile.get(), tile.get() + u.mr * ld_tile - 4, kUntouched);
+  run_ukernel(u, steps, block.data(), panel.data(), tile.get(), ld_tile);
+  for (size_t i = 0; i + 1 < u.mr; ++i) {
+    for (size_t j = g.nr; j < ld_tile; ++j) {
+      EXPECT(tile[i * ld_tile + j] == kUntouched, "element %zu past row %zu of the tile was written", j - g.nr, i);
+    }
+  }
   for (size_t i = 0; i < u.mr; ++i) {
     for (size_t j = 0; j < g.nr; ++j) {
       double sum = 0, sum_abs = 0;
@@ -52,7 +61,7 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps) {
         sum += lhs[i * k + p] * rhs[j * k + p];
         sum_abs += std::fabs(lhs[i * k + p] * rhs[j * k + p]);
       }
-      const double got = tile[i * g.nr + j];
+      const double got = tile[i * ld_tile + j];
       EXPECT(within(got, sum, product_bound(sum_abs, k)), "tile (%zu, %zu): %.9g, expected %.9g +- %.2g", i, j, got,
              sum, product_bound(sum_abs, k));
     }
@@ -332,7 +341,7 @@ TORCH_EXT_TEST(nan_and_infinity_in_inputs_reach_their_outputs_and_no_others) {
 std::vector<uint8_t>* g_stored;
 
 void pack_nothing(size_t, size_t, size_t, const void*, size_t, void*) {}
-void multiply_nothing(size_t, const void*, const void*, float*) {}
+void multiply_nothing(size_t, const void*, const void*, float*, size_t) {}
 void count_stores(const float*, size_t, size_t rows, size_t cols, const Epilogue& ep, size_t row0, size_t col0) {
   for (size_t i = row0; i < row0 + rows; ++i) {
     for (size_t j = col0; j < col0 + cols; ++j) ++(*g_stored).at(i * ep.ld_out + j);

@@ -71,7 +71,7 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     const size_t rows = std::min(ukernel.mr, length - row);
     pack_queries(rows, ukernel.mr, d, queries + row * ld * element, ld, s.queries);
     for (size_t j = 0; j < length; j += nr) {
-      ukernel.run(kernel.steps(d), s.queries, s.keys + j / nr * key_panel, tile);
+      ukernel.run(kernel.steps(d), s.queries, s.keys + j / nr * key_panel, tile, nr);
       store_scores(tile, nr, rows, std::min(nr, length - j), to_scores, 0, j);
     }
     float factors[kMaxMr];
@@ -80,7 +80,7 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     }
     kernel.pack_lhs_f32(rows, ukernel.mr, length, s.scores, ld_scores, s.probabilities);
     for (size_t j = 0; j < d; j += nr) {
-      ukernel.run(kernel.steps(length), s.probabilities, s.values + j / nr * value_panel, tile);
+      ukernel.run(kernel.steps(length), s.probabilities, s.values + j / nr * value_panel, tile, nr);
       for (size_t i = 0; i < rows; ++i) {
         vec.scale_row(tile + i * nr, std::min(nr, d - j), factors[i], out + ((row + i) * hidden + j) * element,
                       problem.type);

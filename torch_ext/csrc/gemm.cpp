@@ -91,7 +91,7 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
       for (size_t row = chunk; row < chunk_end;) {
         const UKernel& ukernel = kernel.ukernel_for(std::min(main_rows, chunk_end - row));
         const size_t valid = std::min(ukernel.mr, chunk_end - row);
-        ukernel.run(steps, block, rhs, tile);
+        ukernel.run(steps, block, rhs, tile, nr);
         store(tile, nr, valid, columns, problem.epilogue, row, column);
         block += ukernel.mr * row_bytes;
         row += valid;

@@ -10,8 +10,11 @@
 ///
 ///   tile[i][j] = sum over p < steps * k_step of  lhs(i, p) * rhs(j, p)      i < mr, j < nr
 ///
-/// with `lhs` one packed block of `mr` rows, `rhs` one packed panel of `nr` columns, and `tile` f32, row stride
-/// `nr`, 16-byte aligned. All padding is zero and was put there by the packers, so a micro-kernel has no edges.
+/// with `lhs` one packed block of `mr` rows, `rhs` one packed panel of `nr` columns, and `tile` f32, rows `ld_tile`
+/// elements apart. All padding is zero and was put there by the packers, so a micro-kernel has no edges.
+///
+/// Families of s8 add exactly, in s32, and end with  tile[i][j] = f32(sum) * lhs_scale(i) * rhs_scale(j). A block then
+/// ends with the f32 scales of its rows, a panel with those of its columns (and what else the family needs).
 #pragma once
 
 #include <cstddef>
@@ -20,10 +23,10 @@
 namespace torch_ext {
 
 /// Element types of matrices in memory. Values are stored in headers of packed weights: append only.
-enum class DType : uint8_t { kF32 = 0, kBF16 = 1 };
+enum class DType : uint8_t { kF32 = 0, kBF16 = 1, kS8 = 2 };
 
 /// Bytes of one element.
-constexpr size_t dtype_bytes(DType t) { return t == DType::kF32 ? 4 : 2; }
+constexpr size_t dtype_bytes(DType t) { return t == DType::kF32 ? 4 : t == DType::kBF16 ? 2 : 1; }
 
 /// How a packed weight lies in memory. Values are stored in headers of packed weights: append only.
 enum class Layout : uint32_t {
@@ -32,9 +35,10 @@ enum class Layout : uint32_t {
   kF32Rows = 3,    ///< the same in fp32
   kPlain = 4,      ///< bf16 [n, k], row-major, for PyTorch's own linear
   kOnednn = 5,     ///< as oneDNN reordered it, for PyTorch's prepacked linear
+  kS8Groups = 6,   ///< s8, groups of kr products of one column, with f32 scales: see vec/quantize.inl
 };
 
-using UKernelFn = void (*)(size_t steps, const void* lhs, const void* rhs, float* tile);
+using UKernelFn = void (*)(size_t steps, const void* lhs, const void* rhs, float* tile, size_t ld_tile);
 
 struct UKernel {
   const char* name;
@@ -56,19 +60,25 @@ struct GemmKernel {
   size_t k_step;     ///< products per step; k is padded with zeros to a multiple of it
   DType lhs_type;    ///< element type of packed blocks
   DType rhs_type;    ///< element type of packed panels
-  PackRowsFn pack_lhs_f32;
+  PackRowsFn pack_lhs_f32;  ///< families of s8 quantize each row by its largest magnitude here
   PackRowsFn pack_lhs_bf16;
-  PackRowsFn pack_rhs_nxk_f32;  ///< weight rows are columns of the product: source [n, k]
+  PackRowsFn pack_rhs_nxk_f32;  ///< weight rows are columns of the product: source [n, k]; null in families of s8
   PackRowsFn pack_rhs_nxk_bf16;
   PackColsFn pack_rhs_kxn_f32;  ///< source [k, n]
   PackColsFn pack_rhs_kxn_bf16;
   const UKernel* ukernels;  ///< ascending mr; the last one is the main kernel
   size_t ukernel_count;
+  size_t row_extra_bytes = 0;     ///< per row, at the end of a block
+  size_t column_extra_bytes = 0;  ///< per column, at the end of a panel
 
   size_t steps(size_t k) const { return (k + k_step - 1) / k_step; }
   size_t panels(size_t n) const { return (n + nr - 1) / nr; }
-  size_t lhs_block_bytes(size_t mr, size_t k) const { return mr * steps(k) * k_step * dtype_bytes(lhs_type); }
-  size_t rhs_panel_bytes(size_t k) const { return nr * steps(k) * k_step * dtype_bytes(rhs_type); }
+  size_t lhs_block_bytes(size_t mr, size_t k) const {
+    return mr * (steps(k) * k_step * dtype_bytes(lhs_type) + row_extra_bytes);
+  }
+  size_t rhs_panel_bytes(size_t k) const {
+    return nr * (steps(k) * k_step * dtype_bytes(rhs_type) + column_extra_bytes);
+  }
   size_t max_mr() const { return ukernels[ukernel_count - 1].mr; }
 
   /// The smallest micro-kernel that takes `rows` rows at once (rows <= max_mr()).

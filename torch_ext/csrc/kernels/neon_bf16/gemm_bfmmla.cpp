@@ -18,13 +18,13 @@
 // Worked example: R = 12, row 5, product 6 -> ((1 * 12) + 5) * 4 + 2 = 70.
 //
 // Edges: packers fill rows past the last and products past k with zeros; the micro-kernels know whole tiles only.
-// Tiles are f32, row stride 12.
 #include "kernels/neon_bf16/gemm_bfmmla.h"
 
 #if defined(__aarch64__)
 
 #include <arm_neon.h>
 
+#include "kernels/neon/mmla_asm.h"
 #include "kernels/target_region.h"
 
 TARGET_REGION_BEGIN("arch=armv8.2-a+bf16", "bf16")
@@ -38,163 +38,42 @@ constexpr size_t kKr = 4;
 
 // ---- micro-kernels ------------------------------------------------------------------------------------------------
 
-// clang-format off: one instruction per line
+// Register maps and instruction counts: kernels/neon/mmla_asm.h.
 
-// The kernels of eight and of two rows are assembly: the loop of the first needs all 32 vector registers, and compilers
-// that hoist a load spill an accumulator; the second, unrolled, suffers the same way.
-//
-//   v0..v3    block: rows 0-1, 2-3, 4-5, 6-7 of one step
-//   v4..v7    panel: two column pairs at a time; four registers, so that loads run ahead of use
-//   v8..v31   accumulators: v(8 + 4 j + i) holds rows 2i, 2i+1 and columns 2j, 2j+1
-//
-// One step: 24 BFMMLA, 5 LDP (10 vectors). The main loop takes 4 steps and 4 instructions of loop control: 120
-// instructions for 96 BFMMLA.
-
-// Column pair in register `b`, accumulators a0..a3.
-#define BFMMLA_COLUMN_PAIR(b, a0, a1, a2, a3)   \
-  "bfmmla v" #a0 ".4s, v0.8h, v" #b ".8h \n"    \
-  "bfmmla v" #a1 ".4s, v1.8h, v" #b ".8h \n"    \
-  "bfmmla v" #a2 ".4s, v2.8h, v" #b ".8h \n"    \
-  "bfmmla v" #a3 ".4s, v3.8h, v" #b ".8h \n"
-
-// One step at byte offsets of the two pointers. The offsets are written out: LDP takes literals.
-#define STEP(lhs0, lhs1, rhs0, rhs1, rhs2)                \
-  "ldp q0, q1, [%[lhs], #" #lhs0 "] \n"                   \
-  "ldp q4, q5, [%[rhs], #" #rhs0 "] \n"                   \
-  "ldp q2, q3, [%[lhs], #" #lhs1 "] \n"                   \
-  "ldp q6, q7, [%[rhs], #" #rhs1 "] \n"                   \
-  BFMMLA_COLUMN_PAIR(4, 8, 9, 10, 11)                     \
-  BFMMLA_COLUMN_PAIR(5, 12, 13, 14, 15)                   \
-  "ldp q4, q5, [%[rhs], #" #rhs2 "] \n"                   \
-  BFMMLA_COLUMN_PAIR(6, 16, 17, 18, 19)                   \
-  BFMMLA_COLUMN_PAIR(7, 20, 21, 22, 23)                   \
-  BFMMLA_COLUMN_PAIR(4, 24, 25, 26, 27)                   \
-  BFMMLA_COLUMN_PAIR(5, 28, 29, 30, 31)
-
-#define ZERO(r) "movi v" #r ".2d, #0 \n"
-
-// Two rows of the tile from the six accumulators of one row pair: low halves are the even row, high halves the odd.
-#define STORE_ROW_PAIR(a0, a1, a2, a3, a4, a5, even0, even2, odd0, odd2) \
-  "zip1 v0.2d, v" #a0 ".2d, v" #a1 ".2d \n"                              \
-  "zip1 v1.2d, v" #a2 ".2d, v" #a3 ".2d \n"                              \
-  "zip1 v2.2d, v" #a4 ".2d, v" #a5 ".2d \n"                              \
-  "zip2 v3.2d, v" #a0 ".2d, v" #a1 ".2d \n"                              \
-  "zip2 v4.2d, v" #a2 ".2d, v" #a3 ".2d \n"                              \
-  "zip2 v5.2d, v" #a4 ".2d, v" #a5 ".2d \n"                              \
-  "stp q0, q1, [%[tile], #" #even0 "] \n"                                \
-  "str q2, [%[tile], #" #even2 "] \n"                                    \
-  "stp q3, q4, [%[tile], #" #odd0 "] \n"                                 \
-  "str q5, [%[tile], #" #odd2 "] \n"
-
-void gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
+void gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile,
+                                              size_t ld_tile) {
   size_t quads = steps / 4, rest = steps % 4;
+  // clang-format off: one row pair per line
   __asm__ volatile(
-      ZERO(8) ZERO(9) ZERO(10) ZERO(11) ZERO(12) ZERO(13) ZERO(14) ZERO(15)
-      ZERO(16) ZERO(17) ZERO(18) ZERO(19) ZERO(20) ZERO(21) ZERO(22) ZERO(23)
-      ZERO(24) ZERO(25) ZERO(26) ZERO(27) ZERO(28) ZERO(29) ZERO(30) ZERO(31)
-      "cbz %[quads], 2f \n"
-      "1: \n"
-      STEP(0, 32, 0, 32, 64)
-      STEP(64, 96, 96, 128, 160)
-      STEP(128, 160, 192, 224, 256)
-      STEP(192, 224, 288, 320, 352)
-      "add %[lhs], %[lhs], #256 \n"
-      "subs %[quads], %[quads], #1 \n"
-      "add %[rhs], %[rhs], #384 \n"
-      "b.ne 1b \n"
-      "2: \n"
-      "cbz %[rest], 4f \n"
-      "3: \n"
-      STEP(0, 32, 0, 32, 64)
-      "add %[lhs], %[lhs], #64 \n"
-      "subs %[rest], %[rest], #1 \n"
-      "add %[rhs], %[rhs], #96 \n"
-      "b.ne 3b \n"
-      "4: \n"
-      STORE_ROW_PAIR(8, 12, 16, 20, 24, 28, 0, 32, 48, 80)
-      STORE_ROW_PAIR(9, 13, 17, 21, 25, 29, 96, 128, 144, 176)
-      STORE_ROW_PAIR(10, 14, 18, 22, 26, 30, 192, 224, 240, 272)
-      STORE_ROW_PAIR(11, 15, 19, 23, 27, 31, 288, 320, 336, 368)
-      : [lhs] "+r"(lhs), [rhs] "+r"(rhs), [quads] "+r"(quads), [rest] "+r"(rest)
-      : [tile] "r"(tile)
-      : "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14",
-        "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30",
-        "v31");
+      MMLA_LOOP_8("bfmmla", ".8h")
+      MMLA_UNZIP_ROW_PAIR(8, 12, 16, 20, 24, 28) MMLA_STORE_ROW_PAIR
+      MMLA_UNZIP_ROW_PAIR(9, 13, 17, 21, 25, 29) MMLA_STORE_ROW_PAIR
+      MMLA_UNZIP_ROW_PAIR(10, 14, 18, 22, 26, 30) MMLA_STORE_ROW_PAIR
+      MMLA_UNZIP_ROW_PAIR(11, 15, 19, 23, 27, 31) MMLA_STORE_ROW_PAIR
+      : [lhs] "+r"(lhs), [rhs] "+r"(rhs), [tile] "+r"(tile), [quads] "+r"(quads), [rest] "+r"(rest)
+      : [ld] "r"(ld_tile * sizeof(float))
+      : MMLA_CLOBBERS_8);
+  // clang-format on
 }
 
-// Two rows: six accumulators would not hide the latency of BFMMLA, so that even and odd steps have a set each.
-//
-//   v0..v3    block, one register for each of four steps
-//   v8..v13   accumulators of steps 0 and 2: columns 2j, 2j+1 in v(8 + j)
-//   v14..v19  accumulators of steps 1 and 3
-//   v20..v31  panel, two steps at a time
-//
-// Four steps: 24 BFMMLA, 14 LDP and 4 instructions of loop control.
-#define ROW_PAIR_STEP(a, rhs0, rhs1, rhs2, b0, b1, b2, b3, b4, b5, c0, c1, c2, c3, c4, c5) \
-  "ldp q" #b0 ", q" #b1 ", [%[rhs], #" #rhs0 "] \n"                                        \
-  "ldp q" #b2 ", q" #b3 ", [%[rhs], #" #rhs1 "] \n"                                        \
-  "ldp q" #b4 ", q" #b5 ", [%[rhs], #" #rhs2 "] \n"                                        \
-  "bfmmla v" #c0 ".4s, v" #a ".8h, v" #b0 ".8h \n"                                         \
-  "bfmmla v" #c1 ".4s, v" #a ".8h, v" #b1 ".8h \n"                                         \
-  "bfmmla v" #c2 ".4s, v" #a ".8h, v" #b2 ".8h \n"                                         \
-  "bfmmla v" #c3 ".4s, v" #a ".8h, v" #b3 ".8h \n"                                         \
-  "bfmmla v" #c4 ".4s, v" #a ".8h, v" #b4 ".8h \n"                                         \
-  "bfmmla v" #c5 ".4s, v" #a ".8h, v" #b5 ".8h \n"
-
-#define EVEN_STEP(a, rhs0, rhs1, rhs2) \
-  ROW_PAIR_STEP(a, rhs0, rhs1, rhs2, 20, 21, 22, 23, 24, 25, 8, 9, 10, 11, 12, 13)
-#define ODD_STEP(a, rhs0, rhs1, rhs2) \
-  ROW_PAIR_STEP(a, rhs0, rhs1, rhs2, 26, 27, 28, 29, 30, 31, 14, 15, 16, 17, 18, 19)
-#define ADD_SETS(even, odd) "fadd v" #even ".4s, v" #even ".4s, v" #odd ".4s \n"
-
-void gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
+void gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile,
+                                              size_t ld_tile) {
   size_t quads = steps / 4, rest = steps % 4;
+  // clang-format off: one row pair per line
   __asm__ volatile(
-      ZERO(8) ZERO(9) ZERO(10) ZERO(11) ZERO(12) ZERO(13) ZERO(14) ZERO(15) ZERO(16) ZERO(17) ZERO(18) ZERO(19)
-      "cbz %[quads], 2f \n"
-      "1: \n"
-      "ldp q0, q1, [%[lhs]] \n"
-      "ldp q2, q3, [%[lhs], #32] \n"
-      EVEN_STEP(0, 0, 32, 64)
-      ODD_STEP(1, 96, 128, 160)
-      EVEN_STEP(2, 192, 224, 256)
-      ODD_STEP(3, 288, 320, 352)
-      "add %[lhs], %[lhs], #64 \n"
-      "subs %[quads], %[quads], #1 \n"
-      "add %[rhs], %[rhs], #384 \n"
-      "b.ne 1b \n"
-      "2: \n"
-      "cbz %[rest], 4f \n"
-      "3: \n"
-      "ldr q0, [%[lhs]], #16 \n"
-      EVEN_STEP(0, 0, 32, 64)
-      "subs %[rest], %[rest], #1 \n"
-      "add %[rhs], %[rhs], #96 \n"
-      "b.ne 3b \n"
-      "4: \n"
-      ADD_SETS(8, 14) ADD_SETS(9, 15) ADD_SETS(10, 16) ADD_SETS(11, 17) ADD_SETS(12, 18) ADD_SETS(13, 19)
-      STORE_ROW_PAIR(8, 9, 10, 11, 12, 13, 0, 32, 48, 80)
-      : [lhs] "+r"(lhs), [rhs] "+r"(rhs), [quads] "+r"(quads), [rest] "+r"(rest)
-      : [tile] "r"(tile)
-      : "cc", "memory", "v0", "v1", "v2", "v3", "v4", "v5", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16",
-        "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31");
+      MMLA_LOOP_2("bfmmla", ".8h")
+      MMLA_ADD_SETS("fadd")
+      MMLA_UNZIP_ROW_PAIR(8, 9, 10, 11, 12, 13) MMLA_STORE_ROW_PAIR
+      : [lhs] "+r"(lhs), [rhs] "+r"(rhs), [tile] "+r"(tile), [quads] "+r"(quads), [rest] "+r"(rest)
+      : [ld] "r"(ld_tile * sizeof(float))
+      : MMLA_CLOBBERS_2);
+  // clang-format on
 }
-
-#undef ADD_SETS
-#undef ODD_STEP
-#undef EVEN_STEP
-#undef ROW_PAIR_STEP
-#undef BFMMLA_COLUMN_PAIR
-#undef STEP
-#undef ZERO
-#undef STORE_ROW_PAIR
-
-// clang-format on
 
 // Two or three row pairs: 6 * kPairs accumulators leave registers for the compiler.
 template <size_t kPairs>
 inline __attribute__((always_inline)) void row_pairs(size_t steps, const void* lhs_block, const void* rhs_panel,
-                                                     float* tile) {
+                                                     float* tile, size_t ld_tile) {
   const bfloat16_t* lhs = static_cast<const bfloat16_t*>(lhs_block);
   const bfloat16_t* rhs = static_cast<const bfloat16_t*>(rhs_panel);
   float32x4_t acc[kPairs][kPanelPairs] = {};
@@ -213,18 +92,20 @@ inline __attribute__((always_inline)) void row_pairs(size_t steps, const void* l
 #pragma GCC unroll 3
     for (size_t j = 0; j < kPanelPairs; j += 2) {
       const float64x2_t a = vreinterpretq_f64_f32(acc[i][j]), b = vreinterpretq_f64_f32(acc[i][j + 1]);
-      vst1q_f32(tile + 2 * i * kNr + 2 * j, vreinterpretq_f32_f64(vzip1q_f64(a, b)));
-      vst1q_f32(tile + (2 * i + 1) * kNr + 2 * j, vreinterpretq_f32_f64(vzip2q_f64(a, b)));
+      vst1q_f32(tile + 2 * i * ld_tile + 2 * j, vreinterpretq_f32_f64(vzip1q_f64(a, b)));
+      vst1q_f32(tile + (2 * i + 1) * ld_tile + 2 * j, vreinterpretq_f32_f64(vzip2q_f64(a, b)));
     }
   }
 }
 
-void gemm_f32_bf16_bf16p12x4_4x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
-  row_pairs<2>(steps, lhs, rhs, tile);
+void gemm_f32_bf16_bf16p12x4_4x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile,
+                                              size_t ld_tile) {
+  row_pairs<2>(steps, lhs, rhs, tile, ld_tile);
 }
 
-void gemm_f32_bf16_bf16p12x4_6x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile) {
-  row_pairs<3>(steps, lhs, rhs, tile);
+void gemm_f32_bf16_bf16p12x4_6x12_neon_bfmmla(size_t steps, const void* lhs, const void* rhs, float* tile,
+                                              size_t ld_tile) {
+  row_pairs<3>(steps, lhs, rhs, tile, ld_tile);
 }
 
 // ---- packers ------------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ TORCH_EXT_INLINE void multiply_add_step(vf (&acc)[kMr][kPanelVectors], const flo
 }
 
 template <size_t kMr, typename T>
-TORCH_EXT_INLINE void multiply_tile(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile) {
+TORCH_EXT_INLINE void multiply_tile(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile,
+                                    size_t ld_tile) {
   const float* lhs = static_cast<const float*>(lhs_block);
   const T* rhs = static_cast<const T*>(rhs_panel);
   const size_t ld = steps * kKStep;
@@ -55,13 +56,13 @@ TORCH_EXT_INLINE void multiply_tile(size_t steps, const void* lhs_block, const v
 #pragma GCC unroll 8
   for (size_t i = 0; i < kMr; ++i) {
 #pragma GCC unroll 4
-    for (size_t v = 0; v < kPanelVectors; ++v) store(tile + i * kNr + v * kWidth, acc[i][v]);
+    for (size_t v = 0; v < kPanelVectors; ++v) store(tile + i * ld_tile + v * kWidth, acc[i][v]);
   }
 }
 
 template <size_t kMr>
-static void ukernel_f32(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile) {
-  multiply_tile<kMr, float>(steps, lhs_block, rhs_panel, tile);
+static void ukernel_f32(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
+  multiply_tile<kMr, float>(steps, lhs_block, rhs_panel, tile, ld_tile);
 }
 
 // GCC's first scheduling pass would widen the panel of several products ahead, and spill accumulators for it.
@@ -69,8 +70,8 @@ template <size_t kMr>
 #if !defined(__clang__)
 __attribute__((optimize("no-schedule-insns")))
 #endif
-static void ukernel_bf16(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile) {
-  multiply_tile<kMr, uint16_t>(steps, lhs_block, rhs_panel, tile);
+static void ukernel_bf16(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
+  multiply_tile<kMr, uint16_t>(steps, lhs_block, rhs_panel, tile, ld_tile);
 }
 
 // ---- packing ----------------------------------------------------------------------------------------------------
