@@ -63,6 +63,8 @@ inline const char* layout_name(Layout layout) {
       return "plain bf16 [N, K]";
     case Layout::kOnednn:
       return "oneDNN";
+    case Layout::kS8Groups:
+      return "int8";
   }
   return "unknown";
 }
