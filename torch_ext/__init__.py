@@ -27,6 +27,8 @@ __all__ = [
     "linear",
     "pack_linear_weight",
     "unpack_linear_weight",
+    "pack_linear_weight_int8",
+    "unpack_linear_weight_int8",
     "varlen_attention",
     "add_layer_norm",
     "embed_layer_norm",
@@ -88,7 +90,9 @@ else:
         isa_report,
         linear,
         pack_linear_weight,
+        pack_linear_weight_int8,
         pool,
         unpack_linear_weight,
+        unpack_linear_weight_int8,
         varlen_attention,
     )

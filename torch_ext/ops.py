@@ -24,8 +24,10 @@ __all__ = [
     "isa_report",
     "linear",
     "pack_linear_weight",
+    "pack_linear_weight_int8",
     "pool",
     "unpack_linear_weight",
+    "unpack_linear_weight_int8",
     "varlen_attention",
 ]
 
@@ -82,6 +84,42 @@ def unpack_linear_weight(packed: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.torch_ext.unpack_linear_weight(packed))
 
 
+def pack_linear_weight_int8(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Quantize the weight of a linear layer to int8, and bring it into the order that this CPU's kernel reads it in.
+
+    Symmetric, one scale for each output: ``weight[j] = scale[j] * q[j]`` with ``q`` from -127 to 127. :func:`linear`
+    quantizes the rows of its input in the same way while it reads them, adds up products exactly in 32 bits, and
+    multiplies the sums by both scales.
+
+    Args:
+        weight: fp32 or bf16 ``[N, K]``, finite, to be quantized by the largest magnitude of each row; or i8 ``[N, K]``,
+            already quantized.
+        scale: fp32 ``[N]``, with an i8 weight only.
+
+    Returns:
+        An opaque tensor with ``shape[0] == N``, to be passed to :func:`linear`; valid on this kind of CPU only.
+
+    Raises:
+        RuntimeError: a shape, dtype or value does not fit, a tensor is not on the CPU, or requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.pack_linear_weight_int8(weight, scale))
+
+
+def unpack_linear_weight_int8(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The int8 weight that was packed.
+
+    Args:
+        packed: what :func:`pack_linear_weight_int8` returned.
+
+    Returns:
+        ``q``, i8 ``[N, K]``, and ``scale``, fp32 ``[N]``, exactly as they were packed.
+
+    Raises:
+        RuntimeError: the tensor is not a packed int8 weight, or was packed for another kind of CPU.
+    """
+    return cast(tuple[Tensor, Tensor], torch.ops.torch_ext.unpack_linear_weight_int8(packed))
+
+
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -90,11 +128,12 @@ def linear(
     out_dtype: torch.dtype | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(x @ weight.T + bias) + residual``, with products of bf16 and sums in fp32.
+    """``activation(x @ weight.T + bias) + residual``, with products of bf16 and sums in fp32, or in int8.
 
     Args:
-        x: fp32 or bf16 ``[..., K]``; fp32 is rounded to bf16 while it is read, where products are computed in bf16.
-        packed: the weight ``[N, K]``, from :func:`pack_linear_weight`.
+        x: fp32 or bf16 ``[..., K]``; fp32 is rounded to bf16 while it is read, where products are computed in bf16. With
+            an int8 weight every row is quantized by its largest magnitude.
+        packed: the weight ``[N, K]``, from :func:`pack_linear_weight` or :func:`pack_linear_weight_int8`.
         bias: fp32 or bf16 ``[N]``.
         activation: applied in fp32, before rounding: ``none``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``tanh``,
             ``silu``.
@@ -210,7 +249,7 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode = "mean", normali
 
 # Fake kernels: shapes, dtypes and the errors that do not depend on data.
 
-_Kernel = TypeVar("_Kernel", bound=Callable[..., Tensor])
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Tensor | tuple[Tensor, ...]])
 
 
 def _fake(name: str) -> Callable[[_Kernel], _Kernel]:
@@ -260,6 +299,26 @@ def _(packed: Tensor) -> Tensor:
     _check_packed("unpack_linear_weight", packed)
     columns = torch.library.get_ctx().new_dynamic_size()  # Only the header of a real tensor tells.
     return packed.new_empty((packed.shape[0], columns), dtype=torch.bfloat16)
+
+
+@_fake("pack_linear_weight_int8")
+def _(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    _check_inference_only("pack_linear_weight_int8", weight=weight, scale=scale)
+    _check(weight.dim() == 2, f"pack_linear_weight_int8: expected a weight [N, K], got {weight.dim()} dimensions")
+    _check(
+        weight.dtype in ((torch.int8,) if scale is not None else _FLOATS),
+        f"pack_linear_weight_int8: expected i8 with a scale, or fp32 or bf16 without, got {weight.dtype}",
+    )
+    row_bytes = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty((weight.shape[0], row_bytes), dtype=torch.uint8)
+
+
+@_fake("unpack_linear_weight_int8")
+def _(packed: Tensor) -> tuple[Tensor, Tensor]:
+    _check_packed("unpack_linear_weight_int8", packed)
+    columns = torch.library.get_ctx().new_dynamic_size()
+    rows = packed.shape[0]
+    return packed.new_empty((rows, columns), dtype=torch.int8), packed.new_empty((rows,), dtype=torch.float32)
 
 
 @_fake("linear")

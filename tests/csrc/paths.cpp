@@ -4,6 +4,9 @@
 
 #include "cpu_features.h"
 #include "kernels/neon_bf16/gemm_bfmmla.h"
+#include "kernels/neon_dotprod/gemm_sdot.h"
+#include "kernels/neon_i8mm/gemm_smmla.h"
+#include "kernels/x86/gemm_vnni.h"
 #include "reference.h"
 
 namespace torch_ext::test {
@@ -41,6 +44,14 @@ std::vector<std::string> paths_of(const GemmPath& path) {
   }
   for (size_t i = 0; i < path.kernel->ukernel_count; ++i) names.emplace_back(path.kernel->ukernels[i].name);
   for (const char* const use : kUses) names.push_back(use_path(path, use));
+  return names;
+}
+
+std::vector<std::string> s8_paths_of(const GemmPath& path) {
+  std::vector<std::string> names;
+  for (const DType t : kTypes) names.push_back(packer_path(path, Packer::kLhs, t));
+  for (size_t i = 0; i < path.kernel->ukernel_count; ++i) names.emplace_back(path.kernel->ukernels[i].name);
+  for (const char* const use : {"gemm", "gemm random"}) names.push_back(use_path(path, use));
   return names;
 }
 
@@ -91,13 +102,33 @@ const std::vector<GemmPath>& all_gemm_paths() {
   return all;
 }
 
-std::vector<GemmPath> gemm_paths() {
+const std::vector<GemmPath>& all_s8_paths() {
+  static const std::vector<GemmPath> all = [] {
+    std::vector<GemmPath> paths;
+#if defined(__aarch64__)
+    paths.push_back({&kGemmSmmla, &kVecNeon, kFeatureNeon | kFeatureI8mm, "neon_smmla"});
+    paths.push_back({&kGemmSdot, &kVecNeon, kFeatureNeon | kFeatureDotprod, "neon_sdot"});
+#elif defined(__x86_64__)
+    paths.push_back({&kGemmVnni, &kVecAvx512, kFeatureAvx512 | kFeatureAvx512Vnni, "avx512_vnni"});
+#endif
+    for (const VecKernels* const vec : all_vec_paths()) {
+      paths.push_back({vec->gemm_s8, vec, vec->required_features, vec->name});
+    }
+    return paths;
+  }();
+  return all;
+}
+
+static std::vector<GemmPath> those_that_run(const std::vector<GemmPath>& all) {
   std::vector<GemmPath> here;
-  for (const GemmPath& path : all_gemm_paths()) {
+  for (const GemmPath& path : all) {
     if (runs_here(path.required_features)) here.push_back(path);
   }
   return here;
 }
+
+std::vector<GemmPath> gemm_paths() { return those_that_run(all_gemm_paths()); }
+std::vector<GemmPath> s8_paths() { return those_that_run(all_s8_paths()); }
 
 std::vector<const VecKernels*> vec_paths() {
   std::vector<const VecKernels*> here;
@@ -115,6 +146,9 @@ std::vector<std::string> uncovered_paths() {
   for (const GemmPath& path : gemm_paths()) {
     for (const std::string& name : paths_of(path)) expected.push_back(name);
   }
+  for (const GemmPath& path : s8_paths()) {
+    for (const std::string& name : s8_paths_of(path)) expected.push_back(name);
+  }
   for (const VecKernels* const vec : vec_paths()) {
     for (const std::string& name : paths_of(*vec)) expected.push_back(name);
   }
@@ -126,8 +160,10 @@ std::vector<std::string> uncovered_paths() {
 
 std::vector<std::string> paths_of_other_cpus() {
   std::vector<std::string> names;
-  for (const GemmPath& path : all_gemm_paths()) {
-    if (!runs_here(path.required_features)) names.push_back(path.name());
+  for (const std::vector<GemmPath>* const all : {&all_gemm_paths(), &all_s8_paths()}) {
+    for (const GemmPath& path : *all) {
+      if (!runs_here(path.required_features)) names.push_back(path.name());
+    }
   }
   for (const VecKernels* const vec : all_vec_paths()) {
     if (!runs_here(vec->required_features)) names.push_back(vec->name);
@@ -154,8 +190,7 @@ void pack(const GemmPath& path, Packer packer, DType type, size_t rows, size_t b
   }
 }
 
-void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const void* rhs, float* tile,
-                 size_t ld_tile) {
+void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const void* rhs, float* tile, size_t ld_tile) {
   cover(ukernel.name);
   ukernel.run(steps, lhs, rhs, tile, ld_tile);
 }

@@ -22,6 +22,10 @@ struct GemmPath {
 const std::vector<GemmPath>& all_gemm_paths();
 const std::vector<const VecKernels*>& all_vec_paths();
 
+/// Families of s8, which quantize their rows and so have tests of their own (test_s8.cpp).
+const std::vector<GemmPath>& all_s8_paths();
+std::vector<GemmPath> s8_paths();
+
 /// Those whose features this CPU has.
 std::vector<GemmPath> gemm_paths();
 std::vector<const VecKernels*> vec_paths();
@@ -39,8 +43,7 @@ const char* packer_name(Packer p);
 void pack(const GemmPath& path, Packer packer, DType type, size_t rows, size_t block_rows, size_t k, const void* src,
           size_t ld, void* dst);
 
-void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const void* rhs, float* tile,
-                 size_t ld_tile);
+void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const void* rhs, float* tile, size_t ld_tile);
 void store_tile(const VecKernels& vec, Activation a, const float* tile, size_t ld_tile, size_t rows, size_t cols,
                 const Epilogue& ep, size_t row0, size_t col0);
 float softmax_row(const VecKernels& vec, float* s, size_t n, float scale);

@@ -72,7 +72,9 @@ TORCH_EXT_TEST(row_kernels_have_the_names_of_their_instructions) {
 
 TORCH_EXT_TEST(every_family_is_well_formed) {
   std::vector<std::string> names;
-  for (const GemmPath& path : all_gemm_paths()) {
+  std::vector<GemmPath> families = all_gemm_paths();
+  families.insert(families.end(), all_s8_paths().begin(), all_s8_paths().end());
+  for (const GemmPath& path : families) {
     const GemmKernel& g = *path.kernel;
     context("%s", path.name().c_str());
     EXPECT(g.ukernel_count > 0 && g.ukernels[0].mr <= 2, "no kernel for a single row");
@@ -92,6 +94,9 @@ TORCH_EXT_TEST(every_family_is_well_formed) {
     }
     const bool bf16_panels = g.layout == Layout::kBf16Pairs || g.layout == Layout::kBf16Rows;
     EXPECT(bf16_panels == (g.rhs_type == DType::kBF16), "layout and type of the panels disagree");
+    EXPECT((g.layout == Layout::kS8Groups) == (g.rhs_type == DType::kS8) &&
+               (g.lhs_type == DType::kS8) == (g.rhs_type == DType::kS8),
+           "layout and type of s8 panels disagree");
   }
   std::sort(names.begin(), names.end());
   EXPECT(std::unique(names.begin(), names.end()) == names.end(), "two micro-kernels have one name");
@@ -112,7 +117,7 @@ TORCH_EXT_TEST(the_best_candidates_come_first) {
   }
   const std::vector<std::string> expected =
 #if defined(__aarch64__)
-      {"neon_bf16", "neon", "portable"};
+      {"neon_i8mm", "neon_bf16", "neon_dotprod", "neon", "portable"};
 #elif defined(__x86_64__)
       {"onednn", "torch", "portable"};
 #else
@@ -150,12 +155,15 @@ TORCH_EXT_TEST(dispatch_uses_no_kernel_that_the_tests_do_not_know) {
     context("candidate %s", isas[i].name);
     EXPECT((isas[i].linear == LinearEngine::kOwn) == (isas[i].gemm != nullptr), "own kernels need a table");
     EXPECT(!isas[i].gemm || known(isas[i].gemm), "its matrix kernels are not in paths.cpp");
+    EXPECT(!isas[i].gemm_s8 || std::any_of(all_s8_paths().begin(), all_s8_paths().end(),
+                                           [&](const GemmPath& path) { return path.kernel == isas[i].gemm_s8; }),
+           "its s8 kernels are not in paths.cpp");
     const bool vec_known = std::count(all_vec_paths().begin(), all_vec_paths().end(), isas[i].vec) > 0;
     EXPECT(!isas[i].vec || vec_known, "its row kernels are not in paths.cpp");
     for (const VecKernels* const vec : all_vec_paths()) {
       if (isas[i].vec && isas[i].vec != vec) continue;
       for (const DType t : {DType::kF32, DType::kBF16}) {
-        const GemmKernel& g = attention_gemm({&isas[i], vec, false}, t);
+        const GemmKernel& g = attention_gemm({&isas[i], vec->gemm_s8, vec, false}, t);
         EXPECT(known(&g), "attention uses %s, which is not in paths.cpp", g.name);
         EXPECT(t == DType::kBF16 || g.lhs_type == DType::kF32, "fp32 attention in %s", g.name);
       }

@@ -58,6 +58,7 @@ uint32_t detect() {
   uint32_t features = kFeatureNone;
   if (ymm && avx2 && fma && f16c) features |= kFeatureAvx2Fma;
   if (zmm && avx512 && avx2 && fma) features |= kFeatureAvx512;
+  if ((features & kFeatureAvx512) && (c & (1u << 11))) features |= kFeatureAvx512Vnni;
   if (features & kFeatureAvx512) {
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) features |= kFeatureAvx512Bf16;
   }
@@ -76,9 +77,16 @@ struct NamedFeature {
 };
 
 constexpr NamedFeature kNames[] = {
-    {kFeatureNeon, "asimd"},       {kFeatureDotprod, "asimddp"}, {kFeatureI8mm, "i8mm"},
-    {kFeatureBf16, "bf16"},        {kFeatureSve, "sve"},         {kFeatureSveBf16, "svebf16"},
-    {kFeatureAvx2Fma, "avx2+fma"}, {kFeatureAvx512, "avx512"},   {kFeatureAvx512Bf16, "avx512_bf16"},
+    {kFeatureNeon, "asimd"},
+    {kFeatureDotprod, "asimddp"},
+    {kFeatureI8mm, "i8mm"},
+    {kFeatureBf16, "bf16"},
+    {kFeatureSve, "sve"},
+    {kFeatureSveBf16, "svebf16"},
+    {kFeatureAvx2Fma, "avx2+fma"},
+    {kFeatureAvx512, "avx512"},
+    {kFeatureAvx512Bf16, "avx512_bf16"},
+    {kFeatureAvx512Vnni, "avx512_vnni"},
 };
 
 }  // namespace

@@ -21,6 +21,7 @@ enum Feature : uint32_t {
   kFeatureAvx2Fma = 1u << 16,
   kFeatureAvx512 = 1u << 17,  // F, BW, VL and DQ together
   kFeatureAvx512Bf16 = 1u << 18,
+  kFeatureAvx512Vnni = 1u << 19,
 };
 
 /// The features of the CPU this process runs on. Read once; never changes afterwards.

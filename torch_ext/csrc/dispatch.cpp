@@ -6,6 +6,9 @@
 
 #include "cpu_features.h"
 #include "kernels/neon_bf16/gemm_bfmmla.h"
+#include "kernels/neon_dotprod/gemm_sdot.h"
+#include "kernels/neon_i8mm/gemm_smmla.h"
+#include "kernels/x86/gemm_vnni.h"
 
 namespace torch_ext {
 namespace {
@@ -13,25 +16,37 @@ namespace {
 #if defined(__aarch64__)
 const VecKernels* const kVecCandidates[] = {&kVecNeonBf16, &kVecNeon, &kVecPortable};
 const Isa kIsas[] = {
-    {"neon_bf16", kFeatureNeon | kFeatureBf16, LinearEngine::kOwn, &kGemmBfmmla, &kVecNeonBf16},
-    {"neon", kFeatureNeon, LinearEngine::kOwn, kVecNeon.gemm_bf16, &kVecNeon},
-    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, &kVecPortable},
+    {"neon_i8mm", kFeatureNeon | kFeatureBf16 | kFeatureI8mm, LinearEngine::kOwn, &kGemmBfmmla, &kGemmSmmla,
+     &kVecNeonBf16},
+    {"neon_bf16", kFeatureNeon | kFeatureBf16 | kFeatureDotprod, LinearEngine::kOwn, &kGemmBfmmla, &kGemmSdot,
+     &kVecNeonBf16},
+    {"neon_dotprod", kFeatureNeon | kFeatureDotprod, LinearEngine::kOwn, kVecNeon.gemm_bf16, &kGemmSdot, &kVecNeon},
+    {"neon", kFeatureNeon, LinearEngine::kOwn, kVecNeon.gemm_bf16, kVecNeon.gemm_s8, &kVecNeon},
+    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, kVecPortable.gemm_s8, &kVecPortable},
 };
 #elif defined(__x86_64__)
 const VecKernels* const kVecCandidates[] = {&kVecAvx512Bf16, &kVecAvx512, &kVecAvx2, &kVecPortable};
 const Isa kIsas[] = {
-    {"onednn", kFeatureAvx512, LinearEngine::kOnednn, nullptr, nullptr},
-    {"torch", kFeatureNone, LinearEngine::kTorch, nullptr, nullptr},
-    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, &kVecPortable},
+    {"onednn", kFeatureAvx512, LinearEngine::kOnednn, nullptr, nullptr, nullptr},
+    {"torch", kFeatureNone, LinearEngine::kTorch, nullptr, nullptr, nullptr},
+    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, kVecPortable.gemm_s8, &kVecPortable},
 };
 #else
 const VecKernels* const kVecCandidates[] = {&kVecPortable};
 const Isa kIsas[] = {
-    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, &kVecPortable},
+    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, kVecPortable.gemm_s8, &kVecPortable},
 };
 #endif
 
 bool runs_here(uint32_t required) { return (cpu_features() & required) == required; }
+
+// Where the ISA does not say which kernel of s8 it takes.
+const GemmKernel* best_gemm_s8(const VecKernels& vec) {
+#if defined(__x86_64__)
+  if (runs_here(kFeatureAvx512Vnni)) return &kGemmVnni;
+#endif
+  return vec.gemm_s8;
+}
 
 std::string join(const std::vector<std::string>& words) {
   std::string s;
@@ -40,7 +55,7 @@ std::string join(const std::vector<std::string>& words) {
 }
 
 Dispatch choose() {
-  Dispatch d = {nullptr, nullptr, false};
+  Dispatch d = {nullptr, nullptr, nullptr, false};
   const char* const wanted = std::getenv("TORCH_EXT_ISA");
   d.forced = wanted && *wanted;
   std::string names;
@@ -60,6 +75,7 @@ Dispatch choose() {
                              architecture_name() + ": expected one of " + names);
   }
   d.vec = d.isa->vec ? d.isa->vec : &best_vec_kernels(cpu_features());
+  d.gemm_s8 = d.isa->gemm_s8 ? d.isa->gemm_s8 : best_gemm_s8(*d.vec);
   return d;
 }
 
@@ -112,6 +128,7 @@ std::string isa_report_json() {
                                                                       : "PyTorch's aten::linear";
   s += ", \"linear\": " + quoted(engine);
   s += ", \"linear_kernels\": " + quoted_list(d.isa->gemm ? ukernel_names(*d.isa->gemm) : std::vector<std::string>());
+  s += ", \"int8_kernels\": " + quoted_list(ukernel_names(*d.gemm_s8));
   s += ", \"attention_kernels\": " + quoted_list(ukernel_names(attention_gemm(d, DType::kBF16)));
   s += ", \"row_kernels\": " + quoted(d.vec->name) + ", \"candidates\": [";
   bool first = true;

@@ -20,8 +20,9 @@ struct Isa {
   const char* name;  ///< what TORCH_EXT_ISA takes
   uint32_t required_features;
   LinearEngine linear;
-  const GemmKernel* gemm;  ///< for weights; null unless `linear` is kOwn
-  const VecKernels* vec;   ///< row kernels; null: the best that the CPU has
+  const GemmKernel* gemm;     ///< for weights of bf16; null unless `linear` is kOwn
+  const GemmKernel* gemm_s8;  ///< for weights of s8; null: the best that the CPU has
+  const VecKernels* vec;      ///< row kernels; null: the best that the CPU has
 };
 
 /// The candidates of this architecture, best first.
@@ -32,6 +33,7 @@ const Isa* isa_candidates(size_t* count);
 /// that this CPU cannot run.
 struct Dispatch {
   const Isa* isa;
+  const GemmKernel* gemm_s8;
   const VecKernels* vec;
   bool forced;
 };

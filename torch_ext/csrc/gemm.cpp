@@ -127,6 +127,46 @@ void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* pay
   }
 }
 
+// Bytes of products at the start of a panel of s8, and where product p of column j lies in them.
+static size_t s8_products(const GemmKernel& kernel, size_t k) { return kernel.nr * kernel.steps(k) * kernel.k_step; }
+static size_t s8_index(const GemmKernel& kernel, size_t j, size_t p) {
+  return (p / kernel.kr * kernel.nr + j) * kernel.kr + p % kernel.kr;
+}
+
+void pack_weight_panels_s8(const GemmKernel& kernel, size_t n, size_t k, const int8_t* weight, const float* scales,
+                           void* payload, size_t first, size_t last) {
+  const size_t nr = kernel.nr, panel_bytes = kernel.rhs_panel_bytes(k), products = s8_products(kernel, k);
+  for (size_t panel = first; panel < last; ++panel) {
+    char* const data = static_cast<char*>(payload) + panel * panel_bytes;
+    std::memset(data, 0, panel_bytes);
+    for (size_t j = 0; j < std::min(nr, n - panel * nr); ++j) {
+      const size_t column = panel * nr + j;
+      int32_t sum = 0;
+      for (size_t p = 0; p < k; ++p) {
+        const int8_t q = weight[column * k + p];
+        data[s8_index(kernel, j, p)] = static_cast<char>(q);
+        sum += q;
+      }
+      std::memcpy(data + products + j * sizeof(float), scales + column, sizeof(float));
+      if (kernel.column_extra_bytes > sizeof(float)) {
+        const int32_t excess = 128 * sum;  // of rows that are stored as q + 128
+        std::memcpy(data + products + (nr + j) * sizeof(float), &excess, sizeof excess);
+      }
+    }
+  }
+}
+
+void unpack_weight_s8(const GemmKernel& kernel, size_t n, size_t k, const void* payload, int8_t* weight,
+                      float* scales) {
+  const size_t nr = kernel.nr, panel_bytes = kernel.rhs_panel_bytes(k), products = s8_products(kernel, k);
+  for (size_t column = 0; column < n; ++column) {
+    const char* const data = static_cast<const char*>(payload) + column / nr * panel_bytes;
+    const size_t j = column % nr;
+    for (size_t p = 0; p < k; ++p) weight[column * k + p] = static_cast<int8_t>(data[s8_index(kernel, j, p)]);
+    std::memcpy(scales + column, data + products + j * sizeof(float), sizeof(float));
+  }
+}
+
 namespace {
 
 struct Scratch {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "kernels/gemm_kernel.h"
 #include "kernels/vec_kernels.h"
@@ -44,6 +45,13 @@ void pack_weight_panels(const GemmKernel& kernel, size_t n, size_t k, const void
 
 /// Unpacks a payload of bf16 panels to a row-major bf16 [n, k] weight.
 void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* payload, uint16_t* weight);
+
+/// Packs panels [first, last) of a row-major s8 [n, k] weight with one f32 scale for each row.
+void pack_weight_panels_s8(const GemmKernel& kernel, size_t n, size_t k, const int8_t* weight, const float* scales,
+                           void* payload, size_t first, size_t last);
+
+/// Unpacks a payload of s8 panels to a row-major s8 [n, k] weight and its n scales.
+void unpack_weight_s8(const GemmKernel& kernel, size_t n, size_t k, const void* payload, int8_t* weight, float* scales);
 
 /// Memory of this thread, at least `bytes`, 64-byte aligned; the next call in the same slot may return the same
 /// memory. Slots keep the callers in one call chain apart.

@@ -4,6 +4,8 @@
 STABLE_TORCH_LIBRARY(torch_ext, m) {
   m.def("pack_linear_weight(Tensor weight) -> Tensor");
   m.def("unpack_linear_weight(Tensor packed) -> Tensor");
+  m.def("pack_linear_weight_int8(Tensor weight, Tensor? scale=None) -> Tensor");
+  m.def("unpack_linear_weight_int8(Tensor packed) -> (Tensor, Tensor)");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias=None, str activation='none', ScalarType? out_dtype=None, "
       "Tensor? residual=None) -> Tensor");
@@ -20,6 +22,8 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
 STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
   m.impl("pack_linear_weight", TORCH_BOX(&torch_ext::pack_linear_weight));
   m.impl("unpack_linear_weight", TORCH_BOX(&torch_ext::unpack_linear_weight));
+  m.impl("pack_linear_weight_int8", TORCH_BOX(&torch_ext::pack_linear_weight_int8));
+  m.impl("unpack_linear_weight_int8", TORCH_BOX(&torch_ext::unpack_linear_weight_int8));
   m.impl("linear", TORCH_BOX(&torch_ext::linear));
   m.impl("varlen_attention", TORCH_BOX(&torch_ext::varlen_attention));
   m.impl("add_layer_norm", TORCH_BOX(&torch_ext::add_layer_norm));

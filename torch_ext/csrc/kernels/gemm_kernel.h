@@ -54,12 +54,12 @@ using PackRowsFn = void (*)(size_t rows, size_t block_rows, size_t k, const void
 using PackColsFn = void (*)(size_t cols, size_t k, const void* src, size_t ld, void* dst);
 
 struct GemmKernel {
-  const char* name;  ///< family, also the layout's name: type, p, nr x kr
-  Layout layout;     ///< id in the header of packed weights
-  size_t nr, kr;     ///< panel width, and products of one column that lie side by side in a panel
-  size_t k_step;     ///< products per step; k is padded with zeros to a multiple of it
-  DType lhs_type;    ///< element type of packed blocks
-  DType rhs_type;    ///< element type of packed panels
+  const char* name;         ///< family, also the layout's name: type, p, nr x kr
+  Layout layout;            ///< id in the header of packed weights
+  size_t nr, kr;            ///< panel width, and products of one column that lie side by side in a panel
+  size_t k_step;            ///< products per step; k is padded with zeros to a multiple of it
+  DType lhs_type;           ///< element type of packed blocks
+  DType rhs_type;           ///< element type of packed panels
   PackRowsFn pack_lhs_f32;  ///< families of s8 quantize each row by its largest magnitude here
   PackRowsFn pack_lhs_bf16;
   PackRowsFn pack_rhs_nxk_f32;  ///< weight rows are columns of the product: source [n, k]; null in families of s8

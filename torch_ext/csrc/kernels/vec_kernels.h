@@ -52,9 +52,10 @@ struct VecKernels {
   /// Sum of squares.
   float (*sum_squares)(size_t n, const float* x);
 
-  /// fp32 matrix product on this instruction set, with panels kept in fp32 or in bf16.
+  /// fp32 matrix product on this instruction set, with panels kept in fp32 or in bf16, and product of s8.
   const GemmKernel* gemm_f32;
   const GemmKernel* gemm_bf16;
+  const GemmKernel* gemm_s8;
 };
 
 #if defined(__aarch64__)

@@ -1,6 +1,7 @@
 // pack_linear_weight, unpack_linear_weight, linear.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -8,24 +9,13 @@
 #include "gemm.h"
 #include "ops/onednn.h"
 #include "ops/ops.h"
-#include "packing/packed_weight.h"
+#include "ops/packed.h"
 
 namespace torch_ext {
 namespace {
 
 namespace stable = torch::stable;
 using torch::headeronly::IntHeaderOnlyArrayRef;
-
-LinearEngine linear_engine() {
-  const LinearEngine engine = dispatch().isa->linear;
-  if (engine == LinearEngine::kOnednn && !onednn_available()) {
-    STD_TORCH_CHECK(!dispatch().forced,
-                    "TORCH_EXT_ISA=onednn: this PyTorch has no prepacked bf16 linear on this CPU; "
-                    "unset it or use TORCH_EXT_ISA=torch");
-    return LinearEngine::kTorch;
-  }
-  return engine;
-}
 
 Activation parse_activation(const std::string& name) {
   static constexpr const char* kNames[kActivationCount] = {"none", "gelu", "gelu_tanh", "relu", "tanh", "silu"};
@@ -36,54 +26,7 @@ Activation parse_activation(const std::string& name) {
   return Activation::kNone;
 }
 
-// ---- packed tensors -------------------------------------------------------------------------------------------------
-
-struct Packed {
-  PackedHeader header;
-  char* data;
-  char* payload() const { return data + payload_offset(header); }
-  const uint8_t* metadata() const { return reinterpret_cast<const uint8_t*>(data) + sizeof(PackedHeader); }
-};
-
-Packed read_packed(const char* op, const Tensor& packed) {
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 2 &&
-                      packed.is_contiguous() && packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)),
-                  op, ": expected a weight packed by torch_ext::pack_linear_weight, got ", describe(packed));
-  Packed p;
-  p.data = static_cast<char*>(const_cast<void*>(packed.const_data_ptr()));
-  std::memcpy(&p.header, p.data, sizeof p.header);
-  const PackedHeader& h = p.header;
-  STD_TORCH_CHECK(std::memcmp(h.magic, kPackedMagic, sizeof h.magic) == 0, op,
-                  ": expected a weight packed by torch_ext::pack_linear_weight, got ", describe(packed),
-                  " without its header");
-  STD_TORCH_CHECK(h.version == kPackedVersion, op, ": the weight was packed in format ", h.version,
-                  ", this torch_ext reads format ", kPackedVersion, "; pack it again");
-  STD_TORCH_CHECK(static_cast<int64_t>(h.n) == packed.size(0) &&
-                      payload_offset(h) + h.payload_bytes <= static_cast<uint64_t>(packed.numel()),
-                  op, ": the packed weight is damaged: its header says [", h.n, ", ", h.k, "], its shape is ",
-                  describe(packed));
-  return p;
-}
-
-void check_layout(const char* op, const PackedHeader& h, Layout layout, size_t nr, size_t kr) {
-  STD_TORCH_CHECK(h.layout == layout && h.nr == nr && h.kr == kr, op, ": the weight is packed as ",
-                  layout_name(h.layout), " ", h.nr, "x", h.kr, ", but TORCH_EXT_ISA ", dispatch().isa->name, " takes ",
-                  layout_name(layout), " ", nr, "x", kr, "; pack it again in this process");
-}
-
-Tensor new_packed(const Tensor& like, const PackedHeader& h, const uint8_t* metadata, char** payload) {
-  const int64_t n = static_cast<int64_t>(h.n);
-  const int64_t bytes = static_cast<int64_t>(payload_offset(h) + h.payload_bytes);
-  Tensor packed = new_tensor(like, {n, (bytes + n - 1) / n}, ScalarType::Byte);
-  char* const data = static_cast<char*>(packed.mutable_data_ptr());
-  std::memset(data, 0, payload_offset(h));
-  std::memcpy(data, &h, sizeof h);
-  if (h.metadata_bytes) std::memcpy(data + sizeof h, metadata, h.metadata_bytes);
-  // The bytes that round the last row up.
-  std::memset(data + bytes, 0, static_cast<size_t>(packed.numel() - bytes));
-  *payload = data + payload_offset(h);
-  return packed;
-}
+// ---- views of packed weights ----------------------------------------------------------------------------------------
 
 Tensor plain_view(const Packed& p) {
   const int64_t sizes[] = {static_cast<int64_t>(p.header.n), static_cast<int64_t>(p.header.k)};
@@ -124,7 +67,7 @@ Epilogue make_epilogue(const LinearCall& call, const float* bias, const Tensor& 
 
 void linear_own(const LinearCall& call, const Packed& packed, const Tensor& out) {
   const Dispatch& d = dispatch();
-  const GemmKernel& kernel = *d.isa->gemm;
+  const GemmKernel& kernel = packed.header.layout == Layout::kS8Groups ? *d.gemm_s8 : *d.isa->gemm;
   check_layout("linear", packed.header, kernel.layout, kernel.nr, kernel.kr);
   std::optional<Tensor> bias;
   if (call.bias) bias = as_f32_vector("linear", "bias", *call.bias, call.n);
@@ -205,6 +148,26 @@ Tensor linear_torch(const LinearCall& call, const Packed& packed) {
   return finish(call, stable::detail::to<Tensor>(stack[0]), false, call.x);
 }
 
+// Sums of products of s8 stay below 2^31.
+constexpr int64_t kMaxS8Products = 133152;
+
+// Symmetric, each row by its largest magnitude.
+void quantize_rows(const float* weight, size_t n, size_t k, int8_t* q, float* scales) {
+  for (size_t j = 0; j < n; ++j) {
+    const float* const row = weight + j * k;
+    float largest = 0.0f;
+    for (size_t p = 0; p < k; ++p) {
+      const float x = std::fabs(row[p]);
+      STD_TORCH_CHECK(std::isfinite(x), "pack_linear_weight_int8: weight row ", j,
+                      " holds a number that is not finite");
+      largest = std::max(largest, x);
+    }
+    const float inverse = largest < 4e-37f ? 0.0f : 127.0f / largest;
+    scales[j] = largest < 4e-37f ? 0.0f : largest / 127.0f;
+    for (size_t p = 0; p < k; ++p) q[j * k + p] = static_cast<int8_t>(std::lrintf(row[p] * inverse));
+  }
+}
+
 }  // namespace
 
 int64_t preferred_rows(int64_t rows) {
@@ -277,6 +240,60 @@ Tensor unpack_linear_weight(const Tensor& packed_tensor) {
   return stable::to(plain_view(packed), ScalarType::BFloat16);
 }
 
+Tensor pack_linear_weight_int8(const Tensor& weight, const std::optional<Tensor>& scale) {
+  const char* const op = "pack_linear_weight_int8";
+  check_cpu(op, "weight", weight);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0 && weight.size(1) <= kMaxS8Products, op,
+                  ": expected weight [N, K] with N and K at least 1 and K at most ", kMaxS8Products, ", got ",
+                  describe(weight));
+  const bool quantized = weight.scalar_type() == ScalarType::Char;
+  STD_TORCH_CHECK(quantized == scale.has_value(), op,
+                  ": expected an i8 weight with its scale, or an fp32 or bf16 weight without one, got ",
+                  describe(weight), scale ? " and a scale" : " and no scale");
+  const size_t n = static_cast<size_t>(weight.size(0)), k = static_cast<size_t>(weight.size(1));
+  const GemmKernel& kernel = *dispatch().gemm_s8;
+  char* payload = nullptr;
+  const Tensor packed = new_packed(
+      weight, make_packed_header(kernel.layout, n, k, kernel.nr, kernel.kr, 0, packed_payload_bytes(kernel, n, k)),
+      nullptr, &payload);
+  Tensor q = weight, scales = weight;
+  if (quantized) {
+    q = as_contiguous(weight);
+    scales = as_f32_vector(op, "scale", *scale, weight.size(0));
+    const int8_t* const p = static_cast<const int8_t*>(q.const_data_ptr());
+    STD_TORCH_CHECK(std::find(p, p + n * k, int8_t{-128}) == p + n * k, op,
+                    ": expected a symmetric weight, from -127 to 127, got -128");
+  } else {
+    float_type(op, "weight", weight);
+    const Tensor wide =
+        as_contiguous(weight.scalar_type() == ScalarType::Float ? weight : stable::to(weight, ScalarType::Float));
+    q = new_tensor(weight, {weight.size(0), weight.size(1)}, ScalarType::Char);
+    scales = new_tensor(weight, {weight.size(0)}, ScalarType::Float);
+    quantize_rows(static_cast<const float*>(wide.const_data_ptr()), n, k, static_cast<int8_t*>(q.mutable_data_ptr()),
+                  static_cast<float*>(scales.mutable_data_ptr()));
+  }
+  const int8_t* const data = static_cast<const int8_t*>(q.const_data_ptr());
+  const float* const scale_data = static_cast<const float*>(scales.const_data_ptr());
+  stable::parallel_for(0, static_cast<int64_t>(kernel.panels(n)), 8, [&](int64_t begin, int64_t end) {
+    pack_weight_panels_s8(kernel, n, k, data, scale_data, payload, static_cast<size_t>(begin),
+                          static_cast<size_t>(end));
+  });
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> unpack_linear_weight_int8(const Tensor& packed_tensor) {
+  const char* const op = "unpack_linear_weight_int8";
+  const Packed packed = read_packed(op, packed_tensor);
+  const GemmKernel& kernel = *dispatch().gemm_s8;
+  check_layout(op, packed.header, kernel.layout, kernel.nr, kernel.kr);
+  const int64_t n = static_cast<int64_t>(packed.header.n), k = static_cast<int64_t>(packed.header.k);
+  const Tensor weight = new_tensor(packed_tensor, {n, k}, ScalarType::Char);
+  const Tensor scale = new_tensor(packed_tensor, {n}, ScalarType::Float);
+  unpack_weight_s8(kernel, static_cast<size_t>(n), static_cast<size_t>(k), packed.payload(),
+                   static_cast<int8_t*>(weight.mutable_data_ptr()), static_cast<float*>(scale.mutable_data_ptr()));
+  return {weight, scale};
+}
+
 Tensor linear(const Tensor& x, const Tensor& packed_tensor, const std::optional<Tensor>& bias,
               const std::string& activation, const std::optional<ScalarType>& out_dtype,
               const std::optional<Tensor>& residual) {
@@ -322,13 +339,14 @@ Tensor linear(const Tensor& x, const Tensor& packed_tensor, const std::optional<
   if (m == 0) return stable::new_empty(x, out_sizes, scalar_type(call.out_type));
 
   const bool rows_adjacent = dim == 2 && x.stride(1) == 1 && x.stride(0) >= k;
-  if (rows_adjacent && linear_engine() == LinearEngine::kOwn) {
+  const LinearEngine engine = packed.header.layout == Layout::kS8Groups ? LinearEngine::kOwn : linear_engine();
+  if (rows_adjacent && engine == LinearEngine::kOwn) {
     call.ld = x.stride(0);
   } else if (!x.is_contiguous()) {
     call.x = stable::contiguous(x);
   }
 
-  if (linear_engine() == LinearEngine::kOwn) {
+  if (engine == LinearEngine::kOwn) {
     const Tensor out = stable::new_empty(x, out_sizes, scalar_type(call.out_type));
     linear_own(call, packed, out);
     return out;
@@ -337,8 +355,7 @@ Tensor linear(const Tensor& x, const Tensor& packed_tensor, const std::optional<
     const int64_t flat[] = {m, k};
     call.x = stable::view(call.x, IntHeaderOnlyArrayRef(flat, 2));
   }
-  const Tensor out =
-      linear_engine() == LinearEngine::kOnednn ? linear_onednn(call, packed) : linear_torch(call, packed);
+  const Tensor out = engine == LinearEngine::kOnednn ? linear_onednn(call, packed) : linear_torch(call, packed);
   return dim == 2 ? out : stable::view(out, out_sizes);
 }
 

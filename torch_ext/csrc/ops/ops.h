@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "ops/tensor_util.h"
 
@@ -11,6 +12,8 @@ namespace torch_ext {
 
 Tensor pack_linear_weight(const Tensor& weight);
 Tensor unpack_linear_weight(const Tensor& packed);
+Tensor pack_linear_weight_int8(const Tensor& weight, const std::optional<Tensor>& scale);
+std::tuple<Tensor, Tensor> unpack_linear_weight_int8(const Tensor& packed);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, const std::string& activation,
               const std::optional<ScalarType>& out_dtype, const std::optional<Tensor>& residual);
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,

@@ -22,6 +22,8 @@ namespace vec_neon {
 #include "kernels/vec/simd.inl"
 #include "kernels/vec/rows.inl"
 #include "kernels/vec/gemm_f32.inl"
+#include "kernels/vec/quantize.inl"
+#include "kernels/vec/gemm_s8.inl"
 #include "kernels/vec/instance.inl"
 // clang-format on
 

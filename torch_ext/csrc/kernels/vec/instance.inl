@@ -1,4 +1,4 @@
-// The table of one instance; simd.inl, rows.inl and gemm_f32.inl come before it.
+// The table of one instance; the other files of this folder come before it.
 
 static constexpr VecKernels kKernels = {
     TORCH_EXT_VEC_NAME,
@@ -13,4 +13,5 @@ static constexpr VecKernels kKernels = {
     sum_squares,
     &kGemmF32,
     &kGemmBf16,
+    &kGemmS8,
 };

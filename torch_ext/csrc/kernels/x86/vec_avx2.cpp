@@ -25,6 +25,8 @@ namespace vec_avx2 {
 #include "kernels/vec/simd.inl"
 #include "kernels/vec/rows.inl"
 #include "kernels/vec/gemm_f32.inl"
+#include "kernels/vec/quantize.inl"
+#include "kernels/vec/gemm_s8.inl"
 #include "kernels/vec/instance.inl"
 // clang-format on
 

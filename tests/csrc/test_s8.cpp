@@ -1,0 +1,253 @@
+// The kernels of s8: quantizing packers, exact sums, whole products.
+#include <algorithm>
+#include <vector>
+
+#include "bounds.h"
+#include "gemm.h"
+#include "guarded.h"
+#include "paths.h"
+#include "reference.h"
+#include "runner.h"
+
+namespace torch_ext::test {
+namespace {
+
+// The formula in vec/quantize.inl.
+size_t group_index(const GemmKernel& g, size_t r, size_t i, size_t p) { return (p / g.kr * r + i) * g.kr + p % g.kr; }
+
+size_t padded_depth(const GemmKernel& g, size_t k) { return g.steps(k) * g.k_step; }
+
+/// Kernels of VPDPBUSD keep rows as q + 128, and say so by what else their panels hold.
+int stored_offset(const GemmKernel& g) { return g.column_extra_bytes > sizeof(float) ? 128 : 0; }
+
+int stored_value(const GemmKernel& g, const unsigned char* block, size_t r, size_t i, size_t p) {
+  const unsigned char byte = block[group_index(g, r, i, p)];
+  return stored_offset(g) ? static_cast<int>(byte) - 128 : static_cast<int8_t>(byte);
+}
+
+const float* scales_of(const GemmKernel& g, const unsigned char* data, size_t r, size_t k) {
+  return reinterpret_cast<const float*>(data + r * padded_depth(g, k));
+}
+
+int random_q(Random& random) { return static_cast<int>(random.below(255)) - 127; }
+
+void check_packer(const GemmPath& path, DType type, size_t rows, size_t block_rows, size_t k, size_t gap) {
+  const GemmKernel& g = *path.kernel;
+  context("%s from %s, %zu of %zu rows, k %zu, ld +%zu", path.name().c_str(), dtype_name(type), rows, block_rows, k,
+          gap);
+  Matrix source(type, rows, k, k + gap);
+  source.fill(random_source(), 0.0f, 3.0f);
+  const size_t zero_row = rows / 2;
+  if (rows > 1) {
+    for (size_t p = 0; p < k; ++p) source.set(zero_row, p, 0.0f);
+  }
+  const GuardedBytes packed(g.lhs_block_bytes(block_rows, k));
+  pack(path, Packer::kLhs, type, rows, block_rows, k, source.data(), source.ld, packed.data());
+  const float* const scales = scales_of(g, packed.data(), block_rows, k);
+  for (size_t i = 0; i < block_rows; ++i) {
+    double largest = 0;
+    for (size_t p = 0; i < rows && p < k; ++p) {
+      largest = std::max(largest, std::fabs(static_cast<double>(source.get(i, p))));
+    }
+    const double scale = largest / 127;
+    EXPECT(within(scales[i], scale, 2 * kRoundF32 * scale), "row %zu: scale %g, expected %g", i,
+           static_cast<double>(scales[i]), scale);
+    for (size_t p = 0; p < padded_depth(g, k); ++p) {
+      const int q = stored_value(g, packed.data(), block_rows, i, p);
+      const double x = i < rows && p < k ? static_cast<double>(source.get(i, p)) : 0.0;
+      EXPECT(q >= -127 && q <= 127, "(%zu, %zu) is %d", i, p, q);
+      // Half a step, and the rounding of x / scale.
+      EXPECT(std::fabs(q * scale - x) <= scale * (0.5 + 127 * 4 * kRoundF32), "(%zu, %zu) is %d, expected %g", i, p, q,
+             scale > 0 ? x / scale : 0.0);
+    }
+  }
+}
+
+TORCH_EXT_TEST(s8_packers_quantize_every_row_by_its_largest_magnitude) {
+  for (const GemmPath& path : s8_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (const size_t k : {1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 67, 130}) {
+        for (size_t u = 0; u < path.kernel->ukernel_count; ++u) {
+          const size_t mr = path.kernel->ukernels[u].mr;
+          for (size_t rows = 1; rows <= mr; ++rows) check_packer(path, type, rows, mr, k, k % 3);
+        }
+      }
+    }
+  }
+}
+
+TORCH_EXT_TEST(s8_rows_that_are_not_finite_or_tiny_keep_to_themselves) {
+  for (const GemmPath& path : s8_paths()) {
+    const GemmKernel& g = *path.kernel;
+    const size_t mr = g.max_mr(), k = 37;
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (size_t at = 0; at < k; ++at) {
+        context("%s from %s, special number at %zu", path.name().c_str(), dtype_name(type), at);
+        Matrix source(type, 3, k);
+        source.fill(random_source());
+        source.set(1, at, at % 2 ? NAN : -NAN);
+        for (size_t p = 0; p < k; ++p) source.set(2, p, p == at ? 1e-38f : 0.0f);
+        const GuardedBytes packed(g.lhs_block_bytes(mr, k));
+        pack(path, Packer::kLhs, type, 3, mr, k, source.data(), source.ld, packed.data());
+        const float* const scales = scales_of(g, packed.data(), mr, k);
+        EXPECT(std::isfinite(scales[0]), "a row beside one with NaN has scale %g", static_cast<double>(scales[0]));
+        EXPECT(std::isnan(scales[1]), "a row with NaN has scale %g", static_cast<double>(scales[1]));
+        EXPECT(scales[2] == 0.0f, "a row of at most 1e-38 has scale %g", static_cast<double>(scales[2]));
+        source.set(1, at, INFINITY);
+        pack(path, Packer::kLhs, type, 3, mr, k, source.data(), source.ld, packed.data());
+        EXPECT(std::isinf(scales[1]), "a row with infinity has scale %g", static_cast<double>(scales[1]));
+      }
+    }
+  }
+}
+
+/// Sums must be equal, bit by bit: scales are powers of two.
+void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool extreme) {
+  const GemmKernel& g = *path.kernel;
+  context("%s, %zu steps%s", u.name, steps, extreme ? ", extreme" : "");
+  const size_t k = steps * g.k_step, ld_tile = g.nr + 4;
+  std::vector<int> lhs(u.mr * k);
+  std::vector<int8_t> rhs(g.nr * k);
+  const GuardedBytes block(g.lhs_block_bytes(u.mr, k));
+  std::vector<float> row_scales(u.mr), column_scales(g.nr);
+  for (size_t i = 0; i < u.mr; ++i) {
+    for (size_t p = 0; p < k; ++p) {
+      lhs[i * k + p] = extreme ? (i % 2 ? -127 : 127) : random_q(random_source());
+      block.data()[group_index(g, u.mr, i, p)] = static_cast<unsigned char>(lhs[i * k + p] + stored_offset(g));
+    }
+    row_scales[i] = std::ldexp(1.0f, static_cast<int>(i) - 4);
+    std::memcpy(block.data() + u.mr * k + i * sizeof(float), &row_scales[i], sizeof(float));
+  }
+  for (size_t j = 0; j < g.nr; ++j) {
+    for (size_t p = 0; p < k; ++p) {
+      rhs[j * k + p] = static_cast<int8_t>(extreme ? (j % 2 ? -127 : 127) : random_q(random_source()));
+    }
+    column_scales[j] = std::ldexp(1.0f, static_cast<int>(j % 7) - 3);
+  }
+  const GuardedBytes panel(g.rhs_panel_bytes(k));
+  pack_weight_panels_s8(g, g.nr, k, rhs.data(), column_scales.data(), panel.data(), 0, 1);
+  const Guarded<float> tile(u.mr * ld_tile - 4);
+  constexpr float kUntouched = 12345.0f;
+  std::fill(tile.get(), tile.get() + u.mr * ld_tile - 4, kUntouched);
+  run_ukernel(u, steps, block.data(), panel.data(), tile.get(), ld_tile);
+  for (size_t i = 0; i < u.mr; ++i) {
+    for (size_t j = 0; j < g.nr; ++j) {
+      int64_t sum = 0;
+      for (size_t p = 0; p < k; ++p) sum += static_cast<int64_t>(lhs[i * k + p]) * rhs[j * k + p];
+      const float expected = static_cast<float>(static_cast<int32_t>(sum)) * column_scales[j] * row_scales[i];
+      EXPECT(tile[i * ld_tile + j] == expected, "tile (%zu, %zu): %.9g, expected %.9g", i, j,
+             static_cast<double>(tile[i * ld_tile + j]), static_cast<double>(expected));
+    }
+    for (size_t j = g.nr; i + 1 < u.mr && j < ld_tile; ++j) {
+      EXPECT(tile[i * ld_tile + j] == kUntouched, "element %zu past row %zu of the tile was written", j - g.nr, i);
+    }
+  }
+}
+
+TORCH_EXT_TEST(s8_ukernels_add_exactly) {
+  for (const GemmPath& path : s8_paths()) {
+    for (size_t i = 0; i < path.kernel->ukernel_count; ++i) {
+      for (const size_t steps : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 97, 192, 768}) {
+        if (options().quick && steps > 192) continue;
+        check_ukernel(path, path.kernel->ukernels[i], steps, false);
+        check_ukernel(path, path.kernel->ukernels[i], steps, true);
+      }
+      // The largest depth that pack_linear_weight_int8 takes.
+      if (!options().quick) {
+        check_ukernel(path, path.kernel->ukernels[i], 133152 / path.kernel->k_step, true);
+      }
+    }
+  }
+}
+
+void check_product(const GemmPath& path, size_t m, size_t n, size_t k, size_t index, const char* use) {
+  const GemmKernel& g = *path.kernel;
+  const DType x_type = index % 2 ? DType::kBF16 : DType::kF32, out_type = index % 3 ? DType::kF32 : DType::kBF16;
+  const auto activation = static_cast<Activation>(index % kActivationCount);
+  const bool with_bias = index % 4 != 1, with_residual = index % 5 == 2;
+  context("%s: m %zu n %zu k %zu, x %s, out %s, %s, bias %d, residual %d", path.name().c_str(), m, n, k,
+          dtype_name(x_type), dtype_name(out_type), activation_name(activation), with_bias, with_residual);
+  Random& random = random_source();
+  Matrix x(x_type, m, k, k + index % 3);
+  x.fill(random);
+  std::vector<int8_t> q(n * k), q_back(n * k);
+  std::vector<float> scales(n), scales_back(n);
+  for (int8_t& value : q) value = static_cast<int8_t>(random_q(random));
+  for (float& scale : scales) scale = (random.value() + 1.5f) / 127;
+  const Guarded<float> bias(n);
+  for (size_t j = 0; j < n; ++j) bias[j] = random.value();
+  Matrix residual(DType::kF32, m, n), out(out_type, m, n, n + index % 2);
+  residual.fill(random);
+
+  const GuardedBytes payload(packed_payload_bytes(g, n, k));
+  pack_weight_panels_s8(g, n, k, q.data(), scales.data(), payload.data(), 0, g.panels(n));
+  unpack_weight_s8(g, n, k, payload.data(), q_back.data(), scales_back.data());
+  EXPECT(q == q_back && scales == scales_back, "the weight changed in packing");
+
+  GemmProblem problem;
+  problem.m = m;
+  problem.n = n;
+  problem.k = k;
+  problem.lhs = x.data();
+  problem.ld_lhs = x.ld;
+  problem.lhs_type = x.type;
+  problem.panels = payload.data();
+  problem.activation = activation;
+  problem.epilogue.bias = with_bias ? bias.get() : nullptr;
+  problem.epilogue.residual = with_residual ? residual.data() : nullptr;
+  problem.epilogue.ld_residual = residual.ld;
+  problem.epilogue.residual_type = residual.type;
+  problem.epilogue.out = out.data();
+  problem.epilogue.ld_out = out.ld;
+  problem.epilogue.out_type = out.type;
+  const GemmPlan plan = plan_gemm(g, m, n, k, index % 6 + 1);
+  for (size_t task = plan.tasks(); task-- > 0;) run_gemm_task(g, *path.vec, problem, plan, task);
+  out.expect_gaps_untouched();
+  cover_use(path, use);
+
+  // What the rows are quantized to is the packer's affair, tested above.
+  for (size_t i = 0; i < m; ++i) {
+    const GuardedBytes block(g.lhs_block_bytes(1, k));
+    (x_type == DType::kF32 ? g.pack_lhs_f32 : g.pack_lhs_bf16)(
+        1, 1, k, static_cast<const char*>(x.data()) + i * x.ld * dtype_bytes(x_type), x.ld, block.data());
+    const double row_scale = static_cast<double>(scales_of(g, block.data(), 1, k)[0]);
+    for (size_t j = 0; j < n; ++j) {
+      int64_t sum = 0;
+      for (size_t p = 0; p < k; ++p) sum += stored_value(g, block.data(), 1, 0, p) * q[j * k + p];
+      const double product = static_cast<double>(sum) * row_scale * static_cast<double>(scales[j]);
+      const double z = product + (with_bias ? static_cast<double>(bias[j]) : 0.0);
+      const double r = with_residual ? static_cast<double>(residual.get(i, j)) : 0.0;
+      const double y = reference_activation(activation, z);
+      // The sum's conversion to fp32, and two products.
+      const double bound = epilogue_bound(activation, z, 3 * kRoundF32 * std::fabs(product), y, r, out_type);
+      EXPECT(within(static_cast<double>(out.get(i, j)), y + r, bound), "(%zu, %zu): %.9g, expected %.9g +- %.2g", i, j,
+             static_cast<double>(out.get(i, j)), y + r, bound);
+    }
+  }
+}
+
+TORCH_EXT_TEST(s8_products_are_right_at_every_edge) {
+  for (const GemmPath& path : s8_paths()) {
+    const size_t mr = path.kernel->max_mr(), nr = path.kernel->nr;
+    size_t index = 0;
+    for (const size_t m : {size_t{1}, size_t{2}, size_t{3}, mr - 1, mr, mr + 1, 2 * mr + 3}) {
+      for (const size_t n : {size_t{1}, nr - 1, nr, nr + 1, 2 * nr + 5}) {
+        for (const size_t k : {1, 7, 8, 9, 33}) check_product(path, m, n, k, index++, "gemm");
+      }
+    }
+    if (!options().quick) check_product(path, 19, 96, 3072, 0, "gemm");
+  }
+}
+
+TORCH_EXT_TEST(random_s8_products_are_right) {
+  for (const GemmPath& path : s8_paths()) {
+    for (size_t i = 0; i < options().random; ++i) {
+      Random& random = random_source();
+      const size_t m = random.between(1, 40), n = random.between(1, 80), k = random.between(1, 300);
+      check_product(path, m, n, k, random.below(60), "gemm random");
+    }
+  }
+}
+
+}  // namespace
+}  // namespace torch_ext::test

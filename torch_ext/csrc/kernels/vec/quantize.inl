@@ -1,0 +1,168 @@
+// Rows quantized to s8 while they are packed, for the kernels of s8. Needs simd.inl.
+//
+// A row x is stored as q = round(x / scale) with scale = max |x| / 127, so that -127 <= q <= 127 and no value clips; a
+// weight's column in the same way, once. The product is exact in s32 for k up to 2^31 / 127^2 = 133,152.
+//
+// Layout s8p<R>x<kr>, used by blocks (R = mr) and panels (R = nr): for every group of kr products, the rows one after
+// the other. Shown for R = 12, kr = 8:
+//
+//   group 0: (0,0..7) (1,0..7) ... (11,0..7)       8 * R bytes
+//   group 1: (0,8..15) (1,8..15) ...
+//   R scales, f32
+//
+//   element (i, p) lies at  ((p / kr) * R + i) * kr + p % kr
+//
+// Worked example: R = 12, kr = 8, row 5, product 10 -> ((1 * 12) + 5) * 8 + 2 = 138.
+
+typedef uint16_t vhh __attribute__((vector_size(4 * TORCH_EXT_VEC_WIDTH)));
+typedef int8_t vb __attribute__((vector_size(TORCH_EXT_VEC_WIDTH)));
+
+/// The largest magnitude of a row, NaN if it holds one: without their sign, floats are ordered like integers, and NaN
+/// comes after infinity.
+static float largest_magnitude(const float* s, size_t k) {
+  vi m = {};
+  size_t p = 0;
+  for (; p + kWidth <= k; p += kWidth) {
+    const vi bits = as_int(load(s + p)) & 0x7fffffff;
+    m = (bits > m) ? bits : m;
+  }
+  if (p < k) {
+    const vi bits = as_int(get_n(s + p, k - p)) & 0x7fffffff;
+    m = (bits > m) ? bits : m;
+  }
+  int32_t lanes[kWidth], largest = 0;
+  __builtin_memcpy(lanes, &m, sizeof m);
+  for (size_t i = 0; i < kWidth; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  float result;
+  __builtin_memcpy(&result, &largest, sizeof result);
+  return result;
+}
+
+static float largest_magnitude(const uint16_t* s, size_t k) {
+  vhh m = {};
+  size_t p = 0;
+  for (; p + 2 * kWidth <= k; p += 2 * kWidth) {
+    vhh bits;
+    __builtin_memcpy(&bits, s + p, sizeof bits);
+    bits &= 0x7fff;
+#if defined(TORCH_EXT_VEC_NEON)
+    m = (vhh)vmaxq_u16((uint16x8_t)m, (uint16x8_t)bits);
+#else
+    m = (bits > m) ? bits : m;
+#endif
+  }
+  uint32_t largest = 0;
+  for (; p < k; ++p) {
+    const uint32_t bits = s[p] & 0x7fffu;
+    largest = bits > largest ? bits : largest;
+  }
+#if defined(TORCH_EXT_VEC_NEON)
+  const uint32_t m_largest = vmaxvq_u16((uint16x8_t)m);
+  largest = m_largest > largest ? m_largest : largest;
+#else
+  uint16_t lanes[2 * kWidth];
+  __builtin_memcpy(lanes, &m, sizeof m);
+  for (size_t i = 0; i < 2 * kWidth; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+#endif
+  largest <<= 16;
+  float result;
+  __builtin_memcpy(&result, &largest, sizeof result);
+  return result;
+}
+
+// Elements quantized at a time, and the bytes of their quantized values in order.
+#if defined(TORCH_EXT_VEC_NEON)
+constexpr size_t kQuantized = 16;
+typedef int8x16_t Quantized;
+
+TORCH_EXT_INLINE int32x4_t quantize_four(vf v, float inverse) { return vcvtnq_s32_f32((float32x4_t)(v * inverse)); }
+
+TORCH_EXT_INLINE Quantized narrow(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) {
+  const int16x8_t low = vuzp1q_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b));
+  const int16x8_t high = vuzp1q_s16(vreinterpretq_s16_s32(c), vreinterpretq_s16_s32(d));
+  return vuzp1q_s8(vreinterpretq_s8_s16(low), vreinterpretq_s8_s16(high));
+}
+
+TORCH_EXT_INLINE Quantized quantize(const float* s, float inverse) {
+  return narrow(quantize_four(load(s), inverse), quantize_four(load(s + 4), inverse),
+                quantize_four(load(s + 8), inverse), quantize_four(load(s + 12), inverse));
+}
+
+TORCH_EXT_INLINE Quantized quantize(const uint16_t* s, float inverse) {
+  const uint16x8_t a = vld1q_u16(s), b = vld1q_u16(s + 8);
+  return narrow(quantize_four((vf)vshll_n_u16(vget_low_u16(a), 16), inverse),
+                quantize_four((vf)vshll_high_n_u16(a, 16), inverse),
+                quantize_four((vf)vshll_n_u16(vget_low_u16(b), 16), inverse),
+                quantize_four((vf)vshll_high_n_u16(b, 16), inverse));
+}
+#else
+constexpr size_t kQuantized = kWidth;
+typedef vb Quantized;
+
+template <typename Src>
+TORCH_EXT_INLINE Quantized quantize(const Src* s, float inverse) {
+  // 1.5 * 2^23: adding it rounds to an integer, whose low byte is the low byte of the sum.
+  return __builtin_convertvector(as_int(Io<Src>::get(s) * inverse + 12582912.0f), vb);
+}
+#endif
+
+/// Stores groups of kGroup bytes, `stride` bytes apart.
+template <size_t kGroup>
+TORCH_EXT_INLINE void store_groups(const Quantized& q, size_t groups, size_t stride, uint8_t flip, int8_t* d) {
+  int8_t bytes[kQuantized];
+  __builtin_memcpy(bytes, &q, sizeof bytes);
+  if (flip) {
+    for (size_t i = 0; i < kQuantized; ++i) bytes[i] = static_cast<int8_t>(bytes[i] ^ flip);
+  }
+  for (size_t g = 0; g < groups; ++g) __builtin_memcpy(d + g * stride, bytes + g * kGroup, kGroup);
+}
+
+#if defined(TORCH_EXT_VEC_NEON)
+/// Two whole groups of eight.
+TORCH_EXT_INLINE void store_two_groups(int8x16_t q, size_t stride, int8_t* d) {
+  vst1_s8(d, vget_low_s8(q));
+  vst1q_lane_s64((int64_t*)(d + stride), vreinterpretq_s64_s8(q), 1);
+}
+#endif
+
+/// PackRowsFn of layout s8p<block_rows>x<kGroup>; k is padded to a multiple of kStep. Bytes are stored with `kFlip`
+/// exclusive-or: 0x80 adds 128, for instructions that take unsigned rows.
+template <typename Src, size_t kGroup, size_t kStep, uint8_t kFlip>
+static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst) {
+  const size_t padded = (k + kStep - 1) / kStep * kStep, stride = block_rows * kGroup;
+  int8_t* const d = static_cast<int8_t*>(dst);
+  float* const scales = reinterpret_cast<float*>(d + block_rows * padded);
+  for (size_t i = 0; i < block_rows; ++i) {
+    int8_t* out = d + i * kGroup;
+    size_t p = 0;
+    scales[i] = 0.0f;
+    if (i < rows) {
+      const Src* const s = static_cast<const Src*>(src) + i * ld;
+      const float largest = largest_magnitude(s, k);
+      // A row whose magnitudes have no reciprocal (below 3e-37) counts as zero.
+      const float inverse = largest < 4e-37f ? 0.0f : 127.0f / largest;
+      scales[i] = largest < 4e-37f ? 0.0f : largest * (1.0f / 127.0f);
+      for (; p + kQuantized <= k; p += kQuantized) {
+        const Quantized q = quantize(s + p, inverse);
+#if defined(TORCH_EXT_VEC_NEON)
+        if constexpr (kGroup == 8) {
+          store_two_groups(q, stride, out);
+          out += 2 * stride;
+          continue;
+        }
+#endif
+        store_groups<kGroup>(q, kQuantized / kGroup, stride, kFlip, out);
+        out += kQuantized / kGroup * stride;
+      }
+      if (p < k) {
+        Src rest[kQuantized] = {};
+        __builtin_memcpy(rest, s + p, (k - p) * sizeof(Src));
+        const size_t groups = (k - p + kGroup - 1) / kGroup;
+        store_groups<kGroup>(quantize(rest, inverse), groups, stride, kFlip, out);
+        out += groups * stride;
+        p += groups * kGroup;
+      }
+    }
+    for (; p < padded; p += kGroup, out += stride) __builtin_memset(out, kFlip, kGroup);
+  }
+}

@@ -1,0 +1,29 @@
+/// Packed weights as tensors: header checked, payload found.
+#pragma once
+
+#include "dispatch.h"
+#include "ops/tensor_util.h"
+#include "packing/packed_weight.h"
+
+namespace torch_ext {
+
+struct Packed {
+  PackedHeader header;
+  char* data;
+  char* payload() const { return data + payload_offset(header); }
+  const uint8_t* metadata() const { return reinterpret_cast<const uint8_t*>(data) + sizeof(PackedHeader); }
+};
+
+/// Throws unless `packed` is a packed weight of this version.
+Packed read_packed(const char* op, const Tensor& packed);
+
+/// Throws unless the weight lies as this process' kernel takes it.
+void check_layout(const char* op, const PackedHeader& h, Layout layout, size_t nr, size_t kr);
+
+/// A packed weight with header and metadata, and where its payload belongs, which is not initialized.
+Tensor new_packed(const Tensor& like, const PackedHeader& h, const uint8_t* metadata, char** payload);
+
+/// Who computes linear layers of bf16 weights in this process. Throws if TORCH_EXT_ISA asks for what this PyTorch lacks.
+LinearEngine linear_engine();
+
+}  // namespace torch_ext
