@@ -150,14 +150,24 @@ def linear(
     return cast(Tensor, torch.ops.torch_ext.linear(x, packed, bias, activation, out_dtype, residual))
 
 
-def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
-    """Softmax attention of every sequence to itself, without mask and without padding.
+def varlen_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    window: int | None = None,
+    relative_bias: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of every sequence to itself, without padding.
 
     Args:
         qkv: bf16 or fp32 ``[T, 3 * H]``; a row is query, key, value, each ``num_heads * head_dim``.
         cu_seqlens: i32 ``[B + 1]``.
         num_heads: number of heads; divides H.
         scale: factor on the scores; by default ``1 / sqrt(H / num_heads)``.
+        window: a token sees the tokens at most this many positions away, on either side; None for all.
+        relative_bias: fp32 ``[num_heads, 2 * R + 1]``, added to scaled scores by distance: query ``i`` and key ``j`` of a
+            sequence get ``relative_bias[head, clamp(j - i, -R, R) + R]``.
 
     Returns:
         ``[T, H]`` in the dtype of ``qkv``.
@@ -166,7 +176,7 @@ def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: flo
         RuntimeError: a shape or dtype does not fit, ``cu_seqlens`` does not go from 0 to T without falling, or ``qkv``
             requires grad.
     """
-    return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale))
+    return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale, window, relative_bias))
 
 
 def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -350,8 +360,20 @@ def _(
 
 
 @_fake("varlen_attention")
-def _(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
-    _check_inference_only("varlen_attention", qkv=qkv)
+def _(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    window: int | None = None,
+    relative_bias: Tensor | None = None,
+) -> Tensor:
+    _check_inference_only("varlen_attention", qkv=qkv, relative_bias=relative_bias)
+    _check(window is None or window >= 0, f"varlen_attention: expected window of at least 0, got {window}")
+    _check(
+        relative_bias is None or (relative_bias.dim() == 2 and relative_bias.shape[0] == num_heads),
+        f"varlen_attention: expected relative_bias [{num_heads}, 2 * R + 1], got another shape",
+    )
     _check(qkv.dim() == 2, f"varlen_attention: expected qkv [T, 3 * H], got {qkv.dim()} dimensions")
     _check(
         num_heads > 0 and qkv.shape[1] % (3 * num_heads) == 0,

@@ -71,6 +71,9 @@ inline double layer_norm_bound(size_t n, double largest, double scale, double no
   return before + output_bound(t, std::fabs(y) + before);
 }
 
+/// 2^t before it is rounded to bf16, as simd.inl states it.
+constexpr double kExp2ToBf16 = 1e-4;
+
 /// A probability p of a softmax whose scores have the absolute error `score_bound`.
 inline double probability_bound(double p, double score_bound, size_t n) {
   // Numerator and denominator move by exp(+-score_bound) each; the sum of n errs like sqrt(n).
@@ -84,8 +87,10 @@ inline double probability_bound(double p, double score_bound, size_t n) {
 /// the type that the kernel keeps rows in.
 inline double attention_bound(double weighted, double sum_abs_v, double score_bound, size_t n, DType probabilities,
                               DType out, double y) {
-  const double before = probability_bound(weighted, score_bound, n) + 2e-38 * sum_abs_v +
-                        (probabilities == DType::kBF16 ? kRoundBf16 * weighted : 0) + product_bound(weighted, n);
+  // Numerators, and the sum of them.
+  const double narrow = probabilities == DType::kBF16 ? kRoundBf16 + 2 * kExp2ToBf16 : 0;
+  const double before =
+      probability_bound(weighted, score_bound, n) + 2e-38 * sum_abs_v + narrow * weighted + product_bound(weighted, n);
   return before + output_bound(out, std::fabs(y) + before);
 }
 

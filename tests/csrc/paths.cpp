@@ -57,8 +57,9 @@ std::vector<std::string> s8_paths_of(const GemmPath& path) {
 
 std::vector<std::string> paths_of(const VecKernels& vec) {
   std::vector<std::string> names = {row_path(vec, "softmax_row"), row_path(vec, "sum_squares")};
+  if (vec.softmax_pack) names.push_back(row_path(vec, "softmax_pack"));
   for (const DType t : kTypes) {
-    for (const char* const f : {"scale_row", "sum_layer_norm_row", "accumulate_row", "max_row"}) {
+    for (const char* const f : {"scale_rows", "sum_layer_norm_row", "accumulate_row", "max_row"}) {
       names.push_back(row_path(vec, f, dtype_name(t)));
     }
     for (size_t a = 0; a < kActivationCount; ++a) {
@@ -96,6 +97,9 @@ const std::vector<GemmPath>& all_gemm_paths() {
     for (const VecKernels* const vec : all_vec_paths()) {
       paths.push_back({vec->gemm_f32, vec, vec->required_features, vec->name});
       paths.push_back({vec->gemm_bf16, vec, vec->required_features, vec->name});
+#if defined(__x86_64__)
+      if (vec->gemm_dot_bf16) paths.push_back({vec->gemm_dot_bf16, vec, vec->required_features, "avx512_bf16_dot"});
+#endif
     }
     return paths;
   }();
@@ -171,6 +175,30 @@ std::vector<std::string> paths_of_other_cpus() {
   return names;
 }
 
+size_t panel_index(const GemmKernel& g, size_t j, size_t p) {
+  switch (g.layout) {
+    case Layout::kBf16Pairs:
+      return ((p / 4) * g.nr + j) * 4 + p % 4;
+    case Layout::kBf16Dots:
+      return ((p / 2) * g.nr + j) * 2 + p % 2;
+    case Layout::kS8Groups:
+      return ((p / g.kr) * g.nr + j) * g.kr + p % g.kr;
+    default:
+      return p * g.nr + j;
+  }
+}
+
+size_t block_index(const GemmKernel& g, size_t mr, size_t steps, size_t i, size_t p) {
+  switch (g.layout) {
+    case Layout::kBf16Pairs:
+      return ((p / 4) * mr + i) * 4 + p % 4;
+    case Layout::kS8Groups:
+      return ((p / g.kr) * mr + i) * g.kr + p % g.kr;
+    default:
+      return i * steps * g.k_step + p;
+  }
+}
+
 const char* packer_name(Packer p) {
   return p == Packer::kLhs ? "pack_lhs" : p == Packer::kRhsNxk ? "pack_rhs_nxk" : "pack_rhs_kxn";
 }
@@ -206,9 +234,16 @@ float softmax_row(const VecKernels& vec, float* s, size_t n, float scale) {
   return vec.softmax_row(s, n, scale);
 }
 
-void scale_row(const VecKernels& vec, const float* s, size_t n, float factor, void* out, DType out_type) {
-  cover(row_path(vec, "scale_row", dtype_name(out_type)));
-  vec.scale_row(s, n, factor, out, out_type);
+void scale_rows(const VecKernels& vec, size_t rows, size_t n, const float* s, size_t ld, const float* factors,
+                void* out, size_t ld_out, DType out_type) {
+  cover(row_path(vec, "scale_rows", dtype_name(out_type)));
+  vec.scale_rows(rows, n, s, ld, factors, out, ld_out, out_type);
+}
+
+void softmax_pack(const VecKernels& vec, size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld,
+                  float* sums, void* block) {
+  cover(row_path(vec, "softmax_pack"));
+  vec.softmax_pack(rows, block_rows, n, scale, s, ld, sums, block);
 }
 
 void sum_layer_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c,

@@ -1,5 +1,6 @@
 // Attention over packed sequences against softmax(scale Q K^T) V in double precision.
 #include <algorithm>
+#include <functional>
 #include <numeric>
 #include <vector>
 
@@ -35,8 +36,18 @@ struct Sequences {
   void run(const GemmPath& path) {
     context("%s: %zu sequences, the first of %zu, %zu heads of %zu, %s, scale %g", path.name().c_str(), lengths.size(),
             lengths[0], heads, head_size, dtype_name(type), static_cast<double>(scale));
-    const AttentionProblem problem = {qkv.data(),     out.data(), type,      cu_seqlens.get(),
-                                      lengths.size(), heads,      head_size, scale};
+    AttentionProblem problem;
+    problem.qkv = qkv.data();
+    problem.out = out.data();
+    problem.type = type;
+    problem.cu_seqlens = cu_seqlens.get();
+    problem.sequences = lengths.size();
+    problem.heads = heads;
+    problem.head_size = head_size;
+    problem.scale = scale;
+    problem.window = window;
+    problem.relative_bias = bias.empty() ? nullptr : bias.data();
+    problem.bias_reach = reach;
     for (size_t s = lengths.size(); s-- > 0;) {
       for (size_t h = 0; h < heads; ++h) run_attention_head(*path.kernel, *path.vec, problem, s, h);
     }
@@ -62,11 +73,14 @@ struct Sequences {
           scores[j] += product;
           sum_abs += std::fabs(product);
         }
+        scores[j] = scores[j] * static_cast<double>(scale) + bias_of(h, i, j);
+        if ((i > j ? i - j : j - i) > window) scores[j] = -INFINITY;
         // The product's error, and the rounding of scale * score and scale * max.
         score_bound = std::max(
-            score_bound, static_cast<double>(scale) * (product_bound(sum_abs, head_size) + 2 * kRoundF32 * sum_abs));
+            score_bound, static_cast<double>(scale) * (product_bound(sum_abs, head_size) + 4 * kRoundF32 * sum_abs) +
+                             2 * kRoundF32 * std::fabs(bias_of(h, i, j)));
       }
-      const std::vector<double> p = reference_softmax(scores, scale);
+      const std::vector<double> p = reference_softmax(scores, 1.0);
       for (size_t c = 0; c < head_size; ++c) {
         double y = 0, weighted = 0, sum_abs_v = 0;
         for (size_t j = 0; j < n; ++j) {
@@ -83,12 +97,20 @@ struct Sequences {
     }
   }
 
+  double bias_of(size_t h, size_t i, size_t j) const {
+    if (bias.empty()) return 0;
+    const auto distance = static_cast<ptrdiff_t>(j) - static_cast<ptrdiff_t>(i), r = static_cast<ptrdiff_t>(reach);
+    return static_cast<double>(bias[h * (2 * reach + 1) + static_cast<size_t>(std::clamp(distance, -r, r) + r)]);
+  }
+
   const DType type;
   const std::vector<size_t> lengths;
   const size_t heads, head_size, hidden, total;
   const float scale;
   Matrix qkv, out;
   Guarded<int32_t> cu_seqlens;
+  size_t window = kNoWindow, reach = 0;
+  std::vector<float> bias;
 };
 
 void check(const GemmPath& path, DType type, std::vector<size_t> lengths, size_t heads, size_t head_size, float scale,
@@ -179,9 +201,62 @@ TORCH_EXT_TEST(nan_stays_in_its_rows_of_attention) {
   }
 }
 
-TORCH_EXT_TEST(attention_cost_grows_with_the_square) {
-  EXPECT(attention_cost(0, 64) == 0, "nothing costs %zu", attention_cost(0, 64));
-  EXPECT(attention_cost(200, 64) > 3 * attention_cost(100, 64), "200 tokens cost %zu", attention_cost(200, 64));
+TORCH_EXT_TEST(local_attention_sees_its_window_only) {
+  for (const GemmPath& path : gemm_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (const size_t window : {0, 1, 5, 12, 40}) {
+        Sequences x(type, {1, 70, 9, 33}, 2, 16, 0.25f);
+        x.window = window;
+        // What lies outside must not reach a row, not even as 0 * NaN.
+        x.run(path);
+        for (size_t s = 0; s < 4; ++s) x.expect_right(path, s, 1, options().quick ? 7 : 2);
+      }
+    }
+  }
+}
+
+TORCH_EXT_TEST(relative_bias_is_added_by_distance) {
+  for (const GemmPath& path : gemm_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (const size_t reach : {0, 1, 7, 64}) {
+        Sequences x(type, {33, 0, 12, 50}, 3, 8, 0.35f);
+        x.reach = reach;
+        x.bias.resize(3 * (2 * reach + 1));
+        for (float& b : x.bias) b = 2 * random_source().value();
+        for (const size_t window : {kNoWindow, size_t{6}}) {
+          x.window = window;
+          x.run(path);
+          for (const size_t s : {0, 2, 3}) x.expect_right(path, static_cast<size_t>(s), 2, options().quick ? 5 : 1);
+        }
+      }
+    }
+  }
+}
+
+TORCH_EXT_TEST(heads_are_balanced_over_threads) {
+  const int32_t cu_seqlens[] = {0, 128, 128, 140, 652, 660, 1172};
+  AttentionProblem problem;
+  problem.cu_seqlens = cu_seqlens;
+  problem.sequences = 6;
+  problem.heads = 12;
+  problem.head_size = 64;
+  for (const size_t window : {kNoWindow, size_t{16}}) {
+    problem.window = window;
+    for (const size_t parts : {1, 2, 3, 7, 64, 1000}) {
+      const std::vector<size_t> starts = balance_heads(problem, parts);
+      EXPECT(starts.front() == 0 && starts.back() == 72 && starts.size() <= parts + 1, "%zu runs for %zu threads",
+             starts.size() - 1, parts);
+      EXPECT(std::adjacent_find(starts.begin(), starts.end(), std::greater_equal<size_t>()) == starts.end(),
+             "an empty run among %zu", starts.size() - 1);
+      // Two of the six sequences are nearly all of the work: twelve heads each, none of them in two parts.
+      if (parts == 2) EXPECT(starts[1] > 36 && starts[1] < 60, "the second thread starts at head %zu", starts[1]);
+    }
+  }
+  const int32_t short_ones[] = {0, 3, 5};
+  problem.cu_seqlens = short_ones;
+  problem.sequences = 2;
+  EXPECT(balance_heads(problem, 8).size() == 2, "five tokens went to %zu threads",
+         balance_heads(problem, 8).size() - 1);
 }
 
 }  // namespace

@@ -30,17 +30,16 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps) {
       bytes.as<uint16_t>()[at] = reference_bf16(x);
     }
   };
-  const bool pairs = g.layout == Layout::kBf16Pairs;
   for (size_t p = 0; p < k; ++p) {
     for (size_t i = 0; i < u.mr; ++i) {
       const float x = rounded_to(g.lhs_type, random_source().value());
       lhs[i * k + p] = x;
-      put(block, g.lhs_type, pairs ? (p / 4 * u.mr + i) * 4 + p % 4 : i * k + p, x);
+      put(block, g.lhs_type, block_index(g, u.mr, steps, i, p), x);
     }
     for (size_t j = 0; j < g.nr; ++j) {
       const float x = rounded_to(g.rhs_type, random_source().value());
       rhs[j * k + p] = x;
-      put(panel, g.rhs_type, pairs ? (p / 4 * g.nr + j) * 4 + p % 4 : p * g.nr + j, x);
+      put(panel, g.rhs_type, panel_index(g, j, p), x);
     }
   }
   // Rows apart, so that what lies between them must stay as it is.

@@ -12,18 +12,6 @@
 namespace torch_ext::test {
 namespace {
 
-/// Element of a panel of `nr` columns that holds product p of column j.
-size_t panel_index(const GemmKernel& g, size_t j, size_t p) {
-  if (g.layout == Layout::kBf16Pairs) return ((p / 4) * g.nr + j) * 4 + p % 4;
-  return p * g.nr + j;
-}
-
-/// Element of a block of `mr` rows that holds product p of row i.
-size_t block_index(const GemmKernel& g, size_t mr, size_t steps, size_t i, size_t p) {
-  if (g.layout == Layout::kBf16Pairs) return ((p / 4) * mr + i) * 4 + p % 4;
-  return i * steps * 4 + p;
-}
-
 uint32_t packed_bits(DType t, const void* data, size_t at) {
   return t == DType::kF32 ? static_cast<const uint32_t*>(data)[at] : static_cast<const uint16_t*>(data)[at];
 }
@@ -82,9 +70,9 @@ TORCH_EXT_TEST(packers_fill_every_element_and_pad_with_zeros) {
 TORCH_EXT_TEST(worked_examples_of_the_layouts_hold) {
   for (const GemmPath& path : gemm_paths()) {
     const GemmKernel& g = *path.kernel;
-    if (g.nr != 12) continue;  // the examples are of 12 columns
-    const bool pairs = g.layout == Layout::kBf16Pairs;
-    const size_t column = 5, product = pairs ? 6 : 2, element = pairs ? 70 : 29, k = 8;
+    const bool pairs = g.layout == Layout::kBf16Pairs, dots = g.layout == Layout::kBf16Dots;
+    if (g.nr != 12 && !dots) continue;  // the examples are of 12 columns
+    const size_t column = 5, product = pairs ? 6 : dots ? 3 : 2, element = pairs ? 70 : dots ? 75 : 29, k = 8;
     context("%s", path.name().c_str());
     for (const Packer packer : {Packer::kRhsNxk, Packer::kRhsKxn}) {
       const bool kxn = packer == Packer::kRhsKxn;
@@ -129,8 +117,11 @@ TORCH_EXT_TEST(diagrams_of_the_layouts_hold) {
       for (size_t i = 0; i < mr; ++i) {
         for (size_t p = 0; p < k; ++p) block.push_back(source.get(i, p));
       }
-      for (size_t p = 0; p < k; ++p) {
-        for (size_t j = 0; j < g.nr; ++j) panel.push_back(source.get(j, p));
+      const size_t pair = g.layout == Layout::kBf16Dots ? 2 : 1;
+      for (size_t p = 0; p < k; p += pair) {
+        for (size_t j = 0; j < g.nr; ++j) {
+          for (size_t q = p; q < p + pair; ++q) panel.push_back(source.get(j, q));
+        }
       }
     }
     const GuardedBytes packed_block(g.lhs_block_bytes(mr, k)), packed_panel(g.rhs_panel_bytes(k));

@@ -180,7 +180,8 @@ TORCH_EXT_TEST(bf16_rounds_to_nearest_even_exactly) {
         const Guarded<uint16_t> out(n);
         std::memcpy(in.get(), &x[first], n * sizeof(float));
         context("%s, %zu numbers from 0x%08x", vec->name, n, x[first]);
-        scale_row(*vec, in.get(), n, 1.0f, out.get(), DType::kBF16);
+        constexpr float kOne = 1.0f;
+        scale_rows(*vec, 1, n, in.get(), n, &kOne, out.get(), n, DType::kBF16);
         for (size_t i = 0; i < n; ++i) {
           const uint32_t bits = x[first + i];
           const float value = float_from_bits(bits);
@@ -200,19 +201,65 @@ TORCH_EXT_TEST(bf16_rounds_to_nearest_even_exactly) {
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
-TORCH_EXT_TEST(scale_row_multiplies) {
+TORCH_EXT_TEST(scale_rows_multiplies) {
   for (const VecKernels* const vec : vec_paths()) {
     for (const size_t n : lengths()) {
       for (const DType type : kTypes) {
-        context("%s n %zu to %s", vec->name, n, dtype_name(type));
-        Matrix in(DType::kF32, 1, n), out(type, 1, n);
+        const size_t rows = 1 + n % 4;
+        context("%s %zu rows of %zu to %s", vec->name, rows, n, dtype_name(type));
+        Matrix in(DType::kF32, rows, n, n + 3), out(type, rows, n, n + 2);
         in.fill(random_source());
-        const float factor = 3 * random_source().value();
-        scale_row(*vec, static_cast<const float*>(in.data()), n, factor, out.data(), type);
-        for (size_t j = 0; j < n; ++j) {
-          const double y = static_cast<double>(in.get(0, j)) * static_cast<double>(factor);
-          const double bound = output_bound(DType::kF32, y) + output_bound(type, y);
-          EXPECT(within(out.get(0, j), y, bound), "%zu: %g, expected %g", j, static_cast<double>(out.get(0, j)), y);
+        float factors[4];
+        for (float& factor : factors) factor = 3 * random_source().value();
+        scale_rows(*vec, rows, n, static_cast<const float*>(in.data()), in.ld, factors, out.data(), out.ld, type);
+        out.expect_gaps_untouched();
+        for (size_t i = 0; i < rows; ++i) {
+          for (size_t j = 0; j < n; ++j) {
+            const double y = static_cast<double>(in.get(i, j)) * static_cast<double>(factors[i]);
+            const double bound = output_bound(DType::kF32, y) + output_bound(type, y);
+            EXPECT(within(out.get(i, j), y, bound), "(%zu, %zu): %g, expected %g", i, j,
+                   static_cast<double>(out.get(i, j)), y);
+          }
+        }
+      }
+    }
+  }
+}
+
+TORCH_EXT_TEST(softmax_pack_is_right_for_every_length) {
+  for (const VecKernels* const vec : vec_paths()) {
+    if (!vec->softmax_pack) continue;
+    const GemmKernel& g = *vec->gemm_dot_bf16;
+    for (size_t n = 1; n <= (options().quick ? 37 : 133); ++n) {
+      for (size_t u = 0; u < g.ukernel_count; ++u) {
+        const size_t mr = g.ukernels[u].mr, rows = 1 + n % mr;
+        const size_t ld = (n + kMaxVecWidth - 1) / kMaxVecWidth * kMaxVecWidth;
+        const float scale = n % 3 ? 0.125f : 3.0f;
+        context("%s, %zu of %zu rows of %zu", vec->name, rows, mr, n);
+        const Guarded<float> s(rows * ld);
+        std::vector<std::vector<double>> expected;
+        for (size_t i = 0; i < rows; ++i) {
+          std::vector<double> row(n);
+          for (size_t j = 0; j < n; ++j) row[j] = s[i * ld + j] = 20 * random_source().value();
+          const double largest = *std::max_element(row.begin(), row.end());
+          for (double& x : row) x = std::exp(static_cast<double>(scale) * (x - largest));
+          expected.push_back(row);
+        }
+        const GuardedBytes block(g.lhs_block_bytes(mr, n));
+        float sums[kMaxMr];
+        softmax_pack(*vec, rows, mr, n, scale, s.get(), ld, sums, block.data());
+        for (size_t i = 0; i < rows; ++i) {
+          double sum = 0;
+          for (size_t p = 0; p < g.steps(n) * g.k_step; ++p) {
+            const double y = p < n ? expected[i][p] : 0.0;
+            const double got = bf16_to_f32(block.as<uint16_t>()[block_index(g, mr, g.steps(n), i, p)]);
+            // The exponent's own rounding: 20 times the scale, in fp32, twice.
+            const double bound = (kExp2ToBf16 + kRoundBf16 + 80 * static_cast<double>(scale) * kRoundF32) * y + 2e-38;
+            EXPECT(within(got, y, bound), "(%zu, %zu): %g, expected %g", i, p, got, y);
+            sum += y;
+          }
+          EXPECT(within(sums[i], sum, 2 * kExp2ToBf16 * sum), "row %zu: sum %g, expected %g", i,
+                 static_cast<double>(sums[i]), sum);
         }
       }
     }

@@ -12,16 +12,13 @@
 namespace torch_ext::test {
 namespace {
 
-// The formula in vec/quantize.inl.
-size_t group_index(const GemmKernel& g, size_t r, size_t i, size_t p) { return (p / g.kr * r + i) * g.kr + p % g.kr; }
-
 size_t padded_depth(const GemmKernel& g, size_t k) { return g.steps(k) * g.k_step; }
 
 /// Kernels of VPDPBUSD keep rows as q + 128, and say so by what else their panels hold.
 int stored_offset(const GemmKernel& g) { return g.column_extra_bytes > sizeof(float) ? 128 : 0; }
 
 int stored_value(const GemmKernel& g, const unsigned char* block, size_t r, size_t i, size_t p) {
-  const unsigned char byte = block[group_index(g, r, i, p)];
+  const unsigned char byte = block[block_index(g, r, 0, i, p)];
   return stored_offset(g) ? static_cast<int>(byte) - 128 : static_cast<int8_t>(byte);
 }
 
@@ -113,7 +110,7 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool ex
   for (size_t i = 0; i < u.mr; ++i) {
     for (size_t p = 0; p < k; ++p) {
       lhs[i * k + p] = extreme ? (i % 2 ? -127 : 127) : random_q(random_source());
-      block.data()[group_index(g, u.mr, i, p)] = static_cast<unsigned char>(lhs[i * k + p] + stored_offset(g));
+      block.data()[block_index(g, u.mr, steps, i, p)] = static_cast<unsigned char>(lhs[i * k + p] + stored_offset(g));
     }
     row_scales[i] = std::ldexp(1.0f, static_cast<int>(i) - 4);
     std::memcpy(block.data() + u.mr * k + i * sizeof(float), &row_scales[i], sizeof(float));

@@ -92,7 +92,8 @@ TORCH_EXT_TEST(every_family_is_well_formed) {
       EXPECT(g.steps(k) * g.k_step >= k && (k == 0 || (g.steps(k) - 1) * g.k_step < k), "steps(%zu) = %zu", k,
              g.steps(k));
     }
-    const bool bf16_panels = g.layout == Layout::kBf16Pairs || g.layout == Layout::kBf16Rows;
+    const bool bf16_panels =
+        g.layout == Layout::kBf16Pairs || g.layout == Layout::kBf16Rows || g.layout == Layout::kBf16Dots;
     EXPECT(bf16_panels == (g.rhs_type == DType::kBF16), "layout and type of the panels disagree");
     EXPECT((g.layout == Layout::kS8Groups) == (g.rhs_type == DType::kS8) &&
                (g.lhs_type == DType::kS8) == (g.rhs_type == DType::kS8),

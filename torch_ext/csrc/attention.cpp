@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "gemm.h"
 #include "packing/packed_weight.h"
@@ -11,28 +12,82 @@ namespace {
 // What one head needs of this thread's scratch memory, each part 64-byte aligned.
 struct HeadScratch {
   char *keys, *values, *queries, *probabilities;
-  float* scores;
+  float *scores, *context;
 };
 
-HeadScratch carve(const GemmKernel& kernel, size_t length, size_t head_size, size_t ld_scores) {
+HeadScratch carve(const GemmKernel& kernel, size_t length, size_t head_size, size_t ld_scores, size_t ld_context) {
   const size_t sizes[] = {
       kernel.panels(length) * kernel.rhs_panel_bytes(head_size),
       kernel.panels(head_size) * kernel.rhs_panel_bytes(length),
       kernel.lhs_block_bytes(kernel.max_mr(), head_size),
       kernel.lhs_block_bytes(kernel.max_mr(), length),
       kernel.max_mr() * ld_scores * sizeof(float),
+      kernel.max_mr() * ld_context * sizeof(float),
   };
-  size_t offsets[5], total = 0;
-  for (size_t i = 0; i < 5; ++i) {
+  constexpr size_t kParts = sizeof sizes / sizeof sizes[0];
+  size_t offsets[kParts], total = 0;
+  for (size_t i = 0; i < kParts; ++i) {
     offsets[i] = total;
     total += round_up(sizes[i], kPackedAlignment);
   }
   char* const base = static_cast<char*>(thread_scratch(ScratchSlot::kAttention, total));
-  return {base + offsets[0], base + offsets[1], base + offsets[2], base + offsets[3],
-          reinterpret_cast<float*>(base + offsets[4])};
+  return {base + offsets[0],
+          base + offsets[1],
+          base + offsets[2],
+          base + offsets[3],
+          reinterpret_cast<float*>(base + offsets[4]),
+          reinterpret_cast<float*>(base + offsets[5])};
+}
+
+// s[j] = scale * s[j] + bias[clamp(first + j - query, -reach, reach) + reach] for the n keys from `first` on.
+void add_relative_bias(float* s, size_t n, size_t first, size_t query, float scale, const float* bias, size_t reach) {
+  const auto key_at = [&](size_t key) { return std::clamp(key, first, first + n) - first; };
+  const size_t near = key_at(query < reach ? 0 : query - reach), far = key_at(query + reach);
+  for (size_t j = 0; j < near; ++j) s[j] = s[j] * scale + bias[0];
+  const float* const at = bias + reach;
+  const ptrdiff_t distance = static_cast<ptrdiff_t>(first) - static_cast<ptrdiff_t>(query);
+  for (size_t j = near; j < far; ++j) s[j] = s[j] * scale + at[distance + static_cast<ptrdiff_t>(j)];
+  for (size_t j = far; j < n; ++j) s[j] = s[j] * scale + at[reach];
+}
+
+// What of keys [first, first + n) lies outside of the window of `query`.
+void mask_outside(float* s, size_t n, size_t first, size_t query, size_t window) {
+  const size_t low = query < window ? 0 : query - window, high = query + window + 1;
+  std::fill(s, s + (std::clamp(low, first, first + n) - first), -INFINITY);
+  std::fill(s + (std::clamp(high, first, first + n) - first), s + n, -INFINITY);
+}
+
+size_t attention_cost(size_t length, const AttentionProblem& problem) {
+  const size_t seen = problem.window >= length ? length : std::min(length, 2 * problem.window + 1);
+  return length * (2 * seen + 16) * problem.head_size;
 }
 
 }  // namespace
+
+std::vector<size_t> balance_heads(const AttentionProblem& problem, size_t parts) {
+  std::vector<size_t> cost(problem.sequences);
+  size_t total = 0;
+  for (size_t s = 0; s < problem.sequences; ++s) {
+    cost[s] = attention_cost(static_cast<size_t>(problem.cu_seqlens[s + 1] - problem.cu_seqlens[s]), problem);
+    total += cost[s] * problem.heads;
+  }
+  // Below this a second thread costs more than it saves: about 10 microseconds of one core.
+  constexpr size_t kMinRunCost = 256 * 1024;
+  parts = std::max<size_t>(1, std::min(parts, total / kMinRunCost));
+  std::vector<size_t> starts{0};
+  size_t done = 0;
+  for (size_t s = 0; s < problem.sequences && starts.size() < parts; ++s) {
+    for (size_t h = 0; h < problem.heads; ++h) {
+      const size_t index = s * problem.heads + h;
+      if (done >= total * starts.size() / parts && starts.size() < parts && index > starts.back()) {
+        starts.push_back(index);
+      }
+      done += cost[s];
+    }
+  }
+  starts.push_back(problem.sequences * problem.heads);
+  return starts;
+}
 
 void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const AttentionProblem& problem,
                         size_t sequence, size_t head) {
@@ -45,13 +100,17 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
   const PackRowsFn pack_queries = f32 ? kernel.pack_lhs_f32 : kernel.pack_lhs_bf16;
   const PackRowsFn pack_keys = f32 ? kernel.pack_rhs_nxk_f32 : kernel.pack_rhs_nxk_bf16;
   const PackColsFn pack_values = f32 ? kernel.pack_rhs_kxn_f32 : kernel.pack_rhs_kxn_bf16;
-  const size_t ld_scores = round_up(length, kMaxVecWidth);
-  const HeadScratch s = carve(kernel, length, d, ld_scores);
+  const size_t ld_scores = round_up(round_up(length, nr), kMaxVecWidth), ld_context = round_up(d, nr);
+  const HeadScratch s = carve(kernel, length, d, ld_scores, ld_context);
   const char* const queries = static_cast<const char*>(problem.qkv) + (first * ld + head * d) * element;
   const char* const keys = queries + hidden * element;
   const char* const values = keys + hidden * element;
   char* const out = static_cast<char*>(problem.out) + (first * hidden + head * d) * element;
   const size_t key_panel = kernel.rhs_panel_bytes(d), value_panel = kernel.rhs_panel_bytes(length);
+  const bool dots = &kernel == vec.gemm_dot_bf16;
+  const bool local = problem.window < length;
+  const float* const bias =
+      problem.relative_bias ? problem.relative_bias + head * (2 * problem.bias_reach + 1) : nullptr;
 
   for (size_t j = 0; j < length; j += nr) {
     pack_keys(std::min(nr, length - j), nr, d, keys + j * ld * element, ld, s.keys + j / nr * key_panel);
@@ -60,32 +119,38 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     pack_values(std::min(nr, d - j), length, values + j * element, ld, s.values + j / nr * value_panel);
   }
 
-  alignas(64) float tile[kMaxMr * kMaxNr];
-  Epilogue to_scores;
-  to_scores.out = s.scores;
-  to_scores.ld_out = ld_scores;
-  const auto store_scores = vec.store_tile[static_cast<size_t>(Activation::kNone)];
-
   for (size_t row = 0; row < length;) {
     const UKernel& ukernel = kernel.ukernel_for(std::min(kernel.max_mr(), length - row));
     const size_t rows = std::min(ukernel.mr, length - row);
+    // The keys that these rows see: whole panels from the first one on.
+    const size_t begin = !local || row < problem.window ? 0 : (row - problem.window) / nr * nr;
+    const size_t end = local ? std::min(length, row + rows + problem.window) : length;
+    const size_t seen = end - begin;
     pack_queries(rows, ukernel.mr, d, queries + row * ld * element, ld, s.queries);
-    for (size_t j = 0; j < length; j += nr) {
-      ukernel.run(kernel.steps(d), s.queries, s.keys + j / nr * key_panel, tile, nr);
-      store_scores(tile, nr, rows, std::min(nr, length - j), to_scores, 0, j);
+    for (size_t j = begin; j < end; j += nr) {
+      ukernel.run(kernel.steps(d), s.queries, s.keys + j / nr * key_panel, s.scores + (j - begin), ld_scores);
     }
+    for (size_t i = 0; (bias || local) && i < rows; ++i) {
+      float* const scores = s.scores + i * ld_scores;
+      if (bias) add_relative_bias(scores, seen, begin, row + i, problem.scale, bias, problem.bias_reach);
+      if (local) mask_outside(scores, seen, begin, row + i, problem.window);
+    }
+    const float scale = bias ? 1.0f : problem.scale;
     float factors[kMaxMr];
-    for (size_t i = 0; i < rows; ++i) {
-      factors[i] = 1.0f / vec.softmax_row(s.scores + i * ld_scores, length, problem.scale);
+    if (dots) {
+      vec.softmax_pack(rows, ukernel.mr, seen, scale, s.scores, ld_scores, factors, s.probabilities);
+    } else {
+      for (size_t i = 0; i < rows; ++i) factors[i] = vec.softmax_row(s.scores + i * ld_scores, seen, scale);
+      kernel.pack_lhs_f32(rows, ukernel.mr, seen, s.scores, ld_scores, s.probabilities);
     }
-    kernel.pack_lhs_f32(rows, ukernel.mr, length, s.scores, ld_scores, s.probabilities);
+    for (size_t i = 0; i < rows; ++i) factors[i] = 1.0f / factors[i];
+    // A panel holds one step after the other: those of the keys before `begin` are left out.
+    const size_t skipped = nr * begin * dtype_bytes(kernel.rhs_type);
     for (size_t j = 0; j < d; j += nr) {
-      ukernel.run(kernel.steps(length), s.probabilities, s.values + j / nr * value_panel, tile, nr);
-      for (size_t i = 0; i < rows; ++i) {
-        vec.scale_row(tile + i * nr, std::min(nr, d - j), factors[i], out + ((row + i) * hidden + j) * element,
-                      problem.type);
-      }
+      ukernel.run(kernel.steps(seen), s.probabilities, s.values + j / nr * value_panel + skipped, s.context + j,
+                  ld_context);
     }
+    vec.scale_rows(rows, d, s.context, ld_context, factors, out + row * hidden * element, hidden, problem.type);
     row += rows;
   }
 }

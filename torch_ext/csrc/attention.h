@@ -3,11 +3,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "kernels/gemm_kernel.h"
 #include "kernels/vec_kernels.h"
 
 namespace torch_ext {
+
+/// No limit on how far a token sees.
+constexpr size_t kNoWindow = SIZE_MAX;
 
 struct AttentionProblem {
   const void* qkv = nullptr;  ///< [T, 3 * heads * head_size]: queries, keys, values, each head after head
@@ -17,12 +21,17 @@ struct AttentionProblem {
   size_t sequences = 0;
   size_t heads = 0, head_size = 0;
   float scale = 1.0f;
+  size_t window = kNoWindow;  ///< a token sees keys at most this many positions away
+  const float* relative_bias =
+      nullptr;  ///< [heads, 2 * bias_reach + 1] or null: see `add_relative_bias` in attention.cpp
+  size_t bias_reach = 0;
 };
 
-/// Work of the head of one sequence of `length` tokens, in products; used to balance threads.
-inline size_t attention_cost(size_t length, size_t head_size) { return length * (2 * length + 16) * head_size; }
+/// Heads of sequences in order, cut into at most `parts` runs of about equal work, none too small to be worth a thread.
+/// Entry t is the first head of run t, counted over all sequences; the last entry is their number.
+std::vector<size_t> balance_heads(const AttentionProblem& problem, size_t parts);
 
-/// out = softmax(scale * Q K^T) V for head `head` of sequence `sequence`. Scores exist for one block of rows at a
+/// out = softmax(scale * Q K^T + bias) V for head `head` of sequence `sequence`. Scores exist for one block of rows at a
 /// time: memory is O(length * head_size) for each thread.
 void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const AttentionProblem& problem,
                         size_t sequence, size_t head);

@@ -114,8 +114,7 @@ const Dispatch& dispatch() {
 
 const GemmKernel& attention_gemm(const Dispatch& d, DType t) {
   // Keys, values and probabilities in bf16 lose nothing that bf16 input had not lost; fp32 input stays fp32.
-  if (t == DType::kBF16 && d.isa->gemm && d.isa->gemm->lhs_type == DType::kBF16) return *d.isa->gemm;
-  return *d.vec->gemm_f32;
+  return t == DType::kBF16 && d.vec->gemm_dot_bf16 ? *d.vec->gemm_dot_bf16 : *d.vec->gemm_f32;
 }
 
 std::string isa_report_json() {

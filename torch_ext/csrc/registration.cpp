@@ -9,7 +9,9 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias=None, str activation='none', ScalarType? out_dtype=None, "
       "Tensor? residual=None) -> Tensor");
-  m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, int num_heads, float? scale=None) -> Tensor");
+  m.def(
+      "varlen_attention(Tensor qkv, Tensor cu_seqlens, int num_heads, float? scale=None, int? window=None, "
+      "Tensor? relative_bias=None) -> Tensor");
   m.def("add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
       "embed_layer_norm(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor word, Tensor position, "

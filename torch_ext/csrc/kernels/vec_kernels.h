@@ -37,8 +37,9 @@ struct VecKernels {
   /// up to kMaxVecWidth elements; those past n hold nothing of use afterwards.
   float (*softmax_row)(float* s, size_t n, float scale);
 
-  /// out[j] = s[j] * factor
-  void (*scale_row)(const float* s, size_t n, float factor, void* out, DType out_type);
+  /// out(i, j) = s(i, j) * factors[i]; rows are `ld` and `ld_out` elements apart.
+  void (*scale_rows)(size_t rows, size_t n, const float* s, size_t ld, const float* factors, void* out, size_t ld_out,
+                     DType out_type);
 
   /// out = (v - mean v) / sqrt(var v + eps) * weight + bias over one row of n, with v = a + b + c summed in fp32;
   /// b and c may be null. a, b, c and out have type `t`; out may be a, b or c.
@@ -56,6 +57,15 @@ struct VecKernels {
   const GemmKernel* gemm_f32;
   const GemmKernel* gemm_bf16;
   const GemmKernel* gemm_s8;
+
+  /// Attention of bf16 where there is an instruction for its products, else both null: gemm_f32 and softmax_row do then.
+  ///
+  /// softmax_pack: numerators exp(scale * (s(i, j) - max over j of s(i, j))) of `rows` rows of n scores, rounded to bf16 and
+  /// packed as a block of `block_rows` rows of `gemm_dot_bf16`; sums[i] is the sum of row i in fp32. n >= 1; rows of scores
+  /// are `ld` apart and have room for n rounded up to kMaxVecWidth; they hold nothing of use afterwards.
+  const GemmKernel* gemm_dot_bf16;
+  void (*softmax_pack)(size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld, float* sums,
+                       void* block);
 };
 
 #if defined(__aarch64__)

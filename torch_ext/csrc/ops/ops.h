@@ -17,7 +17,8 @@ std::tuple<Tensor, Tensor> unpack_linear_weight_int8(const Tensor& packed);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, const std::string& activation,
               const std::optional<ScalarType>& out_dtype, const std::optional<Tensor>& residual);
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
-                        const std::optional<double>& scale);
+                        const std::optional<double>& scale, const std::optional<int64_t>& window,
+                        const std::optional<Tensor>& relative_bias);
 Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
                       double eps);
 Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,

@@ -155,7 +155,7 @@ Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& m
             const float norm = std::sqrt(vec.sum_squares(n, acc)) * factor;
             factor /= std::max(norm, 1e-12f);
           }
-          if (factor != 1.0f) vec.scale_row(acc, n, factor, acc, DType::kF32);
+          if (factor != 1.0f) vec.scale_rows(1, n, acc, n, &factor, acc, n, DType::kF32);
         }
       });
   return out;

@@ -63,6 +63,8 @@ inline const char* layout_name(Layout layout) {
       return "plain bf16 [N, K]";
     case Layout::kOnednn:
       return "oneDNN";
+    case Layout::kBf16Dots:
+      return "bf16 dots (VDPBF16PS)";
     case Layout::kS8Groups:
       return "int8";
   }

@@ -17,6 +17,7 @@ namespace vec_neon {
 #define TORCH_EXT_VEC_NR "12"
 #define TORCH_EXT_VEC_MAIN_MR 6
 #define TORCH_EXT_VEC_NAME "neon_fmla"
+#define TORCH_EXT_VEC_ATTENTION nullptr, nullptr
 #define TORCH_EXT_VEC_FEATURES (kFeatureNeon)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"

@@ -8,6 +8,7 @@
 #include <arm_neon.h>
 
 #include "cpu_features.h"
+#include "kernels/neon_bf16/gemm_bfmmla.h"
 #include "kernels/target_region.h"
 
 TARGET_REGION_BEGIN("arch=armv8.2-a+bf16", "bf16")
@@ -21,6 +22,7 @@ namespace vec_neon_bf16 {
 #define TORCH_EXT_VEC_NR "12"
 #define TORCH_EXT_VEC_MAIN_MR 6
 #define TORCH_EXT_VEC_NAME "neon_bf16_fmla"
+#define TORCH_EXT_VEC_ATTENTION &kGemmBfmmla, softmax_pack_pairs
 #define TORCH_EXT_VEC_FEATURES (kFeatureNeon | kFeatureBf16)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
@@ -28,6 +30,7 @@ namespace vec_neon_bf16 {
 #include "kernels/vec/gemm_f32.inl"
 #include "kernels/vec/quantize.inl"
 #include "kernels/vec/gemm_s8.inl"
+#include "kernels/vec/softmax_pack.inl"
 #include "kernels/vec/instance.inl"
 // clang-format on
 

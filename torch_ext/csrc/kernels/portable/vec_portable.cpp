@@ -13,6 +13,7 @@ namespace vec_portable {
 #define TORCH_EXT_VEC_NR "12"
 #define TORCH_EXT_VEC_MAIN_MR 8
 #define TORCH_EXT_VEC_NAME "portable"
+#define TORCH_EXT_VEC_ATTENTION nullptr, nullptr
 #define TORCH_EXT_VEC_FEATURES (kFeatureNone)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"

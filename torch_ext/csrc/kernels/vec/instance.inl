@@ -6,7 +6,7 @@ static constexpr VecKernels kKernels = {
     {store_tile<Activation::kNone>, store_tile<Activation::kGelu>, store_tile<Activation::kGeluTanh>,
      store_tile<Activation::kRelu>, store_tile<Activation::kTanh>, store_tile<Activation::kSilu>},
     softmax_row,
-    scale_row,
+    scale_rows,
     sum_layer_norm_row,
     fold_row<false>,
     fold_row<true>,
@@ -14,4 +14,5 @@ static constexpr VecKernels kKernels = {
     &kGemmF32,
     &kGemmBf16,
     &kGemmS8,
+    TORCH_EXT_VEC_ATTENTION,
 };

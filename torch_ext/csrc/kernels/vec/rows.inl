@@ -98,7 +98,8 @@ static void store_tile(const float* tile, size_t ld_tile, size_t rows, size_t co
 
 static float softmax_row(float* s, size_t n, float scale) {
   const size_t whole = (n + kWidth - 1) / kWidth * kWidth;
-  for (size_t j = n; j < whole; ++j) s[j] = -3.0e38f;
+  for (size_t j = n; j < whole; ++j) s[j] = -__builtin_inff();
+  scale = scale > 1.2e-38f ? scale : 1.2e-38f;  // zero times infinity would be NaN
   vf m = load(s);
   for (size_t j = kWidth; j < whole; j += kWidth) m = max_nan(m, load(s + j));
   const vf offset = splat(max_lanes(m) * scale);
@@ -118,17 +119,22 @@ static float softmax_row(float* s, size_t n, float scale) {
 }
 
 template <typename Out>
-static void scale_row_as(const float* s, size_t n, float factor, Out* out) {
-  size_t j = 0;
-  for (; j + kWidth <= n; j += kWidth) Io<Out>::put(out + j, load(s + j) * factor);
-  if (j < n) put_n(out + j, get_n(s + j, n - j) * factor, n - j);
+static void scale_rows_as(size_t rows, size_t n, const float* s, size_t ld, const float* factors, Out* out,
+                          size_t ld_out) {
+  for (size_t i = 0; i < rows; ++i, s += ld, out += ld_out) {
+    const float factor = factors[i];
+    size_t j = 0;
+    for (; j + kWidth <= n; j += kWidth) Io<Out>::put(out + j, load(s + j) * factor);
+    if (j < n) put_n(out + j, get_n(s + j, n - j) * factor, n - j);
+  }
 }
 
-static void scale_row(const float* s, size_t n, float factor, void* out, DType out_type) {
+static void scale_rows(size_t rows, size_t n, const float* s, size_t ld, const float* factors, void* out, size_t ld_out,
+                       DType out_type) {
   if (out_type == DType::kF32) {
-    scale_row_as(s, n, factor, static_cast<float*>(out));
+    scale_rows_as(rows, n, s, ld, factors, static_cast<float*>(out), ld_out);
   } else {
-    scale_row_as(s, n, factor, static_cast<uint16_t*>(out));
+    scale_rows_as(rows, n, s, ld, factors, static_cast<uint16_t*>(out), ld_out);
   }
 }
 

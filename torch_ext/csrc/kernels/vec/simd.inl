@@ -88,22 +88,47 @@ TORCH_EXT_INLINE void store_bf16(uint16_t* p, vf v) {
 #endif
 }
 
+#if !defined(TORCH_EXT_VEC_NEON)
+/// Neighbouring groups of kStep lanes exchanged.
+template <size_t kStep>
+TORCH_EXT_INLINE vf exchange(vf v) {
+#if TORCH_EXT_VEC_WIDTH == 16
+  if constexpr (kStep == 8) return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  if constexpr (kStep == 4) return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  if constexpr (kStep == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  if constexpr (kStep == 1) return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif TORCH_EXT_VEC_WIDTH == 8
+  if constexpr (kStep == 4) return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  if constexpr (kStep == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  if constexpr (kStep == 1) return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+  if constexpr (kStep == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  if constexpr (kStep == 1) return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#endif
+  return v;
+}
+#endif
+
 TORCH_EXT_INLINE float sum_lanes(vf v) {
-  float lanes[kWidth], s = 0.0f;
-  store(lanes, v);
-  for (size_t half = kWidth / 2; half > 0; half /= 2) {
-    for (size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  s = lanes[0];
-  return s;
+#if defined(TORCH_EXT_VEC_NEON)
+  return vaddvq_f32((float32x4_t)v);
+#else
+  if constexpr (kWidth > 8) v = v + exchange<8>(v);
+  if constexpr (kWidth > 4) v = v + exchange<4>(v);
+  v = v + exchange<2>(v);
+  return (v + exchange<1>(v))[0];
+#endif
 }
 
 TORCH_EXT_INLINE float max_lanes(vf v) {
-  float lanes[kWidth];
-  store(lanes, v);
-  float m = lanes[0];
-  for (size_t i = 1; i < kWidth; ++i) m = lanes[i] > m ? lanes[i] : m;
-  return m;
+#if defined(TORCH_EXT_VEC_NEON)
+  return vmaxvq_f32((float32x4_t)v);
+#else
+  if constexpr (kWidth > 8) v = max_nan(v, exchange<8>(v));
+  if constexpr (kWidth > 4) v = max_nan(v, exchange<4>(v));
+  v = max_nan(v, exchange<2>(v));
+  return max_nan(v, exchange<1>(v))[0];
+#endif
 }
 
 /// Loads and stores of type T (float or uint16_t for bf16), whole vectors and the first n < kWidth elements.
@@ -157,6 +182,21 @@ TORCH_EXT_INLINE vf exp_approx(vf x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   // A product, not a sum of bits, so that NaN stays NaN whatever its low bits are.
+  return p * as_float(as_int(shifted) << 23);
+}
+
+/// 2^t for t <= 0, where the result is rounded to bf16 afterwards: relative error below 1e-4, a twentieth of that
+/// rounding; below -126 it gives 2^-126. 2^n * p(r), n = round(t), |r| <= 1/2, with p of degree 3 (least-maximum fit of
+/// the relative error, 7.5e-5).
+TORCH_EXT_INLINE vf exp2_to_bf16(vf t) {
+  t = max_nan(splat(-126.0f), t);
+  const vf shifter = splat(12583039.0f);  // as in exp_approx
+  const vf shifted = t + shifter;
+  const vf r = t - (shifted - shifter);
+  vf p = splat(5.517166802e-02f);
+  p = p * r + 2.426111221e-01f;
+  p = p * r + 6.932609857e-01f;
+  p = p * r + 9.999280735e-01f;
   return p * as_float(as_int(shifted) << 23);
 }
 

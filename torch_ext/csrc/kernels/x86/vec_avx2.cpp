@@ -20,6 +20,7 @@ namespace vec_avx2 {
 #define TORCH_EXT_VEC_NR "16"
 #define TORCH_EXT_VEC_MAIN_MR 6
 #define TORCH_EXT_VEC_NAME "avx2_fma"
+#define TORCH_EXT_VEC_ATTENTION nullptr, nullptr
 #define TORCH_EXT_VEC_FEATURES (kFeatureAvx2Fma)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"

@@ -21,6 +21,7 @@ namespace vec_avx512 {
 #define TORCH_EXT_VEC_NR "32"
 #define TORCH_EXT_VEC_MAIN_MR 8
 #define TORCH_EXT_VEC_NAME "avx512_fma"
+#define TORCH_EXT_VEC_ATTENTION nullptr, nullptr
 #define TORCH_EXT_VEC_FEATURES (kFeatureAvx512)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"

@@ -22,6 +22,7 @@ namespace vec_avx512_bf16 {
 #define TORCH_EXT_VEC_NR "32"
 #define TORCH_EXT_VEC_MAIN_MR 8
 #define TORCH_EXT_VEC_NAME "avx512_bf16_fma"
+#define TORCH_EXT_VEC_ATTENTION &kGemmDot, softmax_pack_rows
 #define TORCH_EXT_VEC_FEATURES (kFeatureAvx512 | kFeatureAvx512Bf16)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
@@ -29,6 +30,8 @@ namespace vec_avx512_bf16 {
 #include "kernels/vec/gemm_f32.inl"
 #include "kernels/vec/quantize.inl"
 #include "kernels/vec/gemm_s8.inl"
+#include "kernels/vec/softmax_pack.inl"
+#include "kernels/x86/gemm_dot_bf16.inl"
 #include "kernels/vec/instance.inl"
 // clang-format on
 
