@@ -185,7 +185,7 @@ if is_cross() and COMPILES:
     set_cross_compiler()
 
 setuptools.setup(
-    packages=["torch_ext"],  # An allow-list: nothing else is ever installed into site-packages.
+    packages=["torch_ext", "torch_ext.encoder"],  # An allow-list: nothing else is ever installed into site-packages.
     package_data={"torch_ext": ["py.typed"]},
     include_package_data=False,
     ext_modules=[

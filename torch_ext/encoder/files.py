@@ -1,0 +1,99 @@
+"""Files of encoders and heads: safetensors with unpacked weights, and the specifications as metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from torch_ext.encoder.spec import EncoderSpec, HeadSpec, check_dtype, check_weights
+
+__all__ = ["has_part", "read", "write"]
+
+FORMAT = "torch-ext-encoder"
+FORMAT_VERSION = 1
+
+Spec = TypeVar("Spec", EncoderSpec, HeadSpec)
+
+
+def write(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write beside ``path``, then rename: the file appears under its name only when it is complete.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(weights, name, {"format": FORMAT, "format_version": str(FORMAT_VERSION), **metadata})
+        # mkstemp makes files that nobody else can read.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _open(path: Path) -> tuple[dict[str, str], Any]:
+    """The metadata of a file, checked for format and version, and the open file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no encoder file {path}")
+    try:
+        file = safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or is not a safetensors file: {error}") from error
+    metadata: dict[str, str] = file.metadata() or {}  # type: ignore[no-untyped-call]
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by torch_ext.Encoder.save(): its metadata has no format {FORMAT!r}")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{path} has format version {metadata.get('format_version')}, this torch_ext reads {FORMAT_VERSION}: "
+            "export the model again, or update torch-ext"
+        )
+    return metadata, file
+
+
+def has_part(path: Path, part: str) -> bool:
+    """Whether a file has an encoder or a head.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`read`.
+    """
+    return part in _open(path)[0]
+
+
+def read(path: Path, part: str, spec_type: type[Spec], dtype: str) -> tuple[Spec, dict[str, Tensor]]:
+    """The specification and weights of the encoder or head in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, of another format or version, or holds bf16 where fp32 is asked for.
+    """
+    check_dtype(dtype)
+    metadata, file = _open(path)
+    if dtype == "fp32" and metadata.get("dtype") != "fp32":
+        raise ValueError(
+            f"{path} holds {metadata.get('dtype')} weights, fp32 was asked for: load the fp32 file instead"
+        )
+    try:
+        fields = json.loads(metadata[part])
+        spec = spec_type(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has no valid specification of the {part}: {error}") from error
+    names: list[str] = file.keys()
+    weights = {name: file.get_tensor(name) for name in names if name.startswith("head.") == (part == "head")}
+    try:
+        check_weights(spec.shapes(), weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return spec, weights

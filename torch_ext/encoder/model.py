@@ -1,0 +1,444 @@
+"""Encoder and Head: a batch of texts is one ``[total_tokens, hidden]`` matrix, without padding."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torch_ext.encoder import files
+from torch_ext.encoder.huggingface import read_encoder, read_head
+from torch_ext.encoder.spec import (
+    DTYPES,
+    Dtype,
+    EncoderSpec,
+    HeadSpec,
+    check_dtype,
+    check_weights,
+    is_matrix,
+    is_table,
+)
+
+__all__ = ["Encoder", "Head", "LayerWeights"]
+
+Spec = TypeVar("Spec", EncoderSpec, HeadSpec)
+
+_UNLIKELY_ROWS = 1023  # no engine that prefers some numbers of rows prefers this one
+
+_embed_layer_norm = torch.ops.torch_ext.embed_layer_norm.default
+_linear = torch.ops.torch_ext.linear.default
+_varlen_attention = torch.ops.torch_ext.varlen_attention.default
+_add_layer_norm = torch.ops.torch_ext.add_layer_norm.default
+_preferred_rows = torch.ops.torch_ext._preferred_rows.default
+_pack = torch.ops.torch_ext.pack_linear_weight.default
+_unpack = torch.ops.torch_ext.unpack_linear_weight.default
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class _Inference:
+    """Gradients off, and below autograd's dispatch keys: each call of an op saves torch's fallback for them.
+
+    Unlike ``torch.inference_mode()`` it yields ordinary tensors, which may take part in autograd later (someone trains
+    a head of their own on them).
+    """
+
+    def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._below = torch._C._AutoDispatchBelowAutograd()
+        self._below.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        self._below.__exit__(*error)
+        torch._C._set_grad_enabled(self._grad)
+
+
+class _Weighted(Generic[Spec]):
+    """A specification and its weights, in the form that the ops read."""
+
+    spec: Spec
+    dtype: Dtype
+
+    def __init__(self, spec: Spec, weights: Mapping[str, Tensor], dtype: Dtype = "bf16") -> None:
+        """Pack weights.
+
+        Args:
+            spec: what to compute.
+            weights: fp32 or bf16 tensors with the names and shapes of ``spec.shapes()``; they are copied.
+            dtype: ``"bf16"`` or ``"fp32"``.
+
+        Raises:
+            ValueError: ``dtype`` is not known, or a name, shape or dtype is wrong.
+        """
+        self.spec = spec
+        self.dtype = check_dtype(dtype)
+        check_weights(spec.shapes(), weights)
+        self._tensors = {name: self._convert(name, tensor.detach()) for name, tensor in weights.items()}
+
+    def _convert(self, name: str, tensor: Tensor) -> Tensor:
+        if is_matrix(name) and self.dtype == "bf16":
+            packed: Tensor = _pack(tensor.contiguous())
+            return packed
+        kind = DTYPES[self.dtype] if is_table(name) else torch.float32
+        return tensor.to(kind, copy=True).contiguous()
+
+    def _linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """``activation(x @ weight.T + bias)``, with a weight as :meth:`_convert` leaves it."""
+        if self.dtype == "bf16":
+            result: Tensor = _linear(x, weight, bias, activation, out_dtype)
+            return result
+        return _ACTIVATIONS[activation](F.linear(x.float(), weight, bias))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by name, unpacked: matrices and tables in ``dtype``, the rest fp32."""
+        packed = self.dtype == "bf16"
+        return {
+            name: _unpack(tensor) if packed and is_matrix(name) else tensor for name, tensor in self._tensors.items()
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"spec": self.spec, "dtype": self.dtype, "weights": self.weights()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["spec"], state["weights"], state["dtype"])  # type: ignore[misc]
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights as the ops read them: matrices packed in bf16 or plain in fp32, the rest fp32."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    ffn_norm_weight: Tensor
+    ffn_norm_bias: Tensor
+
+
+class Encoder(_Weighted[EncoderSpec]):
+    """A BERT-family encoder that computes on tokens only, never on padding.
+
+    Made by :meth:`from_transformers` or :meth:`load`, and immutable: threads may share it. The weights in use are
+    packed for this kind of CPU; what is saved or pickled is unpacked.
+
+    Attributes:
+        spec: what it computes.
+        dtype: ``"bf16"`` or ``"fp32"``, of weights, products and the hidden state.
+    """
+
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor], dtype: Dtype = "bf16") -> None:
+        super().__init__(spec, weights, dtype)
+        self._layers = tuple(self._layer(f"layers.{index}") for index in range(spec.num_layers))
+        # Where a product of a new size costs as much as a batch, and only there: see onednn_preferred_rows in csrc.
+        self._fills_up = dtype == "bf16" and _preferred_rows(_UNLIKELY_ROWS) != _UNLIKELY_ROWS
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        parts = ("attention.qkv", "attention.out", "attention.norm", "ffn.up", "ffn.down", "ffn.norm")
+        return LayerWeights(
+            *(self._tensors[f"{prefix}.{part}.{kind}"] for part in parts for kind in ("weight", "bias"))
+        )
+
+    @classmethod
+    def from_transformers(cls, model: nn.Module, dtype: Dtype = "bf16") -> Encoder:
+        """Take the encoder out of a Hugging Face model.
+
+        Args:
+            model: ``BertModel``, ``RobertaModel`` or ``DistilBertModel``, or a model with a head on top of one (the
+                head is left behind; see :class:`Head`), fp32 or bf16 on the CPU. One that :func:`torch_ext.optimize`
+                has been over will do, too.
+            dtype: ``"bf16"`` or ``"fp32"``.
+
+        Returns:
+            The encoder, with its own copy of the weights.
+
+        Raises:
+            TypeError: ``model`` has no transformers configuration.
+            ValueError: the architecture, or an option of it, is not supported; the message says what is.
+        """
+        spec, weights = read_encoder(model)
+        return cls(spec, weights, dtype)
+
+    def __call__(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Run a batch of texts.
+
+        Args:
+            input_ids: i64 ``[T]``, the tokens of all texts, one text after the other, special tokens included.
+            cu_seqlens: i32 ``[B + 1]``; starts at 0, ends at T; text ``b`` is tokens ``cu_seqlens[b]`` to
+                ``cu_seqlens[b + 1]``, at least one and at most ``spec.max_positions``.
+            token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
+
+        Returns:
+            The last hidden state, ``[T, H]``, bf16 or fp32 as ``dtype`` says. It never requires grad.
+
+        Raises:
+            TypeError: an argument has the wrong dtype.
+            ValueError: a shape or an entry of ``cu_seqlens`` is wrong, or a text is empty or too long.
+            RuntimeError: an id is out of range.
+        """
+        if torch.compiler.is_compiling():
+            return self.run_reference(input_ids, cu_seqlens, token_type_ids)
+        self._check(input_ids, cu_seqlens, token_type_ids)
+        with _Inference():
+            tokens = input_ids.shape[0]
+            rows = _preferred_rows(tokens) if self._fills_up else tokens
+            if rows != tokens:
+                filled = self._fill_up(rows - tokens, input_ids, cu_seqlens, token_type_ids)
+                return self.run_reference(*filled)[:tokens]
+            return self.run_reference(input_ids, cu_seqlens, token_type_ids)
+
+    def _fill_up(
+        self, count: int, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append texts of `count` tokens in all, whose results nobody reads, to batches of a costly new size."""
+        tokens, longest = input_ids.shape[0], self.spec.max_positions
+        filler = input_ids.new_zeros(count)
+        bounds = [*range(tokens + longest, tokens + count, longest), tokens + count]
+        return (
+            torch.cat((input_ids, filler)),
+            torch.cat((cu_seqlens, torch.tensor(bounds, dtype=torch.int32))),
+            None if token_type_ids is None else torch.cat((token_type_ids, filler)),
+        )
+
+    def _check(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> None:
+        spec = self.spec
+        for name, tensor, dtype in (
+            ("input_ids", input_ids, torch.int64),
+            ("cu_seqlens", cu_seqlens, torch.int32),
+            ("token_type_ids", token_type_ids, torch.int64),
+        ):
+            if tensor is None and name == "token_type_ids":
+                continue
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"Encoder: expected {name} of {dtype}, got {got}")
+            if tensor.dim() != 1:
+                raise ValueError(
+                    f"Encoder: expected {name} with 1 dimension, got {list(tensor.shape)}: texts are concatenated "
+                    "without padding, and cu_seqlens says where each begins"
+                )
+            if tensor.device.type != "cpu":
+                raise ValueError(f"Encoder: expected {name} on the CPU, got {tensor.device}")
+        bounds = cu_seqlens.tolist()
+        tokens = input_ids.shape[0]
+        if len(bounds) < 2:
+            raise ValueError("Encoder: expected at least one text (cu_seqlens [B + 1]), got an empty batch")
+        if bounds[0] != 0 or bounds[-1] != tokens:
+            raise ValueError(
+                f"Encoder: expected cu_seqlens from 0 to {tokens} (tokens), got {bounds[0]} to {bounds[-1]}"
+            )
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        if min(lengths) < 1:
+            index = next(index for index, length in enumerate(lengths) if length < 1)
+            raise ValueError(
+                f"Encoder: expected cu_seqlens to rise, got {bounds[index]} then {bounds[index + 1]}: text {index} "
+                "has no tokens"
+            )
+        if max(lengths) > spec.max_positions:
+            raise ValueError(
+                f"Encoder: text {lengths.index(max(lengths))} has {max(lengths)} tokens, the model takes at most "
+                f"{spec.max_positions}: truncate it"
+            )
+        if token_type_ids is not None:
+            if token_type_ids.shape[0] != tokens:
+                raise ValueError(f"Encoder: expected token_type_ids [{tokens}], got {list(token_type_ids.shape)}")
+            if not spec.type_vocab_size and tokens and int(token_type_ids.max()) > 0:
+                raise ValueError(f"Encoder: {spec.architecture} has no token types: leave token_type_ids out")
+
+    def run_reference(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """The encoder, op by op: what it computes, written to be read.
+
+        Args, result: as when the encoder is called, which checks its arguments first.
+        """
+        spec, linear, norm = self.spec, self._linear, _add_layer_norm
+        eps, heads, activation = spec.layer_norm_eps, spec.num_heads, spec.activation
+        hidden = self._embed(input_ids, cu_seqlens, token_type_ids)
+        for w in self._layers:
+            # The residual is added in the norm, which reads it from the cache, on every instruction set in one pass.
+            attended = _varlen_attention(linear(hidden, w.qkv_weight, w.qkv_bias), cu_seqlens, heads)
+            attended = linear(attended, w.out_weight, w.out_bias)
+            hidden = norm(attended, hidden, w.attention_norm_weight, w.attention_norm_bias, eps)
+            wide = linear(hidden, w.up_weight, w.up_bias, activation)
+            hidden = norm(linear(wide, w.down_weight, w.down_bias), hidden, w.ffn_norm_weight, w.ffn_norm_bias, eps)
+        return hidden
+
+    def _embed(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        spec, tensors = self.spec, self._tensors
+        result: Tensor = _embed_layer_norm(
+            input_ids,
+            cu_seqlens,
+            token_type_ids if spec.type_vocab_size else None,
+            tensors["embeddings.word"],
+            tensors["embeddings.position"],
+            tensors.get("embeddings.token_type"),
+            tensors["embeddings.norm.weight"],
+            tensors["embeddings.norm.bias"],
+            spec.layer_norm_eps,
+            spec.position_offset,
+        )
+        return result
+
+    def save(self, path: str | os.PathLike[str], head: Head | None = None) -> None:
+        """Write one safetensors file: weights unpacked, so that any CPU can load it, and the specification as metadata.
+
+        The file appears under its name only when it is complete.
+
+        Args:
+            path: the file; replaced if it exists.
+            head: a task head to go with it.
+
+        Raises:
+            ValueError: ``head`` does not fit the encoder.
+            OSError: the file cannot be written.
+        """
+        weights = self.weights()
+        metadata = {"encoder": json.dumps(dataclasses.asdict(self.spec))}
+        if head is not None:
+            if head.spec.hidden_size != self.spec.hidden_size or head.dtype != self.dtype:
+                raise ValueError(
+                    f"Encoder.save: expected a head of hidden_size={self.spec.hidden_size}, {self.dtype}, got "
+                    f"{head.spec.hidden_size}, {head.dtype}"
+                )
+            weights.update(head.weights())
+            metadata["head"] = json.dumps(dataclasses.asdict(head.spec))
+        files.write(Path(path), weights, {**metadata, "dtype": self.dtype})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], dtype: Dtype = "bf16") -> Encoder:
+        """Read what :meth:`save` wrote, and pack it for this CPU.
+
+        Args:
+            path: the file.
+            dtype: ``"bf16"`` or ``"fp32"``; a bf16 file cannot be loaded as fp32.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, of another format or version, or holds bf16 where fp32 is asked for.
+        """
+        spec, weights = files.read(Path(path), "encoder", EncoderSpec, dtype)
+        return cls(spec, weights, dtype)
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return (
+            f"Encoder({spec.architecture}, dtype={self.dtype}, hidden_size={spec.hidden_size}, "
+            f"num_layers={spec.num_layers}, num_heads={spec.num_heads}, max_positions={spec.max_positions})"
+        )
+
+
+class Head(_Weighted[HeadSpec]):
+    """The task head of a model: classification of texts, or tokens for a mask.
+
+    Made by :meth:`from_transformers` or :meth:`load`, and immutable.
+
+    Attributes:
+        spec: what it computes.
+        dtype: ``"bf16"`` or ``"fp32"``, of weights and products.
+    """
+
+    @classmethod
+    def from_transformers(cls, model: nn.Module, dtype: Dtype = "bf16") -> Head:
+        """Take the head of a Hugging Face model; for BERT classifiers, its pooler belongs to it.
+
+        Args:
+            model: ``*ForSequenceClassification`` or ``*ForMaskedLM`` of BERT, RoBERTa or DistilBERT, on the CPU.
+            dtype: ``"bf16"`` or ``"fp32"``.
+
+        Returns:
+            The head, with its own copy of the weights.
+
+        Raises:
+            TypeError: ``model`` has no transformers configuration.
+            ValueError: the model has no head that is supported.
+        """
+        spec, weights = read_head(model)
+        return cls(spec, weights, dtype)
+
+    def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Compute logits for some of the tokens.
+
+        Args:
+            hidden: bf16 or fp32 ``[T, H]``, from the encoder.
+            rows: i64 or i32 ``[R]``, rows of ``hidden``: for classification the first token of each text,
+                ``cu_seqlens[:-1]``; for fill-mask the mask tokens.
+
+        Returns:
+            fp32 ``[R, num_outputs]``. It never requires grad.
+
+        Raises:
+            ValueError: a shape does not fit, or a row is out of range.
+            TypeError: a dtype is wrong.
+        """
+        if torch.compiler.is_compiling():
+            return self._run(hidden, rows)
+        if hidden.dim() != 2 or hidden.shape[1] != self.spec.hidden_size:
+            raise ValueError(f"Head: expected hidden [T, {self.spec.hidden_size}], got {list(hidden.shape)}")
+        if hidden.dtype not in DTYPES.values():
+            raise TypeError(f"Head: expected hidden of fp32 or bf16, got {hidden.dtype}")
+        if rows.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"Head: expected rows of int64 or int32, got {rows.dtype}")
+        if rows.dim() != 1:
+            raise ValueError(f"Head: expected rows with 1 dimension, got {list(rows.shape)}")
+        if rows.shape[0]:
+            low, high = rows.aminmax()
+            if int(low) < 0 or int(high) >= hidden.shape[0]:
+                wrong = int(low) if int(low) < 0 else int(high)
+                raise ValueError(f"Head: expected rows from 0 to {hidden.shape[0] - 1}, got {wrong}")
+        with _Inference():
+            return self._run(hidden, rows)
+
+    def _run(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        tensors, spec = self._tensors, self.spec
+        x = hidden.index_select(0, rows)
+        x = self._linear(x, tensors["head.dense.weight"], tensors["head.dense.bias"], spec.activation, torch.float32)
+        if spec.norm:
+            x = _add_layer_norm(x, None, tensors["head.norm.weight"], tensors["head.norm.bias"], spec.layer_norm_eps)
+        return self._linear(x, tensors["head.out.weight"], tensors["head.out.bias"], out_dtype=torch.float32)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], dtype: Dtype = "bf16") -> Head | None:
+        """Read the head that :meth:`Encoder.save` wrote beside an encoder.
+
+        Args:
+            path: the file.
+            dtype: ``"bf16"`` or ``"fp32"``; a bf16 file cannot be loaded as fp32.
+
+        Returns:
+            The head, or None if the file has none.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, of another format or version, or holds bf16 where fp32 is asked for.
+        """
+        if not files.has_part(Path(path), "head"):
+            return None
+        spec, weights = files.read(Path(path), "head", HeadSpec, dtype)
+        return cls(spec, weights, dtype)
+
+    def __repr__(self) -> str:
+        return f"Head({self.spec.task}, dtype={self.dtype}, num_outputs={self.spec.num_outputs})"
