@@ -20,12 +20,15 @@ __all__ = [
     "Activation",
     "PoolingMode",
     "add_layer_norm",
+    "add_rms_norm",
     "embed_layer_norm",
+    "gate",
     "isa_report",
     "linear",
     "pack_linear_weight",
     "pack_linear_weight_int8",
     "pool",
+    "rotary_embedding",
     "unpack_linear_weight",
     "unpack_linear_weight_int8",
     "varlen_attention",
@@ -198,12 +201,66 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
     return cast(Tensor, torch.ops.torch_ext.add_layer_norm(x, residual, weight, bias, eps))
 
 
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """``v / sqrt(mean(v^2) + eps) * weight`` with ``v = x + residual``, over the last dimension, computed in fp32.
+
+    Args:
+        x: bf16 or fp32 ``[T, H]``.
+        residual: like ``x``, or None.
+        weight: fp32 ``[H]``.
+        eps: added to the mean of squares.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.add_rms_norm(x, residual, weight, eps))
+
+
+def rotary_embedding(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, cos_sin: Tensor) -> Tensor:
+    """Rotary positions: every head of query and key turned by its token's position, values as they are.
+
+    Dimensions ``i`` and ``i + D / 2`` of a head are a pair, which is turned by one angle; computed in fp32.
+
+    Args:
+        qkv: bf16 or fp32 ``[T, 3 * H]``; a row is query, key, value, each ``num_heads * D``, with D even.
+        cu_seqlens: i32 ``[B + 1]``; positions start at 0 in every sequence.
+        num_heads: number of heads; divides H.
+        cos_sin: fp32 ``[P, D]``; row ``p`` holds the cosines of position ``p``'s D / 2 angles, then their sines.
+
+    Returns:
+        ``[T, 3 * H]`` in the dtype of ``qkv``.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, a sequence is longer than P, or a tensor requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.rotary_embedding(qkv, cu_seqlens, num_heads, cos_sin))
+
+
+def gate(x: Tensor, activation: Activation) -> Tensor:
+    """``activation(x[:, :I]) * x[:, I:]``, a gated linear unit (GeGLU, SwiGLU) without its linear layer.
+
+    Args:
+        x: bf16 or fp32 ``[T, 2 * I]``.
+        activation: as for :func:`linear`; computed in fp32.
+
+    Returns:
+        ``[T, I]`` in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: a shape, dtype or activation does not fit, or ``x`` requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.gate(x, activation))
+
+
 def embed_layer_norm(
     input_ids: Tensor,
     cu_seqlens: Tensor,
     token_type_ids: Tensor | None,
     word: Tensor,
-    position: Tensor,
+    position: Tensor | None,
     token_type: Tensor | None,
     weight: Tensor,
     bias: Tensor,
@@ -217,7 +274,8 @@ def embed_layer_norm(
         cu_seqlens: i32 ``[B + 1]``.
         token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
         word: bf16 or fp32 ``[V, H]``.
-        position: the same dtype, ``[P, H]``; a token takes row "index in its sequence + position_offset".
+        position: the same dtype, ``[P, H]``, or None for a model without; a token takes row "index in its sequence +
+            position_offset".
         token_type: the same dtype, ``[S, H]``, or None for a model without.
         weight: fp32 ``[H]``.
         bias: fp32 ``[H]``.
@@ -388,13 +446,37 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: flo
     return x.new_empty(x.shape)
 
 
+@_fake("add_rms_norm")
+def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    _check_inference_only("add_rms_norm", x=x, residual=residual, weight=weight)
+    return x.new_empty(x.shape)
+
+
+@_fake("rotary_embedding")
+def _(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, cos_sin: Tensor) -> Tensor:
+    _check_inference_only("rotary_embedding", qkv=qkv, cos_sin=cos_sin)
+    _check(
+        qkv.dim() == 2 and num_heads > 0 and qkv.shape[1] % (6 * num_heads) == 0,
+        f"rotary_embedding: expected qkv [T, 3 * H] with H / num_heads even, got {list(qkv.shape)}, {num_heads} heads",
+    )
+    return qkv.new_empty(qkv.shape)
+
+
+@_fake("gate")
+def _(x: Tensor, activation: str) -> Tensor:
+    _check_inference_only("gate", x=x)
+    _check(activation in ACTIVATIONS, f"gate: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    _check(x.dim() == 2 and x.shape[1] % 2 == 0, f"gate: expected x [T, 2 * I], got {list(x.shape)}")
+    return x.new_empty((x.shape[0], x.shape[1] // 2))
+
+
 @_fake("embed_layer_norm")
 def _(
     input_ids: Tensor,
     cu_seqlens: Tensor,
     token_type_ids: Tensor | None,
     word: Tensor,
-    position: Tensor,
+    position: Tensor | None,
     token_type: Tensor | None,
     weight: Tensor,
     bias: Tensor,

@@ -74,6 +74,27 @@ inline double layer_norm_bound(size_t n, double largest, double scale, double no
 /// 2^t before it is rounded to bf16, as simd.inl states it.
 constexpr double kExp2ToBf16 = 1e-4;
 
+/// RMS normalization of n numbers with the factor `scale` = 1 / sqrt(mean square + eps). `sources` is the sum of the
+/// magnitudes that were added up to the number.
+inline double rms_norm_bound(size_t n, double sources, double scale, double weight, DType t, double y) {
+  const double relative = (4 + std::sqrt(static_cast<double>(n))) * kRoundF32;
+  const double before = 2 * kRoundF32 * sources * scale * std::fabs(weight) + relative * std::fabs(y) + kSmallest;
+  return before + output_bound(t, std::fabs(y) + before);
+}
+
+/// a * c +- b * s with |a c| + |b s| = `magnitude`: two products and a sum, each rounded once at most.
+inline double rotation_bound(double magnitude, DType t, double y) {
+  const double before = 2 * kRoundF32 * magnitude + kSmallest;
+  return before + output_bound(t, std::fabs(y) + before);
+}
+
+/// act(x) * gate rounded to `t`, with act(x) = a.
+inline double gate_bound(Activation activation, double x, double a, double gate, DType t) {
+  const double y = std::fabs(a * gate);
+  const double before = activation_bound(activation, x, a) * std::fabs(gate) + 2 * kRoundF32 * y + kSmallest;
+  return before + output_bound(t, y + before);
+}
+
 /// A probability p of a softmax whose scores have the absolute error `score_bound`.
 inline double probability_bound(double p, double score_bound, size_t n) {
   // Numerator and denominator move by exp(+-score_bound) each; the sum of n errs like sqrt(n).

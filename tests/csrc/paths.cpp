@@ -37,6 +37,10 @@ std::string row_path(const VecKernels& vec, const char* function, const char* ty
   return std::string(vec.name) + ": " + function + (*type ? " " : "") + type;
 }
 
+std::string gate_path(const VecKernels& vec, Activation a, DType t) {
+  return std::string(vec.name) + ": gate_row " + activation_name(a) + " " + dtype_name(t);
+}
+
 std::vector<std::string> paths_of(const GemmPath& path) {
   std::vector<std::string> names;
   for (const Packer p : kPackers) {
@@ -59,10 +63,12 @@ std::vector<std::string> paths_of(const VecKernels& vec) {
   std::vector<std::string> names = {row_path(vec, "softmax_row"), row_path(vec, "sum_squares")};
   if (vec.softmax_pack) names.push_back(row_path(vec, "softmax_pack"));
   for (const DType t : kTypes) {
-    for (const char* const f : {"scale_rows", "sum_layer_norm_row", "accumulate_row", "max_row"}) {
+    for (const char* const f :
+         {"scale_rows", "sum_layer_norm_row", "sum_rms_norm_row", "rotate_row", "accumulate_row", "max_row"}) {
       names.push_back(row_path(vec, f, dtype_name(t)));
     }
     for (size_t a = 0; a < kActivationCount; ++a) {
+      names.push_back(gate_path(vec, static_cast<Activation>(a), t));
       for (const char* const residual : {"none", "f32", "bf16"}) {
         names.push_back(store_path(vec, static_cast<Activation>(a), t, residual));
       }
@@ -250,6 +256,23 @@ void sum_layer_norm_row(const VecKernels& vec, size_t n, const void* a, const vo
                         const float* weight, const float* bias, float eps, void* out, DType t) {
   cover(row_path(vec, "sum_layer_norm_row", dtype_name(t)));
   vec.sum_layer_norm_row(n, a, b, c, weight, bias, eps, out, t);
+}
+
+void sum_rms_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c, const float* weight,
+                      float eps, void* out, DType t) {
+  cover(row_path(vec, "sum_rms_norm_row", dtype_name(t)));
+  vec.sum_rms_norm_row(n, a, b, c, weight, eps, out, t);
+}
+
+void rotate_row(const VecKernels& vec, size_t heads, size_t head_size, const float* cos, const float* sin,
+                const void* x, void* out, DType t) {
+  cover(row_path(vec, "rotate_row", dtype_name(t)));
+  vec.rotate_row(heads, head_size, cos, sin, x, out, t);
+}
+
+void gate_row(const VecKernels& vec, Activation a, size_t n, const void* x, const void* gate, void* out, DType t) {
+  cover(gate_path(vec, a, t));
+  vec.gate_row[static_cast<size_t>(a)](n, x, gate, out, t);
 }
 
 void accumulate_row(const VecKernels& vec, size_t n, const void* x, DType t, float* acc) {

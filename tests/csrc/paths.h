@@ -58,6 +58,11 @@ void softmax_pack(const VecKernels& vec, size_t rows, size_t block_rows, size_t 
                   float* sums, void* block);
 void sum_layer_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c,
                         const float* weight, const float* bias, float eps, void* out, DType t);
+void sum_rms_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c, const float* weight,
+                      float eps, void* out, DType t);
+void rotate_row(const VecKernels& vec, size_t heads, size_t head_size, const float* cos, const float* sin,
+                const void* x, void* out, DType t);
+void gate_row(const VecKernels& vec, Activation a, size_t n, const void* x, const void* gate, void* out, DType t);
 void accumulate_row(const VecKernels& vec, size_t n, const void* x, DType t, float* acc);
 void max_row(const VecKernels& vec, size_t n, const void* x, DType t, float* acc);
 float sum_squares(const VecKernels& vec, size_t n, const float* x);

@@ -498,6 +498,150 @@ TORCH_EXT_TEST(layer_norm_of_nan_is_nan) {
   }
 }
 
+TORCH_EXT_TEST(rms_norm_is_right_for_every_length_and_number_of_sources) {
+  const float eps = 1e-6f;
+  for (const VecKernels* const vec : vec_paths()) {
+    for (const size_t n : lengths()) {
+      for (const DType type : kTypes) {
+        for (int sources = 0; sources < 4; ++sources) {
+          for (const int alias : {-1, 0, 1}) {  // memory of its own, a, b
+            const bool with_b = sources % 2 == 1, with_c = sources / 2 == 1;
+            context("%s n %zu %s, b %d, c %d, alias %d", vec->name, n, dtype_name(type), with_b, with_c, alias);
+            Matrix a(type, 1, n), b(type, 1, n), c(type, 1, n), own(type, 1, n);
+            a.fill(random_source(), 0.3f, 2.0f);
+            b.fill(random_source());
+            c.fill(random_source());
+            const Guarded<float> weight(n);
+            for (size_t j = 0; j < n; ++j) weight[j] = random_source().value();
+            std::vector<double> v(n), magnitude(n);
+            double squares = 0;
+            for (size_t j = 0; j < n; ++j) {
+              for (const Matrix* const m : {&a, with_b ? &b : nullptr, with_c ? &c : nullptr}) {
+                if (!m) continue;
+                v[j] += static_cast<double>(m->get(0, j));
+                magnitude[j] += std::fabs(static_cast<double>(m->get(0, j)));
+              }
+              squares += v[j] * v[j];
+            }
+            const double scale = 1 / std::sqrt(squares / static_cast<double>(n) + static_cast<double>(eps));
+            const Matrix& out = alias == 0 ? a : alias == 1 ? b : own;
+            sum_rms_norm_row(*vec, n, a.data(), with_b ? b.data() : nullptr, with_c ? c.data() : nullptr, weight.get(),
+                             eps, out.data(), type);
+            for (size_t j = 0; j < n; ++j) {
+              const double w = weight[j], y = v[j] * scale * w;
+              const double bound = rms_norm_bound(n, magnitude[j], scale, w, type, y);
+              EXPECT(within(out.get(0, j), y, bound), "%zu: %.9g, expected %.9g +- %.2g", j,
+                     static_cast<double>(out.get(0, j)), y, bound);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- rotary positions -----------------------------------------------------------------------------------------------
+
+TORCH_EXT_TEST(rotation_turns_the_pairs_of_every_head) {
+  for (const VecKernels* const vec : vec_paths()) {
+    for (const size_t half : lengths()) {
+      if (half > 128) continue;
+      for (const DType type : kTypes) {
+        for (const bool in_place : {false, true}) {
+          const size_t size = 2 * half, heads = 1 + half % 3, n = heads * size;
+          context("%s %zu heads of %zu, %s, in place %d", vec->name, heads, size, dtype_name(type), in_place);
+          Matrix x(type, 1, n), own(type, 1, n);
+          x.fill(random_source(), 0.0f, 3.0f);
+          const Guarded<float> cos(half), sin(half);
+          for (size_t j = 0; j < half; ++j) {
+            const float angle = 50 * random_source().value();
+            cos[j] = std::cos(angle);
+            sin[j] = std::sin(angle);
+          }
+          std::vector<double> before(n);
+          for (size_t j = 0; j < n; ++j) before[j] = x.get(0, j);
+          const Matrix& out = in_place ? x : own;
+          rotate_row(*vec, heads, size, cos.get(), sin.get(), x.data(), out.data(), type);
+          for (size_t j = 0; j < n; ++j) {
+            const size_t i = j % size % half;
+            const bool second = j % size >= half;
+            const double a = before[j], b = before[second ? j - half : j + half];
+            const double c = cos[i], s = second ? static_cast<double>(sin[i]) : -static_cast<double>(sin[i]);
+            const double y = a * c + b * s;
+            const double bound = rotation_bound(std::fabs(a * c) + std::fabs(b * s), type, y);
+            EXPECT(within(out.get(0, j), y, bound), "%zu: %.9g, expected %.9g +- %.2g", j,
+                   static_cast<double>(out.get(0, j)), y, bound);
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- gated linear units ---------------------------------------------------------------------------------------------
+
+TORCH_EXT_TEST(gate_multiplies_the_activation) {
+  for (const VecKernels* const vec : vec_paths()) {
+    for (size_t a = 0; a < kActivationCount; ++a) {
+      const Activation activation = static_cast<Activation>(a);
+      for (const size_t n : lengths()) {
+        for (const DType type : kTypes) {
+          for (const int alias : {-1, 0, 1}) {  // memory of its own, x, gate
+            context("%s %s n %zu %s, alias %d", vec->name, activation_name(activation), n, dtype_name(type), alias);
+            Matrix x(type, 1, n), factor(type, 1, n), own(type, 1, n);
+            x.fill(random_source(), 0.0f, 6.0f);
+            factor.fill(random_source(), 0.0f, 2.0f);
+            std::vector<double> values(n), factors(n);
+            for (size_t j = 0; j < n; ++j) {
+              values[j] = x.get(0, j);
+              factors[j] = factor.get(0, j);
+            }
+            const Matrix& out = alias == 0 ? x : alias == 1 ? factor : own;
+            gate_row(*vec, activation, n, x.data(), factor.data(), out.data(), type);
+            for (size_t j = 0; j < n; ++j) {
+              const double activated = reference_activation(activation, values[j]), y = activated * factors[j];
+              const double bound = gate_bound(activation, values[j], activated, factors[j], type);
+              EXPECT(within(out.get(0, j), y, bound), "%zu: %.9g, expected %.9g +- %.2g", j,
+                     static_cast<double>(out.get(0, j)), y, bound);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TORCH_EXT_TEST(norms_rotations_and_gates_of_nan_are_nan) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const VecKernels* const vec : vec_paths()) {
+    for (const size_t half : {1, 5, 16, 35}) {
+      for (const DType type : kTypes) {
+        const size_t n = 2 * half, at = half / 2;
+        context("%s n %zu %s", vec->name, n, dtype_name(type));
+        Matrix x(type, 1, n), out(type, 1, n);
+        x.fill(random_source());
+        x.set(0, at, nan);
+        const std::vector<float> ones(n, 1.0f);
+        sum_rms_norm_row(*vec, n, x.data(), nullptr, nullptr, ones.data(), 1e-5f, out.data(), type);
+        for (size_t j = 0; j < n; ++j) EXPECT(std::isnan(out.get(0, j)), "norm: %zu is a number", j);
+        rotate_row(*vec, 1, n, ones.data(), ones.data(), x.data(), out.data(), type);
+        for (size_t j = 0; j < n; ++j) {
+          EXPECT(std::isnan(out.get(0, j)) == (j % half == at), "rotation: %zu is %g", j,
+                 static_cast<double>(out.get(0, j)));
+        }
+        for (size_t a = 0; a < kActivationCount; ++a) {
+          Matrix good(type, 1, n), product(type, 1, n);
+          good.fill(random_source());
+          gate_row(*vec, static_cast<Activation>(a), n, x.data(), good.data(), product.data(), type);
+          EXPECT(std::isnan(product.get(0, at)), "activated NaN is %g", static_cast<double>(product.get(0, at)));
+          gate_row(*vec, static_cast<Activation>(a), n, good.data(), x.data(), product.data(), type);
+          EXPECT(std::isnan(product.get(0, at)), "a gate of NaN gives %g", static_cast<double>(product.get(0, at)));
+        }
+      }
+    }
+  }
+}
+
 // ---- pooling --------------------------------------------------------------------------------------------------------
 
 TORCH_EXT_TEST(pooling_folds_rows) {

@@ -170,12 +170,48 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
     return layer_norm(total, weight, bias, eps, x.dtype, scale.amax(-1, keepdim=True))
 
 
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Bounded:
+    """The reference of ``add_rms_norm``: nothing cancels, but in the sum of x and residual."""
+    total, scale = x.double(), x.double().abs()
+    if residual is not None:
+        total, scale = total + residual.double(), scale + residual.double().abs()
+    factor = weight.double() / (total.square().mean(-1, keepdim=True) + eps).sqrt()
+    exact = total * factor
+    bound = 4 * EPS32 * scale * factor.abs() + (total.shape[-1] + 8) * EPS32 * exact.abs()
+    return Bounded(exact, bound + rounding(x.dtype) * (exact.abs() + bound))
+
+
+def rotary_embedding(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, cos_sin: Tensor) -> Bounded:
+    """The reference of ``rotary_embedding``: pairs as complex numbers, times numbers of length 1."""
+    tokens, width = qkv.shape[0], qkv.shape[1] // 3
+    half = width // num_heads // 2
+    rows = [row for length in cu_seqlens.diff().tolist() for row in range(length)]
+    turn = torch.complex(*cos_sin.double()[rows].split(half, 1))[:, None]
+    exact, bound = qkv.double().clone(), torch.zeros(qkv.shape, dtype=torch.float64)
+    for part in (slice(0, width), slice(width, 2 * width)):
+        pairs = torch.complex(*qkv[:, part].double().reshape(tokens, num_heads, 2, half).unbind(2))
+        turned = pairs * turn
+        exact[:, part] = torch.stack((turned.real, turned.imag), 2).reshape(tokens, width)
+        error = 4 * EPS32 * pairs.abs() * turn.abs()
+        bound[:, part] = torch.stack((error, error), 2).reshape(tokens, width)
+        bound[:, part] += rounding(qkv.dtype) * (exact[:, part].abs() + bound[:, part])
+    return Bounded(exact, bound)
+
+
+def gate(x: Tensor, activation: str) -> Bounded:
+    """The reference of ``gate``."""
+    value, factor = x.double().chunk(2, -1)
+    exact = ACTIVATIONS[activation](value) * factor
+    bound = ACTIVATION_EPS * value.abs().clamp_min(1) * factor.abs() + EPS32 * exact.abs()
+    return Bounded(exact, bound + rounding(x.dtype) * (exact.abs() + bound))
+
+
 def embed_layer_norm(
     input_ids: Tensor,
     cu_seqlens: Tensor,
     token_type_ids: Tensor | None,
     word: Tensor,
-    position: Tensor,
+    position: Tensor | None,
     token_type: Tensor | None,
     weight: Tensor,
     bias: Tensor,
@@ -185,7 +221,9 @@ def embed_layer_norm(
     """The reference of ``embed_layer_norm``."""
     lengths = cu_seqlens.diff().tolist()
     rows = torch.cat([torch.arange(length) for length in lengths] or [torch.empty(0, dtype=torch.int64)])
-    parts = [word.double()[input_ids], position.double()[rows + position_offset]]
+    parts = [word.double()[input_ids]]
+    if position is not None:
+        parts.append(position.double()[rows + position_offset])
     if token_type is not None:
         parts.append(token_type.double()[torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids])
     scale = torch.stack([part.abs() for part in parts]).sum(0).amax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""add_layer_norm, embed_layer_norm, pool."""
+"""add_layer_norm, add_rms_norm, rotary_embedding, gate, embed_layer_norm, pool."""
 
 from __future__ import annotations
 
@@ -56,6 +56,96 @@ def test_add_layer_norm_errors() -> None:
             torch_ext.add_layer_norm(*arguments, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_add_rms_norm(generator: torch.Generator, dtype: torch.dtype, with_residual: bool) -> None:
+    for rows, width, offset in [*((3, width, 0.0) for width in WIDTHS), (0, 8, 0.0), (1, 384, 0.0), (9, 384, 30.0)]:
+        x = (torch.randn(rows, width, generator=generator) + offset).to(dtype)
+        residual = torch.randn(rows, width, generator=generator).to(dtype) if with_residual else None
+        weight = torch.randn(width, generator=generator)
+        actual = torch_ext.add_rms_norm(x, residual, weight, 1e-5)
+        assert actual.dtype == dtype
+        reference.add_rms_norm(x, residual, weight, 1e-5).check(actual, f"{rows}x{width}+{offset}")
+
+
+def test_add_rms_norm_errors() -> None:
+    x, ones = torch.ones(3, 8), torch.ones(8)
+    for match, arguments in (
+        (r"add_rms_norm: expected x \[T, H\]", (ones, None, ones)),
+        ("expected weight", (x, None, torch.ones(7))),
+        ("expected residual like x", (x, x.bfloat16(), ones)),
+        ("fp32 or bf16, got fp64", (x.double(), None, ones)),
+        ("weight requires grad", (x, None, ones.clone().requires_grad_())),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            torch_ext.add_rms_norm(*arguments, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rotary_embedding(generator: torch.Generator, dtype: torch.dtype) -> None:
+    for heads, size, lengths in itertools.product(
+        (1, 3), (2, 6, 8, 30, 32, 34, 64, 66), ([1], [3, 20, 0, 1, 18], [0], [])
+    ):
+        tokens, bounds = sum(lengths), reference.cu_seqlens(lengths)
+        qkv = torch.randn(tokens, 3 * heads * size, generator=generator).to(dtype)
+        angles = 100 * torch.randn(20, size // 2, generator=generator)
+        table = torch.cat((angles.cos(), angles.sin()), 1)
+        actual = torch_ext.rotary_embedding(qkv, bounds, heads, table)
+        assert actual.dtype == dtype
+        assert torch.equal(actual[:, 2 * heads * size :], qkv[:, 2 * heads * size :])
+        reference.rotary_embedding(qkv, bounds, heads, table).check(actual, f"{heads}x{size} {lengths}")
+
+
+def test_rotary_embedding_strided(generator: torch.Generator) -> None:
+    qkv, bounds = torch.randn(24, 9, generator=generator).T, reference.cu_seqlens([4, 5])
+    table = torch.randn(4, 10, generator=generator).T[:, :4]
+    actual = torch_ext.rotary_embedding(qkv, bounds, 2, table)
+    reference.rotary_embedding(qkv, bounds, 2, table).check(actual, "strided")
+
+
+def test_rotary_embedding_errors() -> None:
+    qkv, bounds, table = torch.ones(5, 24), reference.cu_seqlens([2, 3]), torch.ones(3, 4)
+    assert torch_ext.rotary_embedding(qkv, bounds, 2, table).shape == (5, 24)
+    for match, arguments in (
+        (r"expected qkv \[T, 3 \* H\] with H / num_heads even", (torch.ones(24), bounds, 2, table)),
+        ("expected qkv", (qkv, bounds, 8, table)),
+        ("expected qkv", (qkv, bounds, 0, table)),
+        (r"expected cos_sin fp32 \[P, 4\], got fp32 \[3, 5\]", (qkv, bounds, 2, torch.ones(3, 5))),
+        ("expected cos_sin fp32", (qkv, bounds, 2, table.bfloat16())),
+        ("a sequence of 3 tokens is longer than the 2 positions", (qkv, bounds, 2, table[:2])),
+        ("cu_seqlens to end", (qkv, reference.cu_seqlens([2, 2]), 2, table)),
+        ("fp32 or bf16, got fp16", (qkv.half(), bounds, 2, table)),
+        ("qkv requires grad", (qkv.clone().requires_grad_(), bounds, 2, table)),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            torch_ext.rotary_embedding(*arguments)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("activation", torch_ext.ops.ACTIVATIONS)
+def test_gate(generator: torch.Generator, dtype: torch.dtype, activation: torch_ext.ops.Activation) -> None:
+    for rows, width in [*((3, width) for width in WIDTHS), (0, 8), (70, 1152)]:
+        x = (4 * torch.randn(rows, 2 * width, generator=generator)).to(dtype)
+        actual = torch_ext.gate(x, activation)
+        assert actual.dtype == dtype
+        reference.gate(x, activation).check(actual, f"{rows}x{width}")
+    reference.gate(x.T, activation).check(torch_ext.gate(x.T, activation), "strided")
+
+
+def test_gate_errors() -> None:
+    x = torch.ones(3, 8)
+    for match, arguments in (
+        (r"expected x \[T, 2 \* I\], got fp32 \[3, 7\]", (x[:, :7], "gelu")),
+        ("expected x", (x[0], "gelu")),
+        ("expected x", (x[:, :0], "gelu")),
+        ("gate: expected activation none, gelu.*got 'elu'", (x, "elu")),
+        ("fp32 or bf16, got fp64", (x.double(), "gelu")),
+        ("x requires grad", (x.clone().requires_grad_(), "gelu")),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            torch_ext.gate(*arguments)
+
+
 def embedding(generator: torch.Generator, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         "word": torch.randn(50, width, generator=generator).to(dtype),
@@ -81,6 +171,9 @@ def test_embed_layer_norm(generator: torch.Generator, dtype: torch.dtype) -> Non
             actual = torch_ext.embed_layer_norm(*arguments)
             assert actual.dtype == dtype
             reference.embed_layer_norm(*arguments).check(actual, f"{width} {lengths} {offset}")
+            # Without a table of positions no sequence is too long.
+            arguments = (ids, bounds, token_type_ids, tensors["word"], None, *arguments[5:])
+            reference.embed_layer_norm(*arguments).check(torch_ext.embed_layer_norm(*arguments), "no positions")
 
 
 def test_embed_layer_norm_errors(generator: torch.Generator) -> None:

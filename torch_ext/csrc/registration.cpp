@@ -13,8 +13,11 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "varlen_attention(Tensor qkv, Tensor cu_seqlens, int num_heads, float? scale=None, int? window=None, "
       "Tensor? relative_bias=None) -> Tensor");
   m.def("add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> Tensor");
+  m.def("rotary_embedding(Tensor qkv, Tensor cu_seqlens, int num_heads, Tensor cos_sin) -> Tensor");
+  m.def("gate(Tensor x, str activation) -> Tensor");
   m.def(
-      "embed_layer_norm(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor word, Tensor position, "
+      "embed_layer_norm(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor word, Tensor? position, "
       "Tensor? token_type, Tensor weight, Tensor bias, float eps, int position_offset) -> Tensor");
   m.def("pool(Tensor hidden, Tensor cu_seqlens, str mode, bool normalize) -> Tensor");
   m.def("_isa_report() -> str");
@@ -29,6 +32,9 @@ STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
   m.impl("linear", TORCH_BOX(&torch_ext::linear));
   m.impl("varlen_attention", TORCH_BOX(&torch_ext::varlen_attention));
   m.impl("add_layer_norm", TORCH_BOX(&torch_ext::add_layer_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&torch_ext::add_rms_norm));
+  m.impl("rotary_embedding", TORCH_BOX(&torch_ext::rotary_embedding));
+  m.impl("gate", TORCH_BOX(&torch_ext::gate));
   m.impl("embed_layer_norm", TORCH_BOX(&torch_ext::embed_layer_norm));
   m.impl("pool", TORCH_BOX(&torch_ext::pool));
 }

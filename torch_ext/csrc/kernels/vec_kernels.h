@@ -46,6 +46,18 @@ struct VecKernels {
   void (*sum_layer_norm_row)(size_t n, const void* a, const void* b, const void* c, const float* weight,
                              const float* bias, float eps, void* out, DType t);
 
+  /// out = v / sqrt(mean v^2 + eps) * weight, with v, and what may be what, as above.
+  void (*sum_rms_norm_row)(size_t n, const void* a, const void* b, const void* c, const float* weight, float eps,
+                           void* out, DType t);
+
+  /// Turns the pairs (x[i], x[i + head_size / 2]) of each head by the angle i: cos[i], sin[i], i < head_size / 2.
+  /// x and out hold heads * head_size elements of type `t`; out may be x. head_size is even.
+  void (*rotate_row)(size_t heads, size_t head_size, const float* cos, const float* sin, const void* x, void* out,
+                     DType t);
+
+  /// out[j] = act(x[j]) * gate[j], all of type `t`; out may be x or gate. One entry for each Activation.
+  void (*gate_row[kActivationCount])(size_t n, const void* x, const void* gate, void* out, DType t);
+
   /// acc[j] += x[j] and acc[j] = max(acc[j], x[j]), which is NaN if either is.
   void (*accumulate_row)(size_t n, const void* x, DType t, float* acc);
   void (*max_row)(size_t n, const void* x, DType t, float* acc);

@@ -17,15 +17,6 @@ namespace {
 namespace stable = torch::stable;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 
-Activation parse_activation(const std::string& name) {
-  static constexpr const char* kNames[kActivationCount] = {"none", "gelu", "gelu_tanh", "relu", "tanh", "silu"};
-  for (size_t i = 0; i < kActivationCount; ++i) {
-    if (name == kNames[i]) return static_cast<Activation>(i);
-  }
-  STD_TORCH_CHECK(false, "linear: expected activation none, gelu, gelu_tanh, relu, tanh or silu, got '", name, "'");
-  return Activation::kNone;
-}
-
 // ---- views of packed weights ----------------------------------------------------------------------------------------
 
 Tensor plain_view(const Packed& p) {
@@ -321,7 +312,7 @@ Tensor linear(const Tensor& x, const Tensor& packed_tensor, const std::optional<
   sizes.back() = n;
   const IntHeaderOnlyArrayRef out_sizes(sizes.data(), sizes.size());
 
-  LinearCall call{x, m, n, k, k, bias, std::nullopt, parse_activation(activation), x_type};
+  LinearCall call{x, m, n, k, k, bias, std::nullopt, parse_activation("linear", activation), x_type};
   if (out_dtype) call.out_type = *out_dtype == ScalarType::Float ? DType::kF32 : DType::kBF16;
   if (residual) {
     check_cpu(op, "residual", *residual);

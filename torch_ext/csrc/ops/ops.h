@@ -21,9 +21,13 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num
                         const std::optional<Tensor>& relative_bias);
 Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
                       double eps);
+Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps);
+Tensor rotary_embedding(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads, const Tensor& cos_sin);
+Tensor gate(const Tensor& x, const std::string& activation);
 Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,
-                        const Tensor& word, const Tensor& position, const std::optional<Tensor>& token_type,
-                        const Tensor& weight, const Tensor& bias, double eps, int64_t position_offset);
+                        const Tensor& word, const std::optional<Tensor>& position,
+                        const std::optional<Tensor>& token_type, const Tensor& weight, const Tensor& bias, double eps,
+                        int64_t position_offset);
 Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& mode, bool normalize);
 std::string isa_report();
 

@@ -1,4 +1,4 @@
-// add_layer_norm, embed_layer_norm, pool, _isa_report: what works row by row.
+// add_layer_norm, add_rms_norm, rotary_embedding, gate, embed_layer_norm, pool, _isa_report: what works row by row.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -39,16 +39,16 @@ Tensor check_ids(const char* op, const char* argument, const Tensor& t, int64_t 
   return ids;
 }
 
-}  // namespace
-
-Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
-                      double eps) {
-  const char* const op = "add_layer_norm";
+// A layer norm with `bias`, an RMS norm without.
+Tensor add_norm(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                const Tensor* bias, double eps) {
   check_cpu(op, "x", x);
   const DType type = float_type(op, "x", x);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) >= 1, op, ": expected x [T, H], got ", describe(x));
   const int64_t rows = x.size(0), width = x.size(1);
-  const Tensor w = as_f32_vector(op, "weight", weight, width), b = as_f32_vector(op, "bias", bias, width);
+  const Tensor w = as_f32_vector(op, "weight", weight, width);
+  std::optional<Tensor> b;
+  if (bias) b = as_f32_vector(op, "bias", *bias, width);
   const Tensor source = as_contiguous(x);
   std::optional<Tensor> added;
   if (residual) {
@@ -61,23 +61,100 @@ Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, co
   const Tensor out = new_tensor(x, {rows, width}, x.scalar_type());
   const VecKernels& vec = *dispatch().vec;
   const float* const wp = static_cast<const float*>(w.const_data_ptr());
-  const float* const bp = static_cast<const float*>(b.const_data_ptr());
-  const size_t row_bytes = static_cast<size_t>(width) * dtype_bytes(type);
+  const float* const bp = b ? static_cast<const float*>(b->const_data_ptr()) : nullptr;
+  const size_t n = static_cast<size_t>(width), row_bytes = n * dtype_bytes(type);
   const char* const xp = static_cast<const char*>(source.const_data_ptr());
   const char* const rp = added ? static_cast<const char*>(added->const_data_ptr()) : nullptr;
   char* const op_out = static_cast<char*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
     for (size_t i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-      vec.sum_layer_norm_row(static_cast<size_t>(width), xp + i * row_bytes, rp ? rp + i * row_bytes : nullptr, nullptr,
-                             wp, bp, static_cast<float>(eps), op_out + i * row_bytes, type);
+      const char* const added_row = rp ? rp + i * row_bytes : nullptr;
+      const float e = static_cast<float>(eps);
+      if (bp) {
+        vec.sum_layer_norm_row(n, xp + i * row_bytes, added_row, nullptr, wp, bp, e, op_out + i * row_bytes, type);
+      } else {
+        vec.sum_rms_norm_row(n, xp + i * row_bytes, added_row, nullptr, wp, e, op_out + i * row_bytes, type);
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
+                      double eps) {
+  return add_norm("add_layer_norm", x, residual, weight, &bias, eps);
+}
+
+Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps) {
+  return add_norm("add_rms_norm", x, residual, weight, nullptr, eps);
+}
+
+Tensor rotary_embedding(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads, const Tensor& cos_sin) {
+  const char* const op = "rotary_embedding";
+  check_cpu(op, "qkv", qkv);
+  const DType type = float_type(op, "qkv", qkv);
+  STD_TORCH_CHECK(qkv.dim() == 2 && num_heads > 0 && qkv.size(1) > 0 && qkv.size(1) % (6 * num_heads) == 0, op,
+                  ": expected qkv [T, 3 * H] with H / num_heads even, got ", describe(qkv), " for ", num_heads,
+                  " heads");
+  const int64_t tokens = qkv.size(0), width = qkv.size(1) / 3;
+  const int64_t head_size = width / num_heads;
+  check_cpu(op, "cos_sin", cos_sin);
+  STD_TORCH_CHECK(cos_sin.dim() == 2 && cos_sin.size(1) == head_size && cos_sin.scalar_type() == ScalarType::Float, op,
+                  ": expected cos_sin fp32 [P, ", head_size, "], got ", describe(cos_sin));
+  const Sequences sequences = check_sequences(op, cu_seqlens, tokens);
+  STD_TORCH_CHECK(static_cast<int64_t>(sequences.longest) <= cos_sin.size(0), op, ": a sequence of ", sequences.longest,
+                  " tokens is longer than the ", cos_sin.size(0), " positions of cos_sin; truncate it");
+  const Tensor source = as_contiguous(qkv), angles = as_contiguous(cos_sin);
+  const Tensor out = new_tensor(qkv, {tokens, 3 * width}, qkv.scalar_type());
+  const VecKernels& vec = *dispatch().vec;
+  const float* const table = static_cast<const float*>(angles.const_data_ptr());
+  char* const result = static_cast<char*>(out.mutable_data_ptr());
+  const size_t row_bytes = static_cast<size_t>(3 * width) * dtype_bytes(type);
+  torch::stable::parallel_for(0, tokens, row_grain(3 * width), [&](int64_t begin, int64_t end) {
+    const int32_t* const offsets = sequences.offsets;
+    size_t s = static_cast<size_t>(std::upper_bound(offsets, offsets + sequences.count + 1, begin) - offsets) - 1;
+    for (int64_t t = begin; t < end; ++t) {
+      while (t >= offsets[s + 1]) ++s;
+      const float* const cos = table + (t - offsets[s]) * head_size;
+      const char* const row = row_of(source, t, 3 * width, type);
+      char* const to = result + static_cast<size_t>(t) * row_bytes;
+      vec.rotate_row(static_cast<size_t>(2 * num_heads), static_cast<size_t>(head_size), cos, cos + head_size / 2, row,
+                     to, type);
+      const size_t rotated = row_bytes / 3 * 2;
+      std::memcpy(to + rotated, row + rotated, row_bytes - rotated);
+    }
+  });
+  return out;
+}
+
+Tensor gate(const Tensor& x, const std::string& activation) {
+  const char* const op = "gate";
+  check_cpu(op, "x", x);
+  const DType type = float_type(op, "x", x);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) >= 2 && x.size(1) % 2 == 0, op, ": expected x [T, 2 * I], got ",
+                  describe(x));
+  const Activation act = parse_activation(op, activation);
+  const int64_t rows = x.size(0), width = x.size(1) / 2;
+  const Tensor source = as_contiguous(x);
+  const Tensor out = new_tensor(x, {rows, width}, x.scalar_type());
+  const auto gate_row = dispatch().vec->gate_row[static_cast<size_t>(act)];
+  char* const result = static_cast<char*>(out.mutable_data_ptr());
+  const size_t half_bytes = static_cast<size_t>(width) * dtype_bytes(type);
+  torch::stable::parallel_for(0, rows, row_grain(2 * width), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const char* const row = row_of(source, t, 2 * width, type);
+      gate_row(static_cast<size_t>(width), row, row + half_bytes, result + static_cast<size_t>(t) * half_bytes, type);
     }
   });
   return out;
 }
 
 Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,
-                        const Tensor& word, const Tensor& position, const std::optional<Tensor>& token_type,
-                        const Tensor& weight, const Tensor& bias, double eps, int64_t position_offset) {
+                        const Tensor& word, const std::optional<Tensor>& position,
+                        const std::optional<Tensor>& token_type, const Tensor& weight, const Tensor& bias, double eps,
+                        int64_t position_offset) {
   const char* const op = "embed_layer_norm";
   check_cpu(op, "word", word);
   const DType type = float_type(op, "word", word);
@@ -85,12 +162,14 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
   STD_TORCH_CHECK(input_ids.dim() == 1, op, ": expected input_ids i64 [T], got ", describe(input_ids));
   const int64_t tokens = input_ids.size(0), width = word.size(1);
   const Tensor words = as_contiguous(word);
-  const Tensor positions = check_table(op, "position", position, width, word.scalar_type());
+  std::optional<Tensor> positions;
+  if (position) positions = check_table(op, "position", *position, width, word.scalar_type());
   const Tensor ids = check_ids(op, "input_ids", input_ids, tokens, word.size(0));
   const Sequences sequences = check_sequences(op, cu_seqlens, tokens);
-  STD_TORCH_CHECK(position_offset >= 0 && static_cast<int64_t>(sequences.longest) + position_offset <= position.size(0),
+  STD_TORCH_CHECK(!position || (position_offset >= 0 &&
+                                static_cast<int64_t>(sequences.longest) + position_offset <= position->size(0)),
                   op, ": a sequence of ", sequences.longest, " tokens is longer than the ",
-                  position.size(0) - position_offset, " positions of the model; truncate it");
+                  position ? position->size(0) - position_offset : 0, " positions of the model; truncate it");
   STD_TORCH_CHECK(!token_type_ids || token_type, op, ": token_type_ids given, but the model has no token types");
   std::optional<Tensor> types, type_ids;
   if (token_type) types = check_table(op, "token_type", *token_type, width, word.scalar_type());
@@ -112,9 +191,10 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
     for (int64_t t = begin; t < end; ++t) {
       while (t >= offsets[s + 1]) ++s;
       const char* const type_row = types ? row_of(*types, type_id ? type_id[t] : 0, width, type) : nullptr;
-      vec.sum_layer_norm_row(static_cast<size_t>(width), row_of(words, id[t], width, type),
-                             row_of(positions, t - offsets[s] + position_offset, width, type), type_row, wp, bp,
-                             static_cast<float>(eps), op_out + static_cast<size_t>(t) * row_bytes, type);
+      const char* const position_row =
+          positions ? row_of(*positions, t - offsets[s] + position_offset, width, type) : nullptr;
+      vec.sum_layer_norm_row(static_cast<size_t>(width), row_of(words, id[t], width, type), position_row, type_row, wp,
+                             bp, static_cast<float>(eps), op_out + static_cast<size_t>(t) * row_bytes, type);
     }
   });
   return out;

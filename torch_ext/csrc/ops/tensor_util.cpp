@@ -45,6 +45,15 @@ DType float_type(const char* op, const char* argument, const Tensor& t) {
   return type == ScalarType::Float ? DType::kF32 : DType::kBF16;
 }
 
+Activation parse_activation(const char* op, const std::string& name) {
+  static constexpr const char* kNames[kActivationCount] = {"none", "gelu", "gelu_tanh", "relu", "tanh", "silu"};
+  for (size_t i = 0; i < kActivationCount; ++i) {
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  }
+  STD_TORCH_CHECK(false, op, ": expected activation none, gelu, gelu_tanh, relu, tanh or silu, got '", name, "'");
+  return Activation::kNone;
+}
+
 void check_cpu(const char* op, const char* argument, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": expected ", argument, " on the CPU; move it there with .cpu()");
   check_inference_only(op, argument, t);

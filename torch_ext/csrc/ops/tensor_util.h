@@ -28,6 +28,9 @@ DType float_type(const char* op, const char* argument, const Tensor& t);
 
 inline ScalarType scalar_type(DType t) { return t == DType::kF32 ? ScalarType::Float : ScalarType::BFloat16; }
 
+/// The activation of that name; throws for an unknown one.
+Activation parse_activation(const char* op, const std::string& name);
+
 /// Throws unless `t` is a CPU tensor that does not require grad.
 void check_cpu(const char* op, const char* argument, const Tensor& t);
 

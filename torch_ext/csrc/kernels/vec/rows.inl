@@ -158,17 +158,20 @@ struct SumOfRows {
   }
 };
 
-// The sum is formed anew in each of the three passes: the row is in the first-level cache by then, and no
-// intermediate row has to be held.
-template <typename T, int kSources>
-static void sum_layer_norm_sources(size_t n, SumOfRows<T, kSources> source, const float* weight, const float* bias,
-                                   float eps, T* out) {
+// The sum is formed anew in each of the passes: the row is in the first-level cache by then, and no intermediate row
+// has to be held. Without kCenter it is an RMS norm: no mean, no bias.
+template <bool kCenter, typename T, int kSources>
+static void sum_norm_sources(size_t n, SumOfRows<T, kSources> source, const float* weight, const float* bias, float eps,
+                             T* out) {
   const size_t whole = n - n % kWidth;
   const size_t rest = n - whole;
-  vf sum = splat(0.0f);
-  for (size_t j = 0; j < whole; j += kWidth) sum = sum + source.get(j);
-  if (rest) sum = sum + source.get_last(whole, rest);
-  const float mean = sum_lanes(sum) / static_cast<float>(n);
+  float mean = 0.0f;
+  if constexpr (kCenter) {
+    vf sum = splat(0.0f);
+    for (size_t j = 0; j < whole; j += kWidth) sum = sum + source.get(j);
+    if (rest) sum = sum + source.get_last(whole, rest);
+    mean = sum_lanes(sum) / static_cast<float>(n);
+  }
 
   vf squares = splat(0.0f);
   for (size_t j = 0; j < whole; j += kWidth) {
@@ -185,34 +188,98 @@ static void sum_layer_norm_sources(size_t n, SumOfRows<T, kSources> source, cons
   const float scale = 1.0f / __builtin_sqrtf(variance + eps);
 
   for (size_t j = 0; j < whole; j += kWidth) {
-    Io<T>::put(out + j, (source.get(j) - mean) * scale * load(weight + j) + load(bias + j));
+    vf v = (source.get(j) - mean) * scale * load(weight + j);
+    if constexpr (kCenter) v = v + load(bias + j);
+    Io<T>::put(out + j, v);
   }
   if (rest) {
-    const vf d = source.get_last(whole, rest) - mean;
-    put_n(out + whole, d * scale * get_n(weight + whole, rest) + get_n(bias + whole, rest), rest);
+    vf v = (source.get_last(whole, rest) - mean) * scale * get_n(weight + whole, rest);
+    if constexpr (kCenter) v = v + get_n(bias + whole, rest);
+    put_n(out + whole, v, rest);
   }
 }
 
-template <typename T>
-static void sum_layer_norm_typed(size_t n, const T* a, const T* b, const T* c, const float* weight, const float* bias,
-                                 float eps, T* out) {
+template <bool kCenter, typename T>
+static void sum_norm_typed(size_t n, const T* a, const T* b, const T* c, const float* weight, const float* bias,
+                           float eps, T* out) {
   if (c && b) {
-    sum_layer_norm_sources<T, 3>(n, {a, b, c}, weight, bias, eps, out);
+    sum_norm_sources<kCenter, T, 3>(n, {a, b, c}, weight, bias, eps, out);
   } else if (b || c) {
-    sum_layer_norm_sources<T, 2>(n, {a, b ? b : c, nullptr}, weight, bias, eps, out);
+    sum_norm_sources<kCenter, T, 2>(n, {a, b ? b : c, nullptr}, weight, bias, eps, out);
   } else {
-    sum_layer_norm_sources<T, 1>(n, {a, nullptr, nullptr}, weight, bias, eps, out);
+    sum_norm_sources<kCenter, T, 1>(n, {a, nullptr, nullptr}, weight, bias, eps, out);
+  }
+}
+
+template <bool kCenter>
+static void sum_norm_row(size_t n, const void* a, const void* b, const void* c, const float* weight, const float* bias,
+                         float eps, void* out, DType t) {
+  if (t == DType::kF32) {
+    sum_norm_typed<kCenter>(n, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<const float*>(c),
+                            weight, bias, eps, static_cast<float*>(out));
+  } else {
+    sum_norm_typed<kCenter>(n, static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b),
+                            static_cast<const uint16_t*>(c), weight, bias, eps, static_cast<uint16_t*>(out));
   }
 }
 
 static void sum_layer_norm_row(size_t n, const void* a, const void* b, const void* c, const float* weight,
                                const float* bias, float eps, void* out, DType t) {
+  sum_norm_row<true>(n, a, b, c, weight, bias, eps, out, t);
+}
+
+static void sum_rms_norm_row(size_t n, const void* a, const void* b, const void* c, const float* weight, float eps,
+                             void* out, DType t) {
+  sum_norm_row<false>(n, a, b, c, weight, nullptr, eps, out, t);
+}
+
+// ---- rotary positions -------------------------------------------------------------------------------------------
+
+template <typename T>
+static void rotate_row_as(size_t heads, size_t head_size, const float* cos, const float* sin, const T* x, T* out) {
+  const size_t half = head_size / 2;
+  const size_t whole = half - half % kWidth;
+  const size_t rest = half - whole;
+  for (size_t h = 0; h < heads; ++h, x += head_size, out += head_size) {
+    for (size_t j = 0; j < whole; j += kWidth) {
+      const vf a = Io<T>::get(x + j), b = Io<T>::get(x + half + j), c = load(cos + j), s = load(sin + j);
+      Io<T>::put(out + j, a * c - b * s);
+      Io<T>::put(out + half + j, b * c + a * s);
+    }
+    if (rest) {
+      const vf a = get_n(x + whole, rest), b = get_n(x + half + whole, rest);
+      const vf c = get_n(cos + whole, rest), s = get_n(sin + whole, rest);
+      put_n(out + whole, a * c - b * s, rest);
+      put_n(out + half + whole, b * c + a * s, rest);
+    }
+  }
+}
+
+static void rotate_row(size_t heads, size_t head_size, const float* cos, const float* sin, const void* x, void* out,
+                       DType t) {
   if (t == DType::kF32) {
-    sum_layer_norm_typed(n, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<const float*>(c),
-                         weight, bias, eps, static_cast<float*>(out));
+    rotate_row_as(heads, head_size, cos, sin, static_cast<const float*>(x), static_cast<float*>(out));
   } else {
-    sum_layer_norm_typed(n, static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b),
-                         static_cast<const uint16_t*>(c), weight, bias, eps, static_cast<uint16_t*>(out));
+    rotate_row_as(heads, head_size, cos, sin, static_cast<const uint16_t*>(x), static_cast<uint16_t*>(out));
+  }
+}
+
+// ---- gated linear units -----------------------------------------------------------------------------------------
+
+template <Activation kAct, typename T>
+static void gate_row_as(size_t n, const T* x, const T* gate, T* out) {
+  size_t j = 0;
+  for (; j + kWidth <= n; j += kWidth) Io<T>::put(out + j, activate<kAct>(Io<T>::get(x + j)) * Io<T>::get(gate + j));
+  if (j < n) put_n(out + j, activate<kAct>(get_n(x + j, n - j)) * get_n(gate + j, n - j), n - j);
+}
+
+template <Activation kAct>
+static void gate_row(size_t n, const void* x, const void* gate, void* out, DType t) {
+  if (t == DType::kF32) {
+    gate_row_as<kAct>(n, static_cast<const float*>(x), static_cast<const float*>(gate), static_cast<float*>(out));
+  } else {
+    gate_row_as<kAct>(n, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(gate),
+                      static_cast<uint16_t*>(out));
   }
 }
 
