@@ -165,13 +165,14 @@ class TorchExtEngine:
                 mode: Any = self._pooling.mode
                 pooled = torch_ext.pool(hidden, cu_seqlens, mode=mode, normalize=self._pooling.normalize)
                 return np.asarray(pooled.float().numpy(), np.float32)
+            assert self._head is not None
             if self._task == "fill-mask":
                 texts, positions = _mask_rows(batch)
                 rows = torch.from_numpy(ends[texts].astype(np.int64) + np.asarray(positions, np.int64))
+                logits = self._head(hidden, rows)
             else:
-                rows = cu_seqlens[:-1].long()
-            assert self._head is not None
-            return np.asarray(self._head(hidden, rows).float().numpy(), np.float32)
+                logits = self._head.classify(hidden, cu_seqlens)
+            return np.asarray(logits.numpy(), np.float32)
 
 
 class OnnxEngine:

@@ -244,7 +244,7 @@ class TorchEngine(_TaskEngine):
     def _classify(self, ids: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
         hidden, cu_seqlens, _ = self._encode(ids)
         assert self._head is not None
-        logits: NDArray[np.float32] = self._head(hidden, cu_seqlens[:-1].to(self._torch.int64)).numpy()
+        logits: NDArray[np.float32] = self._head.classify(hidden, cu_seqlens).numpy()
         return logits
 
     def _fill(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import torch_ext
 from tests.ops import reference
 from torch_ext import Encoder, EncoderSpec, Head, HeadSpec
+from torch_ext.encoder.positions import relative_buckets
 
 SPEC = EncoderSpec(
     architecture="bert",
@@ -57,32 +58,64 @@ def batch(generator: torch.Generator, lengths: list[int] = LENGTHS) -> tuple[Ten
 
 
 def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds: Tensor, types: Tensor) -> Tensor:
-    """The encoder in fp64, one text at a time."""
+    """The encoder in fp64, one text at a time, with whole matrices of scores."""
     w = {name: tensor.double() for name, tensor in weights.items()}
-    width = spec.hidden_size
+    width, heads = spec.hidden_size, spec.num_heads
+    size = width // heads
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (width,), w[f"{name}.weight"], w[f"{name}.bias"], spec.layer_norm_eps)
+        if f"{name}.weight" not in w:
+            return x
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], spec.layer_norm_eps)
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
+    def rotate(x: Tensor, theta: float) -> Tensor:
+        turns = torch.arange(x.shape[1])[:, None] * theta ** (-torch.arange(0, size, 2) / size)
+        pairs = torch.complex(*x.unflatten(-1, (2, size // 2)).unbind(-2))
+        turned = pairs * torch.polar(torch.ones_like(turns.double()), turns.double())
+        return torch.cat((turned.real, turned.imag), -1)
+
+    def attention(x: Tensor, index: int) -> Tensor:
+        local = spec.window > 0 and index % spec.global_every != 0
+        q, k, v = linear(x, f"layers.{index}.attention.qkv").view(-1, 3, heads, size).permute(1, 2, 0, 3)
+        if spec.rotary_theta:
+            theta = spec.rotary_theta_local if local and spec.rotary_theta_local else spec.rotary_theta
+            q, k = rotate(q, theta), rotate(k, theta)
+        scores = q @ k.transpose(1, 2) * size**-0.5
+        distance = torch.arange(len(x)) - torch.arange(len(x))[:, None]
+        if spec.relative_attention_buckets:
+            buckets = spec.relative_attention_buckets, spec.relative_attention_max_distance
+            scores += w["relative_attention_bias"][relative_buckets(distance, *buckets)].permute(2, 0, 1)
+        if local:
+            scores[:, distance.abs() > spec.window] = -torch.inf
+        attended = (scores.softmax(-1) @ v).transpose(0, 1).reshape(-1, width)
+        return linear(attended, f"layers.{index}.attention.out")
+
+    def feed_forward(x: Tensor, index: int) -> Tensor:
+        wide, factor = linear(x, f"layers.{index}.ffn.up"), torch.ones(())
+        if spec.gated_ffn:
+            wide, factor = wide.chunk(2, -1)
+        return linear(reference.ACTIVATIONS[spec.activation](wide) * factor, f"layers.{index}.ffn.down")
+
     results = []
     for begin, end in itertools.pairwise(bounds.tolist()):
-        rows = torch.arange(end - begin) + spec.position_offset
-        x = w["embeddings.word"][ids[begin:end]] + w["embeddings.position"][rows]
+        x = w["embeddings.word"][ids[begin:end]]
+        if spec.absolute_positions:
+            x = x + w["embeddings.position"][torch.arange(end - begin) + spec.position_offset]
         if spec.type_vocab_size:
             x = x + w["embeddings.token_type"][types[begin:end]]
         x = norm(x, "embeddings.norm")
+        if spec.embedding_size:
+            x = linear(x, "embeddings.projection")
         for index in range(spec.num_layers):
-            prefix = f"layers.{index}"
-            qkv = linear(x, f"{prefix}.attention.qkv").view(-1, 3, spec.num_heads, width // spec.num_heads)
-            q, k, v = qkv.permute(1, 2, 0, 3)
-            attended = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(-1, width)
-            x = norm(x + linear(attended, f"{prefix}.attention.out"), f"{prefix}.attention.norm")
-            wide = reference.ACTIVATIONS[spec.activation](linear(x, f"{prefix}.ffn.up"))
-            x = norm(x + linear(wide, f"{prefix}.ffn.down"), f"{prefix}.ffn.norm")
-        results.append(x)
+            for part, name in ((attention, "attention"), (feed_forward, "ffn")):
+                if spec.norm_first:
+                    x = x + part(norm(x, f"layers.{index}.{name}.norm"), index)
+                else:
+                    x = norm(x + part(x, index), f"layers.{index}.{name}.norm")
+        results.append(norm(x, "final_norm") if spec.norm_first else x)
     return torch.cat(results)
 
 
@@ -96,6 +129,30 @@ SPECS = [
     dataclasses.replace(SPEC, position_offset=2, type_vocab_size=1, layer_norm_eps=1e-5),
     dataclasses.replace(SPEC, type_vocab_size=0, activation="relu", num_heads=1, num_layers=1),
     dataclasses.replace(SPEC, activation="gelu_tanh", hidden_size=36, intermediate_size=13),
+    dataclasses.replace(SPEC, embedding_size=20),
+    dataclasses.replace(SPEC, relative_attention_buckets=8, relative_attention_max_distance=6, position_offset=2),
+    dataclasses.replace(SPEC, norm_first=True, activation="relu"),
+    dataclasses.replace(SPEC, gated_ffn=True, activation="silu"),
+    dataclasses.replace(SPEC, rotary_theta=50.0, absolute_positions=False),
+    dataclasses.replace(SPEC, window=3, global_every=2, num_layers=3),
+    dataclasses.replace(
+        SPEC,
+        type_vocab_size=0,
+        num_layers=5,
+        embedding_size=40,
+        absolute_positions=False,
+        rotary_theta=1000.0,
+        rotary_theta_local=20.0,
+        window=4,
+        global_every=3,
+        norm_first=True,
+        norm_first_attention=False,
+        gated_ffn=True,
+    ),
+    # Nothing has all of it at once, but nothing speaks against it.
+    dataclasses.replace(
+        SPEC, relative_attention_buckets=16, rotary_theta=100.0, window=2, global_every=2, norm_first=True
+    ),
 ]
 
 
@@ -216,6 +273,14 @@ def test_construction_errors(generator: torch.Generator) -> None:
         ("num_heads=5 does not divide hidden_size=32", {"num_heads": 5}),
         ("num_layers of at least 1", {"num_layers": 0}),
         ("unknown activation 'elu'", {"activation": "elu"}),
+        ("global_every of at least 1, got 0", {"global_every": 0}),
+        ("window of at least 0, got -1", {"window": -1}),
+        ("rotary_theta of at least 0, got nan", {"rotary_theta": float("nan")}),
+        ("heads of an even size, got 36 / 4 = 9", {"hidden_size": 36, "rotary_theta": 10.0}),
+        ("relative_attention_buckets divisible by 4.*got 6 and 128", {"relative_attention_buckets": 6}),
+        ("got 8 and 2", {"relative_attention_buckets": 8, "relative_attention_max_distance": 2}),
+        ("norm_first_attention=False means nothing without norm_first", {"norm_first_attention": False}),
+        ("gated_ffn of type bool, got 1", {"gated_ffn": 1}),
         ("vocab_size of type int, got '50'", {"vocab_size": "50"}),
         ("vocab_size of type int, got True", {"vocab_size": True}),
     ):
@@ -223,6 +288,13 @@ def test_construction_errors(generator: torch.Generator) -> None:
             dataclasses.replace(SPEC, **change)
     with pytest.raises(ValueError, match="unknown task 'regression'"):
         dataclasses.replace(HEAD, task="regression")
+    for match, change in (
+        ("unknown pooling 'max'; known: 'cls', 'mean'", {"pooling": "max"}),
+        ("num_outputs of at least 1, got 0", {"num_outputs": 0}),
+        ("mean nothing without a dense layer", {"dense": False}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dataclasses.replace(HEAD, **change)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -255,6 +327,37 @@ def test_head(generator: torch.Generator, dtype: torch_ext.encoder.Dtype, norm: 
     ):
         with pytest.raises(error, match=match):
             head(*arguments)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_head_without_dense_layer(generator: torch.Generator, dtype: torch_ext.encoder.Dtype) -> None:
+    plain = {"dense": False, "activation": "none", "norm": False, "num_outputs": 3}
+    spec = dataclasses.replace(HEAD, task="token-classification", **plain)
+    weights = make_weights(spec, generator)
+    assert weights.keys() == {"head.out.weight", "head.out.bias"}
+    hidden = torch.randn(9, 32, generator=generator)
+    head = Head(spec, weights, dtype)
+    tolerance = 1e-5 if dtype == "fp32" else 0.03
+    expected = F.linear(hidden, weights["head.out.weight"], weights["head.out.bias"])
+    torch.testing.assert_close(head(hidden), expected, rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match=r"a head for text-classification, this one is for token-classification"):
+        head.classify(hidden, reference.cu_seqlens([9]))
+
+
+def test_head_pools_texts(generator: torch.Generator) -> None:
+    bounds = reference.cu_seqlens([4, 1, 4])
+    hidden = torch.randn(9, 32, generator=generator)
+    spec = dataclasses.replace(HEAD, task="text-classification", dense_size=24)
+    weights = make_weights(spec, generator)
+    head = Head(spec, weights, "fp32")
+    assert torch.equal(head.classify(hidden, bounds), head(hidden, bounds[:-1]))
+    pooled = Head(dataclasses.replace(spec, pooling="mean"), weights, "fp32").classify(hidden, bounds)
+    means = torch.stack([part.mean(0) for part in hidden.split([4, 1, 4])])
+    torch.testing.assert_close(pooled, head(means))
+    with pytest.raises(ValueError, match=r"expected hidden \[T, 32\]"):
+        head.classify(hidden[:, :31], bounds)
+    with pytest.raises(RuntimeError, match="sequence 1 has no tokens"):
+        head.classify(hidden, reference.cu_seqlens([4, 0, 5]))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -291,6 +394,24 @@ def test_save_and_load(generator: torch.Generator, tmp_path: Path, dtype: torch_
     else:
         with pytest.raises(ValueError, match="holds bf16 weights, fp32 was asked for"):
             Encoder.load(path, "fp32")
+
+
+def test_files_from_before_a_field_existed_mean_bert(generator: torch.Generator, tmp_path: Path) -> None:
+    encoder, head = Encoder(SPEC, make_weights(SPEC, generator)), Head(HEAD, make_weights(HEAD, generator))
+    path = tmp_path / "encoder.safetensors"
+    names = (
+        *("architecture", "hidden_size", "num_layers", "num_heads", "intermediate_size", "activation"),
+        *("max_positions", "position_offset", "layer_norm_eps", "vocab_size", "type_vocab_size"),
+    )
+    old_encoder = json.dumps({name: getattr(SPEC, name) for name in names})
+    names = ("task", "hidden_size", "activation", "norm", "layer_norm_eps", "num_outputs")
+    old_head = json.dumps({name: getattr(HEAD, name) for name in names})
+    metadata = {"format": "torch-ext-encoder", "format_version": "1", "dtype": "bf16"}
+    save_file({**encoder.weights(), **head.weights()}, path, {**metadata, "encoder": old_encoder, "head": old_head})
+    assert Encoder.load(path).spec == SPEC
+    loaded = Head.load(path)
+    assert loaded is not None
+    assert loaded.spec == HEAD
 
 
 def test_save_errors(generator: torch.Generator, tmp_path: Path) -> None:
@@ -333,6 +454,8 @@ def test_load_errors(generator: torch.Generator, tmp_path: Path) -> None:
     fails("no valid specification", {**fields, "encoder": "[]"})
     fails("no valid specification", {**fields, "encoder": json.dumps({"hidden_size": 3})})
     fails("no valid specification", {**fields, "encoder": spec.replace("50", '"50"')})
+    unknown = json.dumps({**dataclasses.asdict(SPEC), "experts": 8, "a": 1})
+    fails(r"does not know its fields \['a', 'experts'\]: update torch-ext", {**fields, "encoder": unknown})
     fails("no valid specification", {name: value for name, value in fields.items() if name != "encoder"})
     fails("missing .'embeddings.word'.", fields, **{"embeddings.word": None})
     fails(r"expected embeddings.word \[50, 32\]", fields, **{"embeddings.word": torch.ones(5, 32)})

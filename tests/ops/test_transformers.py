@@ -37,6 +37,18 @@ SMALL = {"vocab_size": 100, "max_position_embeddings": 40}
 BERT = {**SMALL, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}
 DISTILBERT = {**SMALL, "dim": 48, "n_layers": 3, "n_heads": 4, "hidden_dim": 80}
 
+MODERNBERT = {
+    **BERT,
+    "num_hidden_layers": 5,
+    "local_attention": 8,
+    "global_attn_every_n_layers": 3,
+    "global_rope_theta": 5000.0,
+    "local_rope_theta": 100.0,
+    "attn_implementation": "eager",
+    "reference_compile": False,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+}
+
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", BERT),
     "bert, tanh gelu, other eps": ("Bert", {**BERT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
@@ -45,6 +57,28 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "xlm-roberta": ("XLMRoberta", {**BERT, "type_vocab_size": 1, "pad_token_id": 1}),
     "camembert": ("Camembert", {**BERT, "type_vocab_size": 1, "pad_token_id": 1}),
     "distilbert": ("DistilBert", DISTILBERT),
+    "minilm, multilingual": (
+        "XLMRoberta",
+        {**BERT, "hidden_size": 64, "num_attention_heads": 2, "type_vocab_size": 1, "pad_token_id": 1},
+    ),
+    "electra": ("Electra", {**BERT, "embedding_size": 48}),
+    "electra, narrow embeddings": ("Electra", {**BERT, "embedding_size": 20, "type_vocab_size": 2}),
+    "mpnet": ("MPNet", BERT),
+    "modernbert": ("ModernBert", MODERNBERT),
+    "modernbert, biases, one theta": (
+        "ModernBert",
+        {
+            **MODERNBERT,
+            **dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True),
+            "decoder_bias": False,
+            "local_rope_theta": None,
+            "hidden_activation": "silu",
+            "classifier_activation": "relu",
+            "classifier_pooling": "mean",
+            "global_attn_every_n_layers": 2,
+        },
+    ),
+    "modernbert, all layers global": ("ModernBert", {**MODERNBERT, "global_attn_every_n_layers": 1}),
     "distilbert, sinusoids, relu": ("DistilBert", {**DISTILBERT, "sinusoidal_pos_embds": True, "activation": "relu"}),
 }
 
@@ -52,7 +86,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 def make(kind: str, name: str, **more: Any) -> nn.Module:
     """A random model; its norms and biases are random too, so that none of them can be forgotten."""
     prefix, options = CONFIGS[name]
-    config = getattr(transformers, f"{prefix}Config")(**options, **more)
+    config = getattr(transformers, f"{prefix}Config")(**{**options, **more})
     model = getattr(transformers, f"{prefix}{kind}")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,20 +139,83 @@ def test_encoder(name: str, generator: torch.Generator) -> None:
         rounded(ids.repeat(2)[: longest + 1], reference.cu_seqlens([longest + 1]))
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert", "distilbert"])
-@pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForMaskedLM"])
+@pytest.mark.parametrize("name", ["mpnet", "modernbert"])
+def test_texts_longer_than_any_window(name: str, generator: torch.Generator) -> None:
+    """Distances far beyond MPNet's last bucket, which begins at 91, and beyond ModernBERT's real window of 64."""
+    model = make("Model", name, max_position_embeddings=402, **({"local_attention": 128} if name != "mpnet" else {}))
+    lengths = [400, 3, 131, 65, 66, 64]
+    ids, bounds = torch.randint(10, 100, (sum(lengths),), generator=generator), reference.cu_seqlens(lengths)
+    expected = torch.cat([output.last_hidden_state[0] for output in one_by_one(model, ids, bounds)])
+    exact = Encoder.from_transformers(model, "fp32")
+    torch.testing.assert_close(exact(ids, bounds), expected, rtol=1e-4, atol=1e-4)
+    assert cosines(Encoder.from_transformers(model)(ids, bounds), expected).min() > 0.999
+
+
+def test_relative_buckets() -> None:
+    from torch_ext.encoder.positions import relative_buckets
+
+    encoder = transformers.models.mpnet.modeling_mpnet.MPNetEncoder
+    distances = torch.arange(-3000, 3001)
+    expected = encoder.relative_position_bucket(distances, num_buckets=32, max_distance=128)
+    assert torch.equal(relative_buckets(distances, 32, 128), expected)
+    # The table that attention reads ends at the largest distance, and repeats its last column beyond.
+    assert (expected[distances >= 128] == expected[distances == 128]).all()
+    assert (expected[distances <= -128] == expected[distances == -128]).all()
+
+
+@pytest.mark.parametrize("name", ["electra, narrow embeddings", "mpnet", "modernbert"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_save_and_load(name: str, dtype: torch_ext.encoder.Dtype, generator: torch.Generator, tmp_path: Any) -> None:
+    model = make("ForTokenClassification", name, num_labels=5)
+    ids, bounds = batch(generator)
+    encoder, head = Encoder.from_transformers(model, dtype), Head.from_transformers(model, dtype)
+    encoder.save(tmp_path / "model.safetensors", head)
+    again, head_again = (part.load(tmp_path / "model.safetensors", dtype) for part in (Encoder, Head))
+    assert again.spec == encoder.spec
+    assert head_again.spec == head.spec
+    hidden = encoder(ids, bounds)
+    assert torch.equal(again(ids, bounds), hidden)
+    assert torch.equal(head_again(hidden), head(hidden))
+    assert torch.equal(copy.deepcopy(again)(ids, bounds), hidden)
+
+
+HEADS = [
+    *("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "electra, narrow embeddings", "mpnet"),
+    *("modernbert", "modernbert, biases, one theta"),
+]
+TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("kind", TASKS)
 def test_head(name: str, kind: str, generator: torch.Generator) -> None:
-    model = make(kind, name, **({"num_labels": 3} if kind == "ForSequenceClassification" else {}))
+    model = make(kind, name, **({} if kind == "ForMaskedLM" else {"num_labels": 3}))
     ids, bounds = batch(generator)
     outputs = [output.logits[0] for output in one_by_one(model, ids, bounds)]
-    rows = bounds[:-1].long() if kind == "ForSequenceClassification" else torch.tensor([3, 0, 38, 56])
-    expected = torch.stack(outputs) if kind == "ForSequenceClassification" else torch.cat(outputs)[rows]
-    encoder, head = Encoder.from_transformers(model, "fp32"), Head.from_transformers(model, "fp32")
-    torch.testing.assert_close(head(encoder(ids, bounds), rows), expected, rtol=1e-3, atol=1e-3)
-    assert head.spec.task == ("text-classification" if kind == "ForSequenceClassification" else "fill-mask")
-    assert head.spec.num_outputs == (3 if kind == "ForSequenceClassification" else 100)
-    encoder, head = Encoder.from_transformers(model), Head.from_transformers(model)
-    assert cosines(head(encoder(ids, bounds), rows), expected).min() > 0.99
+    rows = torch.tensor([3, 0, 38, 56]) if kind == "ForMaskedLM" else None
+    if kind == "ForSequenceClassification":
+        expected = torch.stack(outputs)
+    else:
+        expected = torch.cat(outputs) if rows is None else torch.cat(outputs)[rows]
+
+    def run(dtype: torch_ext.encoder.Dtype) -> Tensor:
+        encoder, head = Encoder.from_transformers(model, dtype), Head.from_transformers(model, dtype)
+        assert head.spec.task == TASKS[kind]
+        assert head.spec.num_outputs == (100 if kind == "ForMaskedLM" else 3)
+        hidden = encoder(ids, bounds)
+        if kind != "ForSequenceClassification":
+            return head(hidden, rows)
+        texts = head.classify(hidden, bounds)
+        if head.spec.pooling == "cls":
+            torch.testing.assert_close(head(hidden, bounds[:-1]), texts)
+        return texts
+
+    torch.testing.assert_close(run("fp32"), expected, rtol=1e-3, atol=1e-3)
+    assert cosines(run("bf16"), expected).min() > 0.99
 
 
 def test_optimized_model_can_be_read() -> None:
@@ -153,9 +250,20 @@ def test_refusals() -> None:
     model.encoder.layer[1].adapter = nn.Linear(48, 48)
     with pytest.raises(ValueError, match=r"has weights that a plain bert encoder has not.*encoder.layer.1.adapter"):
         Encoder.from_transformers(model)
-    for kind in ("Model", "ForTokenClassification", "ForQuestionAnswering"):
+    for kind in ("Model", "ForMultipleChoice", "ForQuestionAnswering"):
         with pytest.raises(ValueError, match=r"has no supported head; supported: \*ForSequenceClassification"):
             Head.from_transformers(make(kind, "bert"))
+    model = make("ForTokenClassification", "bert")
+    model.crf = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="has no supported head"):
+        Head.from_transformers(model)
+    mpnet = transformers.MPNetModel(transformers.MPNetConfig(**BERT, relative_attention_num_buckets=64))
+    with pytest.raises(ValueError, match="expected relative_attention_num_buckets=32, got 64"):
+        Encoder.from_transformers(mpnet)
+    model = make("Model", "modernbert")
+    del model.config.local_attention
+    with pytest.raises(ValueError, match="expected a modernbert configuration with local_attention"):
+        Encoder.from_transformers(model)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])

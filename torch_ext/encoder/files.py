@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -86,7 +87,10 @@ def read(path: Path, part: str, spec_type: type[Spec], dtype: str) -> tuple[Spec
             f"{path} holds {metadata.get('dtype')} weights, fp32 was asked for: load the fp32 file instead"
         )
     try:
-        fields = json.loads(metadata[part])
+        fields = dict(json.loads(metadata[part]))
+        unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(spec_type)})
+        if unknown:
+            raise ValueError(f"this torch_ext does not know its fields {unknown}: update torch-ext")
         spec = spec_type(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has no valid specification of the {part}: {error}") from error

@@ -6,6 +6,7 @@ Looks at a model's attributes only: the transformers package is not needed.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,28 +28,100 @@ _ACTIVATIONS = {
 }
 
 
+# What configurations call the fields of a specification, unless an architecture says otherwise.
+_FIELDS: Mapping[str, str] = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "activation": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+}
+
+# Options that change what is computed, and the one value that is supported.
+_OPTIONS: Mapping[str, Any] = {
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+}
+
+
 @dataclasses.dataclass(frozen=True)
-class _Names:
-    """Where an architecture keeps its weights (``{}`` is the layer), and what its configuration calls things."""
+class _HeadNames:
+    """Where a head keeps its weights (``{base}`` is the encoder), and what it does with them.
+
+    Attributes:
+        out: the output layer.
+        dense: the layer before it, if there is one.
+        norm: the norm between them, if there is one.
+        activation: after the dense layer: what Hugging Face calls it, or ``config.`` and the field that says it.
+        pooling: of texts: ``cls`` or ``mean``, or ``config.`` and the field that says it.
+        extra: names of the same weights, listed twice.
+    """
+
+    out: str
+    dense: str | None = None
+    norm: str | None = None
+    activation: str = ""
+    pooling: str = "cls"
+    extra: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Architecture:
+    """Where an architecture keeps its weights, and what its configuration means.
+
+    Attributes:
+        layer: prefix of a layer's weights; ``{}`` is its number.
+        qkv: query, key and value, one after the other, or one that holds all.
+        out, attention_norm, up, down, ffn_norm: the other parts of a layer.
+        heads: by task.
+        word, position, token_type, embedding_norm, projection, relative_bias, final_norm: what is outside of layers.
+            None: there is none. The projection is there only where the tables have another width.
+        optional_biases: whether biases may be absent; they are taken for zero.
+        fields: what the configuration calls fields of the specification, where it differs from BERT's. A number
+            instead of a name is the value itself.
+        position_offset: row of the position table that the first token takes.
+        more: further fields of the specification.
+        options: options that must have one value, further to ``_OPTIONS``.
+    """
 
     layer: str
-    qkv: tuple[str, str, str]
+    qkv: tuple[str, ...]
     out: str
     attention_norm: str
     up: str
     down: str
     ffn_norm: str
-    token_types: bool = True
-    hidden_size: str = "hidden_size"
-    num_layers: str = "num_hidden_layers"
-    num_heads: str = "num_attention_heads"
-    intermediate_size: str = "intermediate_size"
-    activation: str = "hidden_act"
-    layer_norm_eps: str | None = "layer_norm_eps"
-    offset_positions: bool = False
+    heads: Mapping[str, _HeadNames]
+    word: str = "embeddings.word_embeddings"
+    position: str | None = "embeddings.position_embeddings"
+    token_type: str | None = "embeddings.token_type_embeddings"
+    embedding_norm: str = "embeddings.LayerNorm"
+    projection: str = "embeddings_project"
+    relative_bias: str | None = None
+    final_norm: str | None = None
+    optional_biases: bool = False
+    fields: Mapping[str, str | float] = dataclasses.field(default_factory=dict)
+    position_offset: Callable[[Any], int] = lambda config: 0
+    more: Callable[[Any], dict[str, Any]] = lambda config: {}
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def value(self, config: Any, field: str) -> Any:
+        """The configuration's value of a field of the specification."""
+        name = self.fields.get(field, _FIELDS[field])
+        return _get(config, name) if isinstance(name, str) else name
 
 
-_BERT = _Names(
+def _get(config: Any, name: str) -> Any:
+    if not hasattr(config, name):
+        raise ValueError(f"unsupported configuration: expected a {config.model_type} configuration with {name}")
+    return getattr(config, name)
+
+
+_TOKENS = _HeadNames(out="classifier")
+
+_BERT = _Architecture(
     layer="encoder.layer.{}",
     qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
     out="attention.output.dense",
@@ -56,9 +129,36 @@ _BERT = _Names(
     up="intermediate.dense",
     down="output.dense",
     ffn_norm="output.LayerNorm",
+    heads={
+        "text-classification": _HeadNames(out="classifier", dense="{base}.pooler.dense", activation="tanh"),
+        "token-classification": _TOKENS,
+        "fill-mask": _HeadNames(
+            out="cls.predictions.decoder",
+            dense="cls.predictions.transform.dense",
+            norm="cls.predictions.transform.LayerNorm",
+            activation="config.hidden_act",
+            extra=("cls.predictions.bias",),
+        ),
+    },
 )
-_ROBERTA = dataclasses.replace(_BERT, offset_positions=True)
-_DISTILBERT = _Names(
+
+_ROBERTA = dataclasses.replace(
+    _BERT,
+    heads={
+        "text-classification": _HeadNames(out="classifier.out_proj", dense="classifier.dense", activation="tanh"),
+        "token-classification": _TOKENS,
+        "fill-mask": _HeadNames(
+            out="lm_head.decoder",
+            dense="lm_head.dense",
+            norm="lm_head.layer_norm",
+            activation="gelu",
+            extra=("lm_head.bias",),
+        ),
+    },
+    position_offset=lambda config: int(config.pad_token_id) + 1,
+)
+
+_DISTILBERT = _Architecture(
     layer="transformer.layer.{}",
     qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
     out="attention.out_lin",
@@ -66,54 +166,167 @@ _DISTILBERT = _Names(
     up="ffn.lin1",
     down="ffn.lin2",
     ffn_norm="output_layer_norm",
-    token_types=False,
-    hidden_size="dim",
-    num_layers="n_layers",
-    num_heads="n_heads",
-    intermediate_size="hidden_dim",
-    activation="activation",
-    layer_norm_eps=None,
+    heads={
+        "text-classification": _HeadNames(out="classifier", dense="pre_classifier", activation="relu"),
+        "token-classification": _TOKENS,
+        "fill-mask": _HeadNames(
+            out="vocab_projector", dense="vocab_transform", norm="vocab_layer_norm", activation="config.activation"
+        ),
+    },
+    token_type=None,
+    fields={
+        "hidden_size": "dim",
+        "num_layers": "n_layers",
+        "num_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "activation": "activation",
+        "layer_norm_eps": 1e-12,  # The configuration does not say; the model's code does.
+    },
 )
 
-_NAMES = {"bert": _BERT, "roberta": _ROBERTA, "xlm-roberta": _ROBERTA, "camembert": _ROBERTA, "distilbert": _DISTILBERT}
+_ELECTRA = dataclasses.replace(
+    _BERT,
+    heads={
+        "text-classification": _HeadNames(out="classifier.out_proj", dense="classifier.dense", activation="gelu"),
+        "token-classification": _TOKENS,
+        "fill-mask": _HeadNames(
+            out="generator_lm_head",
+            dense="generator_predictions.dense",
+            norm="generator_predictions.LayerNorm",
+            activation="gelu",
+        ),
+    },
+)
 
-ARCHITECTURES: tuple[str, ...] = tuple(_NAMES)
+_MPNET = _Architecture(
+    layer="encoder.layer.{}",
+    qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+    out="attention.attn.o",
+    attention_norm="attention.LayerNorm",
+    up="intermediate.dense",
+    down="output.dense",
+    ffn_norm="output.LayerNorm",
+    heads=_ROBERTA.heads,
+    token_type=None,
+    relative_bias="encoder.relative_attention_bias",
+    # The model's code fixes its padding index, the number of buckets and their reach, whatever the configuration says.
+    position_offset=lambda config: 2,
+    more=lambda config: {"relative_attention_buckets": 32, "relative_attention_max_distance": 128},
+    options={"relative_attention_num_buckets": 32},
+)
 
-# DistilBERT's configuration does not say; its code does.
-_DISTILBERT_EPS = 1e-12
+_MODERNBERT_TOKENS = _HeadNames(
+    out="classifier", dense="head.dense", norm="head.norm", activation="config.classifier_activation"
+)
+
+_MODERNBERT = _Architecture(
+    layer="layers.{}",
+    qkv=("attn.Wqkv",),
+    out="attn.Wo",
+    attention_norm="attn_norm",
+    up="mlp.Wi",
+    down="mlp.Wo",
+    ffn_norm="mlp_norm",
+    heads={
+        "text-classification": dataclasses.replace(_MODERNBERT_TOKENS, pooling="config.classifier_pooling"),
+        "token-classification": _MODERNBERT_TOKENS,
+        "fill-mask": dataclasses.replace(_MODERNBERT_TOKENS, out="decoder"),
+    },
+    word="embeddings.tok_embeddings",
+    position=None,
+    token_type=None,
+    embedding_norm="embeddings.norm",
+    final_norm="final_norm",
+    optional_biases=True,
+    fields={"activation": "hidden_activation", "layer_norm_eps": "norm_eps"},
+    more=lambda config: {
+        "absolute_positions": False,
+        "max_positions": int(_get(config, "max_position_embeddings")),
+        "rotary_theta": float(_get(config, "global_rope_theta")),
+        "rotary_theta_local": float(_get(config, "local_rope_theta") or 0),
+        "window": int(_get(config, "local_attention")) // 2,
+        "global_every": int(_get(config, "global_attn_every_n_layers")),
+        "norm_first": True,
+        "norm_first_attention": False,
+        "gated_ffn": True,
+    },
+    options={"rope_scaling": None},
+)
+
+_ARCHITECTURES: Mapping[str, _Architecture] = {
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "distilbert": _DISTILBERT,
+    "electra": _ELECTRA,
+    "mpnet": _MPNET,
+    "modernbert": _MODERNBERT,
+}
+
+ARCHITECTURES: tuple[str, ...] = tuple(_ARCHITECTURES)
+
+# Tasks by what the names of their classes end in.
+_TASKS: Mapping[str, str] = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+}
 
 # Buffers, and what belongs to heads.
 _IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
-def _read_config(model: nn.Module) -> tuple[Any, _Names]:
+def _read_config(model: nn.Module) -> tuple[Any, _Architecture]:
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(model, nn.Module) or not isinstance(model_type, str):
         raise TypeError(
             f"expected a Hugging Face model (an nn.Module with config.model_type), got {type(model).__name__}"
         )
-    if model_type not in _NAMES:
+    if model_type not in _ARCHITECTURES:
         raise ValueError(
-            f"unsupported architecture {model_type!r}; supported: {', '.join(_NAMES)}. Another model still gains from "
-            "torch_ext.optimize(model)"
+            f"unsupported architecture {model_type!r}; supported: {', '.join(ARCHITECTURES)}. Another model still "
+            "gains from torch_ext.optimize(model)"
         )
-    for name, wanted in (
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-        ("position_embedding_type", "absolute"),
-    ):
+    architecture = _ARCHITECTURES[model_type]
+    for name, wanted in {**_OPTIONS, **architecture.options}.items():
         value = getattr(config, name, wanted)
         if value != wanted:
             raise ValueError(f"unsupported configuration: expected {name}={wanted!r}, got {value!r}")
-    return config, _NAMES[model_type]
+    return config, architecture
 
 
-def _activation(config: Any, name: str) -> str:
-    value = getattr(config, name)
-    if value not in _ACTIVATIONS:
-        raise ValueError(f"unsupported activation {value!r}; supported: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[value]
+def _activation(name: str) -> str:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"unsupported activation {name!r}; supported: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+class _Source:
+    """The weights of a model, taken one by one, so that what is left shows."""
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], what: str, optional_biases: bool) -> None:
+        self.weights, self._owner, self._what = weights, type(model).__name__, what
+        self._optional_biases = optional_biases
+        self.taken: set[str] = set()
+
+    def take(self, name: str) -> Tensor:
+        if name not in self.weights:
+            raise ValueError(f"{self._owner} has no {name}: is it a plain {self._what}?")
+        self.taken.add(name)
+        return self.weights[name]
+
+    def pair(self, to: str, *names: str) -> dict[str, Tensor]:
+        """Weight and bias of a linear layer or a norm, or of several that become one."""
+        weights = [self.take(f"{name}.weight") for name in names]
+        biases = [
+            weight.new_zeros(weight.shape[0])
+            if self._optional_biases and f"{name}.bias" not in self.weights
+            else self.take(f"{name}.bias")
+            for name, weight in zip(names, weights, strict=True)
+        ]
+        return {f"{to}.weight": torch.cat(weights), f"{to}.bias": torch.cat(biases)}
 
 
 def read_encoder(model: nn.Module) -> tuple[EncoderSpec, dict[str, Tensor]]:
@@ -125,81 +338,53 @@ def read_encoder(model: nn.Module) -> tuple[EncoderSpec, dict[str, Tensor]]:
     """
     config, names = _read_config(model)
     base = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)
-    source: dict[str, Tensor] = dict(base.state_dict())
-    layers = int(getattr(config, names.num_layers))
-    taken: set[str] = set()
-
-    def take(name: str) -> Tensor:
-        if name not in source:
-            raise ValueError(f"{type(model).__name__} has no {name}: is it a plain {config.model_type} encoder?")
-        taken.add(name)
-        return source[name]
-
-    offset = 0
-    if names.offset_positions:
-        offset = int(config.pad_token_id) + 1
-    position = take("embeddings.position_embeddings.weight")
-    weights = {
-        "embeddings.word": take("embeddings.word_embeddings.weight"),
-        "embeddings.position": position,
-        "embeddings.norm.weight": take("embeddings.LayerNorm.weight"),
-        "embeddings.norm.bias": take("embeddings.LayerNorm.bias"),
+    source = _Source(model, dict(base.state_dict()), f"{config.model_type} encoder", names.optional_biases)
+    weights = {"embeddings.word": source.take(f"{names.word}.weight")}
+    fields: dict[str, Any] = {
+        "position_offset": names.position_offset(config),
+        "vocab_size": weights["embeddings.word"].shape[0],
+        "type_vocab_size": 0,
     }
-    type_vocab_size = 0
-    if names.token_types:
-        weights["embeddings.token_type"] = take("embeddings.token_type_embeddings.weight")
-        type_vocab_size = weights["embeddings.token_type"].shape[0]
-    for index in range(layers):
-        prefix = names.layer.format(index)
-        for kind in ("weight", "bias"):
-            weights[f"layers.{index}.attention.qkv.{kind}"] = torch.cat(
-                [take(f"{prefix}.{part}.{kind}") for part in names.qkv]
-            )
-            for part, name in (
-                ("attention.out", names.out),
-                ("attention.norm", names.attention_norm),
-                ("ffn.up", names.up),
-                ("ffn.down", names.down),
-                ("ffn.norm", names.ffn_norm),
-            ):
-                weights[f"layers.{index}.{part}.{kind}"] = take(f"{prefix}.{name}.{kind}")
-    left = sorted(source.keys() - taken - set(_IGNORED))
+    if names.position is not None:
+        weights["embeddings.position"] = source.take(f"{names.position}.weight")
+        fields["max_positions"] = weights["embeddings.position"].shape[0] - fields["position_offset"]
+    if names.token_type is not None:
+        weights["embeddings.token_type"] = source.take(f"{names.token_type}.weight")
+        fields["type_vocab_size"] = weights["embeddings.token_type"].shape[0]
+    weights.update(source.pair("embeddings.norm", names.embedding_norm))
+    if f"{names.projection}.weight" in source.weights:
+        weights.update(source.pair("embeddings.projection", names.projection))
+        fields["embedding_size"] = weights["embeddings.word"].shape[1]
+    if names.relative_bias is not None:
+        weights["relative_attention_bias"] = source.take(f"{names.relative_bias}.weight")
+    spec = EncoderSpec(
+        architecture=config.model_type,
+        hidden_size=int(names.value(config, "hidden_size")),
+        num_layers=int(names.value(config, "num_layers")),
+        num_heads=int(names.value(config, "num_heads")),
+        intermediate_size=int(names.value(config, "intermediate_size")),
+        activation=_activation(names.value(config, "activation")),
+        layer_norm_eps=float(names.value(config, "layer_norm_eps")),
+        **{**fields, **names.more(config)},
+    )
+    for index in range(spec.num_layers):
+        to, prefix = f"layers.{index}", names.layer.format(index)
+        weights.update(source.pair(f"{to}.attention.qkv", *(f"{prefix}.{part}" for part in names.qkv)))
+        weights.update(source.pair(f"{to}.attention.out", f"{prefix}.{names.out}"))
+        if index or spec.norm_first_attention:
+            weights.update(source.pair(f"{to}.attention.norm", f"{prefix}.{names.attention_norm}"))
+        weights.update(source.pair(f"{to}.ffn.up", f"{prefix}.{names.up}"))
+        weights.update(source.pair(f"{to}.ffn.down", f"{prefix}.{names.down}"))
+        weights.update(source.pair(f"{to}.ffn.norm", f"{prefix}.{names.ffn_norm}"))
+    if names.final_norm is not None:
+        weights.update(source.pair("final_norm", names.final_norm))
+    left = sorted(source.weights.keys() - source.taken - set(_IGNORED))
     if left:
         raise ValueError(
             f"{type(model).__name__} has weights that a plain {config.model_type} encoder has not (adapters?): "
             f"{', '.join(left[:5])}{' ...' if len(left) > 5 else ''}"
         )
-    spec = EncoderSpec(
-        architecture=config.model_type,
-        hidden_size=int(getattr(config, names.hidden_size)),
-        num_layers=layers,
-        num_heads=int(getattr(config, names.num_heads)),
-        intermediate_size=int(getattr(config, names.intermediate_size)),
-        activation=_activation(config, names.activation),
-        max_positions=position.shape[0] - offset,
-        position_offset=offset,
-        layer_norm_eps=float(getattr(config, names.layer_norm_eps)) if names.layer_norm_eps else _DISTILBERT_EPS,
-        vocab_size=weights["embeddings.word"].shape[0],
-        type_vocab_size=type_vocab_size,
-    )
     return spec, weights
-
-
-# Per kind of head: task, dense layer, norm, output layer, activation ("config": the encoder's).
-_HEADS: tuple[tuple[str, str, str | None, str, str], ...] = (
-    ("text-classification", "{base}.pooler.dense", None, "classifier", "tanh"),
-    ("text-classification", "classifier.dense", None, "classifier.out_proj", "tanh"),
-    ("text-classification", "pre_classifier", None, "classifier", "relu"),
-    (
-        "fill-mask",
-        "cls.predictions.transform.dense",
-        "cls.predictions.transform.LayerNorm",
-        "cls.predictions.decoder",
-        "config",
-    ),
-    ("fill-mask", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "gelu"),
-    ("fill-mask", "vocab_transform", "vocab_layer_norm", "vocab_projector", "config"),
-)
 
 
 def read_head(model: nn.Module) -> tuple[HeadSpec, dict[str, Tensor]]:
@@ -209,32 +394,49 @@ def read_head(model: nn.Module) -> tuple[HeadSpec, dict[str, Tensor]]:
         TypeError: ``model`` has no transformers configuration.
         ValueError: the model has no head that is supported.
     """
-    config, names = _read_config(model)
-    base = str(getattr(model, "base_model_prefix", ""))
-    source: dict[str, Tensor] = dict(model.state_dict())
-    for task, dense, norm, out, activation in _HEADS:
-        parts = {"dense": dense.format(base=base), "out": out}
-        if norm is not None:
-            parts["norm"] = norm
-        keys = {f"head.{part}.{kind}": f"{name}.{kind}" for part, name in parts.items() for kind in ("weight", "bias")}
-        others = [key for key in source if not key.startswith(f"{base}.") and key not in keys.values()]
-        # RoBERTa and BERT list the output bias twice; anything else is a head of another kind.
-        if any(key not in source for key in keys.values()) or set(others) - {"lm_head.bias", "cls.predictions.bias"}:
-            continue
-        weights = {name: source[key] for name, key in keys.items()}
-        eps = float(getattr(config, names.layer_norm_eps)) if names.layer_norm_eps else _DISTILBERT_EPS
-        return (
-            HeadSpec(
-                task=task,
-                hidden_size=int(getattr(config, names.hidden_size)),
-                activation=_activation(config, names.activation) if activation == "config" else activation,
-                norm=norm is not None,
-                layer_norm_eps=eps,
-                num_outputs=weights["head.out.weight"].shape[0],
-            ),
-            weights,
+    config, architecture = _read_config(model)
+    # The class tells heads apart whose weights have the same names: those for texts and for tokens, say.
+    ends = (suffix for base in type(model).__mro__ for suffix in _TASKS if base.__name__.endswith(suffix))
+    task = _TASKS.get(next(ends, ""), "")
+    names = architecture.heads.get(task)
+    weights = None if names is None else _head_weights(model, architecture, names)
+    if names is None or weights is None:
+        raise ValueError(
+            f"{type(model).__name__} has no supported head; supported: {', '.join(f'*{name}' for name in _TASKS)} of "
+            f"{', '.join(ARCHITECTURES)}"
         )
-    raise ValueError(
-        f"{type(model).__name__} has no supported head; supported: *ForSequenceClassification and *ForMaskedLM of "
-        f"{', '.join(_NAMES)}"
+
+    def named(value: str) -> str:
+        return str(_get(config, value.removeprefix("config."))) if value.startswith("config.") else value
+
+    hidden_size = int(architecture.value(config, "hidden_size"))
+    dense_size = weights["head.dense.weight"].shape[0] if names.dense is not None else hidden_size
+    spec = HeadSpec(
+        task=task,
+        hidden_size=hidden_size,
+        activation="none" if names.dense is None else _activation(named(names.activation)),
+        norm=names.norm is not None,
+        layer_norm_eps=float(architecture.value(config, "layer_norm_eps")),
+        num_outputs=weights["head.out.weight"].shape[0],
+        dense=names.dense is not None,
+        dense_size=0 if dense_size == hidden_size else dense_size,
+        pooling=named(names.pooling),
     )
+    return spec, weights
+
+
+def _head_weights(model: nn.Module, architecture: _Architecture, names: _HeadNames) -> dict[str, Tensor] | None:
+    """The weights of a head, or None if the model has others than these."""
+    base = str(getattr(model, "base_model_prefix", ""))
+    source = _Source(model, dict(model.state_dict()), "head", architecture.optional_biases)
+    weights: dict[str, Tensor] = {}
+    try:
+        for part, name in (("dense", names.dense), ("norm", names.norm), ("out", names.out)):
+            if name is not None:
+                weights.update(source.pair(f"head.{part}", name.format(base=base)))
+    except ValueError:
+        return None
+    known = source.taken | set(names.extra)
+    if any(not name.startswith(f"{base}.") and name not in known for name in source.weights):
+        return None
+    return weights

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from torch_ext.encoder import files
 from torch_ext.encoder.huggingface import read_encoder, read_head
+from torch_ext.encoder.positions import relative_bias_table, rotary_table
 from torch_ext.encoder.spec import (
     DTYPES,
     Dtype,
@@ -37,6 +38,9 @@ _embed_layer_norm = torch.ops.torch_ext.embed_layer_norm.default
 _linear = torch.ops.torch_ext.linear.default
 _varlen_attention = torch.ops.torch_ext.varlen_attention.default
 _add_layer_norm = torch.ops.torch_ext.add_layer_norm.default
+_rotary_embedding = torch.ops.torch_ext.rotary_embedding.default
+_gate = torch.ops.torch_ext.gate.default
+_pool = torch.ops.torch_ext.pool.default
 _preferred_rows = torch.ops.torch_ext._preferred_rows.default
 _pack = torch.ops.torch_ext.pack_linear_weight.default
 _unpack = torch.ops.torch_ext.unpack_linear_weight.default
@@ -99,13 +103,27 @@ class _Weighted(Generic[Spec]):
         return tensor.to(kind, copy=True).contiguous()
 
     def _linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", out_dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        activation: str = "none",
+        out_dtype: torch.dtype | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """``activation(x @ weight.T + bias)``, with a weight as :meth:`_convert` leaves it."""
+        """``activation(x @ weight.T + bias) + residual``, with a weight as :meth:`_convert` leaves it."""
         if self.dtype == "bf16":
-            result: Tensor = _linear(x, weight, bias, activation, out_dtype)
+            result: Tensor = _linear(x, weight, bias, activation, out_dtype, residual)
             return result
-        return _ACTIVATIONS[activation](F.linear(x.float(), weight, bias))
+        result = _ACTIVATIONS[activation](F.linear(x.float(), weight, bias))
+        return result if residual is None else result + residual
+
+    def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The layer norm of ``x + residual``; ``x`` where there is no norm."""
+        if weight is None:
+            return x
+        result: Tensor = _add_layer_norm(x, residual, weight, bias, self.spec.layer_norm_eps)
+        return result
 
     def weights(self) -> dict[str, Tensor]:
         """The weights by name, unpacked: matrices and tables in ``dtype``, the rest fp32."""
@@ -122,14 +140,17 @@ class _Weighted(Generic[Spec]):
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights as the ops read them: matrices packed in bf16 or plain in fp32, the rest fp32."""
+    """One layer's weights as the ops read them: matrices packed in bf16 or plain in fp32, the rest fp32.
+
+    The norm of attention is None where the specification leaves it out.
+    """
 
     qkv_weight: Tensor
     qkv_bias: Tensor
     out_weight: Tensor
     out_bias: Tensor
-    attention_norm_weight: Tensor
-    attention_norm_bias: Tensor
+    attention_norm_weight: Tensor | None
+    attention_norm_bias: Tensor | None
     up_weight: Tensor
     up_bias: Tensor
     down_weight: Tensor
@@ -151,24 +172,32 @@ class Encoder(_Weighted[EncoderSpec]):
 
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor], dtype: Dtype = "bf16") -> None:
         super().__init__(spec, weights, dtype)
-        self._layers = tuple(self._layer(f"layers.{index}") for index in range(spec.num_layers))
+        self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(spec.num_layers))
+        # What follows from the specification and is used in every call: angles [max_positions, head_dim], biases of
+        # scores [num_heads, 2 * max_distance + 1].
+        self._rotary = rotary_table(spec, spec.rotary_theta) if spec.rotary_theta else None
+        self._rotary_local = self._rotary
+        if self._rotary is not None and spec.rotary_theta_local and spec.window:
+            self._rotary_local = rotary_table(spec, spec.rotary_theta_local)
+        self._relative_bias = None
+        if spec.relative_attention_buckets:
+            self._relative_bias = relative_bias_table(spec, self._tensors["relative_attention_bias"])
         # Where a product of a new size costs as much as a batch, and only there: see onednn_preferred_rows in csrc.
         self._fills_up = dtype == "bf16" and _preferred_rows(_UNLIKELY_ROWS) != _UNLIKELY_ROWS
 
-    def _layer(self, prefix: str) -> LayerWeights:
+    def _layer_weights(self, prefix: str) -> LayerWeights:
         parts = ("attention.qkv", "attention.out", "attention.norm", "ffn.up", "ffn.down", "ffn.norm")
-        return LayerWeights(
-            *(self._tensors[f"{prefix}.{part}.{kind}"] for part in parts for kind in ("weight", "bias"))
-        )
+        names = (f"{prefix}.{part}.{kind}" for part in parts for kind in ("weight", "bias"))
+        return LayerWeights(*(self._tensors.get(name) for name in names))  # type: ignore[arg-type]
 
     @classmethod
     def from_transformers(cls, model: nn.Module, dtype: Dtype = "bf16") -> Encoder:
         """Take the encoder out of a Hugging Face model.
 
         Args:
-            model: ``BertModel``, ``RobertaModel`` or ``DistilBertModel``, or a model with a head on top of one (the
-                head is left behind; see :class:`Head`), fp32 or bf16 on the CPU. One that :func:`torch_ext.optimize`
-                has been over will do, too.
+            model: of an architecture in :data:`torch_ext.encoder.ARCHITECTURES`, such as ``BertModel``, or a model
+                with a head on top of one (the head is left behind; see :class:`Head`), fp32 or bf16 on the CPU. One
+                that :func:`torch_ext.optimize` has been over will do, too.
             dtype: ``"bf16"`` or ``"fp32"``.
 
         Returns:
@@ -270,19 +299,52 @@ class Encoder(_Weighted[EncoderSpec]):
     def run_reference(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """The encoder, op by op: what it computes, written to be read.
 
-        Args, result: as when the encoder is called, which checks its arguments first.
+        Args:
+            input_ids: as when the encoder is called, which checks its arguments first.
+            cu_seqlens: likewise.
+            token_type_ids: likewise.
+
+        Returns:
+            The last hidden state, ``[T, H]``.
         """
-        spec, linear, norm = self.spec, self._linear, _add_layer_norm
-        eps, heads, activation = spec.layer_norm_eps, spec.num_heads, spec.activation
         hidden = self._embed(input_ids, cu_seqlens, token_type_ids)
-        for w in self._layers:
-            # The residual is added in the norm, which reads it from the cache, on every instruction set in one pass.
-            attended = _varlen_attention(linear(hidden, w.qkv_weight, w.qkv_bias), cu_seqlens, heads)
-            attended = linear(attended, w.out_weight, w.out_bias)
-            hidden = norm(attended, hidden, w.attention_norm_weight, w.attention_norm_bias, eps)
-            wide = linear(hidden, w.up_weight, w.up_bias, activation)
-            hidden = norm(linear(wide, w.down_weight, w.down_bias), hidden, w.ffn_norm_weight, w.ffn_norm_bias, eps)
+        for index, w in enumerate(self._layers):
+            attention_norm = w.attention_norm_weight, w.attention_norm_bias
+            ffn_norm = w.ffn_norm_weight, w.ffn_norm_bias
+            if self.spec.norm_first:
+                attended = self._attend(index, self._norm(hidden, None, *attention_norm), cu_seqlens)
+                hidden = self._linear(attended, w.out_weight, w.out_bias, residual=hidden)
+                wide = self._widen(w, self._norm(hidden, None, *ffn_norm))
+                hidden = self._linear(wide, w.down_weight, w.down_bias, residual=hidden)
+            else:
+                # The residual is added in the norm, which reads it from the cache, on every instruction set in one
+                # pass.
+                attended = self._linear(self._attend(index, hidden, cu_seqlens), w.out_weight, w.out_bias)
+                hidden = self._norm(attended, hidden, *attention_norm)
+                narrow = self._linear(self._widen(w, hidden), w.down_weight, w.down_bias)
+                hidden = self._norm(narrow, hidden, *ffn_norm)
+        if self.spec.norm_first:
+            hidden = self._norm(hidden, None, self._tensors["final_norm.weight"], self._tensors["final_norm.bias"])
         return hidden
+
+    def _attend(self, index: int, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Attention of a layer, without its last linear layer."""
+        spec, w = self.spec, self._layers[index]
+        local = spec.is_local(index)
+        qkv = self._linear(x, w.qkv_weight, w.qkv_bias)
+        rotary = self._rotary_local if local else self._rotary
+        if rotary is not None:
+            qkv = _rotary_embedding(qkv, cu_seqlens, spec.num_heads, rotary)
+        window = spec.window if local else None
+        result: Tensor = _varlen_attention(qkv, cu_seqlens, spec.num_heads, None, window, self._relative_bias)
+        return result
+
+    def _widen(self, w: LayerWeights, x: Tensor) -> Tensor:
+        """The feed-forward part of a layer, without its last linear layer."""
+        if not self.spec.gated_ffn:
+            return self._linear(x, w.up_weight, w.up_bias, self.spec.activation)
+        result: Tensor = _gate(self._linear(x, w.up_weight, w.up_bias), self.spec.activation)
+        return result
 
     def _embed(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
         spec, tensors = self.spec, self._tensors
@@ -291,13 +353,16 @@ class Encoder(_Weighted[EncoderSpec]):
             cu_seqlens,
             token_type_ids if spec.type_vocab_size else None,
             tensors["embeddings.word"],
-            tensors["embeddings.position"],
+            tensors.get("embeddings.position"),
             tensors.get("embeddings.token_type"),
             tensors["embeddings.norm.weight"],
             tensors["embeddings.norm.bias"],
             spec.layer_norm_eps,
             spec.position_offset,
         )
+        if spec.embedding_size:
+            weight, bias = tensors["embeddings.projection.weight"], tensors["embeddings.projection.bias"]
+            result = self._linear(result, weight, bias)
         return result
 
     def save(self, path: str | os.PathLike[str], head: Head | None = None) -> None:
@@ -352,7 +417,7 @@ class Encoder(_Weighted[EncoderSpec]):
 
 
 class Head(_Weighted[HeadSpec]):
-    """The task head of a model: classification of texts, or tokens for a mask.
+    """The task head of a model: classification of texts or tokens, or tokens for a mask.
 
     Made by :meth:`from_transformers` or :meth:`load`, and immutable.
 
@@ -366,7 +431,8 @@ class Head(_Weighted[HeadSpec]):
         """Take the head of a Hugging Face model; for BERT classifiers, its pooler belongs to it.
 
         Args:
-            model: ``*ForSequenceClassification`` or ``*ForMaskedLM`` of BERT, RoBERTa or DistilBERT, on the CPU.
+            model: ``*ForSequenceClassification``, ``*ForTokenClassification`` or ``*ForMaskedLM`` of an architecture
+                in :data:`torch_ext.encoder.ARCHITECTURES`, on the CPU.
             dtype: ``"bf16"`` or ``"fp32"``.
 
         Returns:
@@ -379,13 +445,13 @@ class Head(_Weighted[HeadSpec]):
         spec, weights = read_head(model)
         return cls(spec, weights, dtype)
 
-    def __call__(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Compute logits for some of the tokens.
+    def __call__(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Compute logits for some of the tokens, or for all.
 
         Args:
             hidden: bf16 or fp32 ``[T, H]``, from the encoder.
-            rows: i64 or i32 ``[R]``, rows of ``hidden``: for classification the first token of each text,
-                ``cu_seqlens[:-1]``; for fill-mask the mask tokens.
+            rows: i64 or i32 ``[R]``, rows of ``hidden``: for fill-mask the mask tokens, for a classifier of texts
+                that pools by ``cls`` their first tokens, ``cu_seqlens[:-1]``. None, for token classification: all.
 
         Returns:
             fp32 ``[R, num_outputs]``. It never requires grad.
@@ -395,29 +461,59 @@ class Head(_Weighted[HeadSpec]):
             TypeError: a dtype is wrong.
         """
         if torch.compiler.is_compiling():
-            return self._run(hidden, rows)
+            return self._run(hidden if rows is None else hidden.index_select(0, rows))
+        self._check_hidden(hidden)
+        if rows is not None:
+            if rows.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"Head: expected rows of int64 or int32, got {rows.dtype}")
+            if rows.dim() != 1:
+                raise ValueError(f"Head: expected rows with 1 dimension, got {list(rows.shape)}")
+            if rows.shape[0]:
+                low, high = rows.aminmax()
+                if int(low) < 0 or int(high) >= hidden.shape[0]:
+                    wrong = int(low) if int(low) < 0 else int(high)
+                    raise ValueError(f"Head: expected rows from 0 to {hidden.shape[0] - 1}, got {wrong}")
+        with _Inference():
+            return self._run(hidden if rows is None else hidden.index_select(0, rows))
+
+    def classify(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Compute logits of whole texts, pooled as ``spec.pooling`` says.
+
+        Args:
+            hidden: bf16 or fp32 ``[T, H]``, from the encoder.
+            cu_seqlens: i32 ``[B + 1]``, as the encoder took it.
+
+        Returns:
+            fp32 ``[B, num_outputs]``. It never requires grad.
+
+        Raises:
+            ValueError: the head classifies no texts, or a shape does not fit.
+            TypeError: a dtype is wrong.
+            RuntimeError: ``cu_seqlens`` does not fit, or a text is empty.
+        """
+        if self.spec.task != "text-classification":
+            raise ValueError(
+                f"Head.classify: expected a head for text-classification, this one is for {self.spec.task}"
+            )
+        if torch.compiler.is_compiling():
+            return self._run(_pool(hidden, cu_seqlens, self.spec.pooling, False))
+        self._check_hidden(hidden)
+        with _Inference():
+            return self._run(_pool(hidden, cu_seqlens, self.spec.pooling, False))
+
+    def _check_hidden(self, hidden: Tensor) -> None:
         if hidden.dim() != 2 or hidden.shape[1] != self.spec.hidden_size:
             raise ValueError(f"Head: expected hidden [T, {self.spec.hidden_size}], got {list(hidden.shape)}")
         if hidden.dtype not in DTYPES.values():
             raise TypeError(f"Head: expected hidden of fp32 or bf16, got {hidden.dtype}")
-        if rows.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"Head: expected rows of int64 or int32, got {rows.dtype}")
-        if rows.dim() != 1:
-            raise ValueError(f"Head: expected rows with 1 dimension, got {list(rows.shape)}")
-        if rows.shape[0]:
-            low, high = rows.aminmax()
-            if int(low) < 0 or int(high) >= hidden.shape[0]:
-                wrong = int(low) if int(low) < 0 else int(high)
-                raise ValueError(f"Head: expected rows from 0 to {hidden.shape[0] - 1}, got {wrong}")
-        with _Inference():
-            return self._run(hidden, rows)
 
-    def _run(self, hidden: Tensor, rows: Tensor) -> Tensor:
+    def _run(self, x: Tensor) -> Tensor:
         tensors, spec = self._tensors, self.spec
-        x = hidden.index_select(0, rows)
-        x = self._linear(x, tensors["head.dense.weight"], tensors["head.dense.bias"], spec.activation, torch.float32)
+        if spec.dense:
+            weight, bias = tensors["head.dense.weight"], tensors["head.dense.bias"]
+            x = self._linear(x, weight, bias, spec.activation, torch.float32)
         if spec.norm:
-            x = _add_layer_norm(x, None, tensors["head.norm.weight"], tensors["head.norm.bias"], spec.layer_norm_eps)
+            x = self._norm(x, None, tensors["head.norm.weight"], tensors["head.norm.bias"])
         return self._linear(x, tensors["head.out.weight"], tensors["head.out.bias"], out_dtype=torch.float32)
 
     @classmethod

@@ -15,25 +15,44 @@ __all__ = ["DTYPES", "Dtype", "EncoderSpec", "HeadSpec", "check_dtype", "check_w
 
 Dtype = Literal["bf16", "fp32"]
 
+TASKS = ("text-classification", "token-classification", "fill-mask")
+
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderSpec:
-    """What an encoder computes, apart from its weights.
+    """What an encoder computes, apart from its weights. Fields with defaults say in what it differs from BERT.
 
     Attributes:
         architecture: where it comes from: ``bert``, ``roberta``, ``distilbert`` ...
         hidden_size: H.
         num_layers: number of transformer layers.
         num_heads: attention heads per layer; divides H.
-        intermediate_size: width of the feed-forward part.
+        intermediate_size: width of the feed-forward part, I.
         activation: of the feed-forward part; one of :data:`torch_ext.ops.ACTIVATIONS`.
         max_positions: the longest sequence, in tokens.
         position_offset: row of the position table that the first token takes.
         layer_norm_eps: added to variances.
         vocab_size: rows of the word table.
         type_vocab_size: rows of the token type table; 0 without one.
+        embedding_size: width of the tables, E, if it is not H: a linear layer after their norm leads to H. 0: H.
+        absolute_positions: whether there is a table of positions, added to the words.
+        relative_attention_buckets: a bias per head is added to the scores, which depends on the bucket that the
+            distance of query and key falls into; this is the number of buckets, half of them for either direction.
+            0: no such bias.
+        relative_attention_max_distance: from this distance on, all is in the last bucket.
+        rotary_theta: queries and keys are rotated by their position times ``theta ** (-2 i / head_dim)``. 0: they are
+            not.
+        rotary_theta_local: the same in layers with a window. 0: ``rotary_theta`` there, too.
+        window: in local layers a token sees this many tokens to each side. 0: no layer is local.
+        global_every: layers 0, n, 2 n ... are global, all others local, if ``window`` is not 0.
+        norm_first: norms come before attention and feed-forward part, not after their residuals; one more norm
+            follows the last layer.
+        norm_first_attention: with ``norm_first``, whether the first layer's attention has a norm of its own behind
+            that of the embeddings.
+        gated_ffn: the first matrix of the feed-forward part is ``[2 I, H]``, and the second reads
+            ``activation(a) * b`` for its halves ``a`` and ``b``.
     """
 
     architecture: str
@@ -47,48 +66,95 @@ class EncoderSpec:
     layer_norm_eps: float
     vocab_size: int
     type_vocab_size: int
+    embedding_size: int = 0
+    absolute_positions: bool = True
+    relative_attention_buckets: int = 0
+    relative_attention_max_distance: int = 128
+    rotary_theta: float = 0.0
+    rotary_theta_local: float = 0.0
+    window: int = 0
+    global_every: int = 1
+    norm_first: bool = False
+    norm_first_attention: bool = True
+    gated_ffn: bool = False
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"EncoderSpec: expected {name} of at least 1, got {getattr(self, name)}")
+        _check_least(
+            self,
+            1,
+            *("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions", "vocab_size"),
+            "global_every",
+        )
+        _check_least(
+            self,
+            0,
+            *("position_offset", "type_vocab_size", "embedding_size", "window", "rotary_theta", "rotary_theta_local"),
+        )
         if self.hidden_size % self.num_heads:
             raise ValueError(f"EncoderSpec: num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
+        if self.rotary_theta and self.hidden_size // self.num_heads % 2:
+            raise ValueError(
+                "EncoderSpec: rotary positions need heads of an even size, got "
+                f"{self.hidden_size} / {self.num_heads} = {self.hidden_size // self.num_heads}"
+            )
+        buckets, distance = self.relative_attention_buckets, self.relative_attention_max_distance
+        if buckets and (buckets < 4 or buckets % 4 or distance <= buckets // 4):
+            raise ValueError(
+                "EncoderSpec: expected relative_attention_buckets divisible by 4, and "
+                f"relative_attention_max_distance above a quarter of them, got {buckets} and {distance}"
+            )
+        if not self.norm_first_attention and not self.norm_first:
+            raise ValueError("EncoderSpec: norm_first_attention=False means nothing without norm_first")
         _check_activation(self.activation)
+
+    def is_local(self, layer: int) -> bool:
+        """Whether the attention of a layer is confined to the window."""
+        return self.window > 0 and layer % self.global_every != 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every weight."""
         hidden, wide = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "embeddings.word": (self.vocab_size, hidden),
-            "embeddings.position": (self.max_positions + self.position_offset, hidden),
-        }
+        embedded = self.embedding_size or hidden
+        shapes: dict[str, tuple[int, ...]] = {"embeddings.word": (self.vocab_size, embedded)}
+        if self.absolute_positions:
+            shapes["embeddings.position"] = (self.max_positions + self.position_offset, embedded)
         if self.type_vocab_size:
-            shapes["embeddings.token_type"] = (self.type_vocab_size, hidden)
-        shapes.update(_norm_shapes("embeddings.norm", hidden))
+            shapes["embeddings.token_type"] = (self.type_vocab_size, embedded)
+        shapes.update(_norm_shapes("embeddings.norm", embedded))
+        if self.embedding_size:
+            shapes.update(_linear_shapes("embeddings.projection", hidden, embedded))
+        if self.relative_attention_buckets:
+            shapes["relative_attention_bias"] = (self.relative_attention_buckets, self.num_heads)
         for index in range(self.num_layers):
             prefix = f"layers.{index}"
             shapes.update(_linear_shapes(f"{prefix}.attention.qkv", 3 * hidden, hidden))
             shapes.update(_linear_shapes(f"{prefix}.attention.out", hidden, hidden))
-            shapes.update(_norm_shapes(f"{prefix}.attention.norm", hidden))
-            shapes.update(_linear_shapes(f"{prefix}.ffn.up", wide, hidden))
+            if index or self.norm_first_attention:
+                shapes.update(_norm_shapes(f"{prefix}.attention.norm", hidden))
+            shapes.update(_linear_shapes(f"{prefix}.ffn.up", 2 * wide if self.gated_ffn else wide, hidden))
             shapes.update(_linear_shapes(f"{prefix}.ffn.down", hidden, wide))
             shapes.update(_norm_shapes(f"{prefix}.ffn.norm", hidden))
+        if self.norm_first:
+            shapes.update(_norm_shapes("final_norm", hidden))
         return shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadSpec:
-    """What a task head computes: ``out(norm(activation(dense(hidden))))``.
+    """What a task head computes: ``out(norm(activation(dense(hidden))))``, or ``out(hidden)``.
 
     Attributes:
-        task: ``text-classification`` or ``fill-mask``.
+        task: ``text-classification``, ``token-classification`` or ``fill-mask``.
         hidden_size: H.
         activation: after the dense layer; one of :data:`torch_ext.ops.ACTIVATIONS`.
         norm: whether a layer norm follows.
         layer_norm_eps: added to its variances.
         num_outputs: labels, or the size of the vocabulary.
+        dense: whether there is a dense layer, with activation and norm.
+        dense_size: its width, if it is not H. 0: H.
+        pooling: which vector stands for a text that is to be classified: ``cls``, that of its first token, or
+            ``mean``.
     """
 
     task: str
@@ -97,19 +163,31 @@ class HeadSpec:
     norm: bool
     layer_norm_eps: float
     num_outputs: int
+    dense: bool = True
+    dense_size: int = 0
+    pooling: str = "cls"
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        if self.task not in ("text-classification", "fill-mask"):
-            raise ValueError(f"HeadSpec: unknown task {self.task!r}; known: 'text-classification', 'fill-mask'")
+        if self.task not in TASKS:
+            raise ValueError(f"HeadSpec: unknown task {self.task!r}; known: {', '.join(map(repr, TASKS))}")
+        if self.pooling not in ("cls", "mean"):
+            raise ValueError(f"HeadSpec: unknown pooling {self.pooling!r}; known: 'cls', 'mean'")
+        _check_least(self, 1, "hidden_size", "num_outputs")
+        _check_least(self, 0, "dense_size")
+        if not self.dense and (self.activation != "none" or self.norm or self.dense_size):
+            raise ValueError("HeadSpec: activation, norm and dense_size mean nothing without a dense layer")
         _check_activation(self.activation)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every weight."""
-        shapes = _linear_shapes("head.dense", self.hidden_size, self.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {}
+        width = self.dense_size or self.hidden_size
+        if self.dense:
+            shapes.update(_linear_shapes("head.dense", width, self.hidden_size))
         if self.norm:
-            shapes.update(_norm_shapes("head.norm", self.hidden_size))
-        shapes.update(_linear_shapes("head.out", self.num_outputs, self.hidden_size))
+            shapes.update(_norm_shapes("head.norm", width))
+        shapes.update(_linear_shapes("head.out", self.num_outputs, width))
         return shapes
 
 
@@ -120,6 +198,12 @@ def _check_fields(spec: EncoderSpec | HeadSpec) -> None:
         value = getattr(spec, field.name)
         if not isinstance(value, types[str(field.type)]) or (isinstance(value, bool) and field.type != "bool"):
             raise ValueError(f"{type(spec).__name__}: expected {field.name} of type {field.type}, got {value!r}")
+
+
+def _check_least(spec: EncoderSpec | HeadSpec, least: int, *names: str) -> None:
+    for name in names:
+        if not getattr(spec, name) >= least:
+            raise ValueError(f"{type(spec).__name__}: expected {name} of at least {least}, got {getattr(spec, name)}")
 
 
 def _check_activation(name: str) -> None:

@@ -1,0 +1,63 @@
+"""Tables of relative and rotary positions, which a specification determines."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torch_ext.encoder.spec import EncoderSpec
+
+__all__ = ["relative_bias_table", "relative_buckets", "rotary_table"]
+
+
+def rotary_table(spec: EncoderSpec, theta: float) -> Tensor:
+    """Cosines and sines of all positions' angles, as :func:`torch_ext.rotary_embedding` takes them.
+
+    Args:
+        spec: gives the number of positions and the size of heads, D.
+        theta: pair ``i`` of a head turns by ``theta ** (-2 i / D)`` per position.
+
+    Returns:
+        fp32 ``[max_positions, D]``. Angles are rounded to fp32, as models were trained with.
+    """
+    size = spec.hidden_size // spec.num_heads
+    per_position = 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    angles = torch.outer(torch.arange(spec.max_positions, dtype=torch.float32), per_position)
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def relative_buckets(distances: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """The bucket of each distance: one for each small one, then wider and wider ones.
+
+    Args:
+        distances: i64, position of the key minus position of the query.
+        buckets: number of them; keys at or before the query take the first half, those after it the second.
+        max_distance: from here on all distances share a half's last bucket.
+
+    Returns:
+        i64, of the same shape, from 0 to ``buckets - 1``.
+    """
+    half = buckets // 2
+    single = half // 2  # Distances that have a bucket of their own.
+    size = distances.abs()
+    # The logarithm is fp32's: at the edge of a bucket its rounding decides, and models were trained with it.
+    ratio = torch.log(size.clamp_min(1).float() / single) / math.log(max_distance / single)
+    wide = (single + (ratio * (half - single)).long()).clamp_max(half - 1)
+    return torch.where(size < single, size, wide) + half * (distances > 0)
+
+
+def relative_bias_table(spec: EncoderSpec, bias: Tensor) -> Tensor:
+    """The bias of scores by distance, as :func:`torch_ext.varlen_attention` takes it.
+
+    Args:
+        spec: gives the buckets.
+        bias: fp32 ``[relative_attention_buckets, num_heads]``.
+
+    Returns:
+        fp32 ``[num_heads, 2 * max_distance + 1]``; column ``max_distance + d`` is for keys ``d`` behind the query.
+    """
+    reach = spec.relative_attention_max_distance
+    distances = torch.arange(-reach, reach + 1)
+    return bias[relative_buckets(distances, spec.relative_attention_buckets, reach)].T.contiguous()
