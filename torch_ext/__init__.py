@@ -3,7 +3,7 @@
 The three ways in, from little to much:
 
 * :func:`optimize` swaps the linear layers of a model that you have, in place.
-* :class:`Encoder` runs a BERT, RoBERTa or DistilBERT without padding, as one ``[total_tokens, hidden]`` matrix.
+* :class:`Encoder` runs a BERT, or one of its many relatives, without padding, as one ``[total_tokens, hidden]`` matrix.
 * ``torch.ops.torch_ext.*``, wrapped with types in :mod:`torch_ext.ops`, for models of your own.
 
 ``python -m torch_ext.doctor`` tells what this machine can do, and what is set wrong.

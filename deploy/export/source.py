@@ -24,8 +24,8 @@ MODEL_TYPES: Mapping[str, bool] = {
     "distilbert": True,
     "xlm-roberta": True,
     "camembert": True,
-    "electra": False,
-    "mpnet": False,
+    "electra": True,
+    "mpnet": True,
     "albert": False,
 }
 """Encoders that can be exported, by `model_type`, and whether torch_ext runs them; others have ONNX variants only."""

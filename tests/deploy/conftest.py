@@ -27,6 +27,7 @@ CLASSES = {
     "roberta": ("RobertaConfig", "Roberta"),
     "distilbert": ("DistilBertConfig", "DistilBert"),
     "electra": ("ElectraConfig", "Electra"),
+    "albert": ("AlbertConfig", "Albert"),
 }
 SUFFIXES = {
     "feature-extraction": "Model",
@@ -66,6 +67,7 @@ def save_tokenizer(folder: Path, model_type: str) -> int:
             "bert": "BertTokenizerFast",
             "distilbert": "DistilBertTokenizerFast",
             "electra": "ElectraTokenizerFast",
+            "albert": "BertTokenizerFast",  # Its own kind needs a sentencepiece model; the exporter takes either.
         }
         made = getattr(transformers, names[model_type])(str(folder / "vocab.txt"))
     made.save_pretrained(folder)
@@ -100,8 +102,8 @@ def make_tiny_model(folder: Path, model_type: str, task: str, **settings: Any) -
                 "intermediate_size": 128,
                 "pad_token_id": 1 if model_type == "roberta" else 0,
             }
-        if model_type == "electra":
-            fields |= {"embedding_size": 64}
+        if model_type in ("electra", "albert"):
+            fields |= {"embedding_size": 32}
         config = getattr(transformers, config_name)(**{**fields, **settings})
         torch.manual_seed(0)
         model = getattr(transformers, prefix + SUFFIXES[task])(config).eval()

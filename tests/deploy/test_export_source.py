@@ -321,4 +321,6 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 def test_supported_models_are_those_of_torch_ext() -> None:
     from torch_ext.encoder import ARCHITECTURES
 
-    assert sorted(ARCHITECTURES) == sorted(name for name, supported in MODEL_TYPES.items() if supported)
+    supported = {name for name, runs in MODEL_TYPES.items() if runs}
+    # What cannot be exported at all, torch_ext may know nevertheless.
+    assert supported == set(ARCHITECTURES) & MODEL_TYPES.keys()
