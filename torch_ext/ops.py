@@ -134,8 +134,8 @@ def linear(
     """``activation(x @ weight.T + bias) + residual``, with products of bf16 and sums in fp32, or in int8.
 
     Args:
-        x: fp32 or bf16 ``[..., K]``; fp32 is rounded to bf16 while it is read, where products are computed in bf16. With
-            an int8 weight every row is quantized by its largest magnitude.
+        x: fp32 or bf16 ``[..., K]``; fp32 is rounded to bf16 while it is read, where products are computed in bf16.
+            With an int8 weight every row is quantized by its largest magnitude.
         packed: the weight ``[N, K]``, from :func:`pack_linear_weight` or :func:`pack_linear_weight_int8`.
         bias: fp32 or bf16 ``[N]``.
         activation: applied in fp32, before rounding: ``none``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``tanh``,
@@ -169,8 +169,8 @@ def varlen_attention(
         num_heads: number of heads; divides H.
         scale: factor on the scores; by default ``1 / sqrt(H / num_heads)``.
         window: a token sees the tokens at most this many positions away, on either side; None for all.
-        relative_bias: fp32 ``[num_heads, 2 * R + 1]``, added to scaled scores by distance: query ``i`` and key ``j`` of a
-            sequence get ``relative_bias[head, clamp(j - i, -R, R) + R]``.
+        relative_bias: fp32 ``[num_heads, 2 * R + 1]``, added to scaled scores by distance: query ``i`` and key ``j`` of
+            a sequence get ``relative_bias[head, clamp(j - i, -R, R) + R]``.
 
     Returns:
         ``[T, H]`` in the dtype of ``qkv``.
