@@ -35,6 +35,7 @@ __all__ = [
     "rotary_embedding",
     "gate",
     "embed_layer_norm",
+    "encoder_forward",
     "pool",
     "isa_report",
 ]
@@ -91,6 +92,7 @@ else:
         add_layer_norm,
         add_rms_norm,
         embed_layer_norm,
+        encoder_forward,
         gate,
         isa_report,
         linear,

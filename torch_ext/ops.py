@@ -22,6 +22,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "embed_layer_norm",
+    "encoder_forward",
     "gate",
     "isa_report",
     "linear",
@@ -315,6 +316,28 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode = "mean", normali
     return cast(Tensor, torch.ops.torch_ext.pool(hidden, cu_seqlens, mode, normalize))
 
 
+def encoder_forward(input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor) -> Tensor:
+    """The forward pass of a whole encoder: no Python, no dispatch and no allocation between its layers.
+
+    Activations lie in a workspace that the calling thread keeps for its next call (up to 256 MiB).
+
+    Args:
+        input_ids: i64 ``[T]``.
+        cu_seqlens: i32 ``[B + 1]``.
+        token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
+        packed: the encoder, u8 ``[H, bytes]``, as :class:`torch_ext.Encoder` packs it, whose ``run_reference`` is the
+            same, op by op.
+
+    Returns:
+        The last hidden state, bf16 ``[T, H]``.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, an id is out of range, a sequence is longer than the position
+            table, or ``packed`` is not an encoder packed for this kind of CPU.
+    """
+    return cast(Tensor, torch.ops.torch_ext.encoder_forward(input_ids, cu_seqlens, token_type_ids, packed))
+
+
 # Fake kernels: shapes, dtypes and the errors that do not depend on data.
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Tensor | tuple[Tensor, ...]])
@@ -494,3 +517,24 @@ def _(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool) -> Tensor:
     _check_inference_only("pool", hidden=hidden)
     _check(mode in POOLING_MODES, f"pool: unknown mode {mode!r}; known: {', '.join(POOLING_MODES)}")
     return hidden.new_empty((cu_seqlens.shape[0] - 1, hidden.shape[1]), dtype=torch.float32)
+
+
+@_fake("_pack_encoder")
+def _(weights: list[Tensor], *, hidden_size: int, **_: Any) -> Tensor:
+    row_bytes = torch.library.get_ctx().new_dynamic_size()
+    return weights[0].new_empty((hidden_size, row_bytes), dtype=torch.uint8)
+
+
+@_fake("_encoder_sections")
+def _(packed: Tensor) -> Tensor:
+    return packed.new_empty((torch.library.get_ctx().new_dynamic_size(), 2), dtype=torch.int64)
+
+
+@_fake("encoder_forward")
+def _(input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor) -> Tensor:
+    _check(input_ids.dim() == 1, f"encoder_forward: expected input_ids i64 [T], got {input_ids.dim()} dimensions")
+    _check(
+        packed.dim() == 2 and packed.dtype == torch.uint8,
+        f"encoder_forward: expected an encoder packed by torch_ext.Encoder, got {packed.dtype}",
+    )
+    return packed.new_empty((input_ids.shape[0], packed.shape[0]), dtype=torch.bfloat16)

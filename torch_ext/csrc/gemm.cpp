@@ -15,9 +15,7 @@ namespace {
 // this is for (1 MiB), so that a panel and the output stay beside them.
 constexpr size_t kLhsChunkBytes = 512 * 1024;
 
-struct Range {
-  size_t begin, end;
-};
+using Range = GemmRows;
 
 // Part `index` of `parts` of [0, count), in whole multiples of `unit`.
 Range split(size_t count, size_t unit, size_t parts, size_t index) {
@@ -58,10 +56,14 @@ GemmPlan plan_gemm(const GemmKernel& kernel, size_t m, size_t n, size_t k, size_
   return best;
 }
 
+GemmRows task_rows(const GemmKernel& kernel, size_t m, const GemmPlan& plan, size_t task) {
+  return split(m, kernel.max_mr(), plan.row_tasks, task / plan.panel_tasks);
+}
+
 void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, const GemmPlan& plan,
                    size_t task) {
   const size_t k = problem.k, nr = kernel.nr, steps = kernel.steps(k);
-  const Range rows = split(problem.m, kernel.max_mr(), plan.row_tasks, task / plan.panel_tasks);
+  const Range rows = task_rows(kernel, problem.m, plan, task);
   const Range panels = split(kernel.panels(problem.n), 1, plan.panel_tasks, task % plan.panel_tasks);
   const PackRowsFn pack = problem.lhs_type == DType::kF32 ? kernel.pack_lhs_f32 : kernel.pack_lhs_bf16;
   const auto store = vec.store_tile[static_cast<size_t>(problem.activation)];
@@ -179,8 +181,13 @@ struct Scratch {
 
 }  // namespace
 
-void* thread_scratch(ScratchSlot slot, size_t bytes) {
+static Scratch& this_threads_scratch() {
   static thread_local Scratch scratch;
+  return scratch;
+}
+
+void* thread_scratch(ScratchSlot slot, size_t bytes) {
+  Scratch& scratch = this_threads_scratch();
   const size_t i = static_cast<size_t>(slot);
   if (scratch.bytes[i] < bytes) {
     std::free(scratch.data[i]);
@@ -191,6 +198,15 @@ void* thread_scratch(ScratchSlot slot, size_t bytes) {
     scratch.bytes[i] = rounded;
   }
   return scratch.data[i];
+}
+
+void trim_thread_scratch(ScratchSlot slot, size_t bytes) {
+  Scratch& scratch = this_threads_scratch();
+  const size_t i = static_cast<size_t>(slot);
+  if (scratch.bytes[i] <= bytes) return;
+  std::free(scratch.data[i]);
+  scratch.data[i] = nullptr;
+  scratch.bytes[i] = 0;
 }
 
 }  // namespace torch_ext

@@ -32,6 +32,12 @@ GemmPlan plan_gemm(const GemmKernel& kernel, size_t m, size_t n, size_t k, size_
 
 constexpr size_t kMinTaskMacs = 128 * 1024;
 
+/// The rows of [0, m) that task `task` of the plan computes.
+struct GemmRows {
+  size_t begin, end;
+};
+GemmRows task_rows(const GemmKernel& kernel, size_t m, const GemmPlan& plan, size_t task);
+
 /// Runs task `task` of the plan. Tasks are independent of each other.
 void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, const GemmPlan& plan,
                    size_t task);
@@ -55,7 +61,10 @@ void unpack_weight_s8(const GemmKernel& kernel, size_t n, size_t k, const void* 
 
 /// Memory of this thread, at least `bytes`, 64-byte aligned; the next call in the same slot may return the same
 /// memory. Slots keep the callers in one call chain apart.
-enum class ScratchSlot { kLhs, kAttention, kCount };
+enum class ScratchSlot { kLhs, kAttention, kEncoder, kCount };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
+
+/// Gives the slot's memory back if it is more than `bytes`.
+void trim_thread_scratch(ScratchSlot slot, size_t bytes);
 
 }  // namespace torch_ext

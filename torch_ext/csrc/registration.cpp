@@ -20,6 +20,12 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "embed_layer_norm(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor word, Tensor? position, "
       "Tensor? token_type, Tensor weight, Tensor bias, float eps, int position_offset) -> Tensor");
   m.def("pool(Tensor hidden, Tensor cu_seqlens, str mode, bool normalize) -> Tensor");
+  m.def(
+      "_pack_encoder(Tensor[] weights, *, int hidden_size, int num_layers, int num_heads, int intermediate_size, "
+      "str activation, float layer_norm_eps, int max_positions, int position_offset, int window, int global_every, "
+      "bool norm_first, bool gated_ffn) -> Tensor");
+  m.def("_encoder_sections(Tensor packed) -> Tensor");
+  m.def("encoder_forward(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor packed) -> Tensor");
   m.def("_isa_report() -> str");
   m.def("_preferred_rows(int rows) -> int");
 }
@@ -37,6 +43,9 @@ STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
   m.impl("gate", TORCH_BOX(&torch_ext::gate));
   m.impl("embed_layer_norm", TORCH_BOX(&torch_ext::embed_layer_norm));
   m.impl("pool", TORCH_BOX(&torch_ext::pool));
+  m.impl("_pack_encoder", TORCH_BOX(&torch_ext::pack_encoder));
+  m.impl("_encoder_sections", TORCH_BOX(&torch_ext::encoder_sections));
+  m.impl("encoder_forward", TORCH_BOX(&torch_ext::encoder_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_ext, CompositeExplicitAutograd, m) {

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from torch_ext.encoder import files
 from torch_ext.encoder.huggingface import read_encoder, read_head
+from torch_ext.encoder.packing import pack_encoder
 from torch_ext.encoder.positions import relative_bias_table, rotary_table
 from torch_ext.encoder.spec import (
     DTYPES,
@@ -32,8 +33,6 @@ __all__ = ["Encoder", "Head", "LayerWeights"]
 
 Spec = TypeVar("Spec", EncoderSpec, HeadSpec)
 
-_UNLIKELY_ROWS = 1023  # no engine that prefers some numbers of rows prefers this one
-
 _embed_layer_norm = torch.ops.torch_ext.embed_layer_norm.default
 _linear = torch.ops.torch_ext.linear.default
 _varlen_attention = torch.ops.torch_ext.varlen_attention.default
@@ -41,7 +40,7 @@ _add_layer_norm = torch.ops.torch_ext.add_layer_norm.default
 _rotary_embedding = torch.ops.torch_ext.rotary_embedding.default
 _gate = torch.ops.torch_ext.gate.default
 _pool = torch.ops.torch_ext.pool.default
-_preferred_rows = torch.ops.torch_ext._preferred_rows.default
+_encoder_forward = torch.ops.torch_ext.encoder_forward.default
 _pack = torch.ops.torch_ext.pack_linear_weight.default
 _unpack = torch.ops.torch_ext.unpack_linear_weight.default
 
@@ -172,7 +171,6 @@ class Encoder(_Weighted[EncoderSpec]):
 
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor], dtype: Dtype = "bf16") -> None:
         super().__init__(spec, weights, dtype)
-        self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(spec.num_layers))
         # What follows from the specification and is used in every call: angles [max_positions, head_dim], biases of
         # scores [num_heads, 2 * max_distance + 1].
         self._rotary = rotary_table(spec, spec.rotary_theta) if spec.rotary_theta else None
@@ -182,8 +180,13 @@ class Encoder(_Weighted[EncoderSpec]):
         self._relative_bias = None
         if spec.relative_attention_buckets:
             self._relative_bias = relative_bias_table(spec, self._tensors["relative_attention_bias"])
-        # Where a product of a new size costs as much as a batch, and only there: see onednn_preferred_rows in csrc.
-        self._fills_up = dtype == "bf16" and _preferred_rows(_UNLIKELY_ROWS) != _UNLIKELY_ROWS
+        # In fp32, products are PyTorch's own: there is nothing to pack.
+        self._packed = None
+        if dtype != "fp32":
+            self._packed, self._tensors = pack_encoder(
+                spec, self._tensors, self._relative_bias, self._rotary, self._rotary_local
+            )
+        self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(spec.num_layers))
 
     def _layer_weights(self, prefix: str) -> LayerWeights:
         parts = ("attention.qkv", "attention.out", "attention.norm", "ffn.up", "ffn.down", "ffn.norm")
@@ -228,28 +231,17 @@ class Encoder(_Weighted[EncoderSpec]):
             RuntimeError: an id is out of range.
         """
         if torch.compiler.is_compiling():
-            return self.run_reference(input_ids, cu_seqlens, token_type_ids)
+            return self._run(input_ids, cu_seqlens, token_type_ids)
         self._check(input_ids, cu_seqlens, token_type_ids)
         with _Inference():
-            tokens = input_ids.shape[0]
-            rows = _preferred_rows(tokens) if self._fills_up else tokens
-            if rows != tokens:
-                filled = self._fill_up(rows - tokens, input_ids, cu_seqlens, token_type_ids)
-                return self.run_reference(*filled)[:tokens]
-            return self.run_reference(input_ids, cu_seqlens, token_type_ids)
+            return self._run(input_ids, cu_seqlens, token_type_ids)
 
-    def _fill_up(
-        self, count: int, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append texts of `count` tokens in all, whose results nobody reads, to batches of a costly new size."""
-        tokens, longest = input_ids.shape[0], self.spec.max_positions
-        filler = input_ids.new_zeros(count)
-        bounds = [*range(tokens + longest, tokens + count, longest), tokens + count]
-        return (
-            torch.cat((input_ids, filler)),
-            torch.cat((cu_seqlens, torch.tensor(bounds, dtype=torch.int32))),
-            None if token_type_ids is None else torch.cat((token_type_ids, filler)),
-        )
+    def _run(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        if self._packed is None:
+            return self.run_reference(input_ids, cu_seqlens, token_type_ids)
+        types = token_type_ids if self.spec.type_vocab_size else None
+        result: Tensor = _encoder_forward(input_ids, cu_seqlens, types, self._packed)
+        return result
 
     def _check(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> None:
         spec = self.spec
@@ -297,7 +289,7 @@ class Encoder(_Weighted[EncoderSpec]):
                 raise ValueError(f"Encoder: {spec.architecture} has no token types: leave token_type_ids out")
 
     def run_reference(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """The encoder, op by op: what it computes, written to be read.
+        """The encoder, op by op: what it computes, written to be read. Calls run it as one op, ``encoder_forward``.
 
         Args:
             input_ids: as when the encoder is called, which checks its arguments first.

@@ -58,6 +58,9 @@ struct VecKernels {
   /// out[j] = act(x[j]) * gate[j], all of type `t`; out may be x or gate. One entry for each Activation.
   void (*gate_row[kActivationCount])(size_t n, const void* x, const void* gate, void* out, DType t);
 
+  /// out[j] = a[j] + b[j], all of type `t`; out may be a or b.
+  void (*add_row)(size_t n, const void* a, const void* b, void* out, DType t);
+
   /// acc[j] += x[j] and acc[j] = max(acc[j], x[j]), which is NaN if either is.
   void (*accumulate_row)(size_t n, const void* x, DType t, float* acc);
   void (*max_row)(size_t n, const void* x, DType t, float* acc);

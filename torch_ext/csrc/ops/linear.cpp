@@ -26,11 +26,6 @@ Tensor plain_view(const Packed& p) {
                            stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
 }
 
-Tensor opaque_view(const Packed& p) {
-  return onednn_view(p.payload(), static_cast<int64_t>(p.header.n), static_cast<int64_t>(p.header.k), p.metadata(),
-                     static_cast<size_t>(p.header.metadata_bytes));
-}
-
 // ---- linear on each engine ------------------------------------------------------------------------------------------
 
 struct LinearCall {
@@ -160,6 +155,11 @@ void quantize_rows(const float* weight, size_t n, size_t k, int8_t* q, float* sc
 }
 
 }  // namespace
+
+Tensor linear_plain(const Tensor& x, const Packed& packed, const Tensor& bias, Activation activation) {
+  const auto n = static_cast<int64_t>(packed.header.n), k = static_cast<int64_t>(packed.header.k);
+  return linear_torch({x, x.size(0), n, k, k, bias, std::nullopt, activation, DType::kBF16}, packed);
+}
 
 int64_t preferred_rows(int64_t rows) {
   STD_TORCH_CHECK(rows >= 0, "preferred_rows: expected rows of at least 0, got ", rows);

@@ -17,24 +17,37 @@ LinearEngine linear_engine() {
   return engine;
 }
 
+Packed read_packed(const char* op, char* data, size_t bytes) {
+  Packed p;
+  p.data = data;
+  STD_TORCH_CHECK(bytes >= sizeof p.header, op, ": expected a packed weight, got ", bytes, " bytes");
+  std::memcpy(&p.header, data, sizeof p.header);
+  const PackedHeader& h = p.header;
+  STD_TORCH_CHECK(std::memcmp(h.magic, kPackedMagic, sizeof h.magic) == 0, op,
+                  ": expected a weight packed by torch_ext::pack_linear_weight, got bytes without its header");
+  STD_TORCH_CHECK(h.version == kPackedVersion, op, ": the weight was packed in format ", h.version,
+                  ", this torch_ext reads format ", kPackedVersion, "; pack it again");
+  STD_TORCH_CHECK(h.n > 0 && h.k > 0 && payload_offset(h) + h.payload_bytes <= bytes, op,
+                  ": the packed weight is damaged: its header says [", h.n, ", ", h.k, "] in ",
+                  payload_offset(h) + h.payload_bytes, " bytes, there are ", bytes);
+  return p;
+}
+
 Packed read_packed(const char* op, const Tensor& packed) {
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 2 &&
                       packed.is_contiguous() && packed.numel() >= static_cast<int64_t>(sizeof(PackedHeader)),
                   op, ": expected a weight packed by torch_ext::pack_linear_weight, got ", describe(packed));
-  Packed p;
-  p.data = static_cast<char*>(const_cast<void*>(packed.const_data_ptr()));
-  std::memcpy(&p.header, p.data, sizeof p.header);
-  const PackedHeader& h = p.header;
-  STD_TORCH_CHECK(std::memcmp(h.magic, kPackedMagic, sizeof h.magic) == 0, op,
-                  ": expected a weight packed by torch_ext::pack_linear_weight, got ", describe(packed),
-                  " without its header");
-  STD_TORCH_CHECK(h.version == kPackedVersion, op, ": the weight was packed in format ", h.version,
-                  ", this torch_ext reads format ", kPackedVersion, "; pack it again");
-  STD_TORCH_CHECK(static_cast<int64_t>(h.n) == packed.size(0) &&
-                      payload_offset(h) + h.payload_bytes <= static_cast<uint64_t>(packed.numel()),
-                  op, ": the packed weight is damaged: its header says [", h.n, ", ", h.k, "], its shape is ",
+  const Packed p = read_packed(op, static_cast<char*>(const_cast<void*>(packed.const_data_ptr())),
+                               static_cast<size_t>(packed.numel()));
+  STD_TORCH_CHECK(static_cast<int64_t>(p.header.n) == packed.size(0), op,
+                  ": the packed weight is damaged: its header says [", p.header.n, ", ", p.header.k, "], its shape is ",
                   describe(packed));
   return p;
+}
+
+Tensor opaque_view(const Packed& p) {
+  return onednn_view(p.payload(), static_cast<int64_t>(p.header.n), static_cast<int64_t>(p.header.k), p.metadata(),
+                     static_cast<size_t>(p.header.metadata_bytes));
 }
 
 void check_layout(const char* op, const PackedHeader& h, Layout layout, size_t nr, size_t kr) {

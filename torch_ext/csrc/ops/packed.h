@@ -17,11 +17,20 @@ struct Packed {
 /// Throws unless `packed` is a packed weight of this version.
 Packed read_packed(const char* op, const Tensor& packed);
 
+/// The same for one that lies in `bytes` bytes at `data`, inside of another packed object.
+Packed read_packed(const char* op, char* data, size_t bytes);
+
 /// Throws unless the weight lies as this process' kernel takes it.
 void check_layout(const char* op, const PackedHeader& h, Layout layout, size_t nr, size_t kr);
 
 /// A packed weight with header and metadata, and where its payload belongs, which is not initialized.
 Tensor new_packed(const Tensor& like, const PackedHeader& h, const uint8_t* metadata, char** payload);
+
+/// oneDNN's view of a weight in layout kOnednn, valid as long as its bytes are.
+Tensor opaque_view(const Packed& p);
+
+/// act(x W^T + bias) for a weight in layout kPlain, by PyTorch's own linear: x bf16 [m, k] -> bf16 [m, n].
+Tensor linear_plain(const Tensor& x, const Packed& packed, const Tensor& bias, Activation activation);
 
 /// Who computes linear layers of bf16 weights in this process. Throws if TORCH_EXT_ISA asks for what this PyTorch lacks.
 LinearEngine linear_engine();

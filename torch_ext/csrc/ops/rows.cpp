@@ -26,19 +26,6 @@ Tensor check_table(const char* op, const char* argument, const Tensor& t, int64_
   return as_contiguous(t);
 }
 
-Tensor check_ids(const char* op, const char* argument, const Tensor& t, int64_t tokens, int64_t rows) {
-  check_cpu(op, argument, t);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == tokens, op, ": expected ",
-                  argument, " i64 [", tokens, "], got ", describe(t));
-  const Tensor ids = as_contiguous(t);
-  const int64_t* const p = static_cast<const int64_t*>(ids.const_data_ptr());
-  for (int64_t i = 0; i < tokens; ++i) {
-    STD_TORCH_CHECK(p[i] >= 0 && p[i] < rows, op, ": expected ", argument, " from 0 to ", rows - 1, ", got ", p[i],
-                    " at ", i);
-  }
-  return ids;
-}
-
 // A layer norm with `bias`, an RMS norm without.
 Tensor add_norm(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
                 const Tensor* bias, double eps) {

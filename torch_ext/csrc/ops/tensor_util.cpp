@@ -67,6 +67,19 @@ Tensor as_f32_vector(const char* op, const char* argument, const Tensor& t, int6
   return torch::stable::to(t, ScalarType::Float);
 }
 
+Tensor check_ids(const char* op, const char* argument, const Tensor& t, int64_t tokens, int64_t rows) {
+  check_cpu(op, argument, t);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == tokens, op, ": expected ",
+                  argument, " i64 [", tokens, "], got ", describe(t));
+  const Tensor ids = as_contiguous(t);
+  const int64_t* const p = static_cast<const int64_t*>(ids.const_data_ptr());
+  for (int64_t i = 0; i < tokens; ++i) {
+    STD_TORCH_CHECK(p[i] >= 0 && p[i] < rows, op, ": expected ", argument, " from 0 to ", rows - 1, ", got ", p[i],
+                    " at ", i);
+  }
+  return ids;
+}
+
 Sequences check_sequences(const char* op, const Tensor& cu_seqlens, int64_t tokens) {
   check_cpu(op, "cu_seqlens", cu_seqlens);
   STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, op,

@@ -56,6 +56,9 @@ void parallel_tasks(size_t tasks, const F& fn) {
   });
 }
 
+/// Token ids or types checked: i64 [tokens], each from 0 to rows - 1. The tensor returned is contiguous.
+Tensor check_ids(const char* op, const char* argument, const Tensor& t, int64_t tokens, int64_t rows);
+
 /// cu_seqlens checked: i32 [B + 1], from 0 to `tokens`, not decreasing. `holder` keeps the data alive.
 struct Sequences {
   Tensor holder;

@@ -12,6 +12,7 @@ static constexpr VecKernels kKernels = {
     rotate_row,
     {gate_row<Activation::kNone>, gate_row<Activation::kGelu>, gate_row<Activation::kGeluTanh>,
      gate_row<Activation::kRelu>, gate_row<Activation::kTanh>, gate_row<Activation::kSilu>},
+    add_row,
     fold_row<false>,
     fold_row<true>,
     sum_squares,

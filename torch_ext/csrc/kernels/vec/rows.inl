@@ -283,6 +283,21 @@ static void gate_row(size_t n, const void* x, const void* gate, void* out, DType
   }
 }
 
+template <typename T>
+static void add_row_as(size_t n, const T* a, const T* b, T* out) {
+  size_t j = 0;
+  for (; j + kWidth <= n; j += kWidth) Io<T>::put(out + j, Io<T>::get(a + j) + Io<T>::get(b + j));
+  if (j < n) put_n(out + j, get_n(a + j, n - j) + get_n(b + j, n - j), n - j);
+}
+
+static void add_row(size_t n, const void* a, const void* b, void* out, DType t) {
+  if (t == DType::kF32) {
+    add_row_as(n, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<float*>(out));
+  } else {
+    add_row_as(n, static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), static_cast<uint16_t*>(out));
+  }
+}
+
 // ---- pooling ----------------------------------------------------------------------------------------------------
 
 template <bool kMax, typename T>

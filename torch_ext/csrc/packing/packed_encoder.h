@@ -1,0 +1,66 @@
+/// The packed encoder that users hold: one byte tensor with everything that a forward pass reads.
+///
+///   | EncoderHeader | Section x sections | section 0 | section 1 | ...      each section 64-byte aligned
+///
+/// Sections come in the order of `EncoderSection`, then those of the first layer in the order of `LayerSection`, those of
+/// the second, ... One that the model has not got is empty. Matrices of linear layers are whole packed weights, header
+/// included (packed_weight.h); tables are bf16, the rest is fp32.
+#pragma once
+
+#include <cstdint>
+
+namespace torch_ext {
+
+enum EncoderSection : uint32_t {
+  kWordTable,
+  kPositionTable,
+  kTokenTypeTable,
+  kEmbeddingNormWeight,
+  kEmbeddingNormBias,
+  kProjectionWeight,  ///< from the width of the tables to that of the layers
+  kProjectionBias,
+  kFinalNormWeight,
+  kFinalNormBias,
+  kRelativeBias,      ///< [heads, 2 * reach + 1]
+  kRotaryTable,       ///< [max_positions, head_size]: cosines, then sines
+  kRotaryTableLocal,  ///< the same for layers with a window
+  kEncoderSections,
+};
+
+enum LayerSection : uint32_t {
+  kQkvWeight,
+  kQkvBias,
+  kOutWeight,
+  kOutBias,
+  kAttentionNormWeight,
+  kAttentionNormBias,
+  kUpWeight,
+  kUpBias,
+  kDownWeight,
+  kDownBias,
+  kFfnNormWeight,
+  kFfnNormBias,
+  kLayerSections,
+};
+
+struct EncoderHeader {
+  char magic[8];
+  uint32_t version;
+  uint32_t sections;
+  uint64_t bytes;  ///< all of it
+  uint32_t hidden_size, num_layers, num_heads, intermediate_size;
+  uint32_t embedding_size, vocab_size, type_vocab_size, max_positions;
+  uint32_t position_offset, window, global_every, bias_reach;
+  float layer_norm_eps;
+  uint8_t activation, norm_first, gated_ffn, reserved[17];
+};
+static_assert(sizeof(EncoderHeader) == 96);
+
+struct Section {
+  uint64_t offset, bytes;
+};
+
+constexpr char kEncoderMagic[8] = {'T', 'X', 'E', 'N', 'C', 'O', 'D', 'R'};
+constexpr uint32_t kEncoderVersion = 1;
+
+}  // namespace torch_ext
