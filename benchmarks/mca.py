@@ -1,7 +1,7 @@
 """Inner loops of the aarch64 micro-kernels under LLVM's model of a CPU: cycles, share of peak, spills.
 
     python benchmarks/mca.py                            # every kernel, GCC's code and clang's
-    python benchmarks/mca.py --filter 8x12_neon_bfmmla --cpu neoverse-v1
+    python benchmarks/mca.py --filter mmla --cpu neoverse-v1      # SVE beside NEON
 
 Each kernel is compiled as setup.py compiles it, its innermost loop is cut out of the disassembly and given to llvm-mca.
 The figures are a model's, with every load a hit in the first-level cache: they say whether the loop could reach the
@@ -98,10 +98,15 @@ class Loop:
         return self.work * PRODUCTS[self.engine] / (rows * columns * 4)
 
     @property
-    def vector_loads(self) -> int:
+    def loads(self) -> int:
         """How many vectors one pass loads."""
-        loads = (re.match(r"ld\w+ (\{[^}]*\}|[qz]\d+(?:, [qz]\d+)?)", i.text) for i in self.body)
-        return sum(len(re.findall(r"\b[vqz]\d+", match.group(1))) for match in loads if match)
+        count = 0
+        for i in self.body:
+            if i.mnemonic.startswith("ld"):
+                registers = i.text.split("[")[0]
+                span = re.search(r"v(\d+)[.\w]*-v(\d+)", registers)
+                count += int(span[2]) - int(span[1]) + 1 if span else len(re.findall(r"\b[vqz]\d+", registers))
+        return count
 
     @property
     def products(self) -> int:
@@ -280,8 +285,13 @@ def main(argv: list[str]) -> int:
     if missing or not compilers:
         parser.error(f"no compiler for aarch64 ({', '.join(missing) or 'gcc, clang'}): install g++-aarch64-linux-gnu")
     cpus = args.cpu or list(PEAK_PER_CYCLE)
-    print(f"{mca}, cycles for each step of four products, and share of the model's peak")
-    print(f"{'kernel':<46} {'code':<6}{'loop':>5}{'work':>5}" + "".join(f"{cpu:>16}" for cpu in cpus) + "  spills")
+    print(f"{mca}, cycles for each step of four products, and share of the model's peak; of 1000 products, the loop's")
+    print("instructions and the vectors that it loads")
+    print(
+        f"{'kernel':<46} {'code':<6}{'loop':>5}{'work':>5}{'instr.':>7}{'loads':>7}"
+        + "".join(f"{cpu:>16}" for cpu in cpus)
+        + "  spills"
+    )
     spilled = 0
     for name in args.compiler or compilers:
         for loop in kernel_loops(compilers[name]):
@@ -297,7 +307,8 @@ def main(argv: list[str]) -> int:
                 cells += f"{passed / loop.steps:>9.2f} {share:>5.0%} "
             spills = loop.spills()
             spilled += len(spills)
-            print(f"{loop.kernel:<46} {name:<6}{len(loop.body):>5}{loop.work:>5}{cells}  {len(spills)}")
+            rates = f"{1000 * len(loop.body) / loop.products:>7.1f}{1000 * loop.loads / loop.products:>7.1f}"
+            print(f"{loop.kernel:<46} {name:<6}{len(loop.body):>5}{loop.work:>5}{rates}{cells}  {len(spills)}")
     return 1 if spilled else 0
 
 

@@ -23,15 +23,16 @@
 //   not hide the latency of BFMMLA.
 //
 // Why it is preferred to NEON's at this length: one cycle of Neoverse V1 starts two BFMMLA of 256 bits or four of 128, so
-// that the peaks are equal, but a vector that is loaded serves twice the columns. LLVM 19's model of V1 (loops as GCC 12
-// compiles them; python benchmarks/mca.py --cpu neoverse-v1 --filter mmla):
+// that the peaks are equal, but a vector that is loaded serves twice the products, and half the accumulators hide the
+// latency. LLVM 19's model of V1, every load a hit in the first-level cache, loops as GCC 12 compiles them
+// (python benchmarks/mca.py --cpu neoverse-v1 --compiler gcc --filter mmla):
 //
-//   rows         share of the peak          instructions of 1000 products      loads of 1000 products
-//             NEON 12   SVE 24 columns         NEON 12   SVE 24 columns       NEON 12   SVE 24 columns
-//   2            60 %     86 %                   85.9      72.9                 36.5      36.5
-//   4            60 %    100 %                  109.4      54.7                 41.7      20.8
-//   6            90 %    100 %                   97.2      48.6                 31.2      15.6
-//   8           100 %    100 %                   71.6      45.6                 26.0      13.0
+//   rows        share of the peak      instructions of 1000 products    vectors loaded for 1000 products
+//             NEON, 12   SVE, 24          NEON, 12   SVE, 24                NEON, 12   SVE, 24
+//     2         60 %       86 %             85.9       72.9                   72.9       36.5
+//     4         60 %      100 %            109.4       54.7                   41.7       20.8
+//     6         90 %      100 %             97.2       48.6                   31.2       15.6
+//     8        100 %      100 %             71.6       45.6                   26.0       13.0
 //
 // Four steps of eight rows: 96 BFMMLA, 16 LD1RQH, 24 LDR, 4 instructions of pointers and loop control.
 #include "kernels/sve_bf16/gemm_sve_bfmmla.h"
