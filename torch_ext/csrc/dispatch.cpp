@@ -117,10 +117,6 @@ const Dispatch& dispatch() {
 }
 
 const GemmKernel& attention_gemm(const Dispatch& d, DType t) {
-#if defined(__aarch64__)
-  // Attention's products are narrow and short: they leave less of panels of 12 columns empty than of 24.
-  if (t == DType::kBF16 && d.isa->gemm == &kGemmSveBfmmla) return kGemmBfmmla;
-#endif
   // Keys, values and probabilities in bf16 lose nothing that bf16 input had not lost; fp32 input stays fp32.
   return t == DType::kBF16 && d.vec->gemm_dot_bf16 ? *d.vec->gemm_dot_bf16 : *d.vec->gemm_f32;
 }
