@@ -1,7 +1,7 @@
 """Inner loops of the aarch64 micro-kernels under LLVM's model of a CPU: cycles, share of peak, spills.
 
     python benchmarks/mca.py                            # every kernel, GCC's code and clang's
-    python benchmarks/mca.py --filter 8x12_neon_bfmmla --cpu neoverse-v1
+    python benchmarks/mca.py --filter mmla --cpu neoverse-v1      # SVE beside NEON
 
 Each kernel is compiled as setup.py compiles it, its innermost loop is cut out of the disassembly and given to llvm-mca.
 The figures are a model's, with every load a hit in the first-level cache: they say whether the loop could reach the
@@ -27,17 +27,22 @@ SOURCES = (
     "kernels/neon_bf16/gemm_bfmmla.cpp",
     "kernels/neon_bf16/vec_neon_bf16.cpp",
     "kernels/neon/vec_neon.cpp",
+    "kernels/sve_bf16/gemm_sve_bfmmla.cpp",
 )
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden")
 OLDEST_LLVM = 16
 
-# 128-bit instructions that one cycle can start, in LLVM 19's models (AArch64SchedNeoverse*.td). N1 has no BFMMLA.
+# Instructions that one cycle can start, in LLVM 19's models (AArch64SchedNeoverse*.td): of 128 bits, and of 256 for
+# sve256, whose kernels need vectors of that length. N1 has no BFMMLA; only V1 has vectors of 256 bits.
 PEAK_PER_CYCLE = {
     "neoverse-n1": {"fmla": 2},
     "neoverse-n2": {"fmla": 2, "bfmmla": 2},
-    "neoverse-v1": {"fmla": 4, "bfmmla": 4},
+    "neoverse-v1": {"fmla": 4, "bfmmla": 4, "sve256_bfmmla": 2},
     "neoverse-v2": {"fmla": 4, "bfmmla": 4},
 }
+
+# Products of each.
+PRODUCTS = {"fmla": 4, "bfmmla": 16, "sve256_bfmmla": 32}
 
 _KERNEL = re.compile(r"(gemm_f32_\w+)\(|(vec_\w+)::ukernel_(f32|bf16)<(\d+)\w*>")
 _BRANCH = re.compile(r"^(?:b(?:\.\w+)?|cbn?z|tbn?z)\s.*?\b([0-9a-f]+) <")
@@ -73,7 +78,7 @@ class Loop:
 
     Attributes:
         kernel: name of the micro-kernel, as in its table.
-        engine: the instruction that does the work, ``bfmmla`` or ``fmla``.
+        engine: what does the work, a key of ``PRODUCTS``.
         body: its instructions, the branch back last.
     """
 
@@ -84,14 +89,29 @@ class Loop:
     @property
     def work(self) -> int:
         """How many of the instructions do the work."""
-        return sum(i.mnemonic == self.engine for i in self.body)
+        return sum(i.mnemonic == self.engine.rsplit("_", 1)[-1] for i in self.body)
 
     @property
     def steps(self) -> float:
         """How many steps of four products of a whole tile one pass makes."""
         rows, columns = map(int, re.search(r"_(\d+)x(\d+)_", self.kernel).groups())  # type: ignore[union-attr]
-        # One BFMMLA makes 2 x 2 x 4 products, one FMLA 4.
-        return self.work * (16 if self.engine == "bfmmla" else 4) / (rows * columns * 4)
+        return self.work * PRODUCTS[self.engine] / (rows * columns * 4)
+
+    @property
+    def loads(self) -> int:
+        """How many vectors one pass loads."""
+        count = 0
+        for i in self.body:
+            if i.mnemonic.startswith("ld"):
+                registers = i.text.split("[")[0]
+                span = re.search(r"v(\d+)[.\w]*-v(\d+)", registers)
+                count += int(span[2]) - int(span[1]) + 1 if span else len(re.findall(r"\b[vqz]\d+", registers))
+        return count
+
+    @property
+    def products(self) -> int:
+        """How many products one pass makes."""
+        return self.work * PRODUCTS[self.engine]
 
     def spills(self) -> list[str]:
         """Instructions that should not be there: stores of any kind, and loads from the stack."""
@@ -198,7 +218,7 @@ def inner_loop(kernel: str, body: list[Instruction]) -> Loop:
     Raises:
         ValueError: there is no such loop.
     """
-    engine = kernel.rsplit("_", 1)[-1]
+    engine = next(name for name in sorted(PRODUCTS, key=len, reverse=True) if kernel.endswith(f"_{name}"))
     ranges = [
         (i.branch_target, i.address) for i in body if i.branch_target is not None and i.branch_target <= i.address
     ]
@@ -265,8 +285,13 @@ def main(argv: list[str]) -> int:
     if missing or not compilers:
         parser.error(f"no compiler for aarch64 ({', '.join(missing) or 'gcc, clang'}): install g++-aarch64-linux-gnu")
     cpus = args.cpu or list(PEAK_PER_CYCLE)
-    print(f"{mca}, cycles for each step of four products, and share of the model's peak")
-    print(f"{'kernel':<46} {'code':<6}{'loop':>5}{'work':>5}" + "".join(f"{cpu:>16}" for cpu in cpus) + "  spills")
+    print(f"{mca}, cycles for each step of four products, and share of the model's peak; of 1000 products, the loop's")
+    print("instructions and the vectors that it loads")
+    print(
+        f"{'kernel':<46} {'code':<6}{'loop':>5}{'work':>5}{'instr.':>7}{'loads':>7}"
+        + "".join(f"{cpu:>16}" for cpu in cpus)
+        + "  spills"
+    )
     spilled = 0
     for name in args.compiler or compilers:
         for loop in kernel_loops(compilers[name]):
@@ -282,7 +307,8 @@ def main(argv: list[str]) -> int:
                 cells += f"{passed / loop.steps:>9.2f} {share:>5.0%} "
             spills = loop.spills()
             spilled += len(spills)
-            print(f"{loop.kernel:<46} {name:<6}{len(loop.body):>5}{loop.work:>5}{cells}  {len(spills)}")
+            rates = f"{1000 * len(loop.body) / loop.products:>7.1f}{1000 * loop.loads / loop.products:>7.1f}"
+            print(f"{loop.kernel:<46} {name:<6}{len(loop.body):>5}{loop.work:>5}{rates}{cells}  {len(spills)}")
     return 1 if spilled else 0
 
 

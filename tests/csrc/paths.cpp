@@ -6,6 +6,7 @@
 #include "kernels/neon_bf16/gemm_bfmmla.h"
 #include "kernels/neon_dotprod/gemm_sdot.h"
 #include "kernels/neon_i8mm/gemm_smmla.h"
+#include "kernels/sve_bf16/gemm_sve_bfmmla.h"
 #include "kernels/x86/gemm_vnni.h"
 #include "reference.h"
 
@@ -98,6 +99,8 @@ const std::vector<GemmPath>& all_gemm_paths() {
   static const std::vector<GemmPath> all = [] {
     std::vector<GemmPath> paths;
 #if defined(__aarch64__)
+    paths.push_back({&kGemmSveBfmmla, &kVecNeonBf16,
+                     kFeatureNeon | kFeatureBf16 | kFeatureSve | kFeatureSveBf16 | kFeatureSve256, "sve256_bfmmla"});
     paths.push_back({&kGemmBfmmla, &kVecNeonBf16, kFeatureNeon | kFeatureBf16, "neon_bfmmla"});
 #endif
     for (const VecKernels* const vec : all_vec_paths()) {

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "torch_ext" / "csrc"
 
-# CPUs that QEMU shows: everything; Graviton2's core, without bf16; an older one, without dot products either.
-CPUS = ("max", "neoverse-n1", "cortex-a72")
-CPUS_WITH_BF16 = {"max"}
+# CPUs that QEMU shows: everything, with SVE vectors of 512 bits; the same with 256, as on Graviton3; Graviton2's core,
+# without bf16; an older one, without dot products either.
+MAX, SVE256 = "max", "max,sve256=on"
+CPUS = (MAX, SVE256, "neoverse-n1", "cortex-a72")
+CPUS_WITH_BF16 = {MAX, SVE256}
 
 
 def _load(name: str, path: Path) -> ModuleType:
@@ -96,11 +99,13 @@ def test_kernels_under_emulation(cpu: str, seed: int) -> None:
     done = run("aarch64", "--quick", "--seed", str(seed), cpu=cpu)
     expect_passed(done, seed)
     left_out = not_on_this_cpu(done)
-    if cpu in CPUS_WITH_BF16:
+    if cpu == SVE256:
         assert left_out == []
+    elif cpu == MAX:
+        assert left_out == ["bf16p24x4 sve256_bfmmla"]
     else:
         assert left_out
-        assert all("bf16_fmla" in name or "bfmmla" in name for name in left_out)
+        assert all(re.search("bf16_fmla|bfmmla|smmla|sdot", name) for name in left_out)
 
 
 def test_a_run_without_tests_fails() -> None:
@@ -139,7 +144,7 @@ def test_the_first_supported_candidate_is_chosen(variant: str, cpu: str | None) 
     assert chosen["isa"] == supported[0]
     assert report(variant, cpu, isa="") == chosen  # set to nothing is not set
     if variant == "aarch64":
-        assert chosen["isa"] == ("neon_bf16" if cpu in CPUS_WITH_BF16 else "neon")
+        assert chosen["isa"] == {MAX: "neon_i8mm", SVE256: "sve_bf16", "neoverse-n1": "neon_dotprod"}.get(cpu, "neon")
         assert all(("bfmmla" in k) == (cpu in CPUS_WITH_BF16) for k in chosen["linear_kernels"])
 
 
@@ -161,7 +166,35 @@ def test_every_candidate_can_be_forced_or_is_refused(variant: str, cpu: str | No
 def test_bf16_kernels_are_refused_without_bf16(cpu: str) -> None:
     done = run("aarch64", "--report", cpu=cpu, isa="neon_bf16")
     assert done.returncode == 1
-    assert "needs a CPU with bf16" in done.stderr
+    assert re.search("needs a CPU with (asimddp, )?bf16,", done.stderr)
+
+
+# Vectors of Neoverse N2 and V2 have 128 bits. A kernel for 256 bits would make wrong products at any other length.
+@pytest.mark.emulator
+@pytest.mark.parametrize(
+    ("properties", "bits"),
+    [
+        ("sve=off", 0),
+        ("sve128=on,sve256=off", 128),
+        ("sve256=on", 256),
+        ("sve-default-vector-length=32", 256),  # the CPU has longer ones, the system gives these
+        ("sve384=on", 384),
+        ("sve512=on", 512),
+        ("sve-max-vq=16,sve-default-vector-length=256", 2048),
+    ],
+)
+def test_the_sve_kernel_needs_vectors_of_its_length(properties: str, bits: int) -> None:
+    cpu = f"max,{properties}"
+    chosen = report("aarch64", cpu)
+    assert ("sve" in chosen["cpu_features"]) == (bits > 0)
+    assert ("sve256" in chosen["cpu_features"]) == (bits == 256)
+    assert chosen["isa"] == ("sve_bf16" if bits == 256 else "neon_i8mm")
+    assert all(("x24_sve256_bfmmla" in k) == (bits == 256) for k in chosen["linear_kernels"])
+    assert all("x12_neon_bfmmla" in k for k in chosen["attention_kernels"])
+    if bits != 256:
+        done = run("aarch64", "--report", cpu=cpu, isa="sve_bf16")
+        assert done.returncode == 1
+        assert re.search(r"TORCH_EXT_ISA=sve_bf16 needs a CPU with (sve, svebf16, )?sve256, which", done.stderr)
 
 
 @pytest.mark.parametrize("name", ["sve9", "Portable", "neon_bf16 ", "1"])
@@ -211,6 +244,28 @@ def test_the_main_kernel_reaches_the_peak_of_the_model(compiler: str, cpu: str) 
     assert 0.97 <= share <= 1.0 + 1e-9
 
 
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_the_sve_kernels_are_preferred_where_the_model_says_so(compiler: str) -> None:
+    """At no number of rows slower than NEON's on Neoverse V1, at some faster; else the order in dispatch is wrong."""
+    tool = mca.find_mca()
+    if tool is None:
+        pytest.skip(f"no llvm-mca of LLVM {mca.OLDEST_LLVM} or newer: install llvm-19")
+    by_name = {loop.kernel: loop for loop in loops(compiler)}
+    cycles = {}
+    for rows in (2, 4, 6, 8):
+        neon = by_name[f"gemm_f32_bf16_bf16p12x4_{rows}x12_neon_bfmmla"]
+        sve = by_name[f"gemm_f32_bf16_bf16p24x4_{rows}x24_sve256_bfmmla"]
+        assert sve.work == 3 * rows * sve.steps
+        assert len(sve.body) / sve.products < len(neon.body) / neon.products
+        cycles[rows] = [mca.cycles(loop, "neoverse-v1", tool) / loop.products for loop in (sve, neon)]
+        share = mca.share_of_peak(sve, "neoverse-v1", tool)
+        assert share is not None
+        assert (0.84 if rows == 2 else 0.97) <= share <= 1.0 + 1e-9
+        assert mca.share_of_peak(sve, "neoverse-n2", tool) is None
+    assert all(sve <= neon * 1.01 for sve, neon in cycles.values())
+    assert any(sve <= neon * 0.9 for sve, neon in cycles.values())
+
+
 LISTING = """
 0000000000000000 <torch_ext::(anonymous namespace)::gemm_f32_bf16_bf16p12x4_2x12_neon_bfmmla(unsigned long)>:
    0:\tldr\tq9, [sp, #16]
@@ -231,5 +286,22 @@ def test_spills_and_loops_are_told_apart() -> None:
     assert [i.address for i in loop.body] == [0x4, 0x8, 0xC, 0x10, 0x14, 0x18]
     assert loop.spills() == ["str q1, [sp, #32]", "ldp q9, q8, [sp, #16]"]
     assert loop.work == 1
+    assert loop.loads == 3  # q0, and the two of a spill
     assert loop.assembly().startswith("loop:\nldr q0, [x1], #16\n")
     assert loop.assembly().endswith("b.ne loop\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "vectors"),
+    [
+        ("ld1 {v4.16b-v7.16b}, [x2], #64", 4),
+        ("ld1 {v4.16b, v5.16b}, [x2], #32", 2),
+        ("ldp q4, q5, [x2, #32]", 2),
+        ("ld1rqh {z0.h}, p0/z, [x1, #-128]", 1),
+        ("ldr z4, [x2, #6, mul vl]", 1),
+        ("ldr x4, [x2]", 0),
+        ("bfmmla z8.s, z0.h, z4.h", 0),
+    ],
+)
+def test_vectors_that_a_loop_loads_are_counted(text: str, vectors: int) -> None:
+    assert mca.Loop("gemm_2x24_sve256_bfmmla", "sve256_bfmmla", (mca.Instruction(0, text),)).loads == vectors

@@ -1,4 +1,4 @@
-// Packers against the index formulas in the comments of gemm_bfmmla.cpp and gemm_f32.inl, element by element.
+// Packers against the index formulas in the comments of pack_bf16_pairs.inl and gemm_f32.inl, element by element.
 #include <algorithm>
 #include <vector>
 
@@ -65,14 +65,15 @@ TORCH_EXT_TEST(packers_fill_every_element_and_pad_with_zeros) {
   }
 }
 
-// "Worked example: R = 12, row 5, product 6 -> ((1 * 12) + 5) * 4 + 2 = 70", and for rows
-// "nr = 12, column j = 5, product p = 2 -> element 29 of the panel".
+// "Worked examples: R = 12, row 5, product 6 -> ((1 * 12) + 5) * 4 + 2 = 70. R = 24, the same -> ((1 * 24) + 5) * 4 + 2 =
+// 118", and for rows "nr = 12, column j = 5, product p = 2 -> element 29 of the panel".
 TORCH_EXT_TEST(worked_examples_of_the_layouts_hold) {
   for (const GemmPath& path : gemm_paths()) {
     const GemmKernel& g = *path.kernel;
     const bool pairs = g.layout == Layout::kBf16Pairs, dots = g.layout == Layout::kBf16Dots;
-    if (g.nr != 12 && !dots) continue;  // the examples are of 12 columns
-    const size_t column = 5, product = pairs ? 6 : dots ? 3 : 2, element = pairs ? 70 : dots ? 75 : 29, k = 8;
+    if (g.nr != 12 && !(pairs && g.nr == 24) && !dots) continue;  // the examples are of 12 columns, and of 24 in pairs
+    const size_t column = 5, product = pairs ? 6 : dots ? 3 : 2, k = 8;
+    const size_t element = pairs ? (g.nr == 12 ? 70 : 118) : dots ? 75 : 29;
     context("%s", path.name().c_str());
     for (const Packer packer : {Packer::kRhsNxk, Packer::kRhsKxn}) {
       const bool kxn = packer == Packer::kRhsKxn;
@@ -92,7 +93,7 @@ TORCH_EXT_TEST(worked_examples_of_the_layouts_hold) {
   }
 }
 
-// Diagram of gemm_bfmmla.cpp: step 0 holds (0,0..3) (1,0..3) | (2,0..3) ..., step 1 (0,4..7) ...; diagram of
+// Diagram of pack_bf16_pairs.inl: step 0 holds (0,0..3) (1,0..3) | (2,0..3) ..., step 1 (0,4..7) ...; diagram of
 // gemm_f32.inl: a block row by row, a panel product by product.
 TORCH_EXT_TEST(diagrams_of_the_layouts_hold) {
   for (const GemmPath& path : gemm_paths()) {

@@ -118,7 +118,7 @@ TORCH_EXT_TEST(the_best_candidates_come_first) {
   }
   const std::vector<std::string> expected =
 #if defined(__aarch64__)
-      {"neon_i8mm", "neon_bf16", "neon_dotprod", "neon", "portable"};
+      {"sve_bf16", "neon_i8mm", "neon_bf16", "neon_dotprod", "neon", "portable"};
 #elif defined(__x86_64__)
       {"onednn", "torch", "portable"};
 #else

@@ -1,7 +1,10 @@
 #include "cpu_features.h"
 
+#include <cstddef>
+
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#include <sys/prctl.h>
 #elif defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -20,6 +23,16 @@ constexpr unsigned long kHwcap2SveBf16 = 1ul << 12;
 constexpr unsigned long kHwcap2I8mm = 1ul << 13;
 constexpr unsigned long kHwcap2Bf16 = 1ul << 14;
 
+/// Bytes of this thread's SVE vectors, 0 if the system does not tell. Kernels for one length assume that it is the length
+/// of every thread for as long as the process lives: it is set when a program starts, threads take their creator's, and
+/// only prctl(PR_SVE_SET_VL) changes it, which a process that runs kernels of ours must leave alone.
+size_t sve_vector_bytes() {
+  constexpr int kPrSveGetVl = 51;  // of Linux' linux/prctl.h, which older distributions have without it
+  constexpr int kPrSveVlLenMask = 0xffff;
+  const int length = prctl(kPrSveGetVl, 0, 0, 0, 0);
+  return length < 0 ? 0 : static_cast<size_t>(length & kPrSveVlLenMask);
+}
+
 uint32_t detect() {
   const unsigned long hwcap = getauxval(AT_HWCAP);
   const unsigned long hwcap2 = getauxval(AT_HWCAP2);
@@ -27,6 +40,7 @@ uint32_t detect() {
   if (hwcap & kHwcapAsimd) features |= kFeatureNeon;
   if (hwcap & kHwcapAsimdDp) features |= kFeatureDotprod;
   if (hwcap & kHwcapSve) features |= kFeatureSve;
+  if ((hwcap & kHwcapSve) && sve_vector_bytes() == 32) features |= kFeatureSve256;
   if (hwcap2 & kHwcap2SveBf16) features |= kFeatureSveBf16;
   if (hwcap2 & kHwcap2I8mm) features |= kFeatureI8mm;
   if (hwcap2 & kHwcap2Bf16) features |= kFeatureBf16;
@@ -83,6 +97,7 @@ constexpr NamedFeature kNames[] = {
     {kFeatureBf16, "bf16"},
     {kFeatureSve, "sve"},
     {kFeatureSveBf16, "svebf16"},
+    {kFeatureSve256, "sve256"},
     {kFeatureAvx2Fma, "avx2+fma"},
     {kFeatureAvx512, "avx512"},
     {kFeatureAvx512Bf16, "avx512_bf16"},

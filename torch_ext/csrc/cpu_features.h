@@ -17,6 +17,7 @@ enum Feature : uint32_t {
   kFeatureBf16 = 1u << 3,
   kFeatureSve = 1u << 4,
   kFeatureSveBf16 = 1u << 5,
+  kFeatureSve256 = 1u << 6,  // SVE vectors of exactly 256 bits in the thread that asked first, see sve_vector_bytes()
   // x86-64, from CPUID and XGETBV.
   kFeatureAvx2Fma = 1u << 16,
   kFeatureAvx512 = 1u << 17,  // F, BW, VL and DQ together

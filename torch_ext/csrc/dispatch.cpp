@@ -8,6 +8,7 @@
 #include "kernels/neon_bf16/gemm_bfmmla.h"
 #include "kernels/neon_dotprod/gemm_sdot.h"
 #include "kernels/neon_i8mm/gemm_smmla.h"
+#include "kernels/sve_bf16/gemm_sve_bfmmla.h"
 #include "kernels/x86/gemm_vnni.h"
 
 namespace torch_ext {
@@ -15,7 +16,10 @@ namespace {
 
 #if defined(__aarch64__)
 const VecKernels* const kVecCandidates[] = {&kVecNeonBf16, &kVecNeon, &kVecPortable};
+constexpr uint32_t kFeaturesSveBf16 =
+    kFeatureNeon | kFeatureBf16 | kFeatureI8mm | kFeatureSve | kFeatureSveBf16 | kFeatureSve256;
 const Isa kIsas[] = {
+    {"sve_bf16", kFeaturesSveBf16, LinearEngine::kOwn, &kGemmSveBfmmla, &kGemmSmmla, &kVecNeonBf16},
     {"neon_i8mm", kFeatureNeon | kFeatureBf16 | kFeatureI8mm, LinearEngine::kOwn, &kGemmBfmmla, &kGemmSmmla,
      &kVecNeonBf16},
     {"neon_bf16", kFeatureNeon | kFeatureBf16 | kFeatureDotprod, LinearEngine::kOwn, &kGemmBfmmla, &kGemmSdot,

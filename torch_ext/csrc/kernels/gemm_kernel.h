@@ -30,7 +30,7 @@ constexpr size_t dtype_bytes(DType t) { return t == DType::kF32 ? 4 : t == DType
 
 /// How a packed weight lies in memory. Values are stored in headers of packed weights: append only.
 enum class Layout : uint32_t {
-  kBf16Pairs = 1,  ///< bf16, pairs of columns times four products: see neon_bf16/gemm_bfmmla.cpp
+  kBf16Pairs = 1,  ///< bf16, pairs of columns times four products: see neon_bf16/pack_bf16_pairs.inl
   kBf16Rows = 2,   ///< bf16, one row of nr columns for each product: see vec/gemm_f32.inl
   kF32Rows = 3,    ///< the same in fp32
   kPlain = 4,      ///< bf16 [n, k], row-major, for PyTorch's own linear
