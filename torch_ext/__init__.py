@@ -25,6 +25,9 @@ __all__ = [
     "Head",
     "HeadSpec",
     "linear",
+    "matmul",
+    "bmm",
+    "addmm",
     "pack_linear_weight",
     "unpack_linear_weight",
     "varlen_attention",
@@ -84,9 +87,12 @@ else:
     from torch_ext.nn import PackedLinear, optimize
     from torch_ext.ops import (
         add_layer_norm,
+        addmm,
+        bmm,
         embed_layer_norm,
         isa_report,
         linear,
+        matmul,
         pack_linear_weight,
         pool,
         unpack_linear_weight,

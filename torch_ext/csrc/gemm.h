@@ -35,6 +35,12 @@ constexpr size_t kMinTaskMacs = 128 * 1024;
 void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, const GemmPlan& plan,
                    size_t task);
 
+/// The panels [first, last) that task `task` of the plan multiplies.
+struct PanelRange {
+  size_t first, last;
+};
+PanelRange task_panels(const GemmKernel& kernel, size_t n, const GemmPlan& plan, size_t task);
+
 /// Bytes of the payload of a packed [n, k] weight.
 size_t packed_payload_bytes(const GemmKernel& kernel, size_t n, size_t k);
 
@@ -42,12 +48,16 @@ size_t packed_payload_bytes(const GemmKernel& kernel, size_t n, size_t k);
 void pack_weight_panels(const GemmKernel& kernel, size_t n, size_t k, const void* weight, DType type, size_t ld,
                         void* payload, size_t first, size_t last);
 
+/// The same for a row-major [k, n] source, rows `ld` elements apart.
+void pack_weight_panels_kxn(const GemmKernel& kernel, size_t n, size_t k, const void* source, DType type, size_t ld,
+                            void* payload, size_t first, size_t last);
+
 /// Unpacks a payload of bf16 panels to a row-major bf16 [n, k] weight.
 void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* payload, uint16_t* weight);
 
 /// Memory of this thread, at least `bytes`, 64-byte aligned; the next call in the same slot may return the same
 /// memory. Slots keep the callers in one call chain apart.
-enum class ScratchSlot { kLhs, kAttention, kCount };
+enum class ScratchSlot { kLhs, kRhs, kAttention, kCount };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
 
 }  // namespace torch_ext

@@ -2,11 +2,14 @@
 #include "ops/ops.h"
 
 STABLE_TORCH_LIBRARY(torch_ext, m) {
-  m.def("pack_linear_weight(Tensor weight) -> Tensor");
+  m.def("pack_linear_weight(Tensor weight, bool transposed=False) -> Tensor");
   m.def("unpack_linear_weight(Tensor packed) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias=None, str activation='none', ScalarType? out_dtype=None, "
       "Tensor? residual=None) -> Tensor");
+  m.def("matmul(Tensor a, Tensor b, ScalarType? out_dtype=None) -> Tensor");
+  m.def("bmm(Tensor a, Tensor b) -> Tensor");
+  m.def("addmm(Tensor bias, Tensor a, Tensor b, float beta=1, float alpha=1) -> Tensor");
   m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, int num_heads, float? scale=None) -> Tensor");
   m.def("add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(
@@ -21,6 +24,9 @@ STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
   m.impl("pack_linear_weight", TORCH_BOX(&torch_ext::pack_linear_weight));
   m.impl("unpack_linear_weight", TORCH_BOX(&torch_ext::unpack_linear_weight));
   m.impl("linear", TORCH_BOX(&torch_ext::linear));
+  m.impl("matmul", TORCH_BOX(&torch_ext::matmul));
+  m.impl("bmm", TORCH_BOX(&torch_ext::bmm));
+  m.impl("addmm", TORCH_BOX(&torch_ext::addmm));
   m.impl("varlen_attention", TORCH_BOX(&torch_ext::varlen_attention));
   m.impl("add_layer_norm", TORCH_BOX(&torch_ext::add_layer_norm));
   m.impl("embed_layer_norm", TORCH_BOX(&torch_ext::embed_layer_norm));

@@ -9,10 +9,17 @@
 
 namespace torch_ext {
 
-Tensor pack_linear_weight(const Tensor& weight);
+enum class LinearEngine;
+/// Who multiplies in this process: that of dispatch(), without oneDNN where this PyTorch cannot prepack for it.
+LinearEngine linear_engine();
+
+Tensor pack_linear_weight(const Tensor& weight, bool transposed);
 Tensor unpack_linear_weight(const Tensor& packed);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, const std::string& activation,
               const std::optional<ScalarType>& out_dtype, const std::optional<Tensor>& residual);
+Tensor matmul(const Tensor& a, const Tensor& b, const std::optional<ScalarType>& out_dtype);
+Tensor bmm(const Tensor& a, const Tensor& b);
+Tensor addmm(const Tensor& bias, const Tensor& a, const Tensor& b, double beta, double alpha);
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
                         const std::optional<double>& scale);
 Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
