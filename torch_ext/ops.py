@@ -366,7 +366,7 @@ def _(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     _check(a.dim() >= 1 and b.dim() >= 1, "matmul: expected a [..., M, K] and b [..., K, N], got a scalar")
     inner = b.shape[0 if b.dim() == 1 else -2]
     _check(a.shape[-1] == inner, f"matmul: expected b with K={a.shape[-1]}, as a ends with, got {inner}")
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     shape = (*batch, *a.shape[-2:-1], *(b.shape[-1:] if b.dim() > 1 else ()))
     return a.new_empty(shape, dtype=out_dtype or a.dtype)
 

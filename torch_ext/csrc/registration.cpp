@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "embed_layer_norm(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor word, Tensor position, "
       "Tensor? token_type, Tensor weight, Tensor bias, float eps, int position_offset) -> Tensor");
   m.def("pool(Tensor hidden, Tensor cu_seqlens, str mode, bool normalize) -> Tensor");
+  m.def("_weight_fingerprint(Tensor weight) -> int");
   m.def("_isa_report() -> str");
   m.def("_preferred_rows(int rows) -> int");
 }
@@ -27,6 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
   m.impl("matmul", TORCH_BOX(&torch_ext::matmul));
   m.impl("bmm", TORCH_BOX(&torch_ext::bmm));
   m.impl("addmm", TORCH_BOX(&torch_ext::addmm));
+  m.impl("_weight_fingerprint", TORCH_BOX(&torch_ext::weight_fingerprint));
   m.impl("varlen_attention", TORCH_BOX(&torch_ext::varlen_attention));
   m.impl("add_layer_norm", TORCH_BOX(&torch_ext::add_layer_norm));
   m.impl("embed_layer_norm", TORCH_BOX(&torch_ext::embed_layer_norm));

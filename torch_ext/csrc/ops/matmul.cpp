@@ -199,8 +199,8 @@ void run_product(const Product& p, const Epilogue& ep) {
   const size_t payload = packed_payload_bytes(kernel, p.n, p.k), panels = kernel.panels(p.n);
   const auto pack = [&](size_t source, size_t first, size_t last, void* to) {
     const Product::Item& item = p.items[p.ends[source] - 1];
-    (p.transposed ? pack_weight_panels : pack_weight_panels_kxn)(
-        kernel, p.n, p.k, p.rhs + item.rhs * int64_t{kElement}, DType::kBF16, p.ld_rhs, to, first, last);
+    (p.transposed ? pack_weight_panels : pack_weight_panels_kxn)(kernel, p.n, p.k, p.rhs + item.rhs * int64_t{kElement},
+                                                                 DType::kBF16, p.ld_rhs, to, first, last);
   };
   const auto multiply = [&](const Product::Item& item, const void* packed, const GemmPlan& plan, size_t task) {
     GemmProblem problem;
@@ -230,7 +230,8 @@ void run_product(const Product& p, const Epilogue& ep) {
   // Otherwise all threads pack some of them, then multiply.
   const size_t round = std::clamp<size_t>(kSharedRhsBytes / payload, 1, sources);
   const std::unique_ptr<char, decltype(&std::free)> memory(
-      static_cast<char*>(std::aligned_alloc(kPackedAlignment, round_up(round * payload, kPackedAlignment))), &std::free);
+      static_cast<char*>(std::aligned_alloc(kPackedAlignment, round_up(round * payload, kPackedAlignment))),
+      &std::free);
   STD_TORCH_CHECK(memory, "matmul: out of memory for a packed operand of ", round * payload, " bytes");
   char* const packed = memory.get();
   for (size_t begin = 0; begin < sources; begin += round) {
@@ -299,8 +300,8 @@ Tensor multiply_torch(const Tensor& a, const Tensor& b, ScalarType out_type) {
   // PyTorch's bf16 product does not give out its fp32 sums, and computes in fp32 what the CPU has no instructions for.
   const bool widen = a.scalar_type() == ScalarType::BFloat16 &&
                      (out_type == ScalarType::Float || linear_engine() == LinearEngine::kTorch);
-  const Tensor product = widen ? stable::matmul(stable::to(a, ScalarType::Float), stable::to(b, ScalarType::Float))
-                               : stable::matmul(a, b);
+  const Tensor product =
+      widen ? stable::matmul(stable::to(a, ScalarType::Float), stable::to(b, ScalarType::Float)) : stable::matmul(a, b);
   return to_type(product, out_type);
 }
 
@@ -448,6 +449,20 @@ Tensor addmm(const Tensor& bias, const Tensor& a, const Tensor& b, double beta, 
     finish_addmm(as_contiguous(multiply(op, a, b, ScalarType::Float)), alpha, ep);
   }
   return out;
+}
+
+int64_t weight_fingerprint(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::BFloat16 && weight.dim() == 2,
+                  "_weight_fingerprint: expected a weight in bf16 [N, K] on the CPU, got ", describe(weight));
+  const uint16_t* const data = static_cast<const uint16_t*>(weight.const_data_ptr());
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const int64_t samples = std::min<int64_t>(64, n * k);
+  uint64_t hash = 14695981039346656037u;  // FNV-1a
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t row = i * n / samples, col = i * 40503 % k;
+    hash = (hash ^ data[row * weight.stride(0) + col * weight.stride(1)]) * 1099511628211u;
+  }
+  return static_cast<int64_t>(hash >> 1);
 }
 
 }  // namespace torch_ext

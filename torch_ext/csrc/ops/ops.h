@@ -20,6 +20,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
 Tensor matmul(const Tensor& a, const Tensor& b, const std::optional<ScalarType>& out_dtype);
 Tensor bmm(const Tensor& a, const Tensor& b);
 Tensor addmm(const Tensor& bias, const Tensor& a, const Tensor& b, double beta, double alpha);
+/// A hash of 64 elements all over a weight: accelerate() tells by it that a weight was written to past its version.
+int64_t weight_fingerprint(const Tensor& weight);
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
                         const std::optional<double>& scale);
 Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
