@@ -127,7 +127,7 @@ class _Routes:
             warnings.simplefilter("ignore")
             for name, kernel, keys in kernels:
                 for key in keys:
-                    self._library.impl(name, kernel, key, with_keyset=True, allow_override=True)
+                    self._library.impl(name, kernel, key, with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Unregister the kernels and let go of the packed weights."""
