@@ -1,10 +1,12 @@
 """Fast bf16 inference of BERT-family encoders in PyTorch on ARM cloud CPUs.
 
-The three ways in, from little to much:
+The ways in, from little to much:
 
+* :func:`accelerate` runs ``F.linear`` and, on ARM, ``torch.matmul`` of bf16 tensors on our kernels while it is enabled.
 * :func:`optimize` swaps the linear layers of a model that you have, in place.
 * :class:`Encoder` runs a BERT, or one of its many relatives, without padding, as one ``[total_tokens, hidden]`` matrix.
-* ``torch.ops.torch_ext.*``, wrapped with types in :mod:`torch_ext.ops`, for models of your own.
+* ``torch.ops.torch_ext.*``, wrapped with types in :mod:`torch_ext.ops`, for models of your own: :func:`linear` of
+  packed weights, :func:`matmul`, :func:`bmm`, :func:`addmm`, attention, norms.
 
 ``python -m torch_ext.doctor`` tells what this machine can do, and what is set wrong.
 """
@@ -19,12 +21,17 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "optimize",
+    "accelerate",
+    "Acceleration",
     "PackedLinear",
     "Encoder",
     "EncoderSpec",
     "Head",
     "HeadSpec",
     "linear",
+    "matmul",
+    "bmm",
+    "addmm",
     "pack_linear_weight",
     "unpack_linear_weight",
     "pack_linear_weight_int8",
@@ -86,16 +93,20 @@ except ImportError:
     if not any("torch_ext.doctor" in argument for argument in sys.orig_argv):
         raise
 else:
+    from torch_ext.accelerate import Acceleration, accelerate
     from torch_ext.encoder import Encoder, EncoderSpec, Head, HeadSpec
     from torch_ext.nn import PackedLinear, optimize
     from torch_ext.ops import (
         add_layer_norm,
         add_rms_norm,
+        addmm,
+        bmm,
         embed_layer_norm,
         encoder_forward,
         gate,
         isa_report,
         linear,
+        matmul,
         pack_linear_weight,
         pack_linear_weight_int8,
         pool,

@@ -21,11 +21,14 @@ __all__ = [
     "PoolingMode",
     "add_layer_norm",
     "add_rms_norm",
+    "addmm",
+    "bmm",
     "embed_layer_norm",
     "encoder_forward",
     "gate",
     "isa_report",
     "linear",
+    "matmul",
     "pack_linear_weight",
     "pack_linear_weight_int8",
     "pool",
@@ -57,11 +60,12 @@ def isa_report() -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(torch.ops.torch_ext._isa_report()))
 
 
-def pack_linear_weight(weight: Tensor) -> Tensor:
+def pack_linear_weight(weight: Tensor, transposed: bool = False) -> Tensor:
     """Bring the weight of a linear layer into the order that this CPU's kernel reads it in.
 
     Args:
-        weight: fp32 or bf16 ``[N, K]``, as in :class:`torch.nn.Linear`; fp32 is rounded to bf16.
+        weight: fp32 or bf16 ``[N, K]``, as in :class:`torch.nn.Linear`; fp32 is rounded to bf16. Any strides.
+        transposed: whether the weight is ``[K, N]`` instead, as in ``x @ weight`` and in GPT-2's ``Conv1D``.
 
     Returns:
         An opaque tensor with ``shape[0] == N``, to be passed to :func:`linear`. It is valid on this kind of CPU only:
@@ -70,7 +74,7 @@ def pack_linear_weight(weight: Tensor) -> Tensor:
     Raises:
         RuntimeError: the weight has another dtype or number of dimensions, is not on the CPU, or requires grad.
     """
-    return cast(Tensor, torch.ops.torch_ext.pack_linear_weight(weight))
+    return cast(Tensor, torch.ops.torch_ext.pack_linear_weight(weight, transposed))
 
 
 def unpack_linear_weight(packed: Tensor) -> Tensor:
@@ -152,6 +156,60 @@ def linear(
             tensor requires grad.
     """
     return cast(Tensor, torch.ops.torch_ext.linear(x, packed, bias, activation, out_dtype, residual))
+
+
+def matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """``a @ b`` with the rules of :func:`torch.matmul`, with sums in fp32.
+
+    ``b`` is packed at every call, and nothing is kept: for a weight that is used again, :func:`linear` is faster.
+
+    Args:
+        a: bf16 or fp32 ``[..., M, K]`` or ``[K]``, any strides. fp32 is multiplied by PyTorch.
+        b: the same dtype, ``[..., K, N]`` or ``[K]``, any strides; batch dimensions broadcast.
+        out_dtype: ``torch.float32`` or ``torch.bfloat16``; by default that of the operands.
+
+    Returns:
+        ``[..., M, N]`` in ``out_dtype``, without the dimensions that a vector does not have.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.matmul(a, b, out_dtype))
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """``a[i] @ b[i]`` for every i, as :func:`torch.bmm`, with sums in fp32; packed as in :func:`matmul`.
+
+    Args:
+        a: bf16 or fp32 ``[B, M, K]``, any strides.
+        b: the same dtype, ``[B, K, N]``, any strides.
+
+    Returns:
+        ``[B, M, N]`` in the dtype of the operands.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.bmm(a, b))
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    """``beta * bias + alpha * (a @ b)``, as :func:`torch.addmm`, with sums in fp32; packed as in :func:`matmul`.
+
+    Args:
+        bias: bf16 or fp32, of a shape that broadcasts to ``[M, N]``.
+        a: the same dtype, ``[M, K]``, any strides.
+        b: the same dtype, ``[K, N]``, any strides.
+        beta: factor on ``bias``, which is not read if it is 0.
+        alpha: factor on the product.
+
+    Returns:
+        ``[M, N]`` in the dtype of the operands.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
+    """
+    return cast(Tensor, torch.ops.torch_ext.addmm(bias, a, b, beta, alpha))
 
 
 def varlen_attention(
@@ -376,13 +434,16 @@ def _check_packed(op: str, packed: Tensor) -> None:
 
 
 @_fake("pack_linear_weight")
-def _(weight: Tensor) -> Tensor:
+def _(weight: Tensor, transposed: bool = False) -> Tensor:
     _check_inference_only("pack_linear_weight", weight=weight)
-    _check(weight.dim() == 2, f"pack_linear_weight: expected a weight [N, K], got {weight.dim()} dimensions")
+    _check(
+        weight.dim() == 2,
+        f"pack_linear_weight: expected a weight {'[K, N]' if transposed else '[N, K]'}, got {weight.dim()} dimensions",
+    )
     _check(weight.dtype in _FLOATS, f"pack_linear_weight: expected fp32 or bf16, got {weight.dtype}")
     # How many bytes depends on the CPU that packs.
     row_bytes = torch.library.get_ctx().new_dynamic_size()
-    return weight.new_empty((weight.shape[0], row_bytes), dtype=torch.uint8)
+    return weight.new_empty((weight.shape[1 if transposed else 0], row_bytes), dtype=torch.uint8)
 
 
 @_fake("unpack_linear_weight")
@@ -438,6 +499,54 @@ def _(
         f"linear: expected residual {list(shape)}, got {list(residual.shape) if residual is not None else None}",
     )
     return x.new_empty(shape, dtype=out_dtype or x.dtype)
+
+
+def _check_operands(op: str, a: Tensor, b: Tensor) -> None:
+    _check_inference_only(op, a=a, b=b)
+    _check(
+        a.dtype in _FLOATS and a.dtype == b.dtype,
+        f"{op}: expected a and b both in bf16 or both in fp32, got {a.dtype} and {b.dtype}",
+    )
+
+
+@_fake("matmul")
+def _(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    _check_operands("matmul", a, b)
+    _check(out_dtype is None or out_dtype in _FLOATS, f"matmul: expected out_dtype fp32 or bf16, got {out_dtype}")
+    _check(a.dim() >= 1 and b.dim() >= 1, "matmul: expected a [..., M, K] and b [..., K, N], got a scalar")
+    inner = b.shape[0 if b.dim() == 1 else -2]
+    _check(a.shape[-1] == inner, f"matmul: expected b with K={a.shape[-1]}, as a ends with, got {inner}")
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
+    shape = (*batch, *a.shape[-2:-1], *(b.shape[-1:] if b.dim() > 1 else ()))
+    return a.new_empty(shape, dtype=out_dtype or a.dtype)
+
+
+@_fake("bmm")
+def _(a: Tensor, b: Tensor) -> Tensor:
+    _check_operands("bmm", a, b)
+    _check(
+        a.dim() == 3 and b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1],
+        f"bmm: expected a [B, M, K] and b [B, K, N], got {list(a.shape)} and {list(b.shape)}",
+    )
+    return a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
+
+
+@_fake("addmm")
+def _(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    _check_operands("addmm", a, b)
+    _check_inference_only("addmm", bias=bias)
+    _check(bias.dtype == a.dtype, f"addmm: expected bias of the dtype of a and b, got {bias.dtype} and {a.dtype}")
+    _check(
+        a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[0],
+        f"addmm: expected a [M, K] and b [K, N], got {list(a.shape)} and {list(b.shape)}",
+    )
+    shape = (a.shape[0], b.shape[1])
+    _check(
+        bias.dim() <= 2
+        and all(have in (1, want) for have, want in zip(reversed(bias.shape), reversed(shape), strict=False)),
+        f"addmm: expected bias that broadcasts to {list(shape)}, got {list(bias.shape)}",
+    )
+    return a.new_empty(shape)
 
 
 @_fake("varlen_attention")

@@ -111,6 +111,30 @@ def linear(
     return Bounded(exact, bound)
 
 
+def addmm(
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    beta: float = 1,
+    alpha: float = 1,
+    out_dtype: torch.dtype | None = None,
+) -> Bounded:
+    """The reference of ``addmm``, and without bias of ``matmul`` and ``bmm``; for the bound see ``linear``.
+
+    Scaling and adding round up to four more times in fp32. PyTorch's own ``addmm`` may round the product to bf16 first.
+    """
+    exact = alpha * (a.double() @ b.double())
+    bound = abs(alpha) * 8 * EPS32 * (a.double().abs() @ b.double().abs()) + 2.0**-120
+    if bias is not None:
+        if rounds_product():
+            bound = bound + rounding(a.dtype) * (exact.abs() + bound)
+        scaled = beta * bias.double() if beta else torch.zeros_like(bias, dtype=torch.float64)
+        bound = bound + 4 * EPS32 * (exact.abs() + scaled.abs())
+        exact = exact + scaled
+    bound = bound + rounding(out_dtype or a.dtype) * (exact.abs() + bound)
+    return Bounded(exact, bound)
+
+
 def attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None) -> Bounded:
     """The reference of ``varlen_attention``.
 

@@ -107,6 +107,9 @@ def test_other_architectures_names_raise() -> None:
     assert "TORCH_EXT_ISA" in process.stdout
 
 
+PARTS = ("linear", "matmul", "accelerate", "attention", "rows", "encoder", "registration")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NAMES[platform.machine()] - {torch_ext.isa_report()["isa"]}))
 def test_whole_suite_under(name: str) -> None:
@@ -114,6 +117,6 @@ def test_whole_suite_under(name: str) -> None:
     if name not in supported():
         assert run(name, "-c", "import torch_ext; torch_ext.isa_report()").returncode == 1
         return
-    files = [str(HERE / f"test_{part}.py") for part in ("linear", "attention", "rows", "encoder", "registration")]
+    files = [str(HERE / f"test_{part}.py") for part in PARTS]
     process = run(name, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not compile", *files)
     assert process.returncode == 0, process.stdout[-4000:]

@@ -14,7 +14,14 @@ import torch
 
 import torch_ext
 
-MODULES = ("torch_ext", "torch_ext.ops", "torch_ext.nn", "torch_ext.encoder", "torch_ext.doctor")
+MODULES = (
+    "torch_ext",
+    "torch_ext.ops",
+    "torch_ext.accelerate",
+    "torch_ext.nn",
+    "torch_ext.encoder",
+    "torch_ext.doctor",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -28,7 +35,7 @@ def test_all_is_there_and_documented(name: str) -> None:
 
 
 def test_public_names_are_listed() -> None:
-    for name in ("optimize", "isa_report", "PackedLinear", "Encoder", "Head", "pool", "linear", "varlen_attention"):
+    for name in ("optimize", "accelerate", "isa_report", "PackedLinear", "Encoder", "Head", "linear", "matmul", "pool"):
         assert name in torch_ext.__all__
 
 

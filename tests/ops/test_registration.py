@@ -27,7 +27,11 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
     tables = (rand(10, 8), rand(6, 8), rand(2, 8))
     norm = (rand(8), rand(8))
     return {
-        "pack_linear_weight": [((rand(13, 24),), {}), ((rand(24, 13, dtype=bf16).T,), {})],
+        "pack_linear_weight": [
+            ((rand(13, 24),), {}),
+            ((rand(24, 13, dtype=bf16).T,), {}),
+            ((rand(24, 13, dtype=bf16),), {"transposed": True}),
+        ],
         "unpack_linear_weight": [((packed,), {})],
         "linear": [
             ((rand(5, 24), packed), {}),
@@ -35,6 +39,20 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
             ((rand(24, 5).T, packed), {"out_dtype": bf16, "residual": rand(5, 13)}),
             ((rand(24), packed, rand(13, dtype=bf16), "tanh"), {}),
             ((rand(0, 24), packed), {}),
+        ],
+        "matmul": [
+            ((rand(5, 24), rand(24, 13)), {}),
+            ((rand(5, 24, dtype=bf16), rand(13, 24, dtype=bf16).T), {"out_dtype": torch.float32}),
+            ((rand(2, 1, 5, 24, dtype=bf16), rand(3, 24, 13, dtype=bf16)), {}),
+            ((rand(24, dtype=bf16), rand(2, 24, 13, dtype=bf16)), {}),
+            ((rand(2, 5, 24, dtype=bf16), rand(24, dtype=bf16)), {}),
+            ((rand(24, dtype=bf16), rand(24, dtype=bf16)), {}),
+            ((rand(5, 0, dtype=bf16), rand(0, 13, dtype=bf16)), {}),
+        ],
+        "bmm": [((rand(2, 5, 24, dtype=bf16), rand(2, 13, 24, dtype=bf16).transpose(1, 2)), {})],
+        "addmm": [
+            ((rand(13, dtype=bf16), rand(5, 24, dtype=bf16), rand(24, 13, dtype=bf16)), {}),
+            ((rand(5, 1), rand(5, 24), rand(24, 13)), {"beta": 0.5, "alpha": 2.0}),
         ],
         "varlen_attention": [((rand(5, 96), bounds, 2), {}), ((rand(5, 48, dtype=bf16), bounds, 4, 0.5), {})],
         "add_layer_norm": [
@@ -87,6 +105,12 @@ def test_fake_kernels_check() -> None:
         ("residual", lambda: torch_ext.linear(x, packed, residual=torch.ones(5, 12, device="meta"))),
         ("fp32 or bf16", lambda: torch_ext.linear(x.half(), packed)),
         ("packed by", lambda: torch_ext.linear(x, torch.ones(13, 24, device="meta"))),
+        ("matmul: expected b with K=24", lambda: torch_ext.matmul(x, x)),
+        ("matmul: expected a and b both", lambda: torch_ext.matmul(x, x.T.bfloat16())),
+        ("matmul: a requires grad", lambda: torch_ext.matmul(x.clone().requires_grad_(), x.T)),
+        ("bmm: expected a", lambda: torch_ext.bmm(x[None], x[None])),
+        ("addmm: expected a", lambda: torch_ext.addmm(x[0], x, x)),
+        ("addmm: expected bias that broadcasts", lambda: torch_ext.addmm(x[0], x, x.T)),
         ("num_heads", lambda: torch_ext.varlen_attention(x, torch.ones(2, device="meta"), 5)),
         ("mode", lambda: torch_ext.pool(x, torch.ones(2, device="meta"), "sum")),
     ):

@@ -102,6 +102,11 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
   }
 }
 
+PanelRange task_panels(const GemmKernel& kernel, size_t n, const GemmPlan& plan, size_t task) {
+  const Range range = split(kernel.panels(n), 1, plan.panel_tasks, task % plan.panel_tasks);
+  return {range.begin, range.end};
+}
+
 size_t packed_payload_bytes(const GemmKernel& kernel, size_t n, size_t k) {
   return kernel.panels(n) * kernel.rhs_panel_bytes(k);
 }
@@ -114,6 +119,17 @@ void pack_weight_panels(const GemmKernel& kernel, size_t n, size_t k, const void
     const size_t column = panel * kernel.nr;
     pack(std::min(kernel.nr, n - column), kernel.nr, k,
          static_cast<const char*>(weight) + column * ld * dtype_bytes(type), ld,
+         static_cast<char*>(payload) + panel * panel_bytes);
+  }
+}
+
+void pack_weight_panels_kxn(const GemmKernel& kernel, size_t n, size_t k, const void* source, DType type, size_t ld,
+                            void* payload, size_t first, size_t last) {
+  const PackColsFn pack = type == DType::kF32 ? kernel.pack_rhs_kxn_f32 : kernel.pack_rhs_kxn_bf16;
+  const size_t panel_bytes = kernel.rhs_panel_bytes(k);
+  for (size_t panel = first; panel < last; ++panel) {
+    const size_t column = panel * kernel.nr;
+    pack(std::min(kernel.nr, n - column), k, static_cast<const char*>(source) + column * dtype_bytes(type), ld,
          static_cast<char*>(payload) + panel * panel_bytes);
   }
 }

@@ -42,12 +42,22 @@ GemmRows task_rows(const GemmKernel& kernel, size_t m, const GemmPlan& plan, siz
 void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, const GemmPlan& plan,
                    size_t task);
 
+/// The panels [first, last) that task `task` of the plan multiplies.
+struct PanelRange {
+  size_t first, last;
+};
+PanelRange task_panels(const GemmKernel& kernel, size_t n, const GemmPlan& plan, size_t task);
+
 /// Bytes of the payload of a packed [n, k] weight.
 size_t packed_payload_bytes(const GemmKernel& kernel, size_t n, size_t k);
 
 /// Packs panels [first, last) of a row-major [n, k] weight with rows `ld` elements apart.
 void pack_weight_panels(const GemmKernel& kernel, size_t n, size_t k, const void* weight, DType type, size_t ld,
                         void* payload, size_t first, size_t last);
+
+/// The same for a row-major [k, n] source, rows `ld` elements apart.
+void pack_weight_panels_kxn(const GemmKernel& kernel, size_t n, size_t k, const void* source, DType type, size_t ld,
+                            void* payload, size_t first, size_t last);
 
 /// Unpacks a payload of bf16 panels to a row-major bf16 [n, k] weight.
 void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* payload, uint16_t* weight);
@@ -61,7 +71,7 @@ void unpack_weight_s8(const GemmKernel& kernel, size_t n, size_t k, const void* 
 
 /// Memory of this thread, at least `bytes`, 64-byte aligned; the next call in the same slot may return the same
 /// memory. Slots keep the callers in one call chain apart.
-enum class ScratchSlot { kLhs, kAttention, kEncoder, kCount };
+enum class ScratchSlot { kLhs, kRhs, kAttention, kEncoder, kCount };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
 
 /// Gives the slot's memory back if it is more than `bytes`.

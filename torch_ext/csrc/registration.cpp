@@ -2,13 +2,16 @@
 #include "ops/ops.h"
 
 STABLE_TORCH_LIBRARY(torch_ext, m) {
-  m.def("pack_linear_weight(Tensor weight) -> Tensor");
+  m.def("pack_linear_weight(Tensor weight, bool transposed=False) -> Tensor");
   m.def("unpack_linear_weight(Tensor packed) -> Tensor");
   m.def("pack_linear_weight_int8(Tensor weight, Tensor? scale=None) -> Tensor");
   m.def("unpack_linear_weight_int8(Tensor packed) -> (Tensor, Tensor)");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias=None, str activation='none', ScalarType? out_dtype=None, "
       "Tensor? residual=None) -> Tensor");
+  m.def("matmul(Tensor a, Tensor b, ScalarType? out_dtype=None) -> Tensor");
+  m.def("bmm(Tensor a, Tensor b) -> Tensor");
+  m.def("addmm(Tensor bias, Tensor a, Tensor b, float beta=1, float alpha=1) -> Tensor");
   m.def(
       "varlen_attention(Tensor qkv, Tensor cu_seqlens, int num_heads, float? scale=None, int? window=None, "
       "Tensor? relative_bias=None) -> Tensor");
@@ -26,6 +29,7 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "bool norm_first, bool gated_ffn) -> Tensor");
   m.def("_encoder_sections(Tensor packed) -> Tensor");
   m.def("encoder_forward(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor packed) -> Tensor");
+  m.def("_weight_fingerprint(Tensor weight) -> int");
   m.def("_isa_report() -> str");
   m.def("_preferred_rows(int rows) -> int");
 }
@@ -36,6 +40,10 @@ STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
   m.impl("pack_linear_weight_int8", TORCH_BOX(&torch_ext::pack_linear_weight_int8));
   m.impl("unpack_linear_weight_int8", TORCH_BOX(&torch_ext::unpack_linear_weight_int8));
   m.impl("linear", TORCH_BOX(&torch_ext::linear));
+  m.impl("matmul", TORCH_BOX(&torch_ext::matmul));
+  m.impl("bmm", TORCH_BOX(&torch_ext::bmm));
+  m.impl("addmm", TORCH_BOX(&torch_ext::addmm));
+  m.impl("_weight_fingerprint", TORCH_BOX(&torch_ext::weight_fingerprint));
   m.impl("varlen_attention", TORCH_BOX(&torch_ext::varlen_attention));
   m.impl("add_layer_norm", TORCH_BOX(&torch_ext::add_layer_norm));
   m.impl("add_rms_norm", TORCH_BOX(&torch_ext::add_rms_norm));

@@ -12,6 +12,7 @@
 #include "ops/packed.h"
 
 namespace torch_ext {
+
 namespace {
 
 namespace stable = torch::stable;
@@ -166,25 +167,29 @@ int64_t preferred_rows(int64_t rows) {
   return rows > 0 && linear_engine() == LinearEngine::kOnednn ? onednn_preferred_rows(rows) : rows;
 }
 
-Tensor pack_linear_weight(const Tensor& weight) {
+Tensor pack_linear_weight(const Tensor& given, bool transposed) {
   const char* const op = "pack_linear_weight";
-  check_cpu(op, "weight", weight);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0, op,
-                  ": expected weight [N, K] with N and K at least 1, got ", describe(weight));
-  const DType type = float_type(op, "weight", weight);
+  check_cpu(op, "weight", given);
+  STD_TORCH_CHECK(given.dim() == 2 && given.size(0) > 0 && given.size(1) > 0, op, ": expected weight ",
+                  transposed ? "[K, N]" : "[N, K]", " with N and K at least 1, got ", describe(given));
+  const DType type = float_type(op, "weight", given);
+  const Tensor weight = transposed ? stable::transpose(given, 0, 1) : given;
   const size_t n = static_cast<size_t>(weight.size(0)), k = static_cast<size_t>(weight.size(1));
   char* payload = nullptr;
   switch (linear_engine()) {
     case LinearEngine::kOwn: {
       const GemmKernel& kernel = *dispatch().isa->gemm;
-      const Tensor source = weight.stride(1) == 1 ? weight : stable::contiguous(weight);
+      // Columns that are adjacent, as in x @ w, are packed as they lie, too; anything else is made [N, K] first.
+      const bool nxk = weight.stride(1) == 1, kxn = !nxk && weight.stride(0) == 1;
+      const Tensor source = nxk || kxn ? weight : stable::contiguous(weight);
+      const auto pack_panels = kxn ? pack_weight_panels_kxn : pack_weight_panels;
       const Tensor packed = new_packed(
           weight, make_packed_header(kernel.layout, n, k, kernel.nr, kernel.kr, 0, packed_payload_bytes(kernel, n, k)),
           nullptr, &payload);
       const void* const data = source.const_data_ptr();
-      const size_t ld = static_cast<size_t>(source.stride(0));
+      const size_t ld = static_cast<size_t>(source.stride(kxn ? 1 : 0));
       stable::parallel_for(0, static_cast<int64_t>(kernel.panels(n)), 8, [&](int64_t begin, int64_t end) {
-        pack_weight_panels(kernel, n, k, data, type, ld, payload, static_cast<size_t>(begin), static_cast<size_t>(end));
+        pack_panels(kernel, n, k, data, type, ld, payload, static_cast<size_t>(begin), static_cast<size_t>(end));
       });
       return packed;
     }

@@ -11,12 +11,17 @@
 
 namespace torch_ext {
 
-Tensor pack_linear_weight(const Tensor& weight);
+Tensor pack_linear_weight(const Tensor& weight, bool transposed);
 Tensor unpack_linear_weight(const Tensor& packed);
 Tensor pack_linear_weight_int8(const Tensor& weight, const std::optional<Tensor>& scale);
 std::tuple<Tensor, Tensor> unpack_linear_weight_int8(const Tensor& packed);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, const std::string& activation,
               const std::optional<ScalarType>& out_dtype, const std::optional<Tensor>& residual);
+Tensor matmul(const Tensor& a, const Tensor& b, const std::optional<ScalarType>& out_dtype);
+Tensor bmm(const Tensor& a, const Tensor& b);
+Tensor addmm(const Tensor& bias, const Tensor& a, const Tensor& b, double beta, double alpha);
+/// A hash of 64 elements all over a weight: accelerate() tells by it that a weight was written to past its version.
+int64_t weight_fingerprint(const Tensor& weight);
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
                         const std::optional<double>& scale, const std::optional<int64_t>& window,
                         const std::optional<Tensor>& relative_bias);
