@@ -31,13 +31,14 @@ inline double output_bound(DType t, double y) { return rounding_of(t) * std::fab
 /// exp(x) for x in [-87, 88], as simd.inl states it.
 inline double exp_bound(double y) { return 3e-7 * y; }
 
-/// act(x) = y computed in fp32, as simd.inl states it.
-inline double activation_bound(Activation a, double x, double y) {
+/// act(x) = y computed for a result of type `t`, as simd.inl states it.
+inline double activation_bound(Activation a, double x, double y, DType t) {
   switch (a) {
     case Activation::kNone:
     case Activation::kRelu:
       return 0;
     case Activation::kGelu:
+      if (t == DType::kBF16) return 5e-5 * std::max(1.0, x);
       return x > 1 ? std::max(2e-6, 5e-7 * x) : 2e-6;
     case Activation::kGeluTanh:
       return 5e-7 * std::max(1.0, std::fabs(y));
@@ -54,7 +55,7 @@ constexpr double kSteepest = 1.13;
 
 /// out = act(z) + residual rounded to `t`, where z has the error `z_bound`.
 inline double epilogue_bound(Activation a, double z, double z_bound, double y, double residual, DType t) {
-  const double before = kSteepest * (z_bound + kRoundF32 * std::fabs(z)) + activation_bound(a, z, y) +
+  const double before = kSteepest * (z_bound + kRoundF32 * std::fabs(z)) + activation_bound(a, z, y, t) +
                         (residual != 0 ? kRoundF32 * std::fabs(y + residual) : 0);
   return before + output_bound(t, std::fabs(y + residual) + before);
 }
@@ -91,7 +92,7 @@ inline double rotation_bound(double magnitude, DType t, double y) {
 /// act(x) * gate rounded to `t`, with act(x) = a.
 inline double gate_bound(Activation activation, double x, double a, double gate, DType t) {
   const double y = std::fabs(a * gate);
-  const double before = activation_bound(activation, x, a) * std::fabs(gate) + 2 * kRoundF32 * y + kSmallest;
+  const double before = activation_bound(activation, x, a, t) * std::fabs(gate) + 2 * kRoundF32 * y + kSmallest;
   return before + output_bound(t, y + before);
 }
 

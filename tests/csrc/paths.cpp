@@ -86,9 +86,7 @@ const std::vector<const VecKernels*>& all_vec_paths() {
       &kVecNeonBf16,
       &kVecNeon,
 #elif defined(__x86_64__)
-      &kVecAvx512Bf16,
-      &kVecAvx512,
-      &kVecAvx2,
+      &kVecAmx,      &kVecAvx512Bf16, &kVecAvx512, &kVecAvx2,
 #endif
       &kVecPortable,
   };
@@ -107,7 +105,8 @@ const std::vector<GemmPath>& all_gemm_paths() {
       paths.push_back({vec->gemm_f32, vec, vec->required_features, vec->name});
       paths.push_back({vec->gemm_bf16, vec, vec->required_features, vec->name});
 #if defined(__x86_64__)
-      if (vec->gemm_dot_bf16) paths.push_back({vec->gemm_dot_bf16, vec, vec->required_features, "avx512_bf16_dot"});
+      if (vec->gemm_dot_bf16)
+        paths.push_back({vec->gemm_dot_bf16, vec, vec->required_features, vec == &kVecAmx ? "amx" : "avx512_bf16_dot"});
 #endif
     }
     return paths;
@@ -203,6 +202,8 @@ size_t block_index(const GemmKernel& g, size_t mr, size_t steps, size_t i, size_
       return ((p / 4) * mr + i) * 4 + p % 4;
     case Layout::kS8Groups:
       return ((p / g.kr) * mr + i) * g.kr + p % g.kr;
+    case Layout::kBf16Dots:
+      return ((p / g.k_step) * mr + i) * g.k_step + p % g.k_step;
     default:
       return i * steps * g.k_step + p;
   }
@@ -229,6 +230,15 @@ void pack(const GemmPath& path, Packer packer, DType type, size_t rows, size_t b
 
 void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const void* rhs, float* tile, size_t ld_tile) {
   cover(ukernel.name);
+  // Micro-kernels run between `begin` and `end` of their family.
+  const GemmKernel* family = nullptr;
+  for (const std::vector<GemmPath>* const all : {&all_gemm_paths(), &all_s8_paths()}) {
+    for (const GemmPath& path : *all) {
+      const UKernel* const first = path.kernel->ukernels;
+      if (&ukernel >= first && &ukernel < first + path.kernel->ukernel_count) family = path.kernel;
+    }
+  }
+  const GemmSession session(*family);
   ukernel.run(steps, lhs, rhs, tile, ld_tile);
 }
 

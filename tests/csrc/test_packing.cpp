@@ -117,6 +117,7 @@ TORCH_EXT_TEST(diagrams_of_the_layouts_hold) {
     } else {
       for (size_t i = 0; i < mr; ++i) {
         for (size_t p = 0; p < k; ++p) block.push_back(source.get(i, p));
+        if (g.layout == Layout::kBf16Dots) block.resize((i + 1) * g.k_step, 0.0f);  // one step, padded
       }
       const size_t pair = g.layout == Layout::kBf16Dots ? 2 : 1;
       for (size_t p = 0; p < k; p += pair) {

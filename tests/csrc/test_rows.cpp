@@ -114,13 +114,34 @@ TORCH_EXT_TEST(activations_are_within_the_bounds_that_their_comments_state) {
       activate(*vec, activation, y);
       Worst worst;
       for (size_t i = 0; i < x.size(); ++i) {
-        const double bound = activation_bound(activation, x[i], expected[i]) + kSmallest;
+        const double bound = activation_bound(activation, x[i], expected[i], DType::kF32) + kSmallest;
         worst.see(y[i], expected[i], bound, x[i]);
         EXPECT(within(y[i], expected[i], bound), "x = %.9g: %.9g, expected %.9g +- %.2g", static_cast<double>(x[i]),
                static_cast<double>(y[i]), expected[i], bound);
       }
       note("%s %s: %.2f of the bound at x = %.9g: %.9g, expected %.9g", vec->name, activation_name(activation),
            worst.ratio, worst.at, worst.got, worst.expected);
+    }
+  }
+}
+
+TORCH_EXT_TEST(gelu_for_bf16_is_within_its_own_bound) {
+  std::vector<float> x = sweep();
+  for (float v = -8.0f; v < 8.0f; v += 0x1p-9f) x.push_back(v);
+  std::erase_if(x, [](float v) { return v > 3.38e38f; });  // bf16 ends there
+  for (const VecKernels* const vec : vec_paths()) {
+    context("%s", vec->name);
+    const Guarded<uint16_t> y(x.size());
+    Epilogue ep;
+    ep.out = y.get();
+    ep.ld_out = x.size();
+    ep.out_type = DType::kBF16;
+    store_tile(*vec, Activation::kGelu, x.data(), x.size(), 1, x.size(), ep, 0, 0);
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double expected = reference_activation(Activation::kGelu, x[i]), got = bf16_to_f32(y[i]);
+      const double before = activation_bound(Activation::kGelu, x[i], expected, DType::kBF16);
+      EXPECT(within(got, expected, before + output_bound(DType::kBF16, std::fabs(expected) + before)),
+             "x = %.9g: %.9g, expected %.9g", static_cast<double>(x[i]), got, expected);
     }
   }
 }
@@ -137,7 +158,7 @@ TORCH_EXT_TEST(activations_of_infinity_and_nan) {
         EXPECT(x[1] == -kInf, "of -inf is %g", static_cast<double>(x[1]));
       } else {
         const double limit = activation == Activation::kTanh ? -1 : 0;
-        const double bound = activation_bound(activation, -100, limit) + kSmallest;
+        const double bound = activation_bound(activation, -100, limit, DType::kF32) + kSmallest;
         EXPECT(within(x[1], limit, bound), "of -inf is %g", static_cast<double>(x[1]));
       }
       EXPECT(x[2] == 0.0f && x[3] == 0.0f, "of zero is %g, %g", static_cast<double>(x[2]), static_cast<double>(x[3]));

@@ -60,7 +60,7 @@ TORCH_EXT_TEST(row_kernels_have_the_names_of_their_instructions) {
 #if defined(__aarch64__)
       {"neon_bf16_fmla", "neon_fmla", "portable"};
 #elif defined(__x86_64__)
-      {"avx512_bf16_fma", "avx512_fma", "avx2_fma", "portable"};
+      {"avx512_amx_fma", "avx512_bf16_fma", "avx512_fma", "avx2_fma", "portable"};
 #else
       {"portable"};
 #endif
@@ -120,7 +120,7 @@ TORCH_EXT_TEST(the_best_candidates_come_first) {
 #if defined(__aarch64__)
       {"sve_bf16", "neon_i8mm", "neon_bf16", "neon_dotprod", "neon", "portable"};
 #elif defined(__x86_64__)
-      {"onednn", "torch", "portable"};
+      {"amx", "onednn", "torch", "portable"};
 #else
       {"portable"};
 #endif

@@ -112,6 +112,7 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
   const float* const bias =
       problem.relative_bias ? problem.relative_bias + head * (2 * problem.bias_reach + 1) : nullptr;
 
+  const GemmSession session(kernel);
   for (size_t j = 0; j < length; j += nr) {
     pack_keys(std::min(nr, length - j), nr, d, keys + j * ld * element, ld, s.keys + j / nr * key_panel);
   }

@@ -7,6 +7,10 @@
 #include <sys/prctl.h>
 #elif defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace torch_ext {
@@ -59,6 +63,16 @@ uint64_t enabled_register_state() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+// Linux gives the tile registers, 8 KB, to processes that ask for them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kArchReqXcompPerm = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 uint32_t detect() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return kFeatureNone;
@@ -74,7 +88,11 @@ uint32_t detect() {
   if (zmm && avx512 && avx2 && fma) features |= kFeatureAvx512;
   if ((features & kFeatureAvx512) && (c & (1u << 11))) features |= kFeatureAvx512Vnni;
   if (features & kFeatureAvx512) {
-    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) features |= kFeatureAvx512Bf16;
+    const bool tiles = (d & (1u << 22)) && (d & (1u << 24)) && (state & 0x60000) == 0x60000 && may_use_tiles();
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) {
+      features |= kFeatureAvx512Bf16;
+      if (tiles) features |= kFeatureAmxBf16;
+    }
   }
   return features;
 }
@@ -102,6 +120,7 @@ constexpr NamedFeature kNames[] = {
     {kFeatureAvx512, "avx512"},
     {kFeatureAvx512Bf16, "avx512_bf16"},
     {kFeatureAvx512Vnni, "avx512_vnni"},
+    {kFeatureAmxBf16, "amx_bf16"},
 };
 
 }  // namespace

@@ -23,6 +23,7 @@ enum Feature : uint32_t {
   kFeatureAvx512 = 1u << 17,  // F, BW, VL and DQ together
   kFeatureAvx512Bf16 = 1u << 18,
   kFeatureAvx512Vnni = 1u << 19,
+  kFeatureAmxBf16 = 1u << 20,  // with the operating system's leave to use tiles
 };
 
 /// The features of the CPU this process runs on. Read once; never changes afterwards.

@@ -29,8 +29,10 @@ const Isa kIsas[] = {
     {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, kVecPortable.gemm_s8, &kVecPortable},
 };
 #elif defined(__x86_64__)
-const VecKernels* const kVecCandidates[] = {&kVecAvx512Bf16, &kVecAvx512, &kVecAvx2, &kVecPortable};
+const VecKernels* const kVecCandidates[] = {&kVecAmx, &kVecAvx512Bf16, &kVecAvx512, &kVecAvx2, &kVecPortable};
 const Isa kIsas[] = {
+    {"amx", kFeatureAvx512 | kFeatureAvx512Bf16 | kFeatureAmxBf16, LinearEngine::kOwn, kVecAmx.gemm_dot_bf16, nullptr,
+     &kVecAmx},
     {"onednn", kFeatureAvx512, LinearEngine::kOnednn, nullptr, nullptr, nullptr},
     {"torch", kFeatureNone, LinearEngine::kTorch, nullptr, nullptr, nullptr},
     {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, kVecPortable.gemm_s8, &kVecPortable},

@@ -13,6 +13,10 @@ namespace {
 // Elements that are worth a thread of their own in row-wise work.
 constexpr size_t kRowGrain = 32 * 1024;
 
+// Activations of one part of a layer, per thread, that a group of sequences may take: they are to stay in the caches
+// that the next part reads them from, while a larger group reads the weights less often.
+constexpr size_t kGroupBytes = size_t{4} << 20;
+
 // What is done to rows [begin, end) of a product when they are complete.
 struct RowStep {
   const uint16_t* residual = nullptr;
@@ -254,13 +258,45 @@ class Run {
 
 }  // namespace
 
+EncoderGroups group_sequences(const EncoderModel& model, const EncoderBatch& batch, const EncoderHost& host) {
+  const size_t row_bytes = shared_width(model.header) * sizeof(uint16_t);
+  const size_t limit = std::max<size_t>(1, host.threads() * kGroupBytes / row_bytes);
+  EncoderGroups groups = {{0}, 0};
+  const auto at = [&](size_t sequence) { return static_cast<size_t>(batch.cu_seqlens[sequence]); };
+  for (size_t s = 0; s < batch.sequences; ++s) {
+    const size_t first = groups.starts.back();
+    // A new group where the next sequence would not fit, unless what is left is small.
+    if (s > first && at(s + 1) - at(first) > limit && batch.tokens - at(s) > limit / 4) groups.starts.push_back(s);
+  }
+  groups.starts.push_back(batch.sequences);
+  for (size_t g = 0; g + 1 < groups.starts.size(); ++g) {
+    groups.most_tokens = std::max(groups.most_tokens, at(groups.starts[g + 1]) - at(groups.starts[g]));
+  }
+  return groups;
+}
+
 size_t encoder_workspace_elements(const EncoderModel& model, size_t rows) {
   return rows * (3 * size_t{model.header.hidden_size} + shared_width(model.header));
 }
 
-void run_encoder(const EncoderModel& model, const EncoderBatch& batch, const Dispatch& dispatch, EncoderHost& host,
-                 uint16_t* workspace, uint16_t* out) {
-  Run(model, batch, dispatch, host, workspace, out)();
+void run_encoder(const EncoderModel& model, const EncoderBatch& batch, const EncoderGroups& groups,
+                 const Dispatch& dispatch, EncoderHost& host, uint16_t* workspace, uint16_t* out) {
+  std::vector<int32_t> cu_seqlens;
+  for (size_t g = 0; g + 1 < groups.starts.size(); ++g) {
+    const size_t first = groups.starts[g], last = groups.starts[g + 1];
+    const int32_t start = batch.cu_seqlens[first];
+    const auto skipped = static_cast<size_t>(start);
+    EncoderBatch group = batch;
+    group.tokens = static_cast<size_t>(batch.cu_seqlens[last] - start);
+    if (group.tokens == 0) continue;
+    group.sequences = last - first;
+    group.ids += skipped;
+    if (group.type_ids) group.type_ids += skipped;
+    cu_seqlens.assign(batch.cu_seqlens + first, batch.cu_seqlens + last + 1);
+    for (int32_t& offset : cu_seqlens) offset -= start;
+    group.cu_seqlens = cu_seqlens.data();
+    Run(model, group, dispatch, host, workspace, out + skipped * model.header.hidden_size)();
+  }
 }
 
 }  // namespace torch_ext

@@ -72,11 +72,18 @@ class EncoderHost {
                                          Activation activation) = 0;
 };
 
-/// Elements of workspace that `run_encoder` needs.
+/// A batch in groups of whole sequences, one run through all layers after the other.
+struct EncoderGroups {
+  std::vector<size_t> starts;  ///< first sequence of each, and the number of sequences
+  size_t most_tokens = 0;
+};
+EncoderGroups group_sequences(const EncoderModel& model, const EncoderBatch& batch, const EncoderHost& host);
+
+/// Elements of workspace that `run_encoder` needs, for the rows of the largest group.
 size_t encoder_workspace_elements(const EncoderModel& model, size_t rows);
 
 /// out [tokens, hidden_size] = the last hidden state, bf16.
-void run_encoder(const EncoderModel& model, const EncoderBatch& batch, const Dispatch& dispatch, EncoderHost& host,
-                 uint16_t* workspace, uint16_t* out);
+void run_encoder(const EncoderModel& model, const EncoderBatch& batch, const EncoderGroups& groups,
+                 const Dispatch& dispatch, EncoderHost& host, uint16_t* workspace, uint16_t* out);
 
 }  // namespace torch_ext

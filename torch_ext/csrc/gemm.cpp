@@ -74,6 +74,7 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
   const char* const lhs = static_cast<const char*>(problem.lhs);
   const char* const weight = static_cast<const char*>(problem.panels);
   alignas(64) float tile[kMaxMr * kMaxNr];
+  const GemmSession session(kernel);
 
   for (size_t chunk = rows.begin; chunk < rows.end; chunk += chunk_rows) {
     const size_t chunk_end = std::min(rows.end, chunk + chunk_rows);

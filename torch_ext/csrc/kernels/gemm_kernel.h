@@ -71,6 +71,9 @@ struct GemmKernel {
   size_t ukernel_count;
   size_t row_extra_bytes = 0;     ///< per row, at the end of a block
   size_t column_extra_bytes = 0;  ///< per column, at the end of a panel
+  /// Called on a thread before micro-kernels run there, and after; null: there is nothing to do.
+  void (*begin)() = nullptr;
+  void (*end)() = nullptr;
 
   size_t steps(size_t k) const { return (k + k_step - 1) / k_step; }
   size_t panels(size_t n) const { return (n + nr - 1) / nr; }
@@ -90,8 +93,24 @@ struct GemmKernel {
   }
 };
 
+/// Brackets the micro-kernels that a thread runs.
+class GemmSession {
+ public:
+  explicit GemmSession(const GemmKernel& kernel) : end_(kernel.end) {
+    if (kernel.begin) kernel.begin();
+  }
+  ~GemmSession() {
+    if (end_) end_();
+  }
+  GemmSession(const GemmSession&) = delete;
+  GemmSession& operator=(const GemmSession&) = delete;
+
+ private:
+  void (*end_)();
+};
+
 /// Largest mr and nr of any family: sizes tiles on the stack.
-constexpr size_t kMaxMr = 8;
+constexpr size_t kMaxMr = 32;
 constexpr size_t kMaxNr = 32;
 
 }  // namespace torch_ext

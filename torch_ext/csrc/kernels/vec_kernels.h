@@ -90,6 +90,7 @@ extern const VecKernels kVecNeonBf16;
 extern const VecKernels kVecAvx2;
 extern const VecKernels kVecAvx512;
 extern const VecKernels kVecAvx512Bf16;
+extern const VecKernels kVecAmx;
 #endif
 extern const VecKernels kVecPortable;
 

@@ -281,10 +281,11 @@ Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const 
   batch.sequences = sequences.count;
   batch.tokens = static_cast<size_t>(tokens);
   TorchHost host;
-  const size_t elements = encoder_workspace_elements(model, host.preferred_rows(batch.tokens));
+  const EncoderGroups groups = group_sequences(model, batch, host);
+  const size_t elements = encoder_workspace_elements(model, host.preferred_rows(groups.most_tokens));
   uint16_t* const workspace =
       static_cast<uint16_t*>(thread_scratch(ScratchSlot::kEncoder, elements * sizeof(uint16_t)));
-  run_encoder(model, batch, dispatch(), host, workspace, static_cast<uint16_t*>(out.mutable_data_ptr()));
+  run_encoder(model, batch, groups, dispatch(), host, workspace, static_cast<uint16_t*>(out.mutable_data_ptr()));
   trim_thread_scratch(ScratchSlot::kEncoder, kKeptWorkspaceBytes);
   return out;
 }

@@ -2,8 +2,10 @@
 
 // ---- epilogue ---------------------------------------------------------------------------------------------------
 
-template <Activation kAct>
+// `Out` is what the result is rounded to.
+template <Activation kAct, typename Out>
 TORCH_EXT_INLINE vf activate(vf x) {
+  if constexpr (kAct == Activation::kGelu && sizeof(Out) == sizeof(uint16_t)) return gelu_to_bf16(x);
   if constexpr (kAct == Activation::kGelu) return gelu(x);
   if constexpr (kAct == Activation::kGeluTanh) return gelu_tanh(x);
   if constexpr (kAct == Activation::kRelu) return max_nan(splat(0.0f), x);
@@ -18,7 +20,7 @@ template <Activation kAct, typename Out, typename Residual>
 static void store_columns(const float* tile, size_t ld_tile, size_t rows, vf bias, const Residual* residual,
                           size_t ld_residual, Out* out, size_t ld_out) {
   for (size_t i = 0; i < rows; ++i) {
-    vf v = activate<kAct>(load(tile) + bias);
+    vf v = activate<kAct, Out>(load(tile) + bias);
     if constexpr (!std::is_void_v<Residual>) {
       v = v + Io<Residual>::get(residual);
       residual += ld_residual;
@@ -34,7 +36,7 @@ template <Activation kAct, typename Out, typename Residual>
 static void store_last_columns(const float* tile, size_t ld_tile, size_t rows, vf bias, const Residual* residual,
                                size_t ld_residual, Out* out, size_t ld_out, size_t n) {
   for (size_t i = 0; i < rows; ++i) {
-    vf v = activate<kAct>(get_n(tile, n) + bias);
+    vf v = activate<kAct, Out>(get_n(tile, n) + bias);
     if constexpr (!std::is_void_v<Residual>) {
       v = v + get_n(residual, n);
       residual += ld_residual;
@@ -97,25 +99,22 @@ static void store_tile(const float* tile, size_t ld_tile, size_t rows, size_t co
 // ---- softmax ----------------------------------------------------------------------------------------------------
 
 static float softmax_row(float* s, size_t n, float scale) {
-  const size_t whole = (n + kWidth - 1) / kWidth * kWidth;
-  for (size_t j = n; j < whole; ++j) s[j] = -__builtin_inff();
   scale = scale > 1.2e-38f ? scale : 1.2e-38f;  // zero times infinity would be NaN
-  vf m = load(s);
-  for (size_t j = kWidth; j < whole; j += kWidth) m = max_nan(m, load(s + j));
+  const size_t last = (n - 1) / kWidth * kWidth;
+  const vf rest = mask_lanes(load(s + last), n - last);
+  vf m = rest;
+  for (size_t j = 0; j < last; j += kWidth) m = max_nan(m, load(s + j));
   const vf offset = splat(max_lanes(m) * scale);
   vf sum = splat(0.0f);
-  for (size_t j = 0; j + kWidth <= n; j += kWidth) {
+  for (size_t j = 0; j < last; j += kWidth) {
     const vf e = exp_approx(load(s + j) * scale - offset);
     store(s + j, e);
     sum = sum + e;
   }
-  float total = sum_lanes(sum);
-  if (n % kWidth != 0) {
-    const size_t j = n - n % kWidth;
-    store(s + j, exp_approx(load(s + j) * scale - offset));
-    for (size_t i = j; i < n; ++i) total += s[i];
-  }
-  return total;
+  // Lanes past n give exp(-87), which vanishes beside the largest, exp(0).
+  const vf e = exp_approx(rest * scale - offset);
+  store(s + last, e);
+  return sum_lanes(sum + e);
 }
 
 template <typename Out>
@@ -158,24 +157,38 @@ struct SumOfRows {
   }
 };
 
-// The sum is formed anew in each of the passes: the row is in the first-level cache by then, and no intermediate row
-// has to be held. Without kCenter it is an RMS norm: no mean, no bias.
-template <bool kCenter, typename T, int kSources>
-static void sum_norm_sources(size_t n, SumOfRows<T, kSources> source, const float* weight, const float* bias, float eps,
-                             T* out) {
+// Longest row whose sum is held in fp32 between the passes, on the stack; of longer ones it is formed anew in each.
+constexpr size_t kHeldRow = 2048;
+
+// Without kCenter it is an RMS norm: no mean, no bias.
+template <bool kCenter, bool kHold, typename T, int kSources>
+static void sum_norm_passes(size_t n, SumOfRows<T, kSources> source, const float* weight, const float* bias, float eps,
+                            T* out) {
   const size_t whole = n - n % kWidth;
   const size_t rest = n - whole;
+  alignas(64) float held[kHold ? kHeldRow : 1];
+  const auto get = [&](size_t j) __attribute__((always_inline)) {
+    if constexpr (kHold) {
+      return load(held + j);
+    } else {
+      return source.get(j);
+    }
+  };
   float mean = 0.0f;
-  if constexpr (kCenter) {
+  if constexpr (kCenter || kHold) {
     vf sum = splat(0.0f);
-    for (size_t j = 0; j < whole; j += kWidth) sum = sum + source.get(j);
+    for (size_t j = 0; j < whole; j += kWidth) {
+      const vf v = source.get(j);
+      if constexpr (kHold) store(held + j, v);
+      sum = sum + v;
+    }
     if (rest) sum = sum + source.get_last(whole, rest);
-    mean = sum_lanes(sum) / static_cast<float>(n);
+    if constexpr (kCenter) mean = sum_lanes(sum) / static_cast<float>(n);
   }
 
   vf squares = splat(0.0f);
   for (size_t j = 0; j < whole; j += kWidth) {
-    const vf d = source.get(j) - mean;
+    const vf d = get(j) - mean;
     squares = squares + d * d;
   }
   float variance = sum_lanes(squares);
@@ -188,7 +201,7 @@ static void sum_norm_sources(size_t n, SumOfRows<T, kSources> source, const floa
   const float scale = 1.0f / __builtin_sqrtf(variance + eps);
 
   for (size_t j = 0; j < whole; j += kWidth) {
-    vf v = (source.get(j) - mean) * scale * load(weight + j);
+    vf v = (get(j) - mean) * scale * load(weight + j);
     if constexpr (kCenter) v = v + load(bias + j);
     Io<T>::put(out + j, v);
   }
@@ -196,6 +209,17 @@ static void sum_norm_sources(size_t n, SumOfRows<T, kSources> source, const floa
     vf v = (source.get_last(whole, rest) - mean) * scale * get_n(weight + whole, rest);
     if constexpr (kCenter) v = v + get_n(bias + whole, rest);
     put_n(out + whole, v, rest);
+  }
+}
+
+template <bool kCenter, typename T, int kSources>
+static void sum_norm_sources(size_t n, SumOfRows<T, kSources> source, const float* weight, const float* bias, float eps,
+                             T* out) {
+  // One row of fp32 needs no sum.
+  if (n <= kHeldRow && !(kSources == 1 && sizeof(T) == sizeof(float))) {
+    sum_norm_passes<kCenter, true>(n, source, weight, bias, eps, out);
+  } else {
+    sum_norm_passes<kCenter, false>(n, source, weight, bias, eps, out);
   }
 }
 
@@ -269,8 +293,8 @@ static void rotate_row(size_t heads, size_t head_size, const float* cos, const f
 template <Activation kAct, typename T>
 static void gate_row_as(size_t n, const T* x, const T* gate, T* out) {
   size_t j = 0;
-  for (; j + kWidth <= n; j += kWidth) Io<T>::put(out + j, activate<kAct>(Io<T>::get(x + j)) * Io<T>::get(gate + j));
-  if (j < n) put_n(out + j, activate<kAct>(get_n(x + j, n - j)) * get_n(gate + j, n - j), n - j);
+  for (; j + kWidth <= n; j += kWidth) Io<T>::put(out + j, activate<kAct, T>(Io<T>::get(x + j)) * Io<T>::get(gate + j));
+  if (j < n) put_n(out + j, activate<kAct, T>(get_n(x + j, n - j)) * get_n(gate + j, n - j), n - j);
 }
 
 template <Activation kAct>

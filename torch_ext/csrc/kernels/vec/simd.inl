@@ -131,6 +131,15 @@ TORCH_EXT_INLINE float max_lanes(vf v) {
 #endif
 }
 
+/// v with minus infinity in the lanes from n on. Written as a choice, not as stores before the load: a load right behind
+/// narrower stores to the same place waits for them.
+TORCH_EXT_INLINE vf mask_lanes(vf v, size_t n) {
+  vi lane;
+  for (size_t i = 0; i < kWidth; ++i) lane[i] = static_cast<int32_t>(i);
+  const vi inside = lane < static_cast<int32_t>(n < kWidth ? n : kWidth);
+  return inside ? v : splat(-__builtin_inff());
+}
+
 /// Loads and stores of type T (float or uint16_t for bf16), whole vectors and the first n < kWidth elements.
 template <typename T>
 struct Io;
@@ -219,6 +228,24 @@ TORCH_EXT_INLINE vf gelu(vf x) {
   q = q * t + 2.909738091019e-01f;
   q = q * t + 1.0f;
   return low * ((c * p) / q + 0.5f);
+}
+
+/// The same where the result is rounded to bf16: error below 5e-5, absolute for x < 1, relative above. Phi(x) = 1/2 + x P(x^2)
+/// with P of degree 8, a least-maximum fit of x Phi(x) on [-4.25, 4.25]; outside x is clamped. No division.
+TORCH_EXT_INLINE vf gelu_to_bf16(vf x) {
+  const vf low = max_nan(splat(-4.25f), x);
+  const vf c = min_nan(splat(4.25f), low);
+  const vf t = c * c;
+  vf p = splat(4.547075141e-11f);
+  p = p * t - 4.515306039e-09f;
+  p = p * t + 1.986159887e-07f;
+  p = p * t - 5.147515820e-06f;
+  p = p * t + 8.848916424e-05f;
+  p = p * t - 1.079078130e-03f;
+  p = p * t + 9.718779330e-03f;
+  p = p * t - 6.619028189e-02f;
+  p = p * t + 3.988192195e-01f;
+  return low * (c * p + 0.5f);
 }
 
 /// x / (1 + exp(-x)). Relative error below 1e-6; below -87 it gives silu(-87), which is -1.4e-36.

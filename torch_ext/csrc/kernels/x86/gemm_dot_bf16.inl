@@ -1,12 +1,14 @@
-// Micro-kernels gemm_f32_bf16_bf16p32x2_{1,2,4,8}x32_avx512_bf16_dot, for attention: VDPBF16PS adds to each of sixteen f32
-// the products of two bf16 with two bf16. Included by vec_avx512_bf16.cpp, after simd.inl and gemm_f32.inl.
+// Micro-kernels on VDPBF16PS, which adds to each of sixteen f32 the products of two bf16 with two bf16, and the packers of
+// their layout. Included by vec_avx512_bf16.cpp and vec_amx.cpp, after simd.inl and gemm_f32.inl; kDotStep, the products
+// of a step, is theirs.
 //
-// Blocks are row by row, products past k zero: element (i, p) lies at  i * steps * 8 + p.
+// Blocks hold the rows' parts of a step one after the other: element (i, p) of mr rows lies at
+//   ((p / kDotStep) * mr + i) * kDotStep + p % kDotStep
 // Panels hold pairs of products, column after column: element (j, p) lies at  ((p / 2) * 32 + j) * 2 + p % 2.
 //
 // Worked example: column 5, product 3 -> ((1 * 32) + 5) * 2 + 1 = 75.
 //
-// Register use of eight rows: 16 accumulators, 2 panel vectors, 1 pair of a row at a time. A step is eight products.
+// Register use of eight rows: 16 accumulators, 2 panel vectors, 1 pair of a row at a time.
 
 constexpr size_t kDotNr = 32;
 static_assert(kDotNr == kNr);
@@ -15,20 +17,21 @@ template <size_t kMr>
 static void ukernel_dot(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
   const uint16_t* lhs = static_cast<const uint16_t*>(lhs_block);
   const uint16_t* rhs = static_cast<const uint16_t*>(rhs_panel);
-  const size_t ld = steps * kDotStep;
   __m512 acc[kMr][2] = {};
-  for (size_t pair = 0; pair < steps * (kDotStep / 2); ++pair) {
-    const __m512bh b0 = (__m512bh)_mm512_loadu_si512(rhs), b1 = (__m512bh)_mm512_loadu_si512(rhs + 32);
+  for (size_t s = 0; s < steps; ++s) {
+    for (size_t p = 0; p < kDotStep; p += 2) {
+      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(rhs), b1 = (__m512bh)_mm512_loadu_si512(rhs + 32);
 #pragma GCC unroll 8
-    for (size_t i = 0; i < kMr; ++i) {
-      int32_t two;
-      __builtin_memcpy(&two, lhs + i * ld, sizeof two);
-      const __m512bh a = (__m512bh)_mm512_set1_epi32(two);
-      acc[i][0] = _mm512_dpbf16_ps(acc[i][0], a, b0);
-      acc[i][1] = _mm512_dpbf16_ps(acc[i][1], a, b1);
+      for (size_t i = 0; i < kMr; ++i) {
+        int32_t two;
+        __builtin_memcpy(&two, lhs + i * kDotStep + p, sizeof two);
+        const __m512bh a = (__m512bh)_mm512_set1_epi32(two);
+        acc[i][0] = _mm512_dpbf16_ps(acc[i][0], a, b0);
+        acc[i][1] = _mm512_dpbf16_ps(acc[i][1], a, b1);
+      }
+      rhs += 2 * kDotNr;
     }
-    lhs += 2;
-    rhs += 2 * kDotNr;
+    lhs += kMr * kDotStep;
   }
 #pragma GCC unroll 8
   for (size_t i = 0; i < kMr; ++i) {
@@ -37,33 +40,34 @@ static void ukernel_dot(size_t steps, const void* lhs_block, const void* rhs_pan
   }
 }
 
-template <typename Src>
-static void pack_rows_dot(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst) {
-  const size_t padded = (k + kDotStep - 1) / kDotStep * kDotStep;
-  for (size_t i = 0; i < block_rows; ++i) {
-    uint16_t* const d = static_cast<uint16_t*>(dst) + i * padded;
-    size_t p = 0;
-    if (i < rows) {
-      const Src* const s = static_cast<const Src*>(src) + i * ld;
-      for (; p + kWidth <= k; p += kWidth) Io<uint16_t>::put(d + p, Io<Src>::get(s + p));
-      if (p < k) {
-        put_n(d + p, get_n(s + p, k - p), k - p);
-        p = k;
-      }
-    }
-    for (; p < padded; ++p) d[p] = 0;
+// The parts of kDotStep products that a row consists of. bf16 is moved, not converted, so that NaN and subnormal numbers
+// stay what they are.
+TORCH_EXT_INLINE void copy_step(const uint16_t* s, uint16_t* d) { __builtin_memcpy(d, s, kDotStep * sizeof(uint16_t)); }
+TORCH_EXT_INLINE void copy_step(const float* s, uint16_t* d) {
+  if constexpr (kDotStep < kWidth) {
+    put_n(d, get_n(s, kDotStep), kDotStep);
+  } else {
+    for (size_t p = 0; p < kDotStep; p += kWidth) store_bf16(d + p, load(s + p));
   }
 }
 
-// bf16 is moved, not converted, so that NaN and subnormal numbers stay what they are.
-template <>
-void pack_rows_dot<uint16_t>(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst) {
-  const size_t padded = (k + kDotStep - 1) / kDotStep * kDotStep;
+template <typename Src>
+static void pack_rows_dot(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst) {
+  const size_t stride = block_rows * kDotStep;
   for (size_t i = 0; i < block_rows; ++i) {
-    uint16_t* const d = static_cast<uint16_t*>(dst) + i * padded;
-    const size_t valid = i < rows ? k : 0;
-    if (valid) __builtin_memcpy(d, static_cast<const uint16_t*>(src) + i * ld, k * sizeof(uint16_t));
-    __builtin_memset(d + valid, 0, (padded - valid) * sizeof(uint16_t));
+    uint16_t* d = static_cast<uint16_t*>(dst) + i * kDotStep;
+    if (i >= rows) {
+      for (size_t p = 0; p < k; p += kDotStep, d += stride) __builtin_memset(d, 0, kDotStep * sizeof(uint16_t));
+      continue;
+    }
+    const Src* const s = static_cast<const Src*>(src) + i * ld;
+    size_t p = 0;
+    for (; p + kDotStep <= k; p += kDotStep, d += stride) copy_step(s + p, d);
+    if (p < k) {
+      Src rest[kDotStep] = {};
+      __builtin_memcpy(rest, s + p, (k - p) * sizeof(Src));
+      copy_step(rest, d);
+    }
   }
 }
 
@@ -78,7 +82,16 @@ TORCH_EXT_INLINE uint16_t narrow_one(float x) {
 template <typename Src>
 static void pack_panel_nxk_dot(size_t cols, size_t block_cols, size_t k, const void* src, size_t ld, void* dst) {
   if constexpr (sizeof(Src) == sizeof(uint16_t)) {
-    if (k % 2 == 0 && ld % 2 == 0) return pack_panel_nxk<float, float>(cols, block_cols, k / 2, src, ld / 2, dst);
+    if (k % 2 == 0 && ld % 2 == 0) {
+      pack_panel_nxk<float, float>(cols, block_cols, k / 2, src, ld / 2, dst);
+      const size_t written = (k / 2 + kKStep - 1) / kKStep * kKStep * 2;
+      const size_t padded = (k + kDotStep - 1) / kDotStep * kDotStep;
+      if (written < padded) {
+        __builtin_memset(static_cast<uint16_t*>(dst) + written * block_cols, 0,
+                         (padded - written) * block_cols * sizeof(uint16_t));
+      }
+      return;
+    }
   }
   const Src* const s = static_cast<const Src*>(src);
   uint16_t* const d = static_cast<uint16_t*>(dst);
@@ -122,26 +135,3 @@ static void pack_panel_kxn_dot(size_t cols, size_t k, const void* src, size_t ld
     }
   }
 }
-
-static constexpr UKernel kUKernelsDot[] = {
-    {"gemm_f32_bf16_bf16p32x2_1x32_avx512_bf16_dot", 1, ukernel_dot<1>},
-    {"gemm_f32_bf16_bf16p32x2_2x32_avx512_bf16_dot", 2, ukernel_dot<2>},
-    {"gemm_f32_bf16_bf16p32x2_4x32_avx512_bf16_dot", 4, ukernel_dot<4>},
-    {"gemm_f32_bf16_bf16p32x2_8x32_avx512_bf16_dot", 8, ukernel_dot<8>},
-};
-
-static constexpr GemmKernel kGemmDot = {"bf16p32x2",
-                                        Layout::kBf16Dots,
-                                        kDotNr,
-                                        2,
-                                        kDotStep,
-                                        DType::kBF16,
-                                        DType::kBF16,
-                                        pack_rows_dot<float>,
-                                        pack_rows_dot<uint16_t>,
-                                        pack_panel_nxk_dot<float>,
-                                        pack_panel_nxk_dot<uint16_t>,
-                                        pack_panel_kxn_dot<float>,
-                                        pack_panel_kxn_dot<uint16_t>,
-                                        kUKernelsDot,
-                                        4};

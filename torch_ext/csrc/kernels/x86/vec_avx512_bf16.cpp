@@ -22,7 +22,7 @@ namespace vec_avx512_bf16 {
 #define TORCH_EXT_VEC_NR "32"
 #define TORCH_EXT_VEC_MAIN_MR 8
 #define TORCH_EXT_VEC_NAME "avx512_bf16_fma"
-#define TORCH_EXT_VEC_ATTENTION &kGemmDot, softmax_pack_rows
+#define TORCH_EXT_VEC_ATTENTION &kGemmDot, softmax_pack_steps<kDotStep>
 #define TORCH_EXT_VEC_FEATURES (kFeatureAvx512 | kFeatureAvx512Bf16)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
@@ -31,9 +31,36 @@ namespace vec_avx512_bf16 {
 #include "kernels/vec/quantize.inl"
 #include "kernels/vec/gemm_s8.inl"
 #include "kernels/vec/softmax_pack.inl"
-#include "kernels/x86/gemm_dot_bf16.inl"
-#include "kernels/vec/instance.inl"
 // clang-format on
+
+constexpr size_t kDotStep = 8;
+#include "kernels/x86/gemm_dot_bf16.inl"
+
+// Of eight rows: 16 accumulators.
+static constexpr UKernel kDotUKernels[] = {
+    {"gemm_f32_bf16_bf16p32x2_1x32_avx512_bf16_dot", 1, ukernel_dot<1>},
+    {"gemm_f32_bf16_bf16p32x2_2x32_avx512_bf16_dot", 2, ukernel_dot<2>},
+    {"gemm_f32_bf16_bf16p32x2_4x32_avx512_bf16_dot", 4, ukernel_dot<4>},
+    {"gemm_f32_bf16_bf16p32x2_8x32_avx512_bf16_dot", 8, ukernel_dot<8>},
+};
+
+static constexpr GemmKernel kGemmDot = {"bf16p32x2",
+                                        Layout::kBf16Dots,
+                                        kDotNr,
+                                        2,
+                                        kDotStep,
+                                        DType::kBF16,
+                                        DType::kBF16,
+                                        pack_rows_dot<float>,
+                                        pack_rows_dot<uint16_t>,
+                                        pack_panel_nxk_dot<float>,
+                                        pack_panel_nxk_dot<uint16_t>,
+                                        pack_panel_kxn_dot<float>,
+                                        pack_panel_kxn_dot<uint16_t>,
+                                        kDotUKernels,
+                                        4};
+
+#include "kernels/vec/instance.inl"
 
 }  // namespace vec_avx512_bf16
 
