@@ -295,9 +295,9 @@ def test_optimized_model_is_saved_like_the_original(tmp_path: Any) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_optimized_model(generator: torch.Generator, dynamic: bool) -> None:
-    model = torch_ext.optimize(make("Model", "bert"))
+@pytest.mark.parametrize(("dtype", "dynamic"), [("bf16", False), ("bf16", True), ("int8", True)])
+def test_compiled_optimized_model(generator: torch.Generator, dtype: torch_ext.nn.PackedDtype, dynamic: bool) -> None:
+    model = torch_ext.optimize(make("Model", "bert"), dtype)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
     with torch.inference_mode():
         for shape in ((2, 9), (3, 14)):
