@@ -79,7 +79,7 @@ class Report:
     """What was measured, and what follows from it. As text: a table.
 
     Attributes:
-        accuracy: the mean cosine that was asked for.
+        accuracy: the mean cosine that was asked for; None: none, but the caller's own bounds.
         int8: all layers in int8.
         bf16: all layers in bf16; None if that was not needed.
         chosen: with the layers in bf16 that are to be kept so.
@@ -87,7 +87,7 @@ class Report:
         passes: how often the sample was run.
     """
 
-    accuracy: float
+    accuracy: float | None
     int8: Similarity
     bf16: Similarity | None
     chosen: Similarity
@@ -117,7 +117,8 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [f"cosine to the exact model, {self.accuracy:g} asked for: all layers in int8 {self.int8}"]
+        asked = "" if self.accuracy is None else f", {self.accuracy:g} asked for"
+        lines = [f"cosine to the exact model{asked}: all layers in int8 {self.int8}"]
         if self.layers:
             lines[0] += f", all in bf16 {self.bf16}, as chosen {self.chosen}"
             titles = [_title(layer.names) for layer in self.layers]
@@ -138,7 +139,9 @@ def _group(name: str) -> str:
     return found[1] if found else name
 
 
-def choose_layers(names: Sequence[str], measure: Measure, accuracy: float, rank: Measure | None = None) -> Report:
+def choose_layers(
+    names: Sequence[str], measure: Measure, accuracy: float | None = None, rank: Measure | None = None
+) -> Report:
     """Find the layers to keep in bf16, so that a model in int8 is as accurate as asked.
 
     If all layers in int8 fall short, the damage that each one does alone ranks them, and as many of the worst as are
@@ -149,7 +152,7 @@ def choose_layers(names: Sequence[str], measure: Measure, accuracy: float, rank:
     Args:
         names: the linear layers, from the input to the output.
         measure: see :data:`Measure`.
-        accuracy: the mean cosine to reach, above 0 and at most 1.
+        accuracy: the mean cosine to reach, above 0 and at most 1; None: ``acceptable`` alone decides.
         rank: a cheaper measure for the ranking; by default ``measure``.
 
     Returns:
@@ -159,11 +162,11 @@ def choose_layers(names: Sequence[str], measure: Measure, accuracy: float, rank:
         ValueError: ``accuracy`` is out of range.
         AccuracyError: with all layers in bf16 the model is not as accurate either.
     """
-    if not 0 < accuracy <= 1:
+    if accuracy is not None and not 0 < accuracy <= 1:
         raise ValueError(f"accuracy: expected a mean cosine above 0 and at most 1, got {accuracy}")
 
     def enough(value: Similarity) -> bool:
-        return value.mean >= accuracy and value.acceptable
+        return value.acceptable and (accuracy is None or value.mean >= accuracy)
 
     everything = frozenset(names)
     int8 = measure(frozenset())
@@ -171,9 +174,10 @@ def choose_layers(names: Sequence[str], measure: Measure, accuracy: float, rank:
         return Report(accuracy, int8, None, int8, (), 1)
     bf16 = measure(everything)
     if not enough(bf16):
+        wanted = "the bounds to be kept" if accuracy is None else f"a mean cosine of {accuracy:g}"
         raise AccuracyError(
-            f"expected a mean cosine of {accuracy:g}, but all linear layers in bf16 reach {bf16} only, in int8 {int8}: "
-            "ask for less, or leave layers in fp32"
+            f"expected {wanted}, but all linear layers in bf16 reach {bf16} only, in int8 {int8}: ask for less, or "
+            "leave layers in fp32"
         )
     ranking = measure if rank is None else rank
     best = bf16 if rank is None else ranking(everything)
