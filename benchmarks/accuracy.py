@@ -200,10 +200,10 @@ def main() -> int:
     }
     versions = report["versions"]
     text = (
-        f"{table(measured)}\n\n{report['model']}: {arguments.texts} docstrings of Python {versions['python']}; recall with "
-        f"{len(queries)} queries and documents. {report['cpu']}, kernels {isa['isa']} and {isa['int8_kernels'][-1]}, "
-        f"torch {versions['torch']}, transformers {versions['transformers']}, commit {report['commit']}: "
-        f"`{report['command']}`\n"
+        f"{table(measured)}\n\n{report['model']}: {arguments.texts} docstrings of Python {versions['python']}; recall "
+        f"with {len(queries)} queries and documents. {report['cpu']}, kernels {isa['isa']} and "
+        f"{isa['int8_kernels'][-1]}, torch {versions['torch']}, transformers {versions['transformers']}, commit "
+        f"{report['commit']}: `{report['command']}`\n"
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -231,8 +231,8 @@ def test_bounds_that_are_missed(
     how = " even with all layers in bf16" if variant == "torch_ext-int8" else ""
     target = tmp_path / "out"
     message = (
-        f"{variant} misses its accuracy bound on 4 texts{how}: {measured}; leave it out with --variants {others}, or change "
-        f"the bound with --bound {variant}.{bound}=VALUE"
+        f"{variant} misses its accuracy bound on 4 texts{how}: {measured}; leave it out with --variants {others}, or "
+        f"change the bound with --bound {variant}.{bound}=VALUE"
     )
     fails(capsys, [str(tiny_model()), "-o", str(target), *options], message)
     assert no_bundle(tmp_path)
