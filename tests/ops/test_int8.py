@@ -74,7 +74,12 @@ def test_encoder_is_near_plain_pytorch(spec: EncoderSpec, generator: torch.Gener
     assert hidden.dtype == torch.bfloat16
     # Steps of 1/127 of the largest of some 40 numbers: an error of 0.5 % a matrix, which adds up over the layers.
     assert cosine(hidden, run_plain(spec, weights, ids, bounds, types)) > 0.997
-    assert torch.equal(hidden, encoder.run_reference(ids, bounds, types))
+    plain = encoder.run_reference(ids, bounds, types)
+    if spec.norm_first:
+        # One op rounds residuals at other places than several do, which may move a number by one step of int8.
+        assert cosine(hidden, plain) > 0.998
+    else:
+        assert torch.equal(hidden, plain)
     # What is quantized is exactly the linear layers.
     stored = encoder.weights()
     assert {name for name, tensor in stored.items() if tensor.dtype == torch.int8} == {
@@ -347,6 +352,23 @@ def test_errors_leave_the_model_alone(error: type[Exception], match: str, option
     assert all(a is b for a, b in zip(before, model.modules(), strict=True))
     assert (model.training, model.first.training, model.second.training) == (True, True, False)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_measured_as_it_will_run(generator: torch.Generator) -> None:
+    """torch's fused encoder layers would read unpacked weights, and find no error of quantized inputs."""
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, activation="gelu")
+    model = nn.TransformerEncoder(layer, 2).eval()
+    sample = [torch.randn(3, 5, 32, generator=generator)]
+    exact = [output_rows(model, x) for x in sample]
+    flags = [layer.activation_relu_or_gelu for layer in model.layers]
+    with pytest.raises(AccuracyError):
+        torch_ext.optimize(model, "int8", accuracy=1.0, sample=sample)
+    assert [layer.activation_relu_or_gelu for layer in model.layers] == flags != [0, 0]
+    assert model.use_nested_tensor
+    reports: list[Report] = []
+    torch_ext.optimize(model, "int8", accuracy=0.9, sample=sample, report=reports.append)
+    assert similarity(exact, [output_rows(model, x) for x in sample]) == reports[0].chosen
 
 
 def test_kinds_of_samples(generator: torch.Generator) -> None:
