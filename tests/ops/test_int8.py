@@ -356,7 +356,7 @@ def test_errors_leave_the_model_alone(error: type[Exception], match: str, option
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_measured_as_it_will_run(generator: torch.Generator) -> None:
-    """torch's fused encoder layers would read unpacked weights, and find no error of quantized inputs."""
+    """Fused encoder layers of torch would read unpacked weights, and find no error of quantized inputs."""
     layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, activation="gelu")
     model = nn.TransformerEncoder(layer, 2).eval()
     sample = [torch.randn(3, 5, 32, generator=generator)]
