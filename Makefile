@@ -1,7 +1,7 @@
 # Every target sets up what it needs. Variables, on the command line or from the environment:
 #   PYTHON=python3.12           Python that .venv is made with (3.10 or newer)
 #   TORCH=torch==2.13.0         torch to install; an index of one's own by pip's variables, such as PIP_INDEX_URL
-#   MODEL=folder-or-hub-id      model of `make demo`, `bundle` and `bench`
+#   MODEL=folder-or-hub-id      model of `make demo`, `bundle`, `bench` and `bench-accuracy` (a folder)
 #   BUNDLE=bundles/demo         bundle of `make bundle`, `serve` and `bench`
 #   PORT=8000                   port of `make serve`
 #   WHEELS=dist                 folder of `make wheel` and `wheel-aarch64`
@@ -83,6 +83,11 @@ test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 8 minutes); 
 bench: $(VENV)/.dev $(VENV)/.built ## the server beside plain Flask, and beside its encoder called directly
 	@[ -e "$(BUNDLE)/manifest.json" ] || $(MAKE) --no-print-directory bundle ARGS=
 	@model="$(MODEL)"; $(PY) benchmarks/serving.py "$(BUNDLE)" --model "$${model:-$$($(PY) -c '$(PACKAGED_MODEL)')}" $(ARGS)
+
+.PHONY: bench-accuracy
+bench-accuracy: $(VENV)/.dev $(VENV)/.built ## cosines and retrieval of bf16 and int8 against fp32 (some minutes)
+	@model="$(MODEL)"; set --; [ -n "$$model" ] || { set -- --name all-MiniLM-L6-v2; model=$$($(PY) -c '$(PACKAGED_MODEL)'); }; \
+	$(PY) benchmarks/accuracy.py "$$model" "$$@" $(ARGS)
 
 .PHONY: mca
 mca: $(VENV)/.dev ## inner loops of the aarch64 kernels under LLVM's model; needs a cross compiler and LLVM 16

@@ -75,6 +75,7 @@ class VariantKind:
 
 VARIANTS: Mapping[str, VariantKind] = {
     "torch_ext-bf16": VariantKind("encoder_bf16.safetensors", "torch_ext", "bf16"),
+    "torch_ext-int8": VariantKind("encoder_int8.safetensors", "torch_ext", "int8"),
     "onnx-int8": VariantKind("model_int8.onnx", "onnxruntime", "int8"),
     "onnx-fp32": VariantKind("model.onnx", "onnxruntime", "fp32"),
     "torch-fp32": VariantKind("encoder_fp32.safetensors", "torch_ext", "fp32"),
@@ -185,6 +186,9 @@ class Variant:
         accuracy: Comparison with fp32.
         speed: Quick measurement, or None.
         extra_files: Other files of the bundle that it needs (external weights of an ONNX model above 2 GiB).
+        quantization: What was measured to find the layers that int8 would damage too much: `kept_bf16`, names of those
+            that stayed in bf16; `layers`, the damage of each; mean and min cosine with all in `int8`, all in `bf16`,
+            and as `chosen`. Empty for a variant that is not quantized in this way.
     """
 
     name: str
@@ -195,6 +199,7 @@ class Variant:
     accuracy: Accuracy
     speed: Speed | None = None
     extra_files: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -279,6 +284,8 @@ class Manifest:
                 "speed": None,
                 "extra_files": list(value.extra_files),
             }
+            if value.quantization:
+                result["quantization"] = dict(value.quantization)
             if value.speed is not None:
                 result["speed"] = {
                     "texts_per_s": value.speed.texts_per_s,
@@ -598,4 +605,5 @@ def _parse_variant(name: str, reader: _Reader, files: Mapping[str, FileEntry]) -
         if speed.value
         else None,
         extra_files=extra,
+        quantization=reader.child("quantization", optional=True).value,
     )

@@ -1,4 +1,4 @@
-"""Fast bf16 inference of BERT-family encoders in PyTorch on ARM cloud CPUs.
+"""Fast bf16 and int8 inference of BERT-family encoders in PyTorch on ARM cloud CPUs.
 
 The ways in, from little to much:
 

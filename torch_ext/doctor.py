@@ -221,7 +221,8 @@ def _check_isa(machine: Machine) -> Finding:
         return Finding("kernels", "FAIL", str(error).splitlines()[0], "unset TORCH_EXT_ISA")
     isa = report["isa"]
     best = next((entry["name"] for entry in report["candidates"] if entry["supported"]), isa)
-    detail = f"{isa} on {report['arch']}"
+    int8 = re.sub(r".*_\d+x\d+_", "", report["int8_kernels"][-1])  # gemm_..._8x32_avx512_vnni: its instructions
+    detail = f"{isa} on {report['arch']}, int8 with {int8}"
     if isa != best:
         return Finding("kernels", "WARN", f"{detail}, forced; the best for this CPU is {best}", "unset TORCH_EXT_ISA")
     if machine.architecture in ("aarch64", "arm64") and "bf16" not in isa:

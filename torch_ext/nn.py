@@ -1,14 +1,17 @@
-"""A linear layer with a packed bf16 weight, and :func:`optimize`, which puts it into a model that exists."""
+"""A linear layer with a packed bf16 or int8 weight, and :func:`optimize`, which puts it into a model that exists."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from torch_ext.patterns import as_patterns, matches
+from torch_ext.quantize import dequantize_weight, quantize_weight
+from torch_ext.sensitivity import Report, Sample, Similarity, choose_layers, output_rows, similarity
 
 __all__ = ["PackedLinear", "Skip", "optimize"]
 
@@ -18,37 +21,57 @@ _linear = torch.ops.torch_ext.linear.default
 _pack = torch.ops.torch_ext.pack_linear_weight.default
 _unpack = torch.ops.torch_ext.unpack_linear_weight.default
 
+_pack_int8 = torch.ops.torch_ext.pack_linear_weight_int8.default
+_unpack_int8 = torch.ops.torch_ext.unpack_linear_weight_int8.default
+
 _FLOATS = (torch.float32, torch.bfloat16)
+
+PackedDtype = Literal["bf16", "int8"]
+_DTYPES: tuple[str, ...] = ("bf16", "int8")
 
 
 class PackedLinear(nn.Module):
-    """Stands for an :class:`torch.nn.Linear` in inference: bf16 products, fp32 sums, fp32 bias.
+    """Stands for an :class:`torch.nn.Linear` in inference: bf16 products or int8 ones, fp32 sums, fp32 bias.
 
     It has no parameters. The packed weight belongs to this kind of CPU, and whatever leaves the process is unpacked:
-    ``state_dict()`` and pickles have ``weight`` and ``bias`` under the names and in the dtypes of the layer that was
-    replaced, so that an ``nn.Linear`` can load them; the values of ``weight`` are the bf16 rounding of what it was.
-    ``load_state_dict()`` packs again. ``model.float()``, ``.bfloat16()`` and ``.half()`` leave the layer as it is;
-    moving it off the CPU is an error.
+    ``state_dict()`` has ``weight`` and ``bias`` under the names and in the dtypes of the layer that was replaced, so
+    that an ``nn.Linear`` can load them; the values of ``weight`` are what the layer computes with, the bf16 rounding
+    of what it was or, in int8, ``scale * q``. ``load_state_dict()`` packs again, into the same ``dtype``: of an fp32
+    layer exactly what was there; of a bf16 layer in int8 with one more rounding, since bf16 cannot hold ``scale * q``.
+    Copies and pickles are exact in every case. ``model.float()``, ``.bfloat16()`` and ``.half()`` leave the layer as it
+    is; moving it off the CPU is an error.
 
     Args:
         weight: fp32 or bf16 ``[N, K]`` on the CPU.
         bias: fp32 or bf16 ``[N]``, or None.
-        packed: the weight as :func:`torch_ext.pack_linear_weight` returned it, if that was done before.
+        packed: the weight as it was packed before into ``dtype``, to be shared.
+        dtype: ``"bf16"``; or ``"int8"``: weights with one scale for each output, rows of the input quantized by their
+            largest magnitude while they are read.
 
     Attributes:
         in_features: K.
         out_features: N.
+        dtype: ``"bf16"`` or ``"int8"``, of products.
 
     Raises:
         TypeError: a tensor is neither fp32 nor bf16.
-        ValueError: a shape does not fit, or a tensor is not on the CPU.
+        ValueError: a shape does not fit, a tensor is not on the CPU, ``dtype`` is not known, or a weight for int8 is
+            not finite.
     """
 
     in_features: int
     out_features: int
+    dtype: PackedDtype
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        packed: Tensor | None = None,
+        dtype: PackedDtype = "bf16",
+    ) -> None:
         super().__init__()
+        _check_dtype("PackedLinear", dtype)
         _check_tensors("PackedLinear", weight, bias)
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             raise ValueError(
@@ -56,29 +79,35 @@ class PackedLinear(nn.Module):
                 f"{None if bias is None else list(bias.shape)}"
             )
         self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
         # Neither is a parameter or a buffer, so that no cast of the model reaches them.
-        self._packed = _pack(weight.detach().contiguous()) if packed is None else packed
+        self._packed = _pack_as(dtype, weight.detach()) if packed is None else packed
         self._bias = None if bias is None else _as_bias(bias)
         self._weight_dtype = weight.dtype
         self._bias_dtype = None if bias is None else bias.dtype
 
     @classmethod
-    def from_linear(cls, module: nn.Linear) -> PackedLinear:
+    def from_linear(cls, module: nn.Linear, dtype: PackedDtype = "bf16") -> PackedLinear:
         """Pack a layer; see :class:`PackedLinear` for errors.
 
         Args:
             module: the layer; it is left as it is.
+            dtype: ``"bf16"`` or ``"int8"``.
 
         Returns:
             The layer that stands for it.
         """
-        return cls(module.weight, module.bias)
+        return cls(module.weight, module.bias, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:
-        """The weight ``[N, K]`` in its original dtype, rounded to bf16; unpacked anew at every access."""
-        unpacked: Tensor = _unpack(self._packed)
+        """The weight ``[N, K]`` that it computes with, in its original dtype; unpacked anew at every access."""
+        unpacked: Tensor = dequantize_weight(*_unpack_int8(self._packed)) if self._is_int8 else _unpack(self._packed)
         return unpacked.to(self._weight_dtype)
+
+    @property
+    def _is_int8(self) -> bool:
+        return self.dtype == "int8"
 
     @property
     def bias(self) -> Tensor | None:
@@ -116,7 +145,7 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What print() shows in the parentheses."""
         has_bias = self._bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, dtype=bf16"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, dtype={self.dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # Called by to(), float(), cuda() and their like with what they do to a tensor.
@@ -163,7 +192,10 @@ class PackedLinear(nn.Module):
                 found[name] = tensor.detach()
         if "weight" in found:
             weight = found["weight"]
-            self._packed = _pack((weight if weight.dtype in _FLOATS else weight.float()).contiguous())
+            try:
+                self._packed = _pack_as(self.dtype, weight if weight.dtype in _FLOATS else weight.float())
+            except ValueError as error:
+                error_msgs.append(f"{prefix}weight: {error}")
         if "bias" in found:
             self._bias = _as_bias(found["bias"])
         if strict:
@@ -172,11 +204,13 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_packed"] = _unpack(self._packed)
+        state["_packed"] = _unpack_int8(self._packed) if self._is_int8 else _unpack(self._packed)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_packed": _pack(state["_packed"])})  # type: ignore[no-untyped-call]
+        unpacked = state["_packed"]  # Of int8, the weight and its scales.
+        packed = _pack_int8(*unpacked) if isinstance(unpacked, tuple) else _pack(unpacked)
+        super().__setstate__({"dtype": "bf16", **state, "_packed": packed})  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         result = type(self).__new__(type(self))
@@ -185,6 +219,17 @@ class PackedLinear(nn.Module):
         for name, value in self.__dict__.items():
             result.__dict__[name] = value if name == "_packed" else copy.deepcopy(value, memo)
         return result
+
+
+def _check_dtype(what: str, dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"{what}: unknown dtype {dtype!r}; known: {', '.join(map(repr, _DTYPES))}")
+
+
+def _pack_as(dtype: PackedDtype, weight: Tensor) -> Tensor:
+    """Pack fp32 or bf16 ``[N, K]``."""
+    packed: Tensor = _pack_int8(*quantize_weight(weight)) if dtype == "int8" else _pack(weight.contiguous())
+    return packed
 
 
 def _as_bias(bias: Tensor) -> Tensor:
@@ -217,20 +262,27 @@ def _matcher(skip: Skip) -> tuple[Callable[[str, nn.Module], bool], Callable[[],
     """The test that ``skip`` stands for, and a function that lists the patterns that matched nothing so far."""
     if callable(skip):
         return skip, list
-    patterns = [skip] if isinstance(skip, str) else list(skip)
+    patterns = as_patterns(skip)
     unused = set(patterns)
 
-    def matches(name: str, module: nn.Module) -> bool:
-        parts = name.split(".")
-        prefixes = [".".join(parts[: count + 1]) for count in range(len(parts))]
-        hits = {pattern for pattern in patterns if any(fnmatchcase(prefix, pattern) for prefix in prefixes)}
+    def test(name: str, module: nn.Module) -> bool:
+        hits = matches(name, patterns)
         unused.difference_update(hits)
         return bool(hits)
 
-    return matches, lambda: [pattern for pattern in patterns if pattern in unused]
+    return test, lambda: [pattern for pattern in patterns if pattern in unused]
 
 
-def optimize(model: nn.Module, dtype: str = "bf16", skip: Skip = ()) -> nn.Module:
+def optimize(
+    model: nn.Module,
+    dtype: PackedDtype = "bf16",
+    skip: Skip = (),
+    *,
+    keep_bf16: Skip = (),
+    accuracy: float | None = None,
+    sample: Sequence[Sample] | None = None,
+    report: Callable[[Report], object] | None = None,
+) -> nn.Module:
     """Swap every ``nn.Linear`` of a model for a :class:`PackedLinear`, in place.
 
     The model is for inference afterwards: it is put into eval mode, ``requires_grad`` is off in all of it, and inputs
@@ -239,88 +291,175 @@ def optimize(model: nn.Module, dtype: str = "bf16", skip: Skip = ()) -> nn.Modul
     is used in several places stays one layer. A weight that is tied to an embedding is packed for the linear layer,
     while the embedding keeps its own, unrounded.
 
+    With ``accuracy``, layers that int8 would do too much damage to are found and stay in bf16: the sample is run
+    through the model as it is, and then, if int8 in all layers misses the accuracy, once for each layer; see
+    :func:`torch_ext.sensitivity.choose_layers`. That takes memory for a second and a third copy of the weights.
+
     Args:
         model: the model, its parameters fp32 or bf16 on the CPU. If it is itself an ``nn.Linear``, it cannot be swapped
             in place: use what is returned.
-        dtype: what products are computed in; ``"bf16"``.
+        dtype: what products are computed in: ``"bf16"`` or ``"int8"``.
         skip: layers to leave alone: a name or ``fnmatch`` pattern, several of them, or a function of name and layer. A
             pattern that matches a module's name leaves out all layers in that module.
+        keep_bf16: with ``"int8"``, layers to pack in bf16 instead; like ``skip``.
+        accuracy: with ``"int8"``, the mean cosine between outputs before and after that must be reached.
+        sample: inputs to measure ``accuracy`` on, each what the model takes: a dictionary of keyword arguments, a
+            tensor, a tuple of positional arguments, or a function of the model that returns what counts, such as
+            pooled embeddings. Where nothing else is said, rows of ``logits`` or ``last_hidden_state`` are compared,
+            without those that ``attention_mask`` leaves out.
+        report: called with what was measured if ``accuracy`` is given; ``print`` shows it as a table.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: ``dtype`` is not known, the model has no ``nn.Linear``, a pattern in ``skip`` matches none, or a
-            weight is not on the CPU. The model is unchanged then.
+        ValueError: ``dtype`` is not known, the model has no ``nn.Linear``, a pattern in ``skip`` or ``keep_bf16``
+            matches none, options do not go together, or a weight is not on the CPU. The model is unchanged then.
         TypeError: ``model`` is not a module, or a weight is neither fp32 nor bf16. The model is unchanged then.
+        torch_ext.sensitivity.AccuracyError: a ValueError; not even bf16 is as accurate. The model is unchanged then.
 
     Example:
         >>> model = torch_ext.optimize(AutoModel.from_pretrained(name), skip="pooler")
         >>> with torch.inference_mode():
         ...     model(**inputs)
+        >>> torch_ext.optimize(other, "int8", accuracy=0.998, sample=[inputs], report=print)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: expected a torch.nn.Module, got {type(model).__name__}")
-    if dtype != "bf16":
-        raise ValueError(f"optimize: unknown dtype {dtype!r}; known: 'bf16'")
+    _check_dtype("optimize", dtype)
+    if dtype != "int8" and (keep_bf16 != () or accuracy is not None):
+        raise ValueError(f"optimize: keep_bf16 and accuracy mean nothing with dtype={dtype!r}, only with 'int8'")
+    if (accuracy is None) != (not sample):
+        raise ValueError("optimize: expected accuracy and a sample of inputs together, got one without the other")
+    if accuracy is not None and not 0 < accuracy <= 1:
+        raise ValueError(f"optimize: expected accuracy above 0 and at most 1, got {accuracy}")
     skipped, unused = _matcher(skip)
+    in_bf16, unused_bf16 = _matcher(keep_bf16)
     targets: list[tuple[str, nn.Linear]] = []
     seen = False
     kept: set[int] = set()
+    bf16: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedLinear):
             seen = True
             skipped(name, module)
+            in_bf16(name, module)
         elif _is_plain(module):
             seen = True
+            if in_bf16(name, module):
+                bf16.add(id(module))
             if skipped(name, module):
                 kept.add(id(module))  # Under its other names, too: a shared layer stays shared.
             else:
                 targets.append((name, module))
     if not seen:
         raise ValueError(f"optimize: {type(model).__name__} has no nn.Linear that could be swapped")
-    if unused():
-        raise ValueError(f"optimize: skip names no nn.Linear of the model: {', '.join(unused())}")
+    for option, left in (("skip", unused()), ("keep_bf16", unused_bf16())):
+        if left:
+            raise ValueError(f"optimize: {option} names no nn.Linear of the model: {', '.join(left)}")
     targets = [(name, module) for name, module in targets if id(module) not in kept]
     for name, module in targets:
         _check_tensors(f"optimize: {name or 'the model'}", module.weight, module.bias)
 
-    made: dict[int, PackedLinear] = {}
-    packed: dict[int, Tensor] = {}
-    for name, module in targets:
-        if id(module) not in made:
-            made[id(module)] = _pack_module(module, packed)
-        if not name:
-            return made[id(module)]
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
-    for module in model.modules():
-        # torch's fused path reads the weights of the layers instead of calling them.
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
+    swap = _Swap(model, targets)
+    low = {id(module) for _, module in targets} if dtype == "bf16" else bf16
+    if accuracy is not None and sample is not None:
+        result = _choose(swap, low, accuracy, sample)
+        low = low | {swap.ids[name] for name in result.kept}
+        if report is not None:
+            report(result)
+    model = swap(low)
     model.requires_grad_(False)
     return model.eval()
 
 
-def _pack_module(module: nn.Linear, packed: dict[int, Tensor]) -> PackedLinear:
-    """The layer that stands for ``module``, with its hooks.
+class _Swap:
+    """Puts packed layers into a model in place of plain ones, as often as wanted.
 
-    Args:
-        module: the layer to replace.
-        packed: packed weights by the id of the parameter; layers that share a parameter share the packed weight.
-
-    Returns:
-        The new layer, in eval mode.
+    Attributes:
+        ids: by the first name of each layer, the id of the plain one.
     """
-    result = PackedLinear(module.weight, module.bias, packed.get(id(module.weight)))
-    packed[id(module.weight)] = result._packed
-    for name in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        result.__dict__[name] = module.__dict__[name]
-    return result.eval()
+
+    def __init__(self, model: nn.Module, targets: Sequence[tuple[str, nn.Linear]]) -> None:
+        self._model, self._targets = model, targets
+        self.ids: dict[str, int] = {}
+        for name, module in targets:
+            if id(module) not in self.ids.values():
+                self.ids[name] = id(module)
+        self._made: dict[tuple[int, PackedDtype], PackedLinear] = {}
+        # By parameter and dtype: layers that share a parameter share the packed weight.
+        self._packed: dict[tuple[int, PackedDtype], Tensor] = {}
+        # torch's fused path reads the weights of the layers instead of calling them: what turns it off.
+        self._fused: list[tuple[nn.Module, str, Any]] = []
+        for part in model.modules():
+            if isinstance(part, nn.TransformerEncoderLayer):
+                self._fused.append((part, "activation_relu_or_gelu", 0))
+            elif isinstance(part, nn.TransformerEncoder):
+                self._fused.append((part, "use_nested_tensor", False))
+        self._before = [(module, name, getattr(module, name)) for module, name, _ in self._fused]
+
+    def __call__(self, bf16: set[int]) -> nn.Module:
+        """Pack every target: in bf16 those with these ids, the others in int8. Returns the model."""
+        made = [(name, self._make(module, "bf16" if id(module) in bf16 else "int8")) for name, module in self._targets]
+        for name, module in made:
+            if not name:
+                return module
+            self._put(name, module)
+        for layer, name, value in self._fused:
+            setattr(layer, name, value)
+        return self._model
+
+    def undo(self) -> None:
+        """Put the plain layers back."""
+        for name, plain in self._targets:
+            if name:
+                self._put(name, plain)
+        for layer, name, value in self._before:
+            setattr(layer, name, value)
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), child, module)
+
+    def _make(self, module: nn.Linear, dtype: PackedDtype) -> PackedLinear:
+        """The layer that stands for ``module``, with its hooks, in eval mode."""
+        key = id(module), dtype
+        if key not in self._made:
+            weight = id(module.weight), dtype
+            result = PackedLinear(module.weight, module.bias, self._packed.get(weight), dtype)
+            self._packed[weight] = result._packed
+            for name in (
+                "_forward_hooks",
+                "_forward_hooks_with_kwargs",
+                "_forward_pre_hooks",
+                "_forward_pre_hooks_with_kwargs",
+            ):
+                result.__dict__[name] = module.__dict__[name]
+            self._made[key] = result.eval()
+        return self._made[key]
+
+
+def _choose(swap: _Swap, low: set[int], accuracy: float, sample: Sequence[Sample]) -> Report:
+    """Which layers to keep in bf16, besides ``low``; the model is left as it was.
+
+    Raises:
+        AccuracyError: not even all of them are enough.
+        ValueError, TypeError: the model's output cannot be compared.
+    """
+    model = swap._model
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        exact = [output_rows(model, item) for item in sample]
+        if not all(bool(torch.isfinite(rows).all()) for rows in exact):
+            raise ValueError("optimize: the model's output on the sample is not finite: nothing compares with that")
+
+        def measure(kept: frozenset[str]) -> Similarity:
+            changed = swap(low | {swap.ids[name] for name in kept})
+            return similarity(exact, (output_rows(changed, item) for item in sample))
+
+        return choose_layers([name for name, key in swap.ids.items() if key not in low], measure, accuracy)
+    finally:
+        swap.undo()
+        for module in training:
+            module.training = True

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from deploy.bundle import Accuracy
+from deploy.bundle import VARIANTS, Accuracy
 from deploy.export.engines import Batch, Engine
 from deploy.export.errors import ExportError
 
@@ -25,17 +25,20 @@ _COSINE_BOUNDS: Mapping[str, Mapping[str, float]] = {
     "fp32": {"mean": 0.99999, "min": 0.99999},
     "bf16": {"mean": 0.9999, "min": 0.9995},
     "int8": {"mean": 0.985},
+    "torch_ext-int8": {"mean": 0.996, "min": 0.99},
 }
 # logit_error is the relative error of the logits over all texts: bf16 keeps 8 bits and errors of the layers add up.
 _AGREEMENT_BOUNDS: Mapping[str, Mapping[str, float]] = {
     "fp32": {"mean": 0.999, "max_prob_diff": 0.005, "logit_error": 0.005},
     "bf16": {"mean": 0.98, "max_prob_diff": 0.15, "logit_error": 0.05},
     "int8": {"mean": 0.9, "logit_error": 0.4},
+    "torch_ext-int8": {"mean": 0.95, "logit_error": 0.2},
 }
 _REGRESSION_BOUNDS: Mapping[str, Mapping[str, float]] = {
     "fp32": {"logit_error": 0.005},
     "bf16": {"logit_error": 0.05},
     "int8": {"logit_error": 0.4},
+    "torch_ext-int8": {"logit_error": 0.2},
 }
 _AT_MOST = frozenset({"max_prob_diff", "mean_prob_diff", "logit_error"})
 
@@ -43,11 +46,12 @@ BOUND_NAMES = ("mean", "min", "max_prob_diff", "mean_prob_diff", "logit_error")
 """What can be bounded; `mean` and `min` from below, the others from above."""
 
 
-def default_bounds(task: str, problem_type: str | None, dtype: str) -> dict[str, float]:
-    """The bounds of a variant that is stored as `dtype`."""
+def default_bounds(task: str, problem_type: str | None, variant: str) -> dict[str, float]:
+    """The bounds of a variant: its own, or those of everything that is stored with its dtype."""
+    bounds = _REGRESSION_BOUNDS if problem_type == "regression" else _AGREEMENT_BOUNDS
     if task == "feature-extraction":
-        return dict(_COSINE_BOUNDS[dtype])
-    return dict((_REGRESSION_BOUNDS if problem_type == "regression" else _AGREEMENT_BOUNDS)[dtype])
+        bounds = _COSINE_BOUNDS
+    return dict(bounds.get(variant) or bounds[VARIANTS[variant].dtype])
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Result:
     accuracy: Accuracy
     missed: Sequence[tuple[str, float, float]] = field(default_factory=list)
     worst: int = 0
+
+    def with_details(self, **figures: float) -> Result:
+        """The same, with further figures by name."""
+        details = {**self.accuracy.details, **{name: float(value) for name, value in figures.items()}}
+        return replace(self, accuracy=replace(self.accuracy, details=details))
 
     def __str__(self) -> str:
         """The missed bounds, such as `mean cosine 0.91 < 0.985`."""
@@ -100,7 +109,11 @@ class Comparison(ABC):
 
     def check(self, engine: Engine, work: Sequence[Batch], bounds: Mapping[str, float]) -> Result:
         """Runs a variant on the same batches and compares."""
-        per_text, details = self.measure([(batch, engine.run(batch)) for batch in work])
+        return self.judge([(batch, engine.run(batch)) for batch in work], bounds)
+
+    def judge(self, runs: Sequence[tuple[Batch, Floats]], bounds: Mapping[str, float]) -> Result:
+        """Compares what a variant made of the batches."""
+        per_text, details = self.measure(runs)
         values = np.nan_to_num(per_text, nan=-1.0, posinf=-1.0, neginf=-1.0)
         figures = {"mean": float(values.mean()), "min": float(values.min())}
         clean = {name: value if math.isfinite(value) else 1e30 for name, value in details.items()}

@@ -9,13 +9,18 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from deploy.bundle import Pooling
 from deploy.onnx_session import session_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from torch_ext import Encoder, Head
 
 __all__ = ["Batch", "Engine", "OnnxEngine", "TorchExtEngine", "TransformersEngine", "batches", "pool"]
 
@@ -131,10 +136,18 @@ class TransformersEngine:
 
 
 class TorchExtEngine:
-    """torch_ext on a safetensors file, without padding, as the server runs it."""
+    """torch_ext without padding, as the server runs it."""
 
-    def __init__(self, path: Path, dtype: str, task: str, pooling: Pooling | None) -> None:
-        """Loads the file and packs its weights.
+    def __init__(self, encoder: Encoder, head: Head | None, task: str, pooling: Pooling | None) -> None:
+        """Takes an encoder, and the head that the task needs."""
+        self._encoder = encoder
+        self._head = head
+        self._task = task
+        self._pooling = pooling
+
+    @classmethod
+    def load(cls, path: Path, dtype: str, task: str, pooling: Pooling | None) -> TorchExtEngine:
+        """Loads a file and packs its weights.
 
         Raises:
             ValueError: The file has no head, though the task needs one.
@@ -142,25 +155,33 @@ class TorchExtEngine:
         from torch_ext import Encoder, Head
 
         kind: Any = dtype
-        self._encoder = Encoder.load(str(path), dtype=kind)
-        self._head = None if task == "feature-extraction" else Head.load(str(path), dtype=kind)
-        if task != "feature-extraction" and self._head is None:
+        head = None if task == "feature-extraction" else Head.load(str(path), dtype=kind)
+        if task != "feature-extraction" and head is None:
             raise ValueError(f"{path}: expected a task head in it")
-        self._task = task
-        self._pooling = pooling
+        return cls(Encoder.load(str(path), dtype=kind), head, task, pooling)
 
     def run(self, batch: Batch) -> Floats:
         """See `Engine.run`."""
-        import torch
+        return self.finish(batch, *self.hidden(batch))
 
-        import torch_ext
+    def hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [tokens, width] and where texts begin, i32 [texts + 1]."""
+        import torch
 
         lengths = np.array([len(row) for row in batch.ids], np.int32)
         ends = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
         ids = torch.from_numpy(np.concatenate([np.asarray(row, np.int64) for row in batch.ids]))
         cu_seqlens = torch.from_numpy(ends)
         with torch.inference_mode():
-            hidden = self._encoder(ids, cu_seqlens)
+            return self._encoder(ids, cu_seqlens), cu_seqlens
+
+    def finish(self, batch: Batch, hidden: torch.Tensor, cu_seqlens: torch.Tensor) -> Floats:
+        """What the task makes of hidden states; see `Engine.run`."""
+        import torch
+
+        import torch_ext
+
+        with torch.inference_mode():
             if self._pooling is not None:
                 mode: Any = self._pooling.mode
                 pooled = torch_ext.pool(hidden, cu_seqlens, mode=mode, normalize=self._pooling.normalize)
@@ -168,7 +189,7 @@ class TorchExtEngine:
             assert self._head is not None
             if self._task == "fill-mask":
                 texts, positions = _mask_rows(batch)
-                rows = torch.from_numpy(ends[texts].astype(np.int64) + np.asarray(positions, np.int64))
+                rows = cu_seqlens.long()[texts] + torch.tensor(positions)
                 logits = self._head(hidden, rows)
             else:
                 logits = self._head.classify(hidden, cu_seqlens)

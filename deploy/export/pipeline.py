@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy import texts as text_sources
 from deploy.bundle import (
@@ -32,10 +32,15 @@ from deploy.bundle import (
 from deploy.export.accuracy import Comparison, Result, default_bounds, make_comparison
 from deploy.export.engines import Batch, Engine, OnnxEngine, TorchExtEngine, TransformersEngine, batches
 from deploy.export.errors import ExportError, first_line, is_disk_full
+from deploy.export.int8 import BoundMissed, choose_encoder
 from deploy.export.machine import available_memory_bytes, cpu_name, usable_cpus
 from deploy.export.progress import Progress, megabytes, quiet_libraries
 from deploy.export.source import Source
 from deploy.export.staging import Staging
+
+if TYPE_CHECKING:
+    from torch_ext import Encoder, Head
+    from torch_ext.sensitivity import Report
 
 __all__ = ["Options", "export", "step_count"]
 
@@ -59,6 +64,7 @@ class Options:
         threads: Threads to measure with; None: all that this process may use.
         speed_s: Seconds of measuring per variant; 0 measures no speed.
         force: Whether a target with contents is replaced.
+        accuracy: Mean cosine to fp32 that torch_ext-int8 has to reach, besides its bounds.
     """
 
     variants: Sequence[str]
@@ -68,6 +74,7 @@ class Options:
     threads: int | None = None
     speed_s: float = 2.0
     force: bool = False
+    accuracy: float | None = None
 
 
 def _read_texts(options: Options) -> tuple[list[str], str, str | None]:
@@ -237,7 +244,14 @@ def _load_model(source: Source) -> Any:
 
 def _required_bytes(source: Source, parameters: int, variants: Sequence[str]) -> int:
     """What an export needs on disk at its peak, estimated."""
-    per_parameter = {"torch_ext-bf16": 2.0, "torch-fp32": 4.0, "onnx-fp32": 4.0, "onnx-int8": 1.3}
+    # torch_ext-int8 has tables in bf16, and maybe layers.
+    per_parameter = {
+        "torch_ext-bf16": 2.0,
+        "torch_ext-int8": 2.0,
+        "torch-fp32": 4.0,
+        "onnx-fp32": 4.0,
+        "onnx-int8": 1.3,
+    }
     names = set(variants) | ({"onnx-fp32"} if "onnx-int8" in variants else set())
     # Tokenizers and graphs take some megabytes.
     total = sum(per_parameter[name] * parameters for name in names)
@@ -270,7 +284,7 @@ def _open_engine(name: str, folder: Path, source: Source, tokens: _Tokens, threa
     kind = VARIANTS[name]
     path = folder / kind.file
     if kind.engine == "torch_ext":
-        return TorchExtEngine(path, kind.dtype, source.task, source.pooling)
+        return TorchExtEngine.load(path, kind.dtype, source.task, source.pooling)
     return OnnxEngine(path, threads, source.task, source.pooling, tokens.pad_id)
 
 
@@ -397,11 +411,33 @@ def _fill(
         del reference
 
     shutil.copyfile(source.folder / CONFIG_FILE, folder / CONFIG_FILE)
+    bounds = {
+        name: {**default_bounds(source.task, problem_type, name), **options.bounds.get(name, {})} for name in names
+    }
+    report: Report | None = None
+    layers = 0
     for name in names:
-        if VARIANTS[name].engine == "torch_ext":
-            with progress.step(f"write {name}") as said:
-                _write_torch_ext(model, source, folder, name)
-                said.append(megabytes((folder / VARIANTS[name].file).stat().st_size))
+        kind = VARIANTS[name]
+        if kind.engine != "torch_ext":
+            continue
+        with progress.step(f"write {name}") as said, _told_as_export_error(name):
+            if kind.dtype == "int8":
+                try:
+                    encoder, head, report = choose_encoder(
+                        model, source, work, comparison, bounds[name], options.accuracy
+                    )
+                except BoundMissed as missed:
+                    _refuse(name, missed.result, names, " even with all layers in bf16")
+                    raise AssertionError("a result that missed its bound is refused") from missed
+                layers = len(encoder.linear_names)
+                said.append(f"{len(report.kept)} of {layers} linear layers in bf16")
+            else:
+                encoder, head = _read_torch_ext(model, source, kind.dtype)
+            encoder.save(str(folder / kind.file), head=head)
+            del encoder, head
+            said.append(megabytes((folder / kind.file).stat().st_size))
+    if report is not None and (report.layers or options.accuracy is not None):
+        progress.say(str(report))
     onnx_file = folder / VARIANTS["onnx-fp32"].file
     config = model.config
     if {"onnx-fp32", "onnx-int8"} & set(names):
@@ -415,26 +451,27 @@ def _fill(
 
     results: dict[str, tuple[Result, Speed | None]] = {}
     for name in names:
-        bounds = {**default_bounds(source.task, problem_type, VARIANTS[name].dtype), **options.bounds.get(name, {})}
         if name == "onnx-int8":
             results[name] = _make_int8(
-                folder, source, tokens, comparison, work, bounds, options, threads, config, progress
+                folder, source, tokens, comparison, work, bounds[name], options, threads, config, progress
             )
             continue
         with progress.step(f"verify {name}") as said:
             engine = _open_engine(name, folder, source, tokens, threads)
-            result = comparison.check(engine, work, bounds)
+            result = comparison.check(engine, work, bounds[name])
             speed = _speed(engine, work, options.speed_s, threads)
             del engine
             said.append(_describe(result.accuracy, speed))
             _refuse(name, result, names)
+            if name == "torch_ext-int8" and report is not None:
+                result = result.with_details(layers=layers, layers_in_bf16=len(report.kept))
             results[name] = result, speed
     if "onnx-fp32" not in names:
         for path in _files_of(folder, "onnx-fp32"):
             path.unlink(missing_ok=True)
 
     with progress.step("write the manifest") as said:
-        manifest = _manifest(source, folder, tokens, results, labels, problem_type, hidden_size)
+        manifest = _manifest(source, folder, tokens, results, labels, problem_type, hidden_size, report)
         lengths = [len(row) for row in ids]
         manifest = replace(
             manifest,
@@ -481,18 +518,22 @@ def _import_libraries(names: Sequence[str]) -> None:
             raise ExportError(f"{first_line(error, 600)}; or leave it out with --variants {left}") from error
 
 
-def _write_torch_ext(model: Any, source: Source, folder: Path, name: str) -> None:
-    from torch_ext import Encoder, Head
-
-    kind = VARIANTS[name]
-    dtype: Any = kind.dtype
+@contextlib.contextmanager
+def _told_as_export_error(name: str) -> Iterator[None]:
+    """Turns what torch_ext says of a model that it does not run into an `ExportError`."""
     try:
-        encoder = Encoder.from_transformers(model, dtype=dtype)
-        head = None if source.task == "feature-extraction" else Head.from_transformers(model, dtype=dtype)
+        yield
     except (ValueError, TypeError) as error:
         left = ",".join(other for other in VARIANTS if VARIANTS[other].engine != "torch_ext")
         raise ExportError(f"{name}: {first_line(error)}; leave it out with --variants {left}") from error
-    encoder.save(str(folder / kind.file), head=head)
+
+
+def _read_torch_ext(model: Any, source: Source, dtype: Any) -> tuple[Encoder, Head | None]:
+    """The encoder of a model, and its head if the task has one."""
+    from torch_ext import Encoder, Head
+
+    head = None if source.task == "feature-extraction" else Head.from_transformers(model, dtype=dtype)
+    return Encoder.from_transformers(model, dtype=dtype), head
 
 
 def _files_of(folder: Path, name: str) -> list[Path]:
@@ -513,15 +554,15 @@ def _describe(accuracy: Accuracy, speed: Speed | None) -> str:
     return text if speed is None else f"{text}, {speed.texts_per_s:.0f} texts/s"
 
 
-def _refuse(name: str, result: Result, names: Sequence[str]) -> None:
+def _refuse(name: str, result: Result, names: Sequence[str], how: str = "") -> None:
     if not result.missed:
         return
     others = ",".join(other for other in names if other != name)
     drop = f"leave it out with --variants {others}, or " if others else ""
     bound, measured, _ = result.missed[0]
     raise ExportError(
-        f"{name} misses its accuracy bound on {result.accuracy.texts} texts: {result}; {drop}change the bound with "
-        f"--bound {name}.{bound}=VALUE (measured {measured:.6g})"
+        f"{name} misses its accuracy bound on {result.accuracy.texts} texts{how}: {result}; {drop}change the bound "
+        f"with --bound {name}.{bound}=VALUE (measured {measured:.6g})"
     )
 
 
@@ -563,9 +604,8 @@ def _make_int8(
                 first = first or result
                 continue
             speed = _speed(engine, work, options.speed_s, threads)
-            details = {**result.accuracy.details, "layers": float(layers), "layers_in_fp32": float(len(kept))}
             said.append(_describe(result.accuracy, speed))
-            return replace(result, accuracy=replace(result.accuracy, details=details)), speed
+            return result.with_details(layers=layers, layers_in_fp32=len(kept)), speed
     assert first is not None
     _refuse("onnx-int8", first, options.variants)
     raise AssertionError("a result that missed its bound is refused")
@@ -579,6 +619,7 @@ def _manifest(
     labels: tuple[str, ...] | None,
     problem_type: str | None,
     hidden_size: int,
+    report: Report | None,
 ) -> Manifest:
     files: dict[str, FileEntry] = {
         path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST_FILE
@@ -596,6 +637,9 @@ def _manifest(
             accuracy=result.accuracy,
             speed=speed,
             extra_files=tuple(path.name for path in paths[1:]),
+            quantization=report.to_json()
+            if report is not None and kind.file == VARIANTS["torch_ext-int8"].file
+            else {},
         )
     return Manifest(
         root=folder,

@@ -216,7 +216,8 @@ class TorchEngine(_TaskEngine):
         """
         preferred = self._torch.ops.torch_ext._preferred_rows
         sizes = sorted({preferred(tokens) for tokens in range(1, max_batch_tokens + 1)})
-        if self._encoder.dtype != "bf16" or len(sizes) == max_batch_tokens:
+        has_bf16 = self._encoder.dtype == "bf16" or bool(self._encoder.kept_bf16)
+        if not has_bf16 or len(sizes) == max_batch_tokens:
             return  # These kernels make no code: all sizes are equally good.
         longest = self._manifest.max_tokens
         begun_s = time.monotonic()

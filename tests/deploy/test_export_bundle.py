@@ -38,6 +38,7 @@ def folder(tmp_path: Path) -> Path:
             files[kind.file].bytes,
             bundle.Accuracy("cosine", 0.999, 0.99, 8, {"mean": 0.985}, {"length_error": 0.0}),
             bundle.Speed(12.5, 2, "some CPU", 32) if name == "onnx-int8" else None,
+            quantization={"kept_bf16": ["layers.0.ffn.up"], "layers": []} if name == "onnx-int8" else {},
         )
 
     bundle.write_manifest(
@@ -73,6 +74,8 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert manifest.tokenizer_path == folder / "tokenizer.json"
     assert manifest.variant("onnx-int8").speed == bundle.Speed(12.5, 2, "some CPU", 32)
     assert manifest.variant("onnx-fp32").speed is None
+    assert manifest.variant("onnx-int8").quantization["kept_bf16"] == ["layers.0.ffn.up"]
+    assert manifest.variant("onnx-fp32").quantization == {}
     assert manifest.path("model.onnx").is_file()
 
 
@@ -80,6 +83,17 @@ def test_fields_of_a_later_minor_change_are_ignored(folder: Path) -> None:
     change(folder, lambda value: value.update(later={"a": 1}))
     change(folder, lambda value: value["variants"]["onnx-fp32"].update(later=[1]))
     assert load_manifest(folder).task == "feature-extraction"
+
+
+def test_bundles_of_before_are_read(folder: Path) -> None:
+    """Without variants that exist today, and without fields that are optional."""
+    change(folder, lambda value: value["variants"]["onnx-int8"].pop("quantization"))
+    change(folder, lambda value: value["variants"]["onnx-fp32"].pop("extra_files"))
+    manifest = load_manifest(folder)
+    assert list(manifest.variants) == ["onnx-int8", "onnx-fp32"]
+    assert manifest.variant("onnx-int8").quantization == {}
+    with pytest.raises(BundleError, match="no variant 'torch_ext-int8' in this bundle; choose one of onnx-int8, onnx-"):
+        manifest.variant("torch_ext-int8")
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def test_usage(capsys: Capture) -> None:
     ("options", "message"),
     [
         (["--task", "translation"], "invalid choice: 'translation'"),
-        (["--variants", "onnx-int4"], "expected names of torch_ext-bf16, onnx-int8, onnx-fp32, torch-fp32"),
+        (["--variants", "onnx-int4"], "expected names of torch_ext-bf16, torch_ext-int8, onnx-int8, onnx-f"),
+        (["--accuracy", "1.5"], "expected a number above 0 and at most 1, got 1.5"),
+        (["--accuracy", "0.99", "--variants", "onnx-fp32"], "--accuracy is for torch_ext-int8, and the variants are o"),
         (["--variants", ","], "expected names of"),
         (["--bound", "onnx-int8=0.9"], "expected onnx-int8.mean=0.98, NAME one of mean, min"),
         (["--bound", "onnx-int8.mean=much"], "expected onnx-int8.mean=0.98"),
@@ -213,6 +215,7 @@ def test_configuration_that_torch_ext_does_not_run(
     [
         ("onnx-int8", "mean", "torch_ext-bf16", r"mean cosine 0\.99\d+ < 0.999999"),
         ("torch_ext-bf16", "min", "onnx-int8", r"min cosine 0\.99\d+ < 0.999999"),
+        ("torch_ext-int8", "min", "torch_ext-bf16", r"min cosine 0\.99\d+ < 0.999999"),
     ],
 )
 def test_bounds_that_are_missed(
@@ -224,11 +227,12 @@ def test_bounds_that_are_missed(
     tmp_path: Path,
     capsys: Capture,
 ) -> None:
-    options = [*QUICK[:-1], "torch_ext-bf16,onnx-int8", "--bound", f"{variant}.{bound}=0.999999"]
+    options = [*QUICK[:-1], f"{variant},{others}", "--bound", f"{variant}.{bound}=0.999999"]
+    how = " even with all layers in bf16" if variant == "torch_ext-int8" else ""
     target = tmp_path / "out"
     message = (
-        f"{variant} misses its accuracy bound on 4 texts: {measured}; leave it out with --variants {others}, or change "
-        f"the bound with --bound {variant}.{bound}=VALUE"
+        f"{variant} misses its accuracy bound on 4 texts{how}: {measured}; leave it out with --variants {others}, or "
+        f"change the bound with --bound {variant}.{bound}=VALUE"
     )
     fails(capsys, [str(tiny_model()), "-o", str(target), *options], message)
     assert no_bundle(tmp_path)

@@ -34,7 +34,14 @@ ROOT = Path(__file__).resolve().parents[2]
 BundleMaker = Callable[[str, str], Path]
 
 # Lowest cosine to transformers in fp32: bf16 as the issue bounds it; int8 a little below its bound on the mean.
-COSINE = {"torch_ext-bf16": 0.9995, "onnx-int8": 0.95, "onnx-fp32": 0.99999, "torch-fp32": 0.99999}
+# int8: of the empty text; its two tokens have few large numbers, which take the steps of the others.
+COSINE = {
+    "torch_ext-bf16": 0.9995,
+    "torch_ext-int8": 0.975,
+    "onnx-int8": 0.95,
+    "onnx-fp32": 0.99999,
+    "torch-fp32": 0.99999,
+}
 
 # Starts the command with modules that it must not import, and prints at the end what it did import.
 RUNNER = """
@@ -241,7 +248,7 @@ def reference_model(folder: Path, auto: str) -> tuple[Any, Any]:
 TASK_TEXTS = ["the name of the file", "returns a list of all values in the object", "x"]
 
 
-@pytest.mark.parametrize("variant", ["torch_ext-bf16", "onnx-fp32", "torch-fp32"])
+@pytest.mark.parametrize("variant", ["torch_ext-bf16", "torch_ext-int8", "onnx-fp32", "torch-fp32"])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
 def test_predict_equals_transformers(
     tiny_bundle: BundleMaker, tiny_model: Callable[..., Path], model_type: str, variant: str
@@ -258,12 +265,13 @@ def test_predict_equals_transformers(
         with torch.inference_mode():
             expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         assert [item["score"] for item in scores] == sorted((item["score"] for item in scores), reverse=True)
+        bound = {"torch_ext-bf16": 0.02, "torch_ext-int8": 0.04}.get(variant, 1e-5)
         for item in scores:
             index = model.config.label2id[item["label"]]
-            assert item["score"] == pytest.approx(float(expected[index]), abs=0.02 if "bf16" in variant else 1e-5)
+            assert item["score"] == pytest.approx(float(expected[index]), abs=bound)
 
 
-@pytest.mark.parametrize("variant", ["torch_ext-bf16", "onnx-fp32", "torch-fp32"])
+@pytest.mark.parametrize("variant", ["torch_ext-bf16", "torch_ext-int8", "onnx-fp32", "torch-fp32"])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
 def test_fill_mask_equals_transformers(
     tiny_bundle: BundleMaker, tiny_model: Callable[..., Path], model_type: str, variant: str
@@ -287,7 +295,7 @@ def test_fill_mask_equals_transformers(
         for row, place in zip(rows, places, strict=True):
             scores = [item["score"] for item in place]
             assert scores == sorted(scores, reverse=True)
-            bound = 0.05 if "bf16" in variant else 1e-4
+            bound = {"torch_ext-bf16": 0.05, "torch_ext-int8": 0.15}.get(variant, 1e-4)
             np.testing.assert_allclose(
                 scores, expected[row].sort(descending=True).values[: len(scores)].numpy(), rtol=bound, atol=1e-6
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -203,6 +204,11 @@ def test_forced_isa_is_told() -> None:
     report = json.loads(run("--json", TORCH_EXT_ISA="portable").stdout)
     finding = next(finding for finding in report["findings"] if finding["name"] == "kernels")
     assert finding["status"] == expected or "no bf16" in finding["detail"]
+    assert finding["detail"].startswith("portable on ")
+    kernel = torch_ext.isa_report()["int8_kernels"][-1]
+    plain = json.loads(run("--json").stdout)
+    detail = next(finding["detail"] for finding in plain["findings"] if finding["name"] == "kernels")
+    assert kernel.endswith(re.search(r"int8 with (\w+)", detail)[1])
 
 
 def test_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:

@@ -267,8 +267,8 @@ def test_construction_errors(generator: torch.Generator) -> None:
         changed = {name: tensor for name, tensor in {**weights, **change}.items() if tensor is not None}
         with pytest.raises(ValueError, match=match):
             Encoder(SPEC, changed)
-    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
-        Encoder(SPEC, weights, "int8")
+    with pytest.raises(ValueError, match="unknown dtype 'i8'; known: 'bf16', 'fp32', 'int8'"):
+        Encoder(SPEC, weights, "i8")
     for match, change in (
         ("num_heads=5 does not divide hidden_size=32", {"num_heads": 5}),
         ("num_layers of at least 1", {"num_layers": 0}),

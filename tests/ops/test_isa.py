@@ -107,7 +107,7 @@ def test_other_architectures_names_raise() -> None:
     assert "TORCH_EXT_ISA" in process.stdout
 
 
-PARTS = ("linear", "matmul", "accelerate", "attention", "rows", "encoder", "registration")
+PARTS = ("linear", "matmul", "accelerate", "attention", "rows", "encoder", "int8", "registration")
 
 
 @pytest.mark.slow

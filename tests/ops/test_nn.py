@@ -273,7 +273,7 @@ def test_gradients_are_refused(model: nn.Sequential) -> None:
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
-        (ValueError, "unknown dtype 'int8'; known: 'bf16'", lambda model: torch_ext.optimize(model, dtype="int8")),
+        (ValueError, "unknown dtype 'i8'; known: 'bf16', 'int8'", lambda model: torch_ext.optimize(model, dtype="i8")),
         (ValueError, "skip names no nn.Linear .*: no", lambda model: torch_ext.optimize(model, skip=["1", "no"])),
         (ValueError, "has no nn.Linear", lambda model: torch_ext.optimize(nn.LayerNorm(3))),
         (ValueError, "got meta: load the weights", lambda model: torch_ext.optimize(model.to("meta"))),

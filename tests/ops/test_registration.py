@@ -22,6 +22,7 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
 
     bf16 = torch.bfloat16
     packed = torch_ext.pack_linear_weight(rand(13, 24))
+    packed_int8 = torch_ext.pack_linear_weight_int8(rand(13, 24))
     bounds = reference.cu_seqlens([3, 2])
     ids = torch.tensor([1, 4, 0, 9, 2])
     tables = (rand(10, 8), rand(6, 8), rand(2, 8))
@@ -33,8 +34,15 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
             ((rand(24, 13, dtype=bf16),), {"transposed": True}),
         ],
         "unpack_linear_weight": [((packed,), {})],
+        "pack_linear_weight_int8": [
+            ((rand(13, 24),), {}),
+            ((rand(13, 24, dtype=bf16),), {}),
+            ((torch.randint(-127, 128, (13, 24), generator=generator, dtype=torch.int8), rand(13).abs()), {}),
+        ],
+        "unpack_linear_weight_int8": [((packed_int8,), {})],
         "linear": [
             ((rand(5, 24), packed), {}),
+            ((rand(2, 3, 24, dtype=bf16), packed_int8, rand(13)), {"activation": "gelu", "residual": rand(2, 3, 13)}),
             ((rand(2, 3, 24, dtype=bf16), packed, rand(13)), {"activation": "gelu", "out_dtype": torch.float32}),
             ((rand(24, 5).T, packed), {"out_dtype": bf16, "residual": rand(5, 13)}),
             ((rand(24), packed, rand(13, dtype=bf16), "tanh"), {}),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec, check_dtype, check_weights
 
-__all__ = ["has_part", "read", "write"]
+__all__ = ["has_part", "read", "stored_dtype", "write"]
 
 FORMAT = "torch-ext-encoder"
 FORMAT_VERSION = 1
@@ -73,19 +73,30 @@ def has_part(path: Path, part: str) -> bool:
     return part in _open(path)[0]
 
 
+def stored_dtype(path: Path) -> str:
+    """What the encoder in a file was saved as.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`read`.
+    """
+    return _open(path)[0].get("dtype", "unknown")
+
+
 def read(path: Path, part: str, spec_type: type[Spec], dtype: str) -> tuple[Spec, dict[str, Tensor]]:
     """The specification and weights of the encoder or head in a file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another format or version, or holds bf16 where fp32 is asked for.
+        ValueError: the file is damaged, of another format or version, or holds less than what is asked for: bf16 where
+            that is fp32, int8 where it is bf16.
     """
     check_dtype(dtype)
     metadata, file = _open(path)
-    if dtype == "fp32" and metadata.get("dtype") != "fp32":
-        raise ValueError(
-            f"{path} holds {metadata.get('dtype')} weights, fp32 was asked for: load the fp32 file instead"
-        )
+    stored = metadata.get("dtype")
+    # A head has no int8 weights, whatever the encoder beside it has.
+    needed = {"fp32": ("fp32",), "bf16": ("fp32", "bf16"), "int8": ("fp32", "bf16", "int8")}[dtype]
+    if stored not in needed and not (part == "head" and dtype == "bf16" and stored == "int8"):
+        raise ValueError(f"{path} holds {stored} weights, {dtype} was asked for: load the {dtype} file instead")
     try:
         fields = dict(json.loads(metadata[part]))
         unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(spec_type)})

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -27,7 +27,10 @@ from torch_ext.encoder.spec import (
     check_weights,
     is_matrix,
     is_table,
+    scale_name,
 )
+from torch_ext.patterns import select
+from torch_ext.quantize import quantize_weight
 
 __all__ = ["Encoder", "Head", "LayerWeights"]
 
@@ -43,6 +46,8 @@ _pool = torch.ops.torch_ext.pool.default
 _encoder_forward = torch.ops.torch_ext.encoder_forward.default
 _pack = torch.ops.torch_ext.pack_linear_weight.default
 _unpack = torch.ops.torch_ext.unpack_linear_weight.default
+_pack_int8 = torch.ops.torch_ext.pack_linear_weight_int8.default
+_unpack_int8 = torch.ops.torch_ext.unpack_linear_weight_int8.default
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -77,27 +82,65 @@ class _Weighted(Generic[Spec]):
 
     spec: Spec
     dtype: Dtype
+    kept_bf16: tuple[str, ...]
 
-    def __init__(self, spec: Spec, weights: Mapping[str, Tensor], dtype: Dtype = "bf16") -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        weights: Mapping[str, Tensor],
+        dtype: Dtype = "bf16",
+        keep_bf16: str | Iterable[str] = (),
+    ) -> None:
         """Pack weights.
 
         Args:
             spec: what to compute.
-            weights: fp32 or bf16 tensors with the names and shapes of ``spec.shapes()``; they are copied.
-            dtype: ``"bf16"`` or ``"fp32"``.
+            weights: fp32 or bf16 tensors with the names and shapes of ``spec.shapes()``; they are copied. For an int8
+                encoder matrices may be quantized already: i8, with fp32 ``NAME.weight_scale`` ``[N]`` beside them.
+            dtype: ``"bf16"``, ``"fp32"`` or ``"int8"``.
+            keep_bf16: linear layers of an int8 encoder to leave in bf16: names, or ``fnmatch`` patterns of names, such
+                as ``"layers.0.ffn.down"``; ``"layers.0"`` means all in that layer.
 
         Raises:
-            ValueError: ``dtype`` is not known, or a name, shape or dtype is wrong.
+            ValueError: ``dtype`` is not known, a name, shape or dtype is wrong, or ``keep_bf16`` names no linear layer,
+                or one that is quantized already.
         """
         self.spec = spec
         self.dtype = check_dtype(dtype)
         check_weights(spec.shapes(), weights)
-        self._tensors = {name: self._convert(name, tensor.detach()) for name, tensor in weights.items()}
+        self.kept_bf16 = self._select_kept(weights, keep_bf16)
+        self._tensors = {
+            name: self._convert(name, tensor.detach(), weights.get(scale_name(name)))
+            for name, tensor in weights.items()
+            if name in spec.shapes()
+        }
 
-    def _convert(self, name: str, tensor: Tensor) -> Tensor:
-        if is_matrix(name) and self.dtype == "bf16":
-            packed: Tensor = _pack(tensor.contiguous())
+    def _select_kept(self, weights: Mapping[str, Tensor], keep_bf16: str | Iterable[str]) -> tuple[str, ...]:
+        """The names of the linear layers that ``keep_bf16`` means, checked."""
+        kind = type(self).__name__
+        layers = [name.removesuffix(".weight") for name in self.spec.shapes() if is_matrix(name)]
+        kept = select(f"{kind}: keep_bf16", layers, keep_bf16)
+        quantized = {name for name in layers if weights[f"{name}.weight"].dtype == torch.int8}
+        if kept and self.dtype != "int8":
+            raise ValueError(f"{kind}: keep_bf16 means nothing with dtype={self.dtype!r}, only with 'int8'")
+        if quantized and self.dtype != "int8":
+            raise ValueError(f"{kind}: expected fp32 or bf16 weights for dtype={self.dtype!r}, got int8 ones")
+        if quantized.intersection(kept):
+            names = ", ".join(sorted(quantized.intersection(kept)))
+            raise ValueError(f"{kind}: cannot keep {names} in bf16, being quantized already: start from other weights")
+        return kept
+
+    def _is_int8(self, name: str) -> bool:
+        """Whether a weight is, or becomes, a packed matrix of int8."""
+        return self.dtype == "int8" and is_matrix(name) and name.removesuffix(".weight") not in self.kept_bf16
+
+    def _convert(self, name: str, tensor: Tensor, scale: Tensor | None) -> Tensor:
+        if self._is_int8(name):
+            quantized, scale = (tensor, scale) if scale is not None else quantize_weight(tensor)
+            packed: Tensor = _pack_int8(quantized.contiguous(), scale.detach())
             return packed
+        if is_matrix(name) and self.dtype != "fp32":
+            return _pack(tensor.contiguous())  # type: ignore[no-any-return]
         kind = DTYPES[self.dtype] if is_table(name) else torch.float32
         return tensor.to(kind, copy=True).contiguous()
 
@@ -111,7 +154,7 @@ class _Weighted(Generic[Spec]):
         residual: Tensor | None = None,
     ) -> Tensor:
         """``activation(x @ weight.T + bias) + residual``, with a weight as :meth:`_convert` leaves it."""
-        if self.dtype == "bf16":
+        if self.dtype != "fp32":
             result: Tensor = _linear(x, weight, bias, activation, out_dtype, residual)
             return result
         result = _ACTIVATIONS[activation](F.linear(x.float(), weight, bias))
@@ -125,21 +168,31 @@ class _Weighted(Generic[Spec]):
         return result
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights by name, unpacked: matrices and tables in ``dtype``, the rest fp32."""
-        packed = self.dtype == "bf16"
-        return {
-            name: _unpack(tensor) if packed and is_matrix(name) else tensor for name, tensor in self._tensors.items()
-        }
+        """The weights by name, unpacked, as the constructor takes them.
+
+        Returns:
+            Matrices and tables in ``dtype``, the rest fp32. With int8: matrices i8 ``NAME.weight`` with fp32
+            ``NAME.weight_scale`` ``[N]``, but bf16 in layers that are kept so; tables bf16.
+        """
+        result: dict[str, Tensor] = {}
+        for name, tensor in self._tensors.items():
+            if self._is_int8(name):
+                result[name], result[scale_name(name)] = _unpack_int8(tensor)
+            elif is_matrix(name) and self.dtype != "fp32":
+                result[name] = _unpack(tensor)
+            else:
+                result[name] = tensor
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"spec": self.spec, "dtype": self.dtype, "weights": self.weights()}
+        return {"spec": self.spec, "dtype": self.dtype, "weights": self.weights(), "keep_bf16": self.kept_bf16}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["spec"], state["weights"], state["dtype"])  # type: ignore[misc]
+        self.__init__(state["spec"], state["weights"], state["dtype"], state.get("keep_bf16", ()))  # type: ignore[misc]
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights as the ops read them: matrices packed in bf16 or plain in fp32, the rest fp32.
+    """One layer's weights as the ops read them: matrices packed in bf16 or int8 or plain in fp32, the rest fp32.
 
     The norm of attention is None where the specification leaves it out.
     """
@@ -166,11 +219,19 @@ class Encoder(_Weighted[EncoderSpec]):
 
     Attributes:
         spec: what it computes.
-        dtype: ``"bf16"`` or ``"fp32"``, of weights, products and the hidden state.
+        dtype: ``"bf16"`` or ``"fp32"``, of weights, products and the hidden state; ``"int8"``, of the weights and
+            products of linear layers, while all else is as with ``"bf16"``.
+        kept_bf16: names of the linear layers of an int8 encoder that stayed in bf16.
     """
 
-    def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor], dtype: Dtype = "bf16") -> None:
-        super().__init__(spec, weights, dtype)
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        weights: Mapping[str, Tensor],
+        dtype: Dtype = "bf16",
+        keep_bf16: str | Iterable[str] = (),
+    ) -> None:
+        super().__init__(spec, weights, dtype, keep_bf16)
         # What follows from the specification and is used in every call: angles [max_positions, head_dim], biases of
         # scores [num_heads, 2 * max_distance + 1].
         self._rotary = rotary_table(spec, spec.rotary_theta) if spec.rotary_theta else None
@@ -194,24 +255,33 @@ class Encoder(_Weighted[EncoderSpec]):
         return LayerWeights(*(self._tensors.get(name) for name in names))  # type: ignore[arg-type]
 
     @classmethod
-    def from_transformers(cls, model: nn.Module, dtype: Dtype = "bf16") -> Encoder:
+    def from_transformers(cls, model: nn.Module, dtype: Dtype = "bf16", keep_bf16: str | Iterable[str] = ()) -> Encoder:
         """Take the encoder out of a Hugging Face model.
 
         Args:
             model: of an architecture in :data:`torch_ext.encoder.ARCHITECTURES`, such as ``BertModel``, or a model
                 with a head on top of one (the head is left behind; see :class:`Head`), fp32 or bf16 on the CPU. One
                 that :func:`torch_ext.optimize` has been over will do, too.
-            dtype: ``"bf16"`` or ``"fp32"``.
+            dtype: ``"bf16"``, ``"fp32"`` or ``"int8"``.
+            keep_bf16: linear layers of an int8 encoder to leave in bf16: names, or ``fnmatch`` patterns of names, such
+                as ``"layers.0.ffn.down"``; ``"layers.0"`` means all in that layer. The layers of a model are named by
+                :attr:`linear_names`; which to keep, :func:`torch_ext.sensitivity.choose_layers` measures.
 
         Returns:
             The encoder, with its own copy of the weights.
 
         Raises:
             TypeError: ``model`` has no transformers configuration.
-            ValueError: the architecture, or an option of it, is not supported; the message says what is.
+            ValueError: the architecture, or an option of it, is not supported; the message says what is. Or
+                ``keep_bf16`` names no linear layer.
         """
         spec, weights = read_encoder(model)
-        return cls(spec, weights, dtype)
+        return cls(spec, weights, dtype, keep_bf16)
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """The names of all linear layers, from the embeddings up."""
+        return tuple(name.removesuffix(".weight") for name in self.spec.shapes() if is_matrix(name))
 
     def __call__(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Run a batch of texts.
@@ -223,7 +293,7 @@ class Encoder(_Weighted[EncoderSpec]):
             token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
 
         Returns:
-            The last hidden state, ``[T, H]``, bf16 or fp32 as ``dtype`` says. It never requires grad.
+            The last hidden state, ``[T, H]``, fp32 if ``dtype`` is, else bf16. It never requires grad.
 
         Raises:
             TypeError: an argument has the wrong dtype.
@@ -373,9 +443,10 @@ class Encoder(_Weighted[EncoderSpec]):
         weights = self.weights()
         metadata = {"encoder": json.dumps(dataclasses.asdict(self.spec))}
         if head is not None:
-            if head.spec.hidden_size != self.spec.hidden_size or head.dtype != self.dtype:
+            kind = "bf16" if self.dtype == "int8" else self.dtype
+            if head.spec.hidden_size != self.spec.hidden_size or head.dtype != kind:
                 raise ValueError(
-                    f"Encoder.save: expected a head of hidden_size={self.spec.hidden_size}, {self.dtype}, got "
+                    f"Encoder.save: expected a head of hidden_size={self.spec.hidden_size}, {kind}, got "
                     f"{head.spec.hidden_size}, {head.dtype}"
                 )
             weights.update(head.weights())
@@ -388,22 +459,30 @@ class Encoder(_Weighted[EncoderSpec]):
 
         Args:
             path: the file.
-            dtype: ``"bf16"`` or ``"fp32"``; a bf16 file cannot be loaded as fp32.
+            dtype: ``"bf16"``, ``"fp32"`` or ``"int8"``. A file can be loaded as what it was saved as, or as less: a
+                bf16 or fp32 file is quantized when it is loaded as int8. An int8 file keeps the layers in bf16 that it
+                was saved with.
 
         Returns:
             The encoder.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, of another format or version, or holds bf16 where fp32 is asked for.
+            ValueError: the file is damaged, of another format or version, or holds less than what is asked for.
         """
-        spec, weights = files.read(Path(path), "encoder", EncoderSpec, dtype)
-        return cls(spec, weights, dtype)
+        path = Path(path)
+        spec, weights = files.read(path, "encoder", EncoderSpec, dtype)
+        kept: list[str] = []
+        if files.stored_dtype(path) == "int8":
+            matrices = (name for name, tensor in weights.items() if is_matrix(name) and tensor.dtype != torch.int8)
+            kept = [name.removesuffix(".weight") for name in matrices]
+        return cls(spec, weights, dtype, kept)
 
     def __repr__(self) -> str:
         spec = self.spec
+        kept = f" ({len(self.kept_bf16)} of {len(self.linear_names)} linear layers in bf16)" if self.kept_bf16 else ""
         return (
-            f"Encoder({spec.architecture}, dtype={self.dtype}, hidden_size={spec.hidden_size}, "
+            f"Encoder({spec.architecture}, dtype={self.dtype}{kept}, hidden_size={spec.hidden_size}, "
             f"num_layers={spec.num_layers}, num_heads={spec.num_heads}, max_positions={spec.max_positions})"
         )
 
@@ -413,10 +492,23 @@ class Head(_Weighted[HeadSpec]):
 
     Made by :meth:`from_transformers` or :meth:`load`, and immutable.
 
+    Beside an int8 encoder it stays in bf16, and that is what ``dtype="int8"`` means here: it runs on a few rows of a
+    batch, one for each text or mask, so that int8 would hardly save time, and nothing after it (no norm, no pooling)
+    would even out the error that int8 puts into its logits.
+
     Attributes:
         spec: what it computes.
         dtype: ``"bf16"`` or ``"fp32"``, of weights and products.
     """
+
+    def __init__(
+        self,
+        spec: HeadSpec,
+        weights: Mapping[str, Tensor],
+        dtype: Dtype = "bf16",
+        keep_bf16: str | Iterable[str] = (),
+    ) -> None:
+        super().__init__(spec, weights, "bf16" if dtype == "int8" else dtype, keep_bf16)
 
     @classmethod
     def from_transformers(cls, model: nn.Module, dtype: Dtype = "bf16") -> Head:
@@ -425,7 +517,7 @@ class Head(_Weighted[HeadSpec]):
         Args:
             model: ``*ForSequenceClassification``, ``*ForTokenClassification`` or ``*ForMaskedLM`` of an architecture
                 in :data:`torch_ext.encoder.ARCHITECTURES`, on the CPU.
-            dtype: ``"bf16"`` or ``"fp32"``.
+            dtype: ``"bf16"`` or ``"fp32"``; ``"int8"`` is taken for bf16.
 
         Returns:
             The head, with its own copy of the weights.
@@ -514,7 +606,7 @@ class Head(_Weighted[HeadSpec]):
 
         Args:
             path: the file.
-            dtype: ``"bf16"`` or ``"fp32"``; a bf16 file cannot be loaded as fp32.
+            dtype: ``"bf16"`` or ``"fp32"``; a bf16 or int8 file cannot be loaded as fp32. ``"int8"`` is taken for bf16.
 
         Returns:
             The head, or None if the file has none.

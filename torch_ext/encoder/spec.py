@@ -11,13 +11,24 @@ from torch import Tensor
 
 from torch_ext.ops import ACTIVATIONS
 
-__all__ = ["DTYPES", "Dtype", "EncoderSpec", "HeadSpec", "check_dtype", "check_weights", "is_matrix", "is_table"]
+__all__ = [
+    "DTYPES",
+    "Dtype",
+    "EncoderSpec",
+    "HeadSpec",
+    "check_dtype",
+    "check_weights",
+    "is_matrix",
+    "is_table",
+    "scale_name",
+]
 
-Dtype = Literal["bf16", "fp32"]
+Dtype = Literal["bf16", "fp32", "int8"]
 
 TASKS = ("text-classification", "token-classification", "fill-mask")
 
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}
+"""By the dtype of an encoder, that of its tables and its hidden state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,26 +240,40 @@ def check_dtype(dtype: str) -> Dtype:
         return "bf16"
     if dtype == "fp32":
         return "fp32"
-    raise ValueError(f"unknown dtype {dtype!r}; known: 'bf16', 'fp32'")
+    if dtype == "int8":
+        return "int8"
+    raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(map(repr, DTYPES))}")
+
+
+def scale_name(name: str) -> str:
+    """The name of an int8 matrix's scales, one for each row."""
+    return f"{name}_scale"
 
 
 def check_weights(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:
-    """Check that exactly the named tensors are there, with their shapes, floating-point and on the CPU.
+    """Check that exactly the named tensors are there, with their shapes, on the CPU.
+
+    All are fp32 or bf16. Matrices may be i8 instead, and have fp32 scales ``[N]`` beside them then.
 
     Raises:
         ValueError: a name, shape, dtype or device is wrong.
     """
+    quantized = {name for name in shapes if is_matrix(name) and name in weights and weights[name].dtype == torch.int8}
+    shapes = {**shapes, **{scale_name(name): shapes[name][:1] for name in quantized}}
     missing, extra = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or extra:
         raise ValueError(
             f"weights do not fit the specification: missing {missing or 'none'}, unexpected {extra or 'none'}"
         )
+    scales = {scale_name(name) for name in quantized}
     for name, shape in shapes.items():
         tensor = weights[name]
         if tuple(tensor.shape) != shape:
             raise ValueError(f"expected {name} {list(shape)}, got {list(tensor.shape)}")
-        if tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
-            raise ValueError(f"expected {name} of fp32 or bf16 on the CPU, got {tensor.dtype} on {tensor.device}")
+        allowed = (torch.float32,) if name in scales else (torch.float32, torch.bfloat16)
+        if tensor.device.type != "cpu" or (tensor.dtype not in allowed and name not in quantized):
+            expected = "fp32" if name in scales else "fp32 or bf16"
+            raise ValueError(f"expected {name} of {expected} on the CPU, got {tensor.dtype} on {tensor.device}")
 
 
 def is_matrix(name: str) -> bool:

@@ -1,0 +1,100 @@
+"""The int8 encoder of torch_ext: which of its linear layers stay in bf16 is measured on the texts of the export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deploy.export.accuracy import Comparison, Result
+from deploy.export.engines import Batch, TorchExtEngine
+from deploy.export.errors import ExportError
+from deploy.export.source import Source
+
+if TYPE_CHECKING:
+    from torch_ext import Encoder, Head
+    from torch_ext.sensitivity import Report, Similarity
+
+__all__ = ["BoundMissed", "choose_encoder"]
+
+_RANKED_ON = 4
+"""Layers are ranked on every fourth batch; whether a choice of them is good enough, all texts tell."""
+
+
+class BoundMissed(Exception):  # noqa: N818 - told as an ExportError
+    """Not even with all layers in bf16 are the bounds kept.
+
+    Attributes:
+        result: What was measured then.
+    """
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(str(result))
+        self.result = result
+
+
+def choose_encoder(
+    model: Any,
+    source: Source,
+    work: Sequence[Batch],
+    comparison: Comparison,
+    bounds: Mapping[str, float],
+    accuracy: float | None,
+) -> tuple[Encoder, Head | None, Report]:
+    """Quantizes a model as far as its bounds allow.
+
+    Args:
+        model: The model in fp32, of transformers.
+        source: What its folder says.
+        work: The texts, in batches.
+        comparison: Holds what transformers computed for them.
+        bounds: Bounds of the variant.
+        accuracy: Mean cosine to fp32 to reach besides: of embeddings, or where the task is another, of the mean of each
+            text's hidden states.
+
+    Returns:
+        The encoder, the head if the task has one, and what was measured.
+
+    Raises:
+        ExportError: All layers in bf16 miss `accuracy`.
+        BoundMissed: They miss another bound.
+        ValueError, TypeError: torch_ext does not run the model.
+    """
+    import torch
+
+    import torch_ext
+    from torch_ext import Encoder, Head
+    from torch_ext.sensitivity import AccuracyError, Mixtures, choose_layers, similarity
+
+    mixtures = Mixtures(model)
+    head = None if source.task == "feature-extraction" else Head.from_transformers(model, dtype="int8")
+    mode: Any = source.pooling.mode if source.pooling is not None else "mean"
+
+    def run(encoder: Encoder, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[tuple[Batch, Any]]]:
+        """A row per text, and what the task makes of them."""
+        engine = TorchExtEngine(encoder, head, source.task, source.pooling)
+        rows, outputs = [], []
+        for batch in batches:
+            hidden, cu_seqlens = engine.hidden(batch)
+            rows.append(torch_ext.pool(hidden, cu_seqlens, mode=mode))
+            outputs.append((batch, engine.finish(batch, hidden, cu_seqlens)))
+        return rows, outputs
+
+    exact, _ = run(Encoder.from_transformers(model, dtype="fp32"), work)
+    results: dict[frozenset[str], Result] = {}
+
+    def measure(kept: frozenset[str]) -> Similarity:
+        rows, outputs = run(mixtures(kept), work)
+        results[kept] = comparison.judge(outputs, bounds)
+        return similarity(exact, rows, not results[kept].missed)
+
+    def rank(kept: frozenset[str]) -> Similarity:
+        return similarity(exact[::_RANKED_ON], run(mixtures(kept), work[::_RANKED_ON])[0])
+
+    try:
+        report = choose_layers(mixtures.names, measure, accuracy, rank if len(work) > _RANKED_ON else None)
+    except AccuracyError as error:
+        result = results[frozenset(mixtures.names)]
+        if result.missed:
+            raise BoundMissed(result) from error
+        raise ExportError(f"--accuracy {accuracy:g}: torch_ext-int8: {error}") from error
+    return mixtures(report.kept), head, report

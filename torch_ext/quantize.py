@@ -1,0 +1,51 @@
+"""Weights of linear layers as int8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["dequantize_weight", "quantize_weight"]
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize the rows of a weight, each by its largest magnitude, symmetrically.
+
+    Scales are rounded up to 16 significant bits, so that ``scale * q`` is exact in fp32 for every ``q``: quantizing
+    what :func:`dequantize_weight` gives in fp32 gives the same ``q`` and scales again.
+
+    Args:
+        weight: fp32 or bf16 ``[N, K]``, finite, on the CPU.
+
+    Returns:
+        ``q``, i8 ``[N, K]`` from -127 to 127, and ``scale``, fp32 ``[N]``; row ``j`` of the weight is about
+        ``scale[j] * q[j]``.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    wide = weight.detach().to(torch.float32)
+    largest = wide.abs().amax(dim=1)
+    if not bool(torch.isfinite(largest).all()):
+        row = int((~torch.isfinite(largest)).nonzero()[0])
+        raise ValueError(f"cannot quantize a weight to int8: row {row} holds a number that is not finite")
+    mantissa, exponent = torch.frexp(largest / 127)
+    scale = torch.ldexp(torch.ceil(mantissa * 2.0**16) / 2.0**16, exponent)
+    # Smaller rows count as zero: the reciprocal of their scale would not be finite.
+    scale = torch.where(largest < 4e-37, 0.0, scale)
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    quantized = (wide * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return quantized, scale
+
+
+def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
+    """The weight that ``quantized`` and ``scale`` stand for.
+
+    Args:
+        quantized: i8 ``[N, K]``.
+        scale: fp32 ``[N]``.
+
+    Returns:
+        fp32 ``[N, K]``.
+    """
+    return quantized.to(torch.float32) * scale[:, None]

@@ -1,0 +1,333 @@
+"""Which linear layers a model cannot afford in int8: found by measurement on sample inputs, and kept in bf16.
+
+The measure is the cosine of outputs, row by row, to those of the model before: embeddings, hidden states or logits.
+:func:`choose_layers` decides; :func:`torch_ext.optimize` and the exporter of bundles use it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_ext.encoder import Encoder
+from torch_ext.encoder.spec import is_matrix, scale_name
+
+__all__ = [
+    "AccuracyError",
+    "LayerDamage",
+    "Measure",
+    "Mixtures",
+    "Report",
+    "Similarity",
+    "choose_layers",
+    "output_rows",
+    "similarity",
+]
+
+MOST_UNITS = 64
+"""Layers or groups of layers that are measured one by one, at most."""
+
+
+class AccuracyError(ValueError):
+    """Not even with all layers in bf16 is a model as accurate as was asked for."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Cosines of outputs to those of the exact model.
+
+    Attributes:
+        mean: over all rows.
+        min: of the worst row.
+        acceptable: whether further bounds are kept that the caller has.
+    """
+
+    mean: float
+    min: float
+    acceptable: bool = True
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:.6f} min {self.min:.6f}"
+
+
+Measure = Callable[[frozenset[str]], Similarity]
+"""Computes how similar a model is, all of whose layers are int8 but those named, which are bf16."""
+
+
+@dataclass(frozen=True)
+class LayerDamage:
+    """What int8 does to a model when one layer, or a group of them, is quantized alone.
+
+    Attributes:
+        names: the layers.
+        damage: mean cosine with all layers in bf16, less the mean cosine with these in int8.
+        kept: whether they stay in bf16.
+    """
+
+    names: tuple[str, ...]
+    damage: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured, and what follows from it. As text: a table.
+
+    Attributes:
+        accuracy: the mean cosine that was asked for; None: none, but the caller's own bounds.
+        int8: all layers in int8.
+        bf16: all layers in bf16; None if that was not needed.
+        chosen: with the layers in bf16 that are to be kept so.
+        layers: the most damaging first; empty if all may be int8.
+        passes: how often the sample was run.
+    """
+
+    accuracy: float | None
+    int8: Similarity
+    bf16: Similarity | None
+    chosen: Similarity
+    layers: tuple[LayerDamage, ...]
+    passes: int
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The names of the layers to keep in bf16, the most damaging first."""
+        return tuple(name for layer in self.layers if layer.kept for name in layer.names)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+
+        def pair(value: Similarity | None) -> dict[str, float] | None:
+            return None if value is None else {"mean": value.mean, "min": value.min}
+
+        return {
+            "accuracy": self.accuracy,
+            "int8": pair(self.int8),
+            "bf16": pair(self.bf16),
+            "chosen": pair(self.chosen),
+            "kept_bf16": list(self.kept),
+            "layers": [
+                {"names": list(layer.names), "damage": layer.damage, "kept": layer.kept} for layer in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        asked = "" if self.accuracy is None else f", {self.accuracy:g} asked for"
+        lines = [f"cosine to the exact model{asked}: all layers in int8 {self.int8}"]
+        if self.layers:
+            lines[0] += f", all in bf16 {self.bf16}, as chosen {self.chosen}"
+            titles = [_title(layer.names) for layer in self.layers]
+            width = max(len("layer"), *map(len, titles))
+            lines.append(f"{'layer'.ljust(width)}  damage alone  kept")
+            for title, layer in zip(titles, self.layers, strict=True):
+                lines.append(f"{title.ljust(width)}  {layer.damage:12.6f}  {'bf16' if layer.kept else 'int8'}")
+        return "\n".join(lines)
+
+
+def _title(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{_group(names[0])} ({len(names)} layers)"
+
+
+def _group(name: str) -> str:
+    """The transformer layer that a linear layer is in, by its name up to the first number; else its own name."""
+    found = re.match(r"(.*?(?:^|\.)\d+)\.", name)
+    return found[1] if found else name
+
+
+def choose_layers(
+    names: Sequence[str], measure: Measure, accuracy: float | None = None, rank: Measure | None = None
+) -> Report:
+    """Find the layers to keep in bf16, so that a model in int8 is as accurate as asked.
+
+    If all layers in int8 fall short, the damage that each one does alone ranks them, and as many of the worst as are
+    needed are kept. Where a model has more than :data:`MOST_UNITS` linear layers, they are ranked in groups, one for
+    each transformer layer, and only the layers of the worst groups one by one. The number of measurements is at most
+    ``MOST_UNITS + log2(len(names)) + 3``, unless there are more groups than that. Nothing is left to chance.
+
+    Args:
+        names: the linear layers, from the input to the output.
+        measure: see :data:`Measure`.
+        accuracy: the mean cosine to reach, above 0 and at most 1; None: ``acceptable`` alone decides.
+        rank: a cheaper measure for the ranking; by default ``measure``.
+
+    Returns:
+        The report; ``report.kept`` are the layers to keep.
+
+    Raises:
+        ValueError: ``accuracy`` is out of range.
+        AccuracyError: with all layers in bf16 the model is not as accurate either.
+    """
+    if accuracy is not None and not 0 < accuracy <= 1:
+        raise ValueError(f"accuracy: expected a mean cosine above 0 and at most 1, got {accuracy}")
+
+    def enough(value: Similarity) -> bool:
+        return value.acceptable and (accuracy is None or value.mean >= accuracy)
+
+    everything = frozenset(names)
+    int8 = measure(frozenset())
+    if enough(int8) or not names:
+        return Report(accuracy, int8, None, int8, (), 1)
+    bf16 = measure(everything)
+    if not enough(bf16):
+        wanted = "the bounds to be kept" if accuracy is None else f"a mean cosine of {accuracy:g}"
+        raise AccuracyError(
+            f"expected {wanted}, but all linear layers in bf16 reach {bf16} only, in int8 {int8}: ask for less, or "
+            "leave layers in fp32"
+        )
+    ranking = measure if rank is None else rank
+    best = bf16 if rank is None else ranking(everything)
+    passes = 2 + (rank is not None)
+
+    def damages(units: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+        return {unit: best.mean - ranking(everything.difference(unit)).mean for unit in units}
+
+    units = _units(names)
+    found = damages(units)
+    passes += len(units)
+    if len(units) < len(names):
+        # One by one where it matters, as far as that goes.
+        for unit in sorted(units, key=lambda unit: -found[unit]):
+            if passes + len(unit) <= MOST_UNITS and len(unit) > 1:
+                del found[unit]
+                found.update(damages((name,) for name in unit))
+                passes += len(unit)
+    place = {name: index for index, name in enumerate(names)}
+    ranked = sorted(found, key=lambda unit: (-found[unit], place[unit[0]]))
+
+    # The fewest of the worst that are enough; all of them are.
+    low, high, chosen = 0, len(ranked), bf16
+    while high - low > 1:
+        middle = (low + high) // 2
+        value = measure(frozenset(name for unit in ranked[:middle] for name in unit))
+        passes += 1
+        if enough(value):
+            high, chosen = middle, value
+        else:
+            low = middle
+    layers = tuple(LayerDamage(unit, found[unit], index < high) for index, unit in enumerate(ranked))
+    return Report(accuracy, int8, bf16, chosen, layers, passes)
+
+
+def _units(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """What is measured at first: every layer, or groups of them if there are too many."""
+    if len(names) <= MOST_UNITS:
+        return [(name,) for name in names]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_group(name), []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def similarity(exact: Iterable[Tensor], found: Iterable[Tensor], acceptable: bool = True) -> Similarity:
+    """Compare outputs row by row.
+
+    Args:
+        exact: ``[rows, width]`` for each input.
+        found: of the same shapes.
+        acceptable: see :class:`Similarity`.
+
+    Returns:
+        The cosines; one that is not finite counts as -1.
+    """
+    cosines = []
+    for right, got in zip(exact, found, strict=True):
+        first, second = right.detach().double(), got.detach().double()
+        lengths = first.norm(dim=-1) * second.norm(dim=-1)
+        both_zero = (first == 0).all(dim=-1) & (second == 0).all(dim=-1)
+        cosine = torch.where(both_zero, 1.0, (first * second).sum(-1) / lengths)
+        cosines.append(cosine.nan_to_num(-1.0, -1.0, -1.0))
+    every = torch.cat(cosines)
+    return Similarity(float(every.mean()), float(every.min()), acceptable)
+
+
+class Mixtures:
+    """Encoders of one model with some linear layers in bf16 and the others in int8.
+
+    The model is quantized once; each mixture only packs what is there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take the encoder out of a Hugging Face model.
+
+        Raises:
+            TypeError, ValueError: as for :meth:`torch_ext.Encoder.from_transformers`.
+        """
+        whole = Encoder.from_transformers(model, "int8")
+        self.spec = whole.spec
+        self.names = whole.linear_names
+        self._int8 = whole.weights()
+        bf16 = Encoder.from_transformers(model, "bf16").weights()
+        self._bf16 = {name: tensor for name, tensor in bf16.items() if is_matrix(name)}
+
+    def __call__(self, kept: Iterable[str]) -> Encoder:
+        """The encoder with the named layers in bf16.
+
+        Raises:
+            ValueError: a name is not that of a linear layer.
+        """
+        names = tuple(kept)
+        weights = dict(self._int8)
+        for name in names:
+            matrix = f"{name}.weight"
+            if matrix in self._bf16:
+                weights[matrix] = self._bf16[matrix]
+                del weights[scale_name(matrix)]
+        return Encoder(self.spec, weights, "int8", names)
+
+
+Sample = Mapping[str, Any] | Tensor | Sequence[Any] | Callable[[nn.Module], Tensor]
+"""One input of a model: keyword arguments, one positional argument, several, or a function that calls the model."""
+
+
+def output_rows(model: nn.Module, sample: Sample) -> Tensor:
+    """What a model says to one input, as rows that can be compared.
+
+    Args:
+        model: the model; it is called under ``torch.inference_mode()``.
+        sample: see :data:`Sample`. Where keyword arguments hold an ``attention_mask`` ``[B, T]`` and the output is
+            ``[B, T, width]``, padding is left out. A function returns what is to be compared, such as pooled
+            embeddings.
+
+    Returns:
+        fp32 ``[rows, width]``: the output itself if it is a tensor, else its ``logits`` or ``last_hidden_state``, else
+        its first element.
+
+    Raises:
+        TypeError: ``sample`` is none of these, or there is no floating-point tensor in the output.
+        ValueError: the output has no rows.
+    """
+    mask = None
+    with torch.inference_mode():
+        if isinstance(sample, Mapping):
+            output = model(**sample)
+            mask = sample.get("attention_mask")
+        elif isinstance(sample, Tensor):
+            output = model(sample)
+        elif isinstance(sample, Sequence):
+            output = model(*sample)
+        elif callable(sample):
+            output = sample(model)
+        else:
+            raise TypeError(
+                "sample: expected keyword arguments, a tensor, positional arguments or a function of the model, got "
+                f"{type(sample).__name__}"
+            )
+    for name in ("logits", "last_hidden_state"):
+        output = getattr(output, name, output)
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() == 0:
+        got = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(f"sample: expected the model to return rows of floating-point numbers, got {got}")
+    rows = output.float()
+    if isinstance(mask, Tensor) and mask.shape == rows.shape[:-1]:
+        rows = rows[mask != 0]
+    rows = rows.reshape(-1, rows.shape[-1]).clone()
+    if not rows.numel():
+        raise ValueError(f"sample: expected output with at least one row, got {list(output.shape)}")
+    return rows
