@@ -1,8 +1,8 @@
 # Every target sets up what it needs. Variables, on the command line or from the environment:
 #   PYTHON=python3.12           Python that .venv is made with (3.10 or newer)
 #   TORCH=torch==2.13.0         torch to install; an index of one's own by pip's variables, such as PIP_INDEX_URL
-#   MODEL=folder-or-hub-id      model of `make demo`, `bundle` and `bench`
-#   BUNDLE=bundles/demo         bundle of `make bundle`, `serve` and `bench`
+#   MODEL=folder-or-hub-id      model of `make demo`, `bundle` and `bench-serving`; of `bench`, a folder
+#   BUNDLE=bundles/demo         bundle of `make bundle`, `serve` and `bench-serving`
 #   PORT=8000                   port of `make serve`
 #   WHEELS=dist                 folder of `make wheel` and `wheel-aarch64`
 #   ARGS="..."                  more arguments for what a target runs
@@ -80,7 +80,11 @@ test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 8 minutes); 
 	$(PY) -m pytest -m "$$tests" $(ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.dev $(VENV)/.built ## the server beside plain Flask, and beside its encoder called directly
+bench: $(VENV)/.dev $(VENV)/.built ## linear layers and encoder beside PyTorch and ONNX Runtime, on this machine
+	@model="$(MODEL)"; $(PY) benchmarks/encoder.py $${model:+--model "$$model"} $(ARGS)
+
+.PHONY: bench-serving
+bench-serving: $(VENV)/.dev $(VENV)/.built ## the server beside plain Flask, and beside its encoder called directly
 	@[ -e "$(BUNDLE)/manifest.json" ] || $(MAKE) --no-print-directory bundle ARGS=
 	@model="$(MODEL)"; $(PY) benchmarks/serving.py "$(BUNDLE)" --model "$${model:-$$($(PY) -c '$(PACKAGED_MODEL)')}" $(ARGS)
 
