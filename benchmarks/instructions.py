@@ -4,7 +4,7 @@
     python benchmarks/instructions.py --tools TOOLS --root ARM64_ROOT --site DIR[:DIR] --peers    # make bench-model
 
 Counts, not times: emulation says nothing of speed. One thread, bias included, the fourth call of each. ARM64_ROOT holds
-an aarch64 Python (scripts/arm64_root.sh makes one); DIRs hold its packages (torch 2.10.0, for peers onnxruntime too) and
+an aarch64 Python (scripts/arm64_root.sh makes one); DIRs hold its packages (torch 2.10.0; onnxruntime for peers) and
 torch_ext (an unpacked wheel). TOOLS holds qemu-aarch64 with plugins and insn_classes.so, which counts by class between
 markers. Needs the aarch64 cross compiler for the markers, for cycles llvm-mca as well. Exit code 1 if a bar is missed.
 """
@@ -307,7 +307,7 @@ def text_of(data: Mapping[str, Any], found: Sequence[Found]) -> str:
     parts = [
         "# Instructions and modelled cycles",
         data["heading"],
-        "Counts of an emulator and figures of a model, not times: neither knows caches, memory or frequency. One thread.",
+        "Counts of an emulator and figures of a model, not times: neither knows caches, memory, frequency. One thread.",
         "## Executed instructions, millions",
         matrix(lambda item: millions(item.counts["total"])),
     ]
@@ -397,6 +397,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"{path} is not there: --tools is the folder of the counting emulator (see CONTRIBUTING.md)")
     if find_python(arguments.root) is None:
         parser.error(f"{arguments.root}/usr/bin/python3.* is not there: scripts/arm64_root.sh makes a root")
+    arguments.site = ":".join(str(Path(part).resolve()) for part in arguments.site.split(":"))
     # Where things lie on this machine says nothing to others.
     arguments.shown = ["--peers"] if arguments.peers else []
     if arguments.peers and arguments.output is None:

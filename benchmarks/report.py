@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 __all__ = [
     "RESULTS",
     "Bar",
+    "Curves",
     "Panel",
     "commit",
     "cpu_name",
@@ -25,6 +27,7 @@ __all__ = [
     "machine",
     "markdown",
     "plot",
+    "plot_curves",
     "versions",
     "write",
 ]
@@ -214,22 +217,32 @@ def plot(panels: Sequence[Panel], title: str, stem: Path) -> list[Path]:
     Returns:
         The files.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
     heights = [max(1.0, 0.24 * len(p.labels) * (len(p.series) + 0.8)) + 0.9 for p in panels]
-    # Without dates and random ids, so that equal results are equal files; text stays text.
-    with matplotlib.rc_context({"svg.hashsalt": "torch-ext", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
-        figure.suptitle(title, fontsize=10)
+    with _figure((9, sum(heights) + 0.5), title) as figure:
         axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
         for axis, panel in zip(axes, panels, strict=True):
             _draw(axis, panel, colours)
-        written = [stem.with_name(f"{stem.name}.svg"), stem.with_name(f"{stem.name}.png")]
-        figure.savefig(written[0], metadata={"Date": None})
-        figure.savefig(written[1], dpi=150, metadata={"Software": None})
+        return _save(figure, stem)
+
+
+@contextlib.contextmanager
+def _figure(size: tuple[float, float], title: str) -> Iterator[Any]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Without dates and random ids, so that equal results are equal files; text stays text.
+    with matplotlib.rc_context({"svg.hashsalt": "torch-ext", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title, fontsize=10)
+        yield figure
+
+
+def _save(figure: Any, stem: Path) -> list[Path]:
+    written = [stem.with_name(f"{stem.name}.svg"), stem.with_name(f"{stem.name}.png")]
+    figure.savefig(written[0], metadata={"Date": None})
+    figure.savefig(written[1], dpi=150, metadata={"Software": None})
     return written
 
 
@@ -253,6 +266,53 @@ def _draw(axis: Any, panel: Panel, colours: Mapping[str, str]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if count > 1:
         axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One diagram of curves.
+
+    Attributes:
+        title: above it.
+        x_unit: of the places.
+        y_unit: of the values.
+        places: along x.
+        series: name to values, one for each place.
+    """
+
+    title: str
+    x_unit: str
+    y_unit: str
+    places: Sequence[float]
+    series: Mapping[str, Sequence[float]]
+
+
+def plot_curves(diagrams: Sequence[Curves], title: str, stem: Path) -> list[Path]:
+    """Draws curves, two diagrams side by side, as SVG and PNG.
+
+    Args:
+        diagrams: what to draw.
+        title: above all of it.
+        stem: path of the files without their suffix.
+
+    Returns:
+        The files.
+    """
+    rows = (len(diagrams) + 1) // 2
+    with _figure((9, 3.2 * rows + 0.4), title) as figure:
+        axes = figure.subplots(rows, 2, squeeze=False).ravel()
+        for axis, diagram in zip(axes, diagrams, strict=False):
+            for (name, values), colour in zip(diagram.series.items(), _COLOURS, strict=False):
+                axis.plot(diagram.places, values, label=name, color=colour)
+            axis.set_title(diagram.title, fontsize=9, loc="left")
+            axis.set_xlabel(diagram.x_unit)
+            axis.set_ylabel(diagram.y_unit)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(fontsize=7, frameon=False)
+        for axis in axes[len(diagrams) :]:
+            axis.set_visible(False)
+        return _save(figure, stem)
 
 
 def _short(value: float) -> str:

@@ -1,7 +1,7 @@
 // How the parts of an encoder's layer are split over threads: what plan_gemm and balance_heads decide for an aarch64
 // with bf16, on any machine. Prints one line of JSON for each part; threads.py makes the model of it.
 //
-//   threads HIDDEN WIDE HEADS TOKENS TEXT_TOKENS THREADS
+//   threads HIDDEN WIDE HEADS TOKENS TEXT_TOKENS MOST_THREADS
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -38,7 +38,7 @@ struct Load {
   size_t macs = 0, weights = 0, rows = 0;
 };
 
-void print(const char* part, const std::vector<Load>& loads, size_t row_tasks, size_t panel_tasks) {
+void print(size_t threads, const char* part, const std::vector<Load>& loads, size_t row_tasks, size_t panel_tasks) {
   Load most, sum;
   for (const Load& load : loads) {
     if (load.macs > most.macs) most = load;
@@ -47,9 +47,9 @@ void print(const char* part, const std::vector<Load>& loads, size_t row_tasks, s
     sum.rows += load.rows;
   }
   std::printf(
-      "{\"part\": \"%s\", \"tasks\": %zu, \"row_tasks\": %zu, \"panel_tasks\": %zu, \"most_macs\": %zu, \"macs\": %zu, "
+      "{\"threads\": %zu, \"part\": \"%s\", \"tasks\": %zu, \"row_tasks\": %zu, \"panel_tasks\": %zu, \"most_macs\": %zu, \"macs\": %zu, "
       "\"most_weights\": %zu, \"weights\": %zu, \"most_rows\": %zu, \"rows\": %zu}\n",
-      part, loads.size(), row_tasks, panel_tasks, most.macs, sum.macs, most.weights, sum.weights, most.rows, sum.rows);
+      threads, part, loads.size(), row_tasks, panel_tasks, most.macs, sum.macs, most.weights, sum.weights, most.rows, sum.rows);
 }
 
 // Sizes of the ranges that run_gemm_task makes: whole units, as even as they can be.
@@ -73,7 +73,7 @@ void linear(const char* part, size_t m, size_t n, size_t k, size_t threads) {
       loads.push_back({rows * columns * k, columns * k, rows * k});
     }
   }
-  print(part, loads, plan.row_tasks, plan.panel_tasks);
+  print(threads, part, loads, plan.row_tasks, plan.panel_tasks);
 }
 
 void attention(size_t hidden, size_t heads, const std::vector<int32_t>& cu_seqlens, size_t threads) {
@@ -89,14 +89,14 @@ void attention(size_t hidden, size_t heads, const std::vector<int32_t>& cu_seqle
     }
     loads.push_back(load);
   }
-  print("attention", loads, loads.size(), 1);
+  print(threads, "attention", loads, loads.size(), 1);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 7) {
-    std::fprintf(stderr, "usage: %s HIDDEN WIDE HEADS TOKENS TEXT_TOKENS THREADS\n", argv[0]);
+    std::fprintf(stderr, "usage: %s HIDDEN WIDE HEADS TOKENS TEXT_TOKENS MOST_THREADS\n", argv[0]);
     return 2;
   }
   size_t value[6];
@@ -107,15 +107,17 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  const auto [hidden, wide, heads, tokens, text, threads] = value;
+  const auto [hidden, wide, heads, tokens, text, most_threads] = value;
   std::vector<int32_t> cu_seqlens{0};
   while (static_cast<size_t>(cu_seqlens.back()) < tokens) {
     cu_seqlens.push_back(static_cast<int32_t>(std::min(tokens, cu_seqlens.back() + text)));
   }
-  linear("qkv", tokens, 3 * hidden, hidden, threads);
-  attention(hidden, heads, cu_seqlens, threads);
-  linear("out", tokens, hidden, hidden, threads);
-  linear("up", tokens, wide, hidden, threads);
-  linear("down", tokens, hidden, wide, threads);
+  for (size_t threads = 1; threads <= most_threads; ++threads) {
+    linear("qkv", tokens, 3 * hidden, hidden, threads);
+    attention(hidden, heads, cu_seqlens, threads);
+    linear("out", tokens, hidden, hidden, threads);
+    linear("up", tokens, wide, hidden, threads);
+    linear("down", tokens, hidden, wide, threads);
+  }
   return 0;
 }
