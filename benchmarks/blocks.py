@@ -114,13 +114,15 @@ class Model:
             command += ["-skip-unsupported-instructions=any"] if self._skips() else []
             command += ["-instruction-info=0", "-resource-pressure=0", "-"]
             done = subprocess.run(command, input=source, capture_output=True, text=True)
+            if "no assembly instructions found" in done.stderr:
+                break  # not one of them in the model
             names = [int(name) for name in _REGION.findall(done.stdout)]
             cycles = [int(count) for count in _CYCLES.findall(done.stdout)]
             if done.returncode != 0 or len(names) != len(cycles) or not names:
                 raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr[-500:]}")
             found.append(dict(zip(names, cycles, strict=True)))
         for index, block in enumerate(blocks):
-            if index in found[0] and index in found[1]:
+            if len(found) == 2 and index in found[0] and index in found[1]:
                 self._cycles[cpu, block] = (found[1][index] - found[0][index]) / (_MANY - _FEW)
             else:  # Nothing in it that the model knows: one cycle an instruction.
                 self._cycles[cpu, block] = float(len(block))

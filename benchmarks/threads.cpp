@@ -47,9 +47,11 @@ void print(size_t threads, const char* part, const std::vector<Load>& loads, siz
     sum.rows += load.rows;
   }
   std::printf(
-      "{\"threads\": %zu, \"part\": \"%s\", \"tasks\": %zu, \"row_tasks\": %zu, \"panel_tasks\": %zu, \"most_macs\": %zu, \"macs\": %zu, "
+      "{\"threads\": %zu, \"part\": \"%s\", \"tasks\": %zu, \"row_tasks\": %zu, \"panel_tasks\": %zu, \"most_macs\": "
+      "%zu, \"macs\": %zu, "
       "\"most_weights\": %zu, \"weights\": %zu, \"most_rows\": %zu, \"rows\": %zu}\n",
-      threads, part, loads.size(), row_tasks, panel_tasks, most.macs, sum.macs, most.weights, sum.weights, most.rows, sum.rows);
+      threads, part, loads.size(), row_tasks, panel_tasks, most.macs, sum.macs, most.weights, sum.weights, most.rows,
+      sum.rows);
 }
 
 // Sizes of the ranges that run_gemm_task makes: whole units, as even as they can be.
@@ -77,8 +79,13 @@ void linear(const char* part, size_t m, size_t n, size_t k, size_t threads) {
 }
 
 void attention(size_t hidden, size_t heads, const std::vector<int32_t>& cu_seqlens, size_t threads) {
-  const size_t head_size = hidden / heads, sequences = cu_seqlens.size() - 1;
-  const std::vector<size_t> starts = balance_heads(cu_seqlens.data(), sequences, heads, head_size, threads);
+  const size_t head_size = hidden / heads;
+  AttentionProblem problem;
+  problem.cu_seqlens = cu_seqlens.data();
+  problem.sequences = cu_seqlens.size() - 1;
+  problem.heads = heads;
+  problem.head_size = head_size;
+  const std::vector<size_t> starts = balance_heads(problem, threads);
   std::vector<Load> loads;
   for (size_t t = 0; t + 1 < starts.size(); ++t) {
     Load load;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +79,6 @@ def test_plans_hold_all_the_work(planner: Path, model: str, tokens: int) -> None
 
 
 def test_document_is_up_to_date() -> None:
-    assert shutil.which(os.environ.get("CXX", "g++"))
     command = [sys.executable, "benchmarks/threads.py", "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
