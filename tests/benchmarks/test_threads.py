@@ -32,8 +32,9 @@ def test_barriers_grow_with_threads() -> None:
 
 
 def test_balance() -> None:
-    assert threads.Part("p", 4, most_macs=50, macs=100).balance == 2
-    assert threads.Part("p", 4).balance == 1
+    assert threads.Part("p", 4, most_macs=25, macs=100).balance(4) == 1
+    assert threads.Part("p", 4, most_macs=25, macs=100).balance(8) == 2
+    assert threads.Part("p", 4).balance(4) is None
 
 
 def test_rows_are_split_by_the_grain_of_the_ops() -> None:
