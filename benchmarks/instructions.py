@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":  # In place of this folder, whose modules are those of a package.
+    sys.path[0] = str(ROOT)
 
 from benchmarks import report  # noqa: E402
 from benchmarks.blocks import COVERED, CPUS, Block, Model, read_blocks  # noqa: E402

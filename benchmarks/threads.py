@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":  # In place of this folder, whose modules are those of a package.
+    sys.path[0] = str(ROOT)
 
 from benchmarks import report  # noqa: E402
 
