@@ -242,14 +242,15 @@ def write_onnx(folder: Path) -> None:
                 continue
             m, k, n = work["shape"]
             layers = [torch.nn.Linear(k, n), *([torch.nn.GELU()] if work["activation"] == "gelu" else [])]
+            # Three dimensions, as in a model: two would make it a Gemm, which fast math leaves in fp32.
             torch.onnx.export(
                 torch.nn.Sequential(*layers).eval(),
-                (torch.randn(max(m, 2), k),),
+                (torch.randn(1, max(m, 2), k),),
                 str(fp32),
                 dynamo=False,
                 input_names=["x"],
                 output_names=["y"],
-                dynamic_axes={"x": {0: "m"}, "y": {0: "m"}},
+                dynamic_axes={"x": {1: "m"}, "y": {1: "m"}},
             )
             quantize_dynamic(fp32, int8, per_channel=True, weight_type=QuantType.QInt8)
 

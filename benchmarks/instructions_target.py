@@ -163,7 +163,7 @@ class OnnxRuntime:
 
         session = self.session(work)
         m, k, _ = work["shape"]
-        feeds = {"x": np.random.default_rng(0).standard_normal((m, k), np.float32)}
+        feeds = {"x": np.random.default_rng(0).standard_normal((1, m, k), np.float32)}
         return lambda: session.run(None, feeds)
 
     def encoder(self, work: dict[str, Any]) -> Call:
