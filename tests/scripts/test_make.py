@@ -114,3 +114,13 @@ def test_cross_compiler_is_asked_for(checkout: Path) -> None:
     )
     assert result.returncode == 1
     assert "no cross compiler riscv128-linux-gnu-g++: install one" in result.stderr
+
+
+def test_counting_emulator_is_asked_for(checkout: Path) -> None:
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / ".dev").touch()  # as if the environment were there
+    result = make(checkout, "bench-model", ICOUNT="no-such-folder")
+    assert result.returncode != 0
+    assert "no counting emulator in no-such-folder: set ICOUNT to its folder" in result.stderr
+    # One line of ours, and make's own.
+    assert len(result.stderr.splitlines()) == 2, result.stderr

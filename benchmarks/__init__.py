@@ -1,0 +1,1 @@
+"""Measurements and models of this repository; run from a checkout, never installed."""
