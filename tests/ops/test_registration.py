@@ -27,7 +27,12 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
     ids = torch.tensor([1, 4, 0, 9, 2])
     tables = (rand(10, 8), rand(6, 8), rand(2, 8))
     norm = (rand(8), rand(8))
+    spec = torch_ext.EncoderSpec("bert", 8, 1, 2, 12, "gelu", 6, 0, 1e-5, 10, 2)
+    weights = {name: rand(*shape) for name, shape in spec.shapes().items()}
+    encoder = torch_ext.Encoder(spec, weights)
+    assert encoder._packed is not None
     return {
+        "encoder_forward": [((ids, bounds, None, encoder._packed), {}), ((ids, bounds, ids % 2, encoder._packed), {})],
         "pack_linear_weight": [
             ((rand(13, 24),), {}),
             ((rand(24, 13, dtype=bf16).T,), {}),
