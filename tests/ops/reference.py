@@ -36,7 +36,7 @@ ACTIVATION_EPS = 2.0**-19
 
 
 def activation_eps(activation: str, dtype: torch.dtype) -> float:
-    """The error of an activation whose result has a dtype: GELU that is rounded to bf16 comes from a shorter polynomial."""
+    """The error of an activation: GELU that is rounded to bf16 comes from a shorter polynomial."""
     return 5e-5 if activation == "gelu" and dtype == torch.bfloat16 else ACTIVATION_EPS
 
 

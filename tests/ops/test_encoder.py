@@ -171,6 +171,75 @@ def test_equals_plain_pytorch(spec: EncoderSpec, generator: torch.Generator) -> 
     assert cosine(rounded, expected) > 0.999
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_one_op_equals_op_by_op(spec: EncoderSpec, generator: torch.Generator) -> None:
+    """The whole stack in ``encoder_forward`` rounds at the same places as the readable reference."""
+    encoder = Encoder(spec, make_weights(spec, generator))
+    ids, bounds, types = batch(generator)
+    if spec.type_vocab_size < 2:
+        types = torch.zeros_like(types)
+    expected = encoder.run_reference(ids, bounds, types if spec.type_vocab_size else None)
+    threads = torch.get_num_threads()
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        actual = encoder(ids, bounds, types)
+        # PyTorch's own linear adds the residual after rounding.
+        assert cosine(actual, expected) > 0.999
+        if torch_ext.isa_report()["linear"] == "torch_ext":
+            assert torch.equal(actual, expected)
+    torch.set_num_threads(threads)
+
+
+def test_a_batch_in_groups_equals_its_texts(generator: torch.Generator) -> None:
+    """More tokens than one group takes: a group's memory is bounded, and nothing is lost between two."""
+    spec = dataclasses.replace(SPEC, intermediate_size=4096, num_layers=1)
+    encoder = Encoder(spec, make_weights(spec, generator))
+    lengths = torch.randint(1, spec.max_positions + 1, (400,), generator=generator)
+    bounds = reference.cu_seqlens(lengths.tolist())
+    ids = torch.randint(0, spec.vocab_size, (int(bounds[-1]),), generator=generator)
+    types = torch.randint(0, 2, ids.shape, generator=generator)
+    together = encoder(ids, bounds, types)
+    half = bounds[200]
+    first = encoder(ids[:half], bounds[:201], types[:half])
+    second = encoder(ids[half:], bounds[200:] - half, types[half:])
+    assert cosine(together, torch.cat((first, second))) > 0.9999
+    assert cosine(together, encoder.run_reference(ids, bounds, types)) > 0.9999
+
+
+def test_a_damaged_packed_encoder_is_refused(generator: torch.Generator) -> None:
+    encoder = Encoder(SPEC, make_weights(SPEC, generator))
+    ids, bounds, _ = batch(generator)
+    packed = encoder._packed
+    assert packed is not None
+    wide = torch.full((SPEC.hidden_size, 8), 0, dtype=torch.uint8)
+    for damaged, message in (
+        (packed.float(), "expected an encoder packed"),
+        (wide, "expected an encoder packed"),
+        (torch.zeros_like(packed), "without its header"),
+        (packed[:, : packed.shape[1] // 2].contiguous(), "damaged"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch_ext.encoder_forward(ids, bounds, None, damaged)
+    # Any byte of the header and of the table of sections: an error or a result, never a crash.
+    size = 96 + 16 * int(torch.ops.torch_ext._encoder_sections(packed).shape[0])
+    refused = 0
+    for position in range(0, size, 3):
+        damaged = packed.clone()
+        damaged.view(-1)[position] ^= 0xFF
+        try:
+            torch_ext.encoder_forward(ids, bounds, None, damaged)
+        except RuntimeError:
+            refused += 1
+    assert refused > size // 3 * 0.5
+
+
+def test_weights_are_kept_once(generator: torch.Generator) -> None:
+    encoder = Encoder(SPEC, make_weights(SPEC, generator))
+    assert encoder._packed is not None
+    storage = encoder._packed.untyped_storage().data_ptr()
+    assert all(tensor.untyped_storage().data_ptr() == storage for tensor in encoder._tensors.values())
+
+
 def test_types_default_to_zero(generator: torch.Generator) -> None:
     encoder = Encoder(SPEC, make_weights(SPEC, generator))
     ids, bounds, types = batch(generator)

@@ -149,6 +149,15 @@ class Run {
     problem.panels = matrix.payload();
     problem.activation = activation;
     problem.epilogue.bias = matrix.bias;
+    RowStep rest = step ? *step : RowStep{};
+    if (rest.sum) {
+      // The kernel adds the residual in fp32, in its place.
+      problem.epilogue.residual = rest.residual;
+      problem.epilogue.residual_type = DType::kBF16;
+      problem.epilogue.ld_residual = problem.n;
+      out = rest.sum;
+      rest = {nullptr, nullptr, rest.norm, rest.normed};
+    }
     problem.epilogue.out = out;
     problem.epilogue.ld_out = problem.n;
     problem.epilogue.out_type = DType::kBF16;
@@ -157,11 +166,11 @@ class Run {
     const bool whole_rows = plan.panel_tasks == 1;
     parallel(plan.tasks(), [&](size_t task) {
       run_gemm_task(*own, vec_, problem, plan, task);
-      if (!step || !whole_rows) return;
+      if (!rest.norm.weight || !whole_rows) return;
       const GemmRows rows = task_rows(*own, tokens_, plan, task);
-      for (size_t row = rows.begin; row < rows.end; ++row) finish_row(*step, out, row);
+      for (size_t row = rows.begin; row < rows.end; ++row) finish_row(rest, out, row);
     });
-    if (step && !whole_rows) norm_rows(*step, out);
+    if (rest.norm.weight && !whole_rows) norm_rows(rest, out);
     return out;
   }
 

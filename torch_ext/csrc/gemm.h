@@ -30,7 +30,7 @@ struct GemmPlan {
 /// Products below `kMinTaskMacs` for each task are not split further.
 GemmPlan plan_gemm(const GemmKernel& kernel, size_t m, size_t n, size_t k, size_t threads);
 
-constexpr size_t kMinTaskMacs = 128 * 1024;
+constexpr size_t kMinTaskMacs = 512 * 1024;
 
 /// The rows of [0, m) that task `task` of the plan computes.
 struct GemmRows {

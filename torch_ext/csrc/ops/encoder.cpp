@@ -26,8 +26,20 @@ Tensor view_of(const void* data, std::initializer_list<int64_t> sizes, ScalarTyp
                            stable::Device(torch::headeronly::DeviceType::CPU), type);
 }
 
+// Whether PyTorch multiplies with some of the matrices.
+bool has_foreign_matrices(const EncoderModel& model) {
+  const auto foreign = [](const Matrix& m) {
+    return m.packed && (m.header.layout == Layout::kOnednn || m.header.layout == Layout::kPlain);
+  };
+  return foreign(model.projection) || std::any_of(model.layers.begin(), model.layers.end(), [&](const EncoderLayer& l) {
+           return foreign(l.qkv) || foreign(l.out) || foreign(l.up) || foreign(l.down);
+         });
+}
+
 class TorchHost : public EncoderHost {
  public:
+  explicit TorchHost(bool fills_up) : fills_up_(fills_up) {}
+
   size_t threads() const override { return threads_; }
 
   void parallel(size_t tasks, void (*task)(void* context, size_t i), void* context) override {
@@ -35,7 +47,7 @@ class TorchHost : public EncoderHost {
   }
 
   size_t preferred_rows(size_t tokens) const override {
-    return static_cast<size_t>(torch_ext::preferred_rows(static_cast<int64_t>(tokens)));
+    return fills_up_ ? static_cast<size_t>(torch_ext::preferred_rows(static_cast<int64_t>(tokens))) : tokens;
   }
 
   const uint16_t* foreign_linear(const Matrix& matrix, const uint16_t* x, size_t rows, Activation activation) override {
@@ -53,6 +65,7 @@ class TorchHost : public EncoderHost {
   }
 
  private:
+  const bool fills_up_;
   const size_t threads_ = static_cast<size_t>(std::max<int64_t>(1, stable::get_num_threads()));
   // A product is read while the next one is computed.
   std::optional<Tensor> held_[2];
@@ -280,7 +293,7 @@ Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const 
   batch.cu_seqlens = sequences.offsets;
   batch.sequences = sequences.count;
   batch.tokens = static_cast<size_t>(tokens);
-  TorchHost host;
+  TorchHost host(has_foreign_matrices(model));
   const EncoderGroups groups = group_sequences(model, batch, host);
   const size_t elements = encoder_workspace_elements(model, host.preferred_rows(groups.most_tokens));
   uint16_t* const workspace =
