@@ -14,6 +14,27 @@ TORCH_EXT_INLINE vf activate(vf x) {
   return x;
 }
 
+// Vectors of a row of the widest tile of most families: as many are stored at a time.
+constexpr size_t kTileVectors = kWidth == 4 ? 3 : 2;
+
+// kTileVectors vectors of columns for all rows, without a residual.
+template <Activation kAct, typename Out>
+static void store_wide_columns(const float* tile, size_t ld_tile, size_t rows, const float* bias, Out* out,
+                               size_t ld_out) {
+  vf b[kTileVectors];
+#pragma GCC unroll 3
+  for (size_t v = 0; v < kTileVectors; ++v) b[v] = bias ? load(bias + v * kWidth) : splat(0.0f);
+  for (size_t i = 0; i < rows; ++i) {
+    vf x[kTileVectors];
+#pragma GCC unroll 3
+    for (size_t v = 0; v < kTileVectors; ++v) x[v] = activate<kAct, Out>(load(tile + v * kWidth) + b[v]);
+    put_two(out, x[0], x[1]);
+    if constexpr (kTileVectors == 3) Io<Out>::put(out + 2 * kWidth, x[2]);
+    tile += ld_tile;
+    out += ld_out;
+  }
+}
+
 // One vector of columns for all rows: bias and the constants of the activation stay in registers. `Residual` is void
 // where there is none.
 template <Activation kAct, typename Out, typename Residual>
@@ -63,6 +84,11 @@ static void store_tile_as(const float* tile, size_t ld_tile, size_t rows, size_t
       return residual + j;
   };
   size_t j = 0;
+  if constexpr (std::is_void_v<Residual>) {
+    for (; j + kTileVectors * kWidth <= cols; j += kTileVectors * kWidth) {
+      store_wide_columns<kAct>(tile + j, ld_tile, rows, bias ? bias + j : nullptr, out + j, ep.ld_out);
+    }
+  }
   for (; j + kWidth <= cols; j += kWidth) {
     store_columns<kAct>(tile + j, ld_tile, rows, bias ? load(bias + j) : splat(0.0f), residual_at(j), ep.ld_residual,
                         out + j, ep.ld_out);
@@ -177,6 +203,7 @@ static void sum_norm_passes(size_t n, SumOfRows<T, kSources> source, const float
   float mean = 0.0f;
   if constexpr (kCenter || kHold) {
     vf sum = splat(0.0f);
+#pragma GCC unroll 4
     for (size_t j = 0; j < whole; j += kWidth) {
       const vf v = source.get(j);
       if constexpr (kHold) store(held + j, v);
@@ -187,6 +214,7 @@ static void sum_norm_passes(size_t n, SumOfRows<T, kSources> source, const float
   }
 
   vf squares = splat(0.0f);
+#pragma GCC unroll 4
   for (size_t j = 0; j < whole; j += kWidth) {
     const vf d = get(j) - mean;
     squares = squares + d * d;
@@ -200,6 +228,7 @@ static void sum_norm_passes(size_t n, SumOfRows<T, kSources> source, const float
   variance /= static_cast<float>(n);
   const float scale = 1.0f / __builtin_sqrtf(variance + eps);
 
+#pragma GCC unroll 4
   for (size_t j = 0; j < whole; j += kWidth) {
     vf v = (get(j) - mean) * scale * load(weight + j);
     if constexpr (kCenter) v = v + load(bias + j);

@@ -158,6 +158,19 @@ struct Io<uint16_t> {
   TORCH_EXT_INLINE void put(uint16_t* p, vf v) { store_bf16(p, v); }
 };
 
+/// Two vectors to one place: one store where a register holds both.
+template <typename T>
+TORCH_EXT_INLINE void put_two(T* p, vf a, vf b) {
+#if defined(TORCH_EXT_VEC_NEON_BF16)
+  if constexpr (sizeof(T) == sizeof(uint16_t)) {
+    const bfloat16x8_t low = vcvtq_low_bf16_f32((float32x4_t)a);
+    return vst1q_bf16(reinterpret_cast<bfloat16_t*>(p), vcvtq_high_bf16_f32(low, (float32x4_t)b));
+  }
+#endif
+  Io<T>::put(p, a);
+  Io<T>::put(p + kWidth, b);
+}
+
 template <typename T>
 TORCH_EXT_INLINE vf get_n(const T* p, size_t n) {
   T lanes[kWidth] = {};
