@@ -83,6 +83,13 @@ test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 8 minutes); 
 	  echo "note: torch.compile cannot link in a folder with a space in its name; its tests are left out" >&2;; esac; \
 	$(PY) -m pytest -m "$$tests" $(ARGS)
 
+.PHONY: nightly
+nightly: $(VENV)/.dev ## kernels on 10,000 random shapes, with address and undefined-behaviour sanitizers, and emulated (an hour)
+	@$(PY) tests/csrc/build.py native -- --filter random --random 10000 $(ARGS)
+	@$(PY) tests/csrc/build.py sanitize -- $(ARGS)
+	@$(PY) tests/csrc/build.py aarch64 --cpu max -- --random 500 $(ARGS)
+	@$(PY) tests/csrc/build.py aarch64 --cpu max,sve256=on -- --quick --random 200 $(ARGS)
+
 .PHONY: bench
 bench: $(VENV)/.dev $(VENV)/.built ## linear layers and encoder beside PyTorch and ONNX Runtime, on this machine
 	@model="$(MODEL)"; $(PY) benchmarks/encoder.py $${model:+--model "$$model"} $(ARGS)

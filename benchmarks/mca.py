@@ -28,21 +28,23 @@ SOURCES = (
     "kernels/neon_bf16/vec_neon_bf16.cpp",
     "kernels/neon/vec_neon.cpp",
     "kernels/sve_bf16/gemm_sve_bfmmla.cpp",
+    "kernels/neon_i8mm/gemm_smmla.cpp",
+    "kernels/neon_dotprod/gemm_sdot.cpp",
 )
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden")
 OLDEST_LLVM = 16
 
 # Instructions that one cycle can start, in LLVM 19's models (AArch64SchedNeoverse*.td): of 128 bits, and of 256 for
-# sve256, whose kernels need vectors of that length. N1 has no BFMMLA; only V1 has vectors of 256 bits.
+# sve256, whose kernels need vectors of that length. N1 has no MMLA; only V1 has vectors of 256 bits.
 PEAK_PER_CYCLE = {
-    "neoverse-n1": {"fmla": 2},
-    "neoverse-n2": {"fmla": 2, "bfmmla": 2},
-    "neoverse-v1": {"fmla": 4, "bfmmla": 4, "sve256_bfmmla": 2},
-    "neoverse-v2": {"fmla": 4, "bfmmla": 4},
+    "neoverse-n1": {"fmla": 2, "sdot": 2},
+    "neoverse-n2": {"fmla": 2, "bfmmla": 2, "smmla": 2, "sdot": 2},
+    "neoverse-v1": {"fmla": 4, "bfmmla": 4, "sve256_bfmmla": 2, "smmla": 4, "sdot": 4},
+    "neoverse-v2": {"fmla": 4, "bfmmla": 4, "smmla": 4, "sdot": 4},
 }
 
 # Products of each.
-PRODUCTS = {"fmla": 4, "bfmmla": 16, "sve256_bfmmla": 32}
+PRODUCTS = {"fmla": 4, "bfmmla": 16, "sve256_bfmmla": 32, "smmla": 32, "sdot": 16}
 
 _KERNEL = re.compile(r"(gemm_f32_\w+)\(|(vec_\w+)::ukernel_(f32|bf16)<(\d+)\w*>")
 _BRANCH = re.compile(r"^(?:b(?:\.\w+)?|cbn?z|tbn?z)\s.*?\b([0-9a-f]+) <")
