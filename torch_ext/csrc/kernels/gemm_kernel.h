@@ -35,8 +35,8 @@ enum class Layout : uint32_t {
   kF32Rows = 3,    ///< the same in fp32
   kPlain = 4,      ///< bf16 [n, k], row-major, for PyTorch's own linear
   kOnednn = 5,     ///< as oneDNN reordered it, for PyTorch's prepacked linear
-  kBf16Dots = 8,   ///< bf16, pairs of products of one column: see x86/gemm_dot_bf16.inl
   kS8Groups = 6,   ///< s8, groups of kr products of one column, with f32 scales: see vec/quantize.inl
+  kBf16Dots = 7,   ///< bf16, pairs of products of one column: see x86/gemm_dot_bf16.inl
 };
 
 using UKernelFn = void (*)(size_t steps, const void* lhs, const void* rhs, float* tile, size_t ld_tile);
