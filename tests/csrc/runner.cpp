@@ -191,8 +191,10 @@ static int main_with(int argc, char** argv) {
       for (const TestCase& test : tests()) std::printf("%s\n", test.name);
       return 0;
     } else if (arg == "--kernels") {
-      for (const GemmPath& path : all_gemm_paths()) {
-        for (size_t u = 0; u < path.kernel->ukernel_count; ++u) std::printf("%s\n", path.kernel->ukernels[u].name);
+      for (const std::vector<GemmPath>* const all : {&all_gemm_paths(), &all_s8_paths()}) {
+        for (const GemmPath& path : *all) {
+          for (size_t u = 0; u < path.kernel->ukernel_count; ++u) std::printf("%s\n", path.kernel->ukernels[u].name);
+        }
       }
       return 0;
     } else if (arg == "--report") {

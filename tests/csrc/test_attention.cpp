@@ -215,7 +215,7 @@ TORCH_EXT_TEST(local_attention_sees_its_window_only) {
   }
 }
 
-TORCH_EXT_TEST(relative_bias_is_added_by_distance) {
+TORCH_EXT_TEST(attention_adds_a_relative_bias_by_distance) {
   for (const GemmPath& path : gemm_paths()) {
     for (const DType type : {DType::kF32, DType::kBF16}) {
       for (const size_t reach : {0, 1, 7, 64}) {

@@ -220,7 +220,8 @@ def loops(compiler: str) -> tuple[mca.Loop, ...]:
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_the_loop_of_every_kernel_is_found(compiler: str) -> None:
     kernels = run("aarch64", "--kernels").stdout.split()
-    expected = {name for name in kernels if not name.endswith("_portable")}
+    # mca.py leaves out what is compiled for every CPU: there is nothing to gain from a model of it.
+    expected = {name for name in kernels if not name.endswith("_portable") and "_qs8cxp12x1_" not in name}
     assert len(expected) >= 20
     assert {loop.kernel for loop in loops(compiler)} == expected
 

@@ -25,17 +25,22 @@ std::vector<std::string> split(const std::string& s, char separator) {
   return parts;
 }
 
-const char* type_word(DType t) { return t == DType::kF32 ? "f32" : "bf16"; }
+// Rows of s8 are quantized dynamically (qs8dx), columns once, per channel (qs8cx).
+const char* type_word(DType t, bool left) {
+  return t == DType::kF32 ? "f32" : t == DType::kBF16 ? "bf16" : left ? "qs8dx" : "qs8cx";
+}
 
 // "bf16p12x4": type, p, nr x kr
 void expect_layout_word(const std::string& word, const GemmKernel& g) {
-  EXPECT(word == std::string(type_word(g.rhs_type)) + "p" + std::to_string(g.nr) + "x" + std::to_string(g.kr),
-         "%s: the table says %s, nr %zu, kr %zu", word.c_str(), type_word(g.rhs_type), g.nr, g.kr);
+  EXPECT(word == std::string(type_word(g.rhs_type, false)) + "p" + std::to_string(g.nr) + "x" + std::to_string(g.kr),
+         "%s: the table says %s, nr %zu, kr %zu", word.c_str(), type_word(g.rhs_type, false), g.nr, g.kr);
 }
 
 // gemm_<destination>_<left>_<right>p<nr>x<kr>_<mr>x<nr>_<engine>
 TORCH_EXT_TEST(every_ukernel_name_matches_its_row) {
-  for (const GemmPath& path : all_gemm_paths()) {
+  std::vector<GemmPath> families = all_gemm_paths();
+  families.insert(families.end(), all_s8_paths().begin(), all_s8_paths().end());
+  for (const GemmPath& path : families) {
     const GemmKernel& g = *path.kernel;
     expect_layout_word(g.name, g);
     for (size_t i = 0; i < g.ukernel_count; ++i) {
@@ -45,7 +50,7 @@ TORCH_EXT_TEST(every_ukernel_name_matches_its_row) {
       EXPECT(words.size() >= 6, "expected gemm_<dst>_<lhs>_<rhs>_<tile>_<engine>");
       if (words.size() < 6) continue;
       EXPECT(words[0] == "gemm" && words[1] == "f32", "expected gemm_f32_...: tiles are f32");
-      EXPECT(words[2] == type_word(g.lhs_type), "the left side is %s in the table", type_word(g.lhs_type));
+      EXPECT(words[2] == type_word(g.lhs_type, true), "the left side is %s in the table", type_word(g.lhs_type, true));
       expect_layout_word(words[3], g);
       EXPECT(words[4] == std::to_string(u.mr) + "x" + std::to_string(g.nr), "the table says tile %zux%zu", u.mr, g.nr);
       std::string engine = words[5];
