@@ -115,7 +115,7 @@ def test_what_it_says_of_itself(server: tuple[str, Container]) -> None:
     assert started[1] == "torch_ext-bf16"
     assert started[2] == "1", "the container's CPU quota is 1"
     if arch == "arm64":
-        assert started[3] == "neon_bf16", "the emulated CPU has bf16"
+        assert started[3] == "neon_i8mm", "the emulated CPU has bf16 and i8mm"
     assert container.get("/ready")[0] == 200
     assert container.get("/metrics")[0] == 200
     assert container.get("/docs")[0] == 200
@@ -144,7 +144,7 @@ def test_arm64_without_bf16(fp32: list[list[float]]) -> None:
     options = ["--env=QEMU_CPU=neoverse-n1"]
     with serving(image("arm64"), "arm64", setting("TORCH_EXT_BUNDLE"), options=options) as container:
         container.wait_until_healthy(300)
-        assert "isa=neon\n" in container.logs() + "\n"
+        assert "isa=neon_dotprod\n" in container.logs() + "\n"
         vectors = container.post("/embed", {"inputs": TEXTS[:3]})["embeddings"]
     assert min(map(cosine, vectors, fp32)) >= 0.9995
 
@@ -202,7 +202,7 @@ def test_doctor_in_the_arm64_image() -> None:
         assert int(docker("inspect", "--format={{.State.ExitCode}}", name)) in (0, 1), output
     finally:
         docker("rm", "--force", name)
-    assert "neon_bf16" in output
+    assert "neon_i8mm" in output
 
 
 def test_load_test_by_compose(tmp_path: Path) -> None:
