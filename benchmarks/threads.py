@@ -110,10 +110,10 @@ def norm_part(name: str, tokens: int, hidden: int, threads: int, grain_elements:
 
 
 def row_grain() -> int:
-    """Fewest elements that a thread takes of residual and norm, as ops/rows.cpp says."""
-    match = re.search(r"kRowGrain = ([^;]+);", (CSRC / "ops" / "rows.cpp").read_text())
+    """Fewest elements that a thread takes of residual and norm, as rows.h says."""
+    match = re.search(r"kRowGrain = ([^;]+);", (CSRC / "rows.h").read_text())
     if match is None:
-        raise RuntimeError("ops/rows.cpp: expected a constant kRowGrain; tell benchmarks/threads.py how rows are split")
+        raise RuntimeError("rows.h: expected a constant kRowGrain; tell benchmarks/threads.py how rows are split")
     return math.prod(int(factor) for factor in match[1].split("*"))
 
 

@@ -6,12 +6,10 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "rows.h"
 
 namespace torch_ext {
 namespace {
-
-// Elements that are worth a thread of their own in row-wise work.
-constexpr size_t kRowGrain = 32 * 1024;
 
 // Activations of one part of a layer, per thread, that a group of sequences may take: they are to stay in the caches
 // that the next part reads them from, while a larger group reads the weights less often.
@@ -50,7 +48,7 @@ class Run {
     product_ = normed_ + rows_ * width_;
     shared_ = product_ + rows_ * width_;
     // Rows past the texts, if any, are computed on but never read: only they must not hold what is slow.
-    for (uint16_t* const part : {hidden_, normed_, product_}) clear_tail(part, width_);
+    for (uint16_t* const part : {hidden_, normed_}) clear_tail(part, width_);
     attention_.cu_seqlens = batch.cu_seqlens;
     attention_.sequences = batch.sequences;
     attention_.heads = h_.num_heads;
@@ -179,17 +177,13 @@ class Run {
     uint16_t* const out = model_.projection.packed ? shared_ : hidden_;
     clear_tail(out, e);
     parallel_rows(e, [&](size_t begin, size_t end) {
-      const int32_t* const offsets = batch_.cu_seqlens;
-      const auto first = static_cast<int32_t>(begin);
-      size_t s = static_cast<size_t>(std::upper_bound(offsets, offsets + batch_.sequences + 1, first) - offsets) - 1;
-      for (size_t t = begin; t < end; ++t) {
-        while (t >= static_cast<size_t>(offsets[s + 1])) ++s;
-        const size_t position = t - static_cast<size_t>(offsets[s]) + h_.position_offset;
+      for_each_position(batch_.cu_seqlens, batch_.sequences, begin, end, [&](size_t t, size_t place) {
+        const size_t position = place + h_.position_offset;
         const size_t type = batch_.type_ids ? static_cast<size_t>(batch_.type_ids[t]) : 0;
         layer_norm(e, model_.word + static_cast<size_t>(batch_.ids[t]) * e,
                    model_.position ? model_.position + position * e : nullptr,
                    model_.token_type ? model_.token_type + type * e : nullptr, model_.embedding_norm, out + t * e);
-      }
+      });
     });
     if (!model_.projection.packed) return;
     const uint16_t* const projected = linear(model_.projection, out, Activation::kNone, hidden_, nullptr);
@@ -199,17 +193,13 @@ class Run {
   void rotate(const uint16_t* from, uint16_t* qkv, const float* table) {
     const size_t d = attention_.head_size, ld = 3 * width_;
     parallel_rows(ld, [&](size_t begin, size_t end) {
-      const int32_t* const offsets = batch_.cu_seqlens;
-      const auto first = static_cast<int32_t>(begin);
-      size_t s = static_cast<size_t>(std::upper_bound(offsets, offsets + batch_.sequences + 1, first) - offsets) - 1;
-      for (size_t t = begin; t < end; ++t) {
-        while (t >= static_cast<size_t>(offsets[s + 1])) ++s;
-        const float* const cos = table + (t - static_cast<size_t>(offsets[s])) * d;
+      for_each_position(batch_.cu_seqlens, batch_.sequences, begin, end, [&](size_t t, size_t position) {
+        const float* const cos = table + position * d;
         vec_.rotate_row(2 * size_t{h_.num_heads}, d, cos, cos + d / 2, from + t * ld, qkv + t * ld, DType::kBF16);
         if (from != qkv) {
           std::memcpy(qkv + t * ld + 2 * width_, from + t * ld + 2 * width_, width_ * sizeof(uint16_t));
         }
-      }
+      });
     });
   }
 

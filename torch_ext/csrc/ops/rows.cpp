@@ -6,14 +6,12 @@
 #include "dispatch.h"
 #include "gemm.h"
 #include "ops/ops.h"
+#include "rows.h"
 
 namespace torch_ext {
 namespace {
 
-// Elements that are worth a thread of their own in row-wise work.
-constexpr int64_t kRowGrain = 32 * 1024;
-
-int64_t row_grain(int64_t width) { return std::max<int64_t>(1, kRowGrain / std::max<int64_t>(width, 1)); }
+int64_t row_grain(int64_t width) { return std::max<int64_t>(1, int64_t{kRowGrain} / std::max<int64_t>(width, 1)); }
 
 const char* row_of(const Tensor& t, int64_t row, int64_t width, DType type) {
   return static_cast<const char*>(t.const_data_ptr()) + static_cast<size_t>(row * width) * dtype_bytes(type);
@@ -100,18 +98,16 @@ Tensor rotary_embedding(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num
   char* const result = static_cast<char*>(out.mutable_data_ptr());
   const size_t row_bytes = static_cast<size_t>(3 * width) * dtype_bytes(type);
   torch::stable::parallel_for(0, tokens, row_grain(3 * width), [&](int64_t begin, int64_t end) {
-    const int32_t* const offsets = sequences.offsets;
-    size_t s = static_cast<size_t>(std::upper_bound(offsets, offsets + sequences.count + 1, begin) - offsets) - 1;
-    for (int64_t t = begin; t < end; ++t) {
-      while (t >= offsets[s + 1]) ++s;
-      const float* const cos = table + (t - offsets[s]) * head_size;
-      const char* const row = row_of(source, t, 3 * width, type);
-      char* const to = result + static_cast<size_t>(t) * row_bytes;
+    const auto rotate = [&](size_t t, size_t position) {
+      const float* const cos = table + position * static_cast<size_t>(head_size);
+      const char* const row = row_of(source, static_cast<int64_t>(t), 3 * width, type);
+      char* const to = result + t * row_bytes;
       vec.rotate_row(static_cast<size_t>(2 * num_heads), static_cast<size_t>(head_size), cos, cos + head_size / 2, row,
                      to, type);
       const size_t rotated = row_bytes / 3 * 2;
       std::memcpy(to + rotated, row + rotated, row_bytes - rotated);
-    }
+    };
+    for_each_position(sequences.offsets, sequences.count, static_cast<size_t>(begin), static_cast<size_t>(end), rotate);
   });
   return out;
 }
@@ -173,16 +169,14 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
   char* const op_out = static_cast<char*>(out.mutable_data_ptr());
   const size_t row_bytes = static_cast<size_t>(width) * dtype_bytes(type);
   torch::stable::parallel_for(0, tokens, row_grain(width), [&](int64_t begin, int64_t end) {
-    const int32_t* const offsets = sequences.offsets;
-    size_t s = static_cast<size_t>(std::upper_bound(offsets, offsets + sequences.count + 1, begin) - offsets) - 1;
-    for (int64_t t = begin; t < end; ++t) {
-      while (t >= offsets[s + 1]) ++s;
+    const auto embed = [&](size_t t, size_t place) {
       const char* const type_row = types ? row_of(*types, type_id ? type_id[t] : 0, width, type) : nullptr;
       const char* const position_row =
-          positions ? row_of(*positions, t - offsets[s] + position_offset, width, type) : nullptr;
+          positions ? row_of(*positions, static_cast<int64_t>(place) + position_offset, width, type) : nullptr;
       vec.sum_layer_norm_row(static_cast<size_t>(width), row_of(words, id[t], width, type), position_row, type_row, wp,
-                             bp, static_cast<float>(eps), op_out + static_cast<size_t>(t) * row_bytes, type);
-    }
+                             bp, static_cast<float>(eps), op_out + t * row_bytes, type);
+    };
+    for_each_position(sequences.offsets, sequences.count, static_cast<size_t>(begin), static_cast<size_t>(end), embed);
   });
   return out;
 }

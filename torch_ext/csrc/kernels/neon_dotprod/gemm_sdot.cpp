@@ -100,23 +100,7 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_qs8dx_qs8cxp12x4_8x12_neon_sdot", 8, gemm_f32_qs8dx_qs8cxp12x4_8x12_neon_sdot},
 };
 
-constexpr GemmKernel kTable = {"qs8cxp12x4",
-                               Layout::kS8Groups,
-                               kNr,
-                               kKr,
-                               kKr,
-                               DType::kS8,
-                               DType::kS8,
-                               pack_rows_s8<float, kKr, kKr, 0>,
-                               pack_rows_s8<uint16_t, kKr, kKr, 0>,
-                               nullptr,
-                               nullptr,
-                               nullptr,
-                               nullptr,
-                               kUKernels,
-                               3,
-                               sizeof(float),
-                               sizeof(float)};
+constexpr GemmKernel kTable = s8_family<kKr, kKr>("qs8cxp12x4", kNr, kUKernels, 3);
 
 }  // namespace
 

@@ -147,23 +147,7 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_qs8dx_qs8cxp12x8_8x12_neon_smmla", 8, gemm_f32_qs8dx_qs8cxp12x8_8x12_neon_smmla},
 };
 
-constexpr GemmKernel kTable = {"qs8cxp12x8",
-                               Layout::kS8Groups,
-                               kNr,
-                               kKr,
-                               kKr,
-                               DType::kS8,
-                               DType::kS8,
-                               pack_rows_s8<float, kKr, kKr, 0>,
-                               pack_rows_s8<uint16_t, kKr, kKr, 0>,
-                               nullptr,
-                               nullptr,
-                               nullptr,
-                               nullptr,
-                               kUKernels,
-                               4,
-                               sizeof(float),
-                               sizeof(float)};
+constexpr GemmKernel kTable = s8_family<kKr, kKr>("qs8cxp12x8", kNr, kUKernels, 4);
 
 }  // namespace
 

@@ -44,20 +44,4 @@ static constexpr UKernel kUKernelsS8[] = {TORCH_EXT_UKERNEL(1), TORCH_EXT_UKERNE
 #undef TORCH_EXT_UKERNEL
 #undef TORCH_EXT_STRING
 
-static constexpr GemmKernel kGemmS8 = {"qs8cxp" TORCH_EXT_VEC_NR "x1",
-                                       Layout::kS8Groups,
-                                       kNr,
-                                       1,
-                                       kKStep,
-                                       DType::kS8,
-                                       DType::kS8,
-                                       pack_rows_s8<float, 1, kKStep, 0>,
-                                       pack_rows_s8<uint16_t, 1, kKStep, 0>,
-                                       nullptr,
-                                       nullptr,
-                                       nullptr,
-                                       nullptr,
-                                       kUKernelsS8,
-                                       4,
-                                       sizeof(float),
-                                       sizeof(float)};
+static constexpr GemmKernel kGemmS8 = s8_family<1, kKStep>("qs8cxp" TORCH_EXT_VEC_NR "x1", kNr, kUKernelsS8, 4);

@@ -166,3 +166,23 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
     for (; p < padded; p += kGroup, out += stride) __builtin_memset(out, kFlip, kGroup);
   }
 }
+
+/// The table of a family of s8. `kFlip` and what panels end with besides scales go together: see pack_rows_s8.
+template <size_t kGroup, size_t kStep, uint8_t kFlip = 0>
+constexpr GemmKernel s8_family(const char* name, size_t nr, const UKernel* ukernels, size_t ukernel_count) {
+  GemmKernel g = {};
+  g.name = name;
+  g.layout = Layout::kS8Groups;
+  g.nr = nr;
+  g.kr = kGroup;
+  g.k_step = kStep;
+  g.lhs_type = DType::kS8;
+  g.rhs_type = DType::kS8;
+  g.pack_lhs_f32 = pack_rows_s8<float, kGroup, kStep, kFlip>;
+  g.pack_lhs_bf16 = pack_rows_s8<uint16_t, kGroup, kStep, kFlip>;
+  g.ukernels = ukernels;
+  g.ukernel_count = ukernel_count;
+  g.row_extra_bytes = sizeof(float);
+  g.column_extra_bytes = sizeof(float) + (kFlip ? sizeof(int32_t) : 0);
+  return g;
+}

@@ -73,23 +73,7 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_qs8dx_qs8cxp32x4_8x32_avx512_vnni", 8, dot_tile<8>},
 };
 
-constexpr GemmKernel kTable = {"qs8cxp32x4",
-                               Layout::kS8Groups,
-                               kNr,
-                               kKr,
-                               kKr,
-                               DType::kS8,
-                               DType::kS8,
-                               pack_rows_s8<float, kKr, kKr, 0x80>,
-                               pack_rows_s8<uint16_t, kKr, kKr, 0x80>,
-                               nullptr,
-                               nullptr,
-                               nullptr,
-                               nullptr,
-                               kUKernels,
-                               4,
-                               sizeof(float),
-                               sizeof(float) + sizeof(int32_t)};
+constexpr GemmKernel kTable = s8_family<kKr, kKr, 0x80>("qs8cxp32x4", kNr, kUKernels, 4);
 
 }  // namespace
 
