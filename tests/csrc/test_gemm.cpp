@@ -354,6 +354,7 @@ void check_grid(const GemmPath& path, size_t m, size_t n, size_t k, const GemmPl
   for (UKernel& u : ukernels) u.run = multiply_nothing;
   g.ukernels = ukernels.data();
   g.pack_lhs_f32 = g.pack_lhs_bf16 = pack_nothing;
+  g.begin = g.end = nullptr;  // instructions that this CPU may lack
   VecKernels vec = *path.vec;
   for (auto& store : vec.store_tile) store = count_stores;
   std::vector<uint8_t> stored(m * n);
