@@ -125,7 +125,7 @@ TORCH_EXT_TEST(the_best_candidates_come_first) {
 #if defined(__aarch64__)
       {"sve_bf16", "neon_i8mm", "neon_bf16", "neon_dotprod", "neon", "portable"};
 #elif defined(__x86_64__)
-      {"amx", "onednn", "torch", "portable"};
+      {"amx", "avx512_bf16", "onednn", "torch", "portable"};
 #else
       {"portable"};
 #endif

@@ -33,6 +33,8 @@ const VecKernels* const kVecCandidates[] = {&kVecAmx, &kVecAvx512Bf16, &kVecAvx5
 const Isa kIsas[] = {
     {"amx", kFeatureAvx512 | kFeatureAvx512Bf16 | kFeatureAmxBf16, LinearEngine::kOwn, kVecAmx.gemm_dot_bf16, nullptr,
      &kVecAmx},
+    {"avx512_bf16", kFeatureAvx512 | kFeatureAvx512Bf16, LinearEngine::kOwn, kVecAvx512Bf16.gemm_dot_bf16, nullptr,
+     &kVecAvx512Bf16},
     {"onednn", kFeatureAvx512, LinearEngine::kOnednn, nullptr, nullptr, nullptr},
     {"torch", kFeatureNone, LinearEngine::kTorch, nullptr, nullptr, nullptr},
     {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, kVecPortable.gemm_s8, &kVecPortable},
