@@ -63,6 +63,8 @@ class TorchExt:
             layer_norm_eps=1e-12,
         )
         weights = {name: values(*shape) for name, shape in spec.shapes().items()}
+        if self.dtype == "int8":  # as Encoder.balanced() leaves them
+            weights |= {name: values(*shape) for name, shape in spec.optional_shapes().items()}
         try:
             encoder = self.module.Encoder(spec, weights, self.dtype)
         except ValueError as error:

@@ -252,9 +252,12 @@ def _check_tensors(what: str, *tensors: Tensor | None) -> None:
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the module does what nn.Linear does: no subclass, no parametrization, no forward of its own."""
+    """Whether the module does what nn.Linear does: no subclass, no parametrization, no forward of its own; nothing empty."""
     return (
-        type(module) is nn.Linear and set(module._parameters) == {"weight", "bias"} and "forward" not in module.__dict__
+        type(module) is nn.Linear
+        and set(module._parameters) == {"weight", "bias"}
+        and "forward" not in module.__dict__
+        and module.weight.numel() > 0
     )
 
 

@@ -241,8 +241,15 @@ def varlen_attention(
     return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale, window, relative_bias))
 
 
-def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """``layer_norm(x + residual)`` over the last dimension, computed in fp32.
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual_scale: Tensor | None = None,
+) -> Tensor:
+    """``layer_norm(x + residual_scale * residual)`` over the last dimension, computed in fp32.
 
     Args:
         x: bf16 or fp32 ``[T, H]``.
@@ -250,6 +257,7 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
         weight: fp32 ``[H]``.
         bias: fp32 ``[H]``.
         eps: added to the variance.
+        residual_scale: fp32 ``[H]``, or None for ones. Needs a residual.
 
     Returns:
         ``[T, H]`` in the dtype of ``x``.
@@ -257,7 +265,7 @@ def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
-    return cast(Tensor, torch.ops.torch_ext.add_layer_norm(x, residual, weight, bias, eps))
+    return cast(Tensor, torch.ops.torch_ext.add_layer_norm(x, residual, weight, bias, eps, residual_scale))
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -573,8 +581,17 @@ def _(
 
 
 @_fake("add_layer_norm")
-def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    _check_inference_only("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual_scale: Tensor | None = None,
+) -> Tensor:
+    _check_inference_only(
+        "add_layer_norm", x=x, residual=residual, weight=weight, bias=bias, residual_scale=residual_scale
+    )
     return x.new_empty(x.shape)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext.encoder import Encoder
+from torch_ext.encoder.huggingface import read_encoder
 from torch_ext.encoder.spec import is_matrix, scale_name
 
 __all__ = [
@@ -257,11 +258,12 @@ class Mixtures:
         Raises:
             TypeError, ValueError: as for :meth:`torch_ext.Encoder.from_transformers`.
         """
-        whole = Encoder.from_transformers(model, "int8")
-        self.spec = whole.spec
+        self.spec, weights = read_encoder(model)
+        balanced = Encoder.balanced(self.spec, weights)
+        whole = Encoder(self.spec, balanced, "int8")
         self.names = whole.linear_names
         self._int8 = whole.weights()
-        bf16 = Encoder.from_transformers(model, "bf16").weights()
+        bf16 = Encoder(self.spec, balanced, "bf16").weights()
         self._bf16 = {name: tensor for name, tensor in bf16.items() if is_matrix(name)}
 
     def __call__(self, kept: Iterable[str]) -> Encoder:

@@ -266,9 +266,9 @@ void softmax_pack(const VecKernels& vec, size_t rows, size_t block_rows, size_t 
 }
 
 void sum_layer_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c,
-                        const float* weight, const float* bias, float eps, void* out, DType t) {
+                        const float* b_scale, const float* weight, const float* bias, float eps, void* out, DType t) {
   cover(row_path(vec, "sum_layer_norm_row", dtype_name(t)));
-  vec.sum_layer_norm_row(n, a, b, c, weight, bias, eps, out, t);
+  vec.sum_layer_norm_row(n, a, b, c, b_scale, weight, bias, eps, out, t);
 }
 
 void sum_rms_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c, const float* weight,

@@ -57,7 +57,7 @@ void scale_rows(const VecKernels& vec, size_t rows, size_t n, const float* s, si
 void softmax_pack(const VecKernels& vec, size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld,
                   float* sums, void* block);
 void sum_layer_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c,
-                        const float* weight, const float* bias, float eps, void* out, DType t);
+                        const float* b_scale, const float* weight, const float* bias, float eps, void* out, DType t);
 void sum_rms_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c, const float* weight,
                       float eps, void* out, DType t);
 void rotate_row(const VecKernels& vec, size_t heads, size_t head_size, const float* cos, const float* sin,

@@ -415,6 +415,7 @@ struct NormCase {
   bool with_b, with_c;
   float center, spread;
   int alias;  ///< the output is a (0), b (1), c (2) or memory of its own (-1)
+  bool scaled = false;  ///< whether b has factors
 };
 
 void check_layer_norm(const VecKernels& vec, const NormCase& c) {
@@ -424,17 +425,18 @@ void check_layer_norm(const VecKernels& vec, const NormCase& c) {
   a.fill(random_source(), c.center, c.spread);
   b.fill(random_source(), 0.0f, c.spread);
   d.fill(random_source(), 0.0f, c.spread);
-  const Guarded<float> weight(c.n), bias(c.n);
+  const Guarded<float> weight(c.n), bias(c.n), factors(c.n);
   for (size_t j = 0; j < c.n; ++j) {
     weight[j] = random_source().value();
     bias[j] = random_source().value();
+    factors[j] = 1.0f + random_source().value();
   }
   const float eps = 1e-12f;
   std::vector<double> v(c.n);
   double mean = 0, variance = 0, largest = 0;
   for (size_t j = 0; j < c.n; ++j) {
     v[j] = a.get(0, j);
-    if (c.with_b) v[j] += b.get(0, j);
+    if (c.with_b) v[j] += static_cast<double>(c.scaled ? factors[j] : 1.0f) * b.get(0, j);
     if (c.with_c) v[j] += d.get(0, j);
     mean += v[j] / static_cast<double>(c.n);
     largest = std::max(largest, std::fabs(v[j]));
@@ -442,8 +444,8 @@ void check_layer_norm(const VecKernels& vec, const NormCase& c) {
   for (const double x : v) variance += (x - mean) * (x - mean) / static_cast<double>(c.n);
   const double scale = 1 / std::sqrt(variance + static_cast<double>(eps));
   Matrix& out = c.alias == 0 ? a : c.alias == 1 ? b : c.alias == 2 ? d : own;
-  sum_layer_norm_row(vec, c.n, a.data(), c.with_b ? b.data() : nullptr, c.with_c ? d.data() : nullptr, weight.get(),
-                     bias.get(), eps, out.data(), c.type);
+  sum_layer_norm_row(vec, c.n, a.data(), c.with_b ? b.data() : nullptr, c.with_c ? d.data() : nullptr,
+                     c.scaled ? factors.get() : nullptr, weight.get(), bias.get(), eps, out.data(), c.type);
   for (size_t j = 0; j < c.n; ++j) {
     const double normalized = (v[j] - mean) * scale, w = weight[j], y = normalized * w + static_cast<double>(bias[j]);
     const double bound = layer_norm_bound(c.n, largest, scale, normalized, w, bias[j], c.type, y);
@@ -460,6 +462,7 @@ TORCH_EXT_TEST(layer_norm_is_right_for_every_length_and_number_of_sources) {
         for (int sources = 0; sources < 4; ++sources) {
           check_layer_norm(*vec, {n, type, sources % 2 == 1, sources / 2 == 1, 0.3f, 2.0f, -1});
         }
+        check_layer_norm(*vec, {n, type, true, false, 0.3f, 2.0f, -1, true});
       }
     }
   }
@@ -470,6 +473,9 @@ TORCH_EXT_TEST(layer_norm_may_overwrite_any_source) {
     for (const size_t n : {3, 16, 37, 384}) {
       for (const DType type : kTypes) {
         for (int alias = 0; alias < 3; ++alias) check_layer_norm(*vec, {n, type, true, true, 0.0f, 1.0f, alias});
+        for (int alias = 0; alias < 2; ++alias) {
+          check_layer_norm(*vec, {n, type, true, false, 0.0f, 1.0f, alias, true});
+        }
       }
     }
   }
@@ -496,7 +502,7 @@ TORCH_EXT_TEST(layer_norm_of_a_constant_row_is_bias) {
         weight[j] = random_source().value();
         bias[j] = random_source().value();
       }
-      sum_layer_norm_row(*vec, n, x.get(), nullptr, nullptr, weight.get(), bias.get(), 1e-12f, out.get(), DType::kF32);
+      sum_layer_norm_row(*vec, n, x.get(), nullptr, nullptr, nullptr, weight.get(), bias.get(), 1e-12f, out.get(), DType::kF32);
       for (size_t j = 0; j < n; ++j) EXPECT(out[j] == bias[j], "%zu: %g", j, static_cast<double>(out[j]));
     }
   }
@@ -511,7 +517,7 @@ TORCH_EXT_TEST(layer_norm_of_nan_is_nan) {
         x.fill(random_source());
         x.set(0, at, NAN);
         const std::vector<float> ones(n, 1.0f);
-        sum_layer_norm_row(*vec, n, x.data(), nullptr, nullptr, ones.data(), ones.data(), 1e-5f, out.data(),
+        sum_layer_norm_row(*vec, n, x.data(), nullptr, nullptr, nullptr, ones.data(), ones.data(), 1e-5f, out.data(),
                            DType::kBF16);
         for (size_t j = 0; j < n; ++j) EXPECT(std::isnan(out.get(0, j)), "%zu is a number", j);
       }

@@ -192,11 +192,19 @@ def layer_norm(total: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: t
     return Bounded(exact, bound + rounding(dtype) * (exact.abs() + bound))
 
 
-def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Bounded:
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual_scale: Tensor | None = None,
+) -> Bounded:
     """The reference of ``add_layer_norm``."""
     total, scale = x.double(), x.double().abs()
     if residual is not None:
-        total, scale = total + residual.double(), scale + residual.double().abs()
+        added = residual.double() if residual_scale is None else residual.double() * residual_scale.double()
+        total, scale = total + added, scale + added.abs()
     return layer_norm(total, weight, bias, eps, x.dtype, scale.amax(-1, keepdim=True))
 
 

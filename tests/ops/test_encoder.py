@@ -220,17 +220,13 @@ def test_a_damaged_packed_encoder_is_refused(generator: torch.Generator) -> None
     ):
         with pytest.raises(RuntimeError, match=message):
             torch_ext.encoder_forward(ids, bounds, None, damaged)
-    # Any byte of the header and of the table of sections: an error or a result, never a crash.
+    # Any byte of the header and of the table of sections.
     size = 96 + 16 * int(torch.ops.torch_ext._encoder_sections(packed).shape[0])
-    refused = 0
     for position in range(0, size, 3):
         damaged = packed.clone()
         damaged.view(-1)[position] ^= 0xFF
-        try:
+        with pytest.raises(RuntimeError, match="packed"):
             torch_ext.encoder_forward(ids, bounds, None, damaged)
-        except RuntimeError:
-            refused += 1
-    assert refused > size // 3 * 0.5
 
 
 def test_weights_are_kept_once(generator: torch.Generator) -> None:

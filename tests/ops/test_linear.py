@@ -202,11 +202,23 @@ def test_damaged_weights_are_refused() -> None:
         for op in (lambda t: torch_ext.linear(x, t), torch_ext.unpack_linear_weight):
             with pytest.raises(RuntimeError, match="packed"):
                 op(change(packed))
-    for byte in range(32):
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_damaged_headers_are_refused(dtype: str) -> None:
+    weight = torch.ones(7, 20)
+    pack = torch_ext.pack_linear_weight if dtype == "bf16" else torch_ext.pack_linear_weight_int8
+    unpack = torch_ext.unpack_linear_weight if dtype == "bf16" else torch_ext.unpack_linear_weight_int8
+    packed = pack(weight)
+    for byte, flipped in itertools.product(range(64), (0x01, 0x80, 0xFF)):
         broken = packed.clone()
-        broken.view(-1)[byte] ^= 0xFF
-        with pytest.raises(RuntimeError, match="packed"):
-            torch_ext.linear(x, broken)
+        broken.view(-1)[byte] ^= flipped
+        # With as many columns as the header says: that x does not fit must not be all that is seen.
+        says = int.from_bytes(bytes(broken.view(-1)[24:32].tolist()), "little")
+        x = torch.ones(3, says if says < 1 << 20 else 20)
+        for call in (lambda x=x, broken=broken: torch_ext.linear(x, broken), lambda broken=broken: unpack(broken)):
+            with pytest.raises(RuntimeError, match="packed"):
+                call()
 
 
 def test_gradients_are_refused() -> None:

@@ -27,6 +27,16 @@ def test_add_layer_norm(generator: torch.Generator, dtype: torch.dtype, with_res
         reference.add_layer_norm(x, residual, weight, bias, 1e-5).check(actual, f"{rows}x{width}+{offset}")
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_add_layer_norm_with_a_scaled_residual(generator: torch.Generator, dtype: torch.dtype) -> None:
+    for rows, width in [*((3, width) for width in WIDTHS), (0, 8), (300, 384), (2, 2051)]:
+        x, residual = (torch.randn(rows, width, generator=generator).to(dtype) for _ in range(2))
+        weight, bias, scale = (torch.randn(width, generator=generator) for _ in range(3))
+        actual = torch_ext.add_layer_norm(x, residual, weight, bias, 1e-5, scale)
+        assert actual.dtype == dtype
+        reference.add_layer_norm(x, residual, weight, bias, 1e-5, scale).check(actual, f"{rows}x{width}")
+
+
 def test_add_layer_norm_strided(generator: torch.Generator) -> None:
     base = torch.randn(40, 90, generator=generator)
     weight, bias = torch.randn(80, generator=generator)[::2], torch.randn(40, generator=generator)
@@ -54,6 +64,13 @@ def test_add_layer_norm_errors() -> None:
     ):
         with pytest.raises(RuntimeError, match=match):
             torch_ext.add_layer_norm(*arguments, 1e-5)
+    for match, residual, scale in (
+        ("expected a residual for residual_scale, got none", None, ones),
+        (r"expected residual_scale of shape \[8\], got fp32 \[7\]", x, torch.ones(7)),
+        ("residual_scale requires grad", x, ones.clone().requires_grad_()),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            torch_ext.add_layer_norm(x, residual, ones, ones, 1e-5, scale)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -197,7 +214,8 @@ def test_embed_layer_norm_errors(generator: torch.Generator) -> None:
         ("no token types", {"token_type_ids": torch.zeros(5, dtype=torch.int64), "token_type": None}),
         ("truncate it", {"position": tensors["position"][:2]}),
         ("truncate it", {"position_offset": 18}),
-        ("truncate it", {"position_offset": -1}),
+        ("expected position_offset from 0 to the 20 rows", {"position_offset": -1}),
+        ("expected position_offset from 0 to the 20 rows", {"position_offset": 2**62}),
         ("position", {"position": torch.ones(20, 7)}),
         ("position", {"position": tensors["position"].bfloat16()}),
         ("cu_seqlens to end", {"cu_seqlens": reference.cu_seqlens([2, 2])}),

@@ -26,6 +26,7 @@ struct Matrix {
 struct Norm {
   const float* weight = nullptr;  ///< null where there is no norm
   const float* bias = nullptr;
+  const float* residual_scale = nullptr;  ///< factors of the residual that is added before; null: 1
 };
 
 struct EncoderLayer {

@@ -108,7 +108,7 @@ def read(path: Path, part: str, spec_type: type[Spec], dtype: str) -> tuple[Spec
     names: list[str] = file.keys()
     weights = {name: file.get_tensor(name) for name in names if name.startswith("head.") == (part == "head")}
     try:
-        check_weights(spec.shapes(), weights)
+        check_weights(spec, weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return spec, weights

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_ext.encoder import files
+from torch_ext.encoder.balance import Observe, balance, random_texts
 from torch_ext.encoder.huggingface import read_encoder, read_head
-from torch_ext.encoder.packing import pack_encoder
+from torch_ext.encoder.packing import LAYER_PARTS, pack_encoder
 from torch_ext.encoder.positions import relative_bias_table, rotary_table
 from torch_ext.encoder.spec import (
     DTYPES,
@@ -107,12 +108,12 @@ class _Weighted(Generic[Spec]):
         """
         self.spec = spec
         self.dtype = check_dtype(dtype)
-        check_weights(spec.shapes(), weights)
+        check_weights(spec, weights)
         self.kept_bf16 = self._select_kept(weights, keep_bf16)
         self._tensors = {
             name: self._convert(name, tensor.detach(), weights.get(scale_name(name)))
             for name, tensor in weights.items()
-            if name in spec.shapes()
+            if name in spec.shapes() or name in spec.optional_shapes()
         }
 
     def _select_kept(self, weights: Mapping[str, Tensor], keep_bf16: str | Iterable[str]) -> tuple[str, ...]:
@@ -160,11 +161,18 @@ class _Weighted(Generic[Spec]):
         result = _ACTIVATIONS[activation](F.linear(x.float(), weight, bias))
         return result if residual is None else result + residual
 
-    def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The layer norm of ``x + residual``; ``x`` where there is no norm."""
+    def _norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The layer norm of ``x + residual_scale * residual``; ``x`` where there is no norm."""
         if weight is None:
             return x
-        result: Tensor = _add_layer_norm(x, residual, weight, bias, self.spec.layer_norm_eps)
+        result: Tensor = _add_layer_norm(x, residual, weight, bias, self.spec.layer_norm_eps, residual_scale)
         return result
 
     def weights(self) -> dict[str, Tensor]:
@@ -194,7 +202,7 @@ class _Weighted(Generic[Spec]):
 class LayerWeights(NamedTuple):
     """One layer's weights as the ops read them: matrices packed in bf16 or int8 or plain in fp32, the rest fp32.
 
-    The norm of attention is None where the specification leaves it out.
+    The norm of attention is None where the specification leaves it out, factors of residuals where they are 1.
     """
 
     qkv_weight: Tensor
@@ -203,12 +211,14 @@ class LayerWeights(NamedTuple):
     out_bias: Tensor
     attention_norm_weight: Tensor | None
     attention_norm_bias: Tensor | None
+    attention_residual_scale: Tensor | None
     up_weight: Tensor
     up_bias: Tensor
     down_weight: Tensor
     down_bias: Tensor
     ffn_norm_weight: Tensor
     ffn_norm_bias: Tensor
+    ffn_residual_scale: Tensor | None
 
 
 class Encoder(_Weighted[EncoderSpec]):
@@ -250,9 +260,7 @@ class Encoder(_Weighted[EncoderSpec]):
         self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(spec.num_layers))
 
     def _layer_weights(self, prefix: str) -> LayerWeights:
-        parts = ("attention.qkv", "attention.out", "attention.norm", "ffn.up", "ffn.down", "ffn.norm")
-        names = (f"{prefix}.{part}.{kind}" for part in parts for kind in ("weight", "bias"))
-        return LayerWeights(*(self._tensors.get(name) for name in names))  # type: ignore[arg-type]
+        return LayerWeights(*(self._tensors.get(f"{prefix}.{name}") for name in LAYER_PARTS))  # type: ignore[arg-type]
 
     @classmethod
     def from_transformers(cls, model: nn.Module, dtype: Dtype = "bf16", keep_bf16: str | Iterable[str] = ()) -> Encoder:
@@ -276,7 +284,28 @@ class Encoder(_Weighted[EncoderSpec]):
                 ``keep_bf16`` names no linear layer.
         """
         spec, weights = read_encoder(model)
-        return cls(spec, weights, dtype, keep_bf16)
+        return cls(spec, cls.balanced(spec, weights) if dtype == "int8" else weights, dtype, keep_bf16)
+
+    @classmethod
+    def balanced(cls, spec: EncoderSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the same encoder that suit int8: the channels that its linear layers read have similar ranges.
+
+        The channels are seen on some texts of random tokens, which the encoder is run on in fp32.
+        :meth:`from_transformers` does this, and so does :meth:`load` where it quantizes.
+
+        Args:
+            spec: what the encoder computes.
+            weights: fp32 or bf16, by the names of ``spec.shapes()``, as they were trained.
+
+        Returns:
+            Weights for the constructor, with any dtype; see :mod:`torch_ext.encoder.balance`.
+
+        Raises:
+            ValueError: a name, shape or dtype is wrong.
+        """
+        exact = cls(spec, weights, "fp32")
+        with _Inference():
+            return balance(spec, weights, lambda observe: exact.run_reference(*random_texts(spec), observe=observe))
 
     @property
     def linear_names(self) -> tuple[str, ...]:
@@ -355,36 +384,49 @@ class Encoder(_Weighted[EncoderSpec]):
         if token_type_ids is not None:
             if token_type_ids.shape[0] != tokens:
                 raise ValueError(f"Encoder: expected token_type_ids [{tokens}], got {list(token_type_ids.shape)}")
-            if not spec.type_vocab_size and tokens and int(token_type_ids.max()) > 0:
+            if not spec.type_vocab_size and bool(token_type_ids.any()):
                 raise ValueError(f"Encoder: {spec.architecture} has no token types: leave token_type_ids out")
 
-    def run_reference(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    def run_reference(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None = None,
+        observe: Observe | None = None,
+    ) -> Tensor:
         """The encoder, op by op: what it computes, written to be read. Calls run it as one op, ``encoder_forward``.
 
         Args:
             input_ids: as when the encoder is called, which checks its arguments first.
             cu_seqlens: likewise.
             token_type_ids: likewise.
+            observe: is told the name and input of every linear layer that reads a norm.
 
         Returns:
             The last hidden state, ``[T, H]``.
         """
-        hidden = self._embed(input_ids, cu_seqlens, token_type_ids)
+        observe = observe or (lambda name, x: None)
+        hidden = self._embed(input_ids, cu_seqlens, token_type_ids, observe)
         for index, w in enumerate(self._layers):
             attention_norm = w.attention_norm_weight, w.attention_norm_bias
             ffn_norm = w.ffn_norm_weight, w.ffn_norm_bias
             if self.spec.norm_first:
-                attended = self._attend(index, self._norm(hidden, None, *attention_norm), cu_seqlens)
+                normed = self._norm(hidden, None, *attention_norm)
+                observe(f"layers.{index}.attention.qkv", normed)
+                attended = self._attend(index, normed, cu_seqlens)
                 hidden = self._linear(attended, w.out_weight, w.out_bias, residual=hidden)
-                wide = self._widen(w, self._norm(hidden, None, *ffn_norm))
-                hidden = self._linear(wide, w.down_weight, w.down_bias, residual=hidden)
+                normed = self._norm(hidden, None, *ffn_norm)
+                observe(f"layers.{index}.ffn.up", normed)
+                hidden = self._linear(self._widen(w, normed), w.down_weight, w.down_bias, residual=hidden)
             else:
                 # The residual is added in the norm, which reads it from the cache, on every instruction set in one
                 # pass.
+                observe(f"layers.{index}.attention.qkv", hidden)
                 attended = self._linear(self._attend(index, hidden, cu_seqlens), w.out_weight, w.out_bias)
-                hidden = self._norm(attended, hidden, *attention_norm)
+                hidden = self._norm(attended, hidden, *attention_norm, w.attention_residual_scale)
+                observe(f"layers.{index}.ffn.up", hidden)
                 narrow = self._linear(self._widen(w, hidden), w.down_weight, w.down_bias)
-                hidden = self._norm(narrow, hidden, *ffn_norm)
+                hidden = self._norm(narrow, hidden, *ffn_norm, w.ffn_residual_scale)
         if self.spec.norm_first:
             hidden = self._norm(hidden, None, self._tensors["final_norm.weight"], self._tensors["final_norm.bias"])
         return hidden
@@ -408,7 +450,9 @@ class Encoder(_Weighted[EncoderSpec]):
         result: Tensor = _gate(self._linear(x, w.up_weight, w.up_bias), self.spec.activation)
         return result
 
-    def _embed(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def _embed(
+        self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, observe: Observe
+    ) -> Tensor:
         spec, tensors = self.spec, self._tensors
         result: Tensor = _embed_layer_norm(
             input_ids,
@@ -423,6 +467,7 @@ class Encoder(_Weighted[EncoderSpec]):
             spec.position_offset,
         )
         if spec.embedding_size:
+            observe("embeddings.projection", result)
             weight, bias = tensors["embeddings.projection.weight"], tensors["embeddings.projection.bias"]
             result = self._linear(result, weight, bias)
         return result
@@ -476,6 +521,8 @@ class Encoder(_Weighted[EncoderSpec]):
         if files.stored_dtype(path) == "int8":
             matrices = (name for name, tensor in weights.items() if is_matrix(name) and tensor.dtype != torch.int8)
             kept = [name.removesuffix(".weight") for name in matrices]
+        elif dtype == "int8":
+            weights = cls.balanced(spec, weights)
         return cls(spec, weights, dtype, kept)
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_ext.encoder.spec import EncoderSpec
 
-__all__ = ["pack_encoder"]
+__all__ = ["LAYER_PARTS", "pack_encoder"]
 
 # In the order of csrc/packing/packed_encoder.h.
 _ENCODER = (
@@ -23,7 +23,12 @@ _ENCODER = (
     "final_norm.weight",
     "final_norm.bias",
 )
-_LAYER = ("attention.qkv", "attention.out", "attention.norm", "ffn.up", "ffn.down", "ffn.norm")
+LAYER_PARTS = (
+    *(f"attention.{part}.{kind}" for part in ("qkv", "out", "norm") for kind in ("weight", "bias")),
+    "attention.residual_scale",
+    *(f"ffn.{part}.{kind}" for part in ("up", "down", "norm") for kind in ("weight", "bias")),
+    "ffn.residual_scale",
+)
 
 _NONE = torch.empty(0)
 
@@ -48,8 +53,7 @@ def pack_encoder(
         The packed encoder, u8 ``[H, bytes]``, and views of its parts by the names of ``tensors``, so that nothing
         needs to be kept twice.
     """
-    layers = [f"layers.{index}.{part}.{kind}" for index in range(spec.num_layers) for part in _LAYER
-              for kind in ("weight", "bias")]  # fmt: skip
+    layers = [f"layers.{index}.{part}" for index in range(spec.num_layers) for part in LAYER_PARTS]
     derived = (relative_bias, rotary, rotary_local)
     parts: list[tuple[str | None, Tensor]] = [(name, tensors.get(name, _NONE)) for name in _ENCODER]
     parts += [(None, _NONE if tensor is None else tensor) for tensor in derived]

@@ -150,6 +150,15 @@ class EncoderSpec:
             shapes.update(_norm_shapes("final_norm", hidden))
         return shapes
 
+    def optional_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The name and shape of weights that may be missing: factors of residuals, 1 without them."""
+        if self.norm_first:
+            return {}
+        layers = range(self.num_layers)
+        return {
+            f"layers.{index}.{part}.residual_scale": (self.hidden_size,) for index in layers for part in ("attention", "ffn")
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadSpec:
@@ -201,6 +210,10 @@ class HeadSpec:
         shapes.update(_linear_shapes("head.out", self.num_outputs, width))
         return shapes
 
+    def optional_shapes(self) -> dict[str, tuple[int, ...]]:
+        """A head has none, other than an encoder."""
+        return {}
+
 
 def _check_fields(spec: EncoderSpec | HeadSpec) -> None:
     """Raise unless every field has the type that it is declared with (a file may hold anything)."""
@@ -250,14 +263,16 @@ def scale_name(name: str) -> str:
     return f"{name}_scale"
 
 
-def check_weights(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:
-    """Check that exactly the named tensors are there, with their shapes, on the CPU.
+def check_weights(spec: EncoderSpec | HeadSpec, weights: Mapping[str, Tensor]) -> None:
+    """Check that the tensors of a specification are there, and no others, with their shapes, on the CPU.
 
     All are fp32 or bf16. Matrices may be i8 instead, and have fp32 scales ``[N]`` beside them then.
 
     Raises:
         ValueError: a name, shape, dtype or device is wrong.
     """
+    shapes = spec.shapes()
+    shapes.update({name: shape for name, shape in spec.optional_shapes().items() if name in weights})
     quantized = {name for name in shapes if is_matrix(name) and name in weights and weights[name].dtype == torch.int8}
     shapes = {**shapes, **{scale_name(name): shapes[name][:1] for name in quantized}}
     missing, extra = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())

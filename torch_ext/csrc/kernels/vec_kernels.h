@@ -42,9 +42,10 @@ struct VecKernels {
                      DType out_type);
 
   /// out = (v - mean v) / sqrt(var v + eps) * weight + bias over one row of n, with v = a + b + c summed in fp32;
-  /// b and c may be null. a, b, c and out have type `t`; out may be a, b or c.
-  void (*sum_layer_norm_row)(size_t n, const void* a, const void* b, const void* c, const float* weight,
-                             const float* bias, float eps, void* out, DType t);
+  /// b and c may be null. With `b_scale` [n], v = a + b_scale * b; b is there then, and c is null. a, b, c and out have
+  /// type `t`; out may be a, b or c.
+  void (*sum_layer_norm_row)(size_t n, const void* a, const void* b, const void* c, const float* b_scale,
+                             const float* weight, const float* bias, float eps, void* out, DType t);
 
   /// out = v / sqrt(mean v^2 + eps) * weight, with v, and what may be what, as above.
   void (*sum_rms_norm_row)(size_t n, const void* a, const void* b, const void* c, const float* weight, float eps,

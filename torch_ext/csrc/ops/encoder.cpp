@@ -2,6 +2,7 @@
 #include "encoder.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <vector>
 
@@ -72,6 +73,10 @@ class TorchHost : public EncoderHost {
   size_t next_ = 0;
 };
 
+uint64_t encoder_checksum(const EncoderHeader& h, const void* sections) {
+  return checksum(sections, h.sections * sizeof(Section), checksum(&h, offsetof(EncoderHeader, checksum)));
+}
+
 // ---- reading a packed encoder ---------------------------------------------------------------------------------------
 
 const EncoderHeader& read_header(const char* op, const Tensor& packed) {
@@ -88,6 +93,8 @@ const EncoderHeader& read_header(const char* op, const Tensor& packed) {
                       h.sections == kEncoderSections + uint64_t{h.num_layers} * kLayerSections &&
                       sizeof h + h.sections * sizeof(Section) <= h.bytes,
                   op, ": the packed encoder is damaged: its header does not fit its shape, ", describe(packed));
+  STD_TORCH_CHECK(encoder_checksum(h, &h + 1) == h.checksum, op,
+                  ": the packed encoder is damaged: its header has another checksum than it says; pack it again");
   return h;
 }
 
@@ -114,7 +121,7 @@ class Sections {
   const uint16_t* table(size_t index, uint64_t rows, uint64_t width) const {
     return reinterpret_cast<const uint16_t*>(get(index, rows * width * sizeof(uint16_t)));
   }
-  Norm norm(size_t index, uint64_t width) const { return {floats(index, width), floats(index + 1, width)}; }
+  Norm norm(size_t index, uint64_t width) const { return {floats(index, width), floats(index + 1, width), nullptr}; }
   // The matrix in section `index` and its bias in the next one.
   Matrix matrix(size_t index, uint64_t n, uint64_t k) const {
     const char* const data = get(index, table_[index].bytes);
@@ -168,9 +175,11 @@ EncoderModel read_encoder(const char* op, const Tensor& packed) {
     layer.qkv = s.matrix(first + kQkvWeight, 3 * width, width);
     layer.out = s.matrix(first + kOutWeight, width, width);
     layer.attention_norm = s.norm(first + kAttentionNormWeight, width);
+    layer.attention_norm.residual_scale = s.floats(first + kAttentionResidualScale, width);
     layer.up = s.matrix(first + kUpWeight, h.gated_ffn ? 2 * wide : wide, width);
     layer.down = s.matrix(first + kDownWeight, width, wide);
     layer.ffn_norm = s.norm(first + kFfnNormWeight, width);
+    layer.ffn_norm.residual_scale = s.floats(first + kFfnResidualScale, width);
     layer.local = h.window && i % h.global_every != 0;
     const bool whole = layer.qkv.packed && layer.out.packed && layer.up.packed && layer.down.packed &&
                        layer.ffn_norm.weight && layer.ffn_norm.bias &&
@@ -243,6 +252,7 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   h.activation = static_cast<uint8_t>(parse_activation(op, activation));
   h.norm_first = norm_first;
   h.gated_ffn = gated_ffn;
+  h.checksum = encoder_checksum(h, table.data());
 
   const int64_t row_bytes = (static_cast<int64_t>(end) + hidden_size - 1) / hidden_size;
   const Tensor packed = new_tensor(word, {hidden_size, row_bytes}, ScalarType::Byte);

@@ -26,7 +26,7 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num
                         const std::optional<double>& scale, const std::optional<int64_t>& window,
                         const std::optional<Tensor>& relative_bias);
 Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
-                      double eps);
+                      double eps, const std::optional<Tensor>& residual_scale);
 Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps);
 Tensor rotary_embedding(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads, const Tensor& cos_sin);
 Tensor gate(const Tensor& x, const std::string& activation);

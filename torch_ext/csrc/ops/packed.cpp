@@ -27,9 +27,13 @@ Packed read_packed(const char* op, char* data, size_t bytes) {
                   ": expected a weight packed by torch_ext::pack_linear_weight, got bytes without its header");
   STD_TORCH_CHECK(h.version == kPackedVersion, op, ": the weight was packed in format ", h.version,
                   ", this torch_ext reads format ", kPackedVersion, "; pack it again");
-  STD_TORCH_CHECK(h.n > 0 && h.k > 0 && payload_offset(h) + h.payload_bytes <= bytes, op,
-                  ": the packed weight is damaged: its header says [", h.n, ", ", h.k, "] in ",
-                  payload_offset(h) + h.payload_bytes, " bytes, there are ", bytes);
+  const bool has_metadata = h.metadata_bytes <= bytes - sizeof h;
+  STD_TORCH_CHECK(has_metadata && header_checksum(h, h.metadata_bytes ? p.metadata() : nullptr) == h.checksum, op,
+                  ": the packed weight is damaged: its header has another checksum than it says; pack it again");
+  const size_t offset = payload_offset(h);
+  STD_TORCH_CHECK(h.n > 0 && h.k > 0 && offset <= bytes && h.payload_bytes <= bytes - offset, op,
+                  ": the packed weight is damaged: its header says [", h.n, ", ", h.k, "] in ", h.payload_bytes,
+                  " bytes after ", offset, ", there are ", bytes);
   return p;
 }
 
@@ -62,7 +66,9 @@ Tensor new_packed(const Tensor& like, const PackedHeader& h, const uint8_t* meta
   Tensor packed = new_tensor(like, {n, (bytes + n - 1) / n}, ScalarType::Byte);
   char* const data = static_cast<char*>(packed.mutable_data_ptr());
   std::memset(data, 0, payload_offset(h));
-  std::memcpy(data, &h, sizeof h);
+  PackedHeader checked = h;
+  checked.checksum = header_checksum(h, metadata);
+  std::memcpy(data, &checked, sizeof checked);
   if (h.metadata_bytes) std::memcpy(data + sizeof h, metadata, h.metadata_bytes);
   // The bytes that round the last row up.
   std::memset(data + bytes, 0, static_cast<size_t>(packed.numel() - bytes));

@@ -26,7 +26,7 @@ Tensor check_table(const char* op, const char* argument, const Tensor& t, int64_
 
 // A layer norm with `bias`, an RMS norm without.
 Tensor add_norm(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                const Tensor* bias, double eps) {
+                const Tensor* bias, double eps, const std::optional<Tensor>& residual_scale) {
   check_cpu(op, "x", x);
   const DType type = float_type(op, "x", x);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) >= 1, op, ": expected x [T, H], got ", describe(x));
@@ -43,6 +43,11 @@ Tensor add_norm(const char* op, const Tensor& x, const std::optional<Tensor>& re
                     op, ": expected residual like x, ", describe(x), ", got ", describe(*residual));
     added = as_contiguous(*residual);
   }
+  std::optional<Tensor> factors;
+  if (residual_scale) {
+    STD_TORCH_CHECK(residual, op, ": expected a residual for residual_scale, got none");
+    factors = as_f32_vector(op, "residual_scale", *residual_scale, width);
+  }
   const Tensor out = new_tensor(x, {rows, width}, x.scalar_type());
   const VecKernels& vec = *dispatch().vec;
   const float* const wp = static_cast<const float*>(w.const_data_ptr());
@@ -50,13 +55,14 @@ Tensor add_norm(const char* op, const Tensor& x, const std::optional<Tensor>& re
   const size_t n = static_cast<size_t>(width), row_bytes = n * dtype_bytes(type);
   const char* const xp = static_cast<const char*>(source.const_data_ptr());
   const char* const rp = added ? static_cast<const char*>(added->const_data_ptr()) : nullptr;
+  const float* const fp = factors ? static_cast<const float*>(factors->const_data_ptr()) : nullptr;
   char* const op_out = static_cast<char*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, rows, row_grain(width), [&](int64_t begin, int64_t end) {
     for (size_t i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
       const char* const added_row = rp ? rp + i * row_bytes : nullptr;
       const float e = static_cast<float>(eps);
       if (bp) {
-        vec.sum_layer_norm_row(n, xp + i * row_bytes, added_row, nullptr, wp, bp, e, op_out + i * row_bytes, type);
+        vec.sum_layer_norm_row(n, xp + i * row_bytes, added_row, nullptr, fp, wp, bp, e, op_out + i * row_bytes, type);
       } else {
         vec.sum_rms_norm_row(n, xp + i * row_bytes, added_row, nullptr, wp, e, op_out + i * row_bytes, type);
       }
@@ -68,12 +74,12 @@ Tensor add_norm(const char* op, const Tensor& x, const std::optional<Tensor>& re
 }  // namespace
 
 Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
-                      double eps) {
-  return add_norm("add_layer_norm", x, residual, weight, &bias, eps);
+                      double eps, const std::optional<Tensor>& residual_scale) {
+  return add_norm("add_layer_norm", x, residual, weight, &bias, eps, residual_scale);
 }
 
 Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps) {
-  return add_norm("add_rms_norm", x, residual, weight, nullptr, eps);
+  return add_norm("add_rms_norm", x, residual, weight, nullptr, eps, std::nullopt);
 }
 
 Tensor rotary_embedding(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads, const Tensor& cos_sin) {
@@ -149,9 +155,10 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
   if (position) positions = check_table(op, "position", *position, width, word.scalar_type());
   const Tensor ids = check_ids(op, "input_ids", input_ids, tokens, word.size(0));
   const Sequences sequences = check_sequences(op, cu_seqlens, tokens);
-  STD_TORCH_CHECK(!position || (position_offset >= 0 &&
-                                static_cast<int64_t>(sequences.longest) + position_offset <= position->size(0)),
-                  op, ": a sequence of ", sequences.longest, " tokens is longer than the ",
+  STD_TORCH_CHECK(!position || (position_offset >= 0 && position_offset <= position->size(0)), op,
+                  ": expected position_offset from 0 to the ", position ? position->size(0) : 0,
+                  " rows of position, got ", position_offset);
+  STD_TORCH_CHECK(!position || static_cast<int64_t>(sequences.longest) <= position->size(0) - position_offset, op, ": a sequence of ", sequences.longest, " tokens is longer than the ",
                   position ? position->size(0) - position_offset : 0, " positions of the model; truncate it");
   STD_TORCH_CHECK(!token_type_ids || token_type, op, ": token_type_ids given, but the model has no token types");
   std::optional<Tensor> types, type_ids;
@@ -173,7 +180,7 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
       const char* const type_row = types ? row_of(*types, type_id ? type_id[t] : 0, width, type) : nullptr;
       const char* const position_row =
           positions ? row_of(*positions, static_cast<int64_t>(place) + position_offset, width, type) : nullptr;
-      vec.sum_layer_norm_row(static_cast<size_t>(width), row_of(words, id[t], width, type), position_row, type_row, wp,
+      vec.sum_layer_norm_row(static_cast<size_t>(width), row_of(words, id[t], width, type), position_row, type_row, nullptr, wp,
                              bp, static_cast<float>(eps), op_out + t * row_bytes, type);
     };
     for_each_position(sequences.offsets, sequences.count, static_cast<size_t>(begin), static_cast<size_t>(end), embed);

@@ -34,12 +34,14 @@ enum LayerSection : uint32_t {
   kOutBias,
   kAttentionNormWeight,
   kAttentionNormBias,
+  kAttentionResidualScale,  ///< [hidden]: factors of the residual in this norm; empty: 1
   kUpWeight,
   kUpBias,
   kDownWeight,
   kDownBias,
   kFfnNormWeight,
   kFfnNormBias,
+  kFfnResidualScale,
   kLayerSections,
 };
 
@@ -52,7 +54,8 @@ struct EncoderHeader {
   uint32_t embedding_size, vocab_size, type_vocab_size, max_positions;
   uint32_t position_offset, window, global_every, bias_reach;
   float layer_norm_eps;
-  uint8_t activation, norm_first, gated_ffn, reserved[17];
+  uint8_t activation, norm_first, gated_ffn, reserved[9];
+  uint64_t checksum;  ///< of what comes before it, and of the table of sections
 };
 static_assert(sizeof(EncoderHeader) == 96);
 
@@ -61,6 +64,6 @@ struct Section {
 };
 
 constexpr char kEncoderMagic[8] = {'T', 'X', 'E', 'N', 'C', 'O', 'D', 'R'};
-constexpr uint32_t kEncoderVersion = 1;
+constexpr uint32_t kEncoderVersion = 2;
 
 }  // namespace torch_ext

@@ -4,9 +4,10 @@
 ///   | PackedHeader    | metadata (layout kOnednn only)    | payload: panels, or the matrix itself |
 ///
 /// The payload of a GemmKernel's layout is panel after panel, `rhs_panel_bytes(k)` each. Every op checks the header:
-/// a tensor that is no packed weight, or one packed for another instruction set, is an error.
+/// a tensor that is no packed weight, one whose header is damaged, or one packed for another instruction set, is an error.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -22,15 +23,33 @@ struct PackedHeader {
   uint32_t nr, kr;
   uint64_t metadata_bytes;
   uint64_t payload_bytes;
-  uint8_t reserved[8];
+  uint64_t checksum;  ///< of what comes before it, and of the metadata
 };
 static_assert(sizeof(PackedHeader) == 64);
 
 constexpr char kPackedMagic[8] = {'T', 'X', 'P', 'A', 'C', 'K', 'E', 'D'};
-constexpr uint32_t kPackedVersion = 1;
+constexpr uint32_t kPackedVersion = 2;
 constexpr size_t kPackedAlignment = 64;
 
 constexpr size_t round_up(size_t x, size_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+/// FNV-1a on words of eight bytes, continued from `sum`: tells damage by accident, not by intent.
+inline uint64_t checksum(const void* data, size_t bytes, uint64_t sum = 0xcbf29ce484222325) {
+  const char* const p = static_cast<const char*>(data);
+  for (size_t i = 0; i < bytes; i += sizeof(uint64_t)) {
+    uint64_t word = 0;
+    std::memcpy(&word, p + i, bytes - i < sizeof word ? bytes - i : sizeof word);
+    sum = (sum ^ word) * 0x100000001b3;
+    sum ^= sum >> 32;  // what is in the high bits of a word is to reach all bits
+  }
+  return sum;
+}
+
+/// The checksum of a header and its metadata, which may be null if there is none.
+inline uint64_t header_checksum(const PackedHeader& h, const void* metadata) {
+  const uint64_t sum = checksum(&h, offsetof(PackedHeader, checksum));
+  return metadata ? checksum(metadata, static_cast<size_t>(h.metadata_bytes), sum) : sum;
+}
 
 inline PackedHeader make_packed_header(Layout layout, size_t n, size_t k, size_t nr, size_t kr, size_t metadata_bytes,
                                        size_t payload_bytes) {

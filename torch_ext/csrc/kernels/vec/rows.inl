@@ -165,19 +165,20 @@ static void scale_rows(size_t rows, size_t n, const float* s, size_t ld, const f
 
 // ---- normalization ----------------------------------------------------------------------------------------------
 
-template <typename T, int kSources>
+// kSources rows added up; with kScaled the second one is multiplied by `scale` first.
+template <typename T, int kSources, bool kScaled = false>
 struct SumOfRows {
   const T *a, *b, *c;
-  TORCH_EXT_INLINE vf add(vf x, vf y) { return x + y; }
+  const float* scale;
   inline __attribute__((always_inline)) vf get(size_t j) const {
     vf v = Io<T>::get(a + j);
-    if (kSources > 1) v = v + Io<T>::get(b + j);
+    if (kSources > 1) v = kScaled ? Io<T>::get(b + j) * load(scale + j) + v : v + Io<T>::get(b + j);
     if (kSources > 2) v = v + Io<T>::get(c + j);
     return v;
   }
   inline __attribute__((always_inline)) vf get_last(size_t j, size_t n) const {
     vf v = get_n(a + j, n);
-    if (kSources > 1) v = v + get_n(b + j, n);
+    if (kSources > 1) v = kScaled ? get_n(b + j, n) * get_n(scale + j, n) + v : v + get_n(b + j, n);
     if (kSources > 2) v = v + get_n(c + j, n);
     return v;
   }
@@ -187,9 +188,9 @@ struct SumOfRows {
 constexpr size_t kHeldRow = 2048;
 
 // Without kCenter it is an RMS norm: no mean, no bias.
-template <bool kCenter, bool kHold, typename T, int kSources>
-static void sum_norm_passes(size_t n, SumOfRows<T, kSources> source, const float* weight, const float* bias, float eps,
-                            T* out) {
+template <bool kCenter, bool kHold, typename T, int kSources, bool kScaled>
+static void sum_norm_passes(size_t n, SumOfRows<T, kSources, kScaled> source, const float* weight, const float* bias,
+                            float eps, T* out) {
   const size_t whole = n - n % kWidth;
   const size_t rest = n - whole;
   alignas(64) float held[kHold ? kHeldRow : 1];
@@ -241,9 +242,9 @@ static void sum_norm_passes(size_t n, SumOfRows<T, kSources> source, const float
   }
 }
 
-template <bool kCenter, typename T, int kSources>
-static void sum_norm_sources(size_t n, SumOfRows<T, kSources> source, const float* weight, const float* bias, float eps,
-                             T* out) {
+template <bool kCenter, typename T, int kSources, bool kScaled>
+static void sum_norm_sources(size_t n, SumOfRows<T, kSources, kScaled> source, const float* weight, const float* bias,
+                             float eps, T* out) {
   // One row of fp32 needs no sum.
   if (n <= kHeldRow && !(kSources == 1 && sizeof(T) == sizeof(float))) {
     sum_norm_passes<kCenter, true>(n, source, weight, bias, eps, out);
@@ -253,37 +254,42 @@ static void sum_norm_sources(size_t n, SumOfRows<T, kSources> source, const floa
 }
 
 template <bool kCenter, typename T>
-static void sum_norm_typed(size_t n, const T* a, const T* b, const T* c, const float* weight, const float* bias,
-                           float eps, T* out) {
+static void sum_norm_typed(size_t n, const T* a, const T* b, const T* c, const float* b_scale, const float* weight,
+                           const float* bias, float eps, T* out) {
+  if constexpr (kCenter) {
+    if (b_scale) {
+      return sum_norm_sources<kCenter>(n, SumOfRows<T, 2, true>{a, b, nullptr, b_scale}, weight, bias, eps, out);
+    }
+  }
   if (c && b) {
-    sum_norm_sources<kCenter, T, 3>(n, {a, b, c}, weight, bias, eps, out);
+    sum_norm_sources<kCenter>(n, SumOfRows<T, 3>{a, b, c, nullptr}, weight, bias, eps, out);
   } else if (b || c) {
-    sum_norm_sources<kCenter, T, 2>(n, {a, b ? b : c, nullptr}, weight, bias, eps, out);
+    sum_norm_sources<kCenter>(n, SumOfRows<T, 2>{a, b ? b : c, nullptr, nullptr}, weight, bias, eps, out);
   } else {
-    sum_norm_sources<kCenter, T, 1>(n, {a, nullptr, nullptr}, weight, bias, eps, out);
+    sum_norm_sources<kCenter>(n, SumOfRows<T, 1>{a, nullptr, nullptr, nullptr}, weight, bias, eps, out);
   }
 }
 
 template <bool kCenter>
-static void sum_norm_row(size_t n, const void* a, const void* b, const void* c, const float* weight, const float* bias,
-                         float eps, void* out, DType t) {
+static void sum_norm_row(size_t n, const void* a, const void* b, const void* c, const float* b_scale,
+                         const float* weight, const float* bias, float eps, void* out, DType t) {
   if (t == DType::kF32) {
     sum_norm_typed<kCenter>(n, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<const float*>(c),
-                            weight, bias, eps, static_cast<float*>(out));
+                            b_scale, weight, bias, eps, static_cast<float*>(out));
   } else {
     sum_norm_typed<kCenter>(n, static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b),
-                            static_cast<const uint16_t*>(c), weight, bias, eps, static_cast<uint16_t*>(out));
+                            static_cast<const uint16_t*>(c), b_scale, weight, bias, eps, static_cast<uint16_t*>(out));
   }
 }
 
-static void sum_layer_norm_row(size_t n, const void* a, const void* b, const void* c, const float* weight,
-                               const float* bias, float eps, void* out, DType t) {
-  sum_norm_row<true>(n, a, b, c, weight, bias, eps, out, t);
+static void sum_layer_norm_row(size_t n, const void* a, const void* b, const void* c, const float* b_scale,
+                               const float* weight, const float* bias, float eps, void* out, DType t) {
+  sum_norm_row<true>(n, a, b, c, b_scale, weight, bias, eps, out, t);
 }
 
 static void sum_rms_norm_row(size_t n, const void* a, const void* b, const void* c, const float* weight, float eps,
                              void* out, DType t) {
-  sum_norm_row<false>(n, a, b, c, weight, nullptr, eps, out, t);
+  sum_norm_row<false>(n, a, b, c, nullptr, weight, nullptr, eps, out, t);
 }
 
 // ---- rotary positions -------------------------------------------------------------------------------------------
