@@ -2,7 +2,7 @@
 
 The ways in, from little to much:
 
-* :func:`accelerate` runs ``F.linear`` and, on ARM, ``torch.matmul`` of bf16 tensors on our kernels while it is enabled.
+* :func:`accelerate` runs ``F.linear`` and ``torch.matmul`` of bf16 tensors on our kernels while it is enabled.
 * :func:`optimize` swaps the linear layers of a model that you have, in place.
 * :class:`Encoder` runs a BERT, or one of its many relatives, without padding, as one ``[total_tokens, hidden]`` matrix.
 * ``torch.ops.torch_ext.*``, wrapped with types in :mod:`torch_ext.ops`, for models of your own: :func:`linear` of

@@ -8,6 +8,8 @@ subclasses and captured references know. What is not accelerated runs the kernel
 ``linear`` and ``matmul`` are compositions, which are asked for by name, and ``mm``, ``bmm`` and ``addmm`` have the same
 kernel behind their ``out=`` forms. Both let go of Python's lock while they compute.
 
+PyTorch's dispatcher may not be changed while another thread reads it. So the kernels are unregistered only where no
+other thread of Python's is alive; else they stay, and pass every call on to PyTorch until they are needed again.
 Unregistering leaves the dispatcher's tables as they were. ``torch.compile``, ``torch.export`` and ``make_fx`` trace
 what they trace without it, since their tensors are not plain ones; code that was compiled calls no kernel of this
 module.
@@ -108,9 +110,14 @@ def _state(weight: Tensor) -> tuple[object, ...]:
 
 
 class _Routes:
-    """The kernels of one time that routing is on, and the weights that they packed."""
+    """The kernels that are registered, and the weights that they packed.
+
+    Attributes:
+        active: whether they take calls; else PyTorch gets them all.
+    """
 
     def __init__(self) -> None:
+        self.active = True
         self._packed: dict[int, _Packed] = {}
         self._library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         kernels: list[tuple[str, Any, tuple[str, ...]]] = [("linear", self.linear, ("CPU", "AutogradCPU"))]
@@ -129,12 +136,18 @@ class _Routes:
                 for key in keys:
                     self._library.impl(name, kernel, key, with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
 
-    def remove(self) -> None:
-        """Unregister the kernels and let go of the packed weights."""
-        if self._library is not None:
-            self._library._destroy()
-            self._library = None
+    def pause(self) -> None:
+        """Let go of the packed weights, and leave all calls to PyTorch."""
+        self.active = False
         self._packed.clear()
+
+    def remove(self) -> None:
+        """Unregister the kernels, and let go of the packed weights."""
+        self.pause()
+        self._library._destroy()
+
+    def _takes(self, keys: DispatchKeySet, *tensors: Tensor | None) -> bool:
+        return self.active and _routable(keys, *tensors)
 
     def packed(self, weight: Tensor) -> Tensor:
         """The packed form of a weight, made if there is none or the weight has changed."""
@@ -153,14 +166,14 @@ class _Routes:
             if entry is not None and entry.weight is dead:
                 del entries[key]
 
-        if self._library is not None:
+        if self.active:
             entries[key] = _Packed(weakref.ref(weight, forget), state, packed)
         return packed
 
     def linear(self, keys: DispatchKeySet, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``aten::linear``."""
         if (
-            _routable(keys, x, weight, bias)
+            self._takes(keys, x, weight, bias)
             and x.dim() >= 1
             and weight.dim() == 2
             and x.shape[-1] == weight.shape[1]
@@ -176,7 +189,7 @@ class _Routes:
 
     def matmul(self, keys: DispatchKeySet, a: Tensor, b: Tensor) -> Tensor:
         """``aten::matmul``, that is ``torch.matmul`` and ``@``."""
-        if _routable(keys, a, b) and a.dim() >= 1 and b.dim() >= 1:
+        if self._takes(keys, a, b) and a.dim() >= 1 and b.dim() >= 1:
             inner = b.shape[-2] if b.dim() > 1 else b.shape[0]
             if a.shape[-1] == inner and _broadcasts(a.shape[:-2], b.shape[:-2]):
                 return cast(Tensor, _matmul(a, b))
@@ -184,14 +197,14 @@ class _Routes:
 
     def mm(self, keys: DispatchKeySet, a: Tensor, b: Tensor) -> Tensor:
         """``aten::mm``."""
-        if _routable(keys, a, b) and a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[0]:
+        if self._takes(keys, a, b) and a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[0]:
             return cast(Tensor, _matmul(a, b))
         return cast(Tensor, _aten.mm.out(a, b, out=a.new_empty(0)))
 
     def bmm(self, keys: DispatchKeySet, a: Tensor, b: Tensor) -> Tensor:
         """``aten::bmm``."""
         if (
-            _routable(keys, a, b)
+            self._takes(keys, a, b)
             and a.dim() == 3
             and b.dim() == 3
             and a.shape[0] == b.shape[0]
@@ -205,7 +218,7 @@ class _Routes:
     ) -> Tensor:
         """``aten::addmm``."""
         if (
-            _routable(keys, bias, a, b)
+            self._takes(keys, bias, a, b)
             and a.dim() == 2
             and b.dim() == 2
             and a.shape[1] == b.shape[0]
@@ -232,7 +245,10 @@ _routes: _Routes | None = None
 class Acceleration:
     """What :func:`accelerate` returns: enabled from the start, until :meth:`disable` or the end of a ``with`` block.
 
-    Several may be enabled at a time, in any threads and any order; routing ends with the last one.
+    Several may be enabled at a time, in any threads and any order; routing ends with the last one. The first one of a
+    process registers kernels with PyTorch, which no other thread may be calling at that moment: enable one before threads
+    begin to compute. Where other threads are alive when the last one ends, the kernels stay registered, and pass on what
+    they get: PyTorch computes, a few microseconds of Python a call later.
     """
 
     def __init__(self) -> None:
@@ -240,6 +256,7 @@ class Acceleration:
         with _lock:
             if _routes is None:
                 _routes = _Routes()
+            _routes.active = True
             _enabled.add(self)
 
     @property
@@ -252,9 +269,13 @@ class Acceleration:
         global _routes
         with _lock:
             _enabled.discard(self)
-            if not _enabled and _routes is not None:
+            if _enabled or _routes is None:
+                return
+            if threading.active_count() == 1:
                 _routes.remove()
                 _routes = None
+            else:
+                _routes.pause()
 
     def __enter__(self) -> Acceleration:
         return self
@@ -272,7 +293,8 @@ def accelerate() -> Acceleration:
     """Run ``F.linear`` and products of bf16 CPU tensors on the kernels of torch_ext, in all threads, from now on.
 
     ``F.linear`` (so ``nn.Linear``) runs on :func:`torch_ext.linear` everywhere. ``torch.matmul``, ``@``, ``torch.mm``,
-    ``torch.bmm`` and ``torch.addmm`` run on theirs where torch_ext has kernels of its own: on aarch64, not on x86-64.
+    ``torch.bmm`` and ``torch.addmm`` run on theirs where torch_ext has kernels of its own: on aarch64, and on x86-64 with AMX
+    or AVX-512 BF16 (``isa_report()["linear"] == "torch_ext"``).
     Everything else goes to PyTorch as before: other dtypes, devices and layouts, tensor subclasses, operands that
     require grad while gradients are enabled, ``backward()``, autocast, ``torch.func`` and forward derivatives (though
     the plain products inside of those may be ours), ``torch.compile`` and other tracers. Every call of these functions
@@ -284,7 +306,7 @@ def accelerate() -> Acceleration:
     as large as the weight, rounded up to whole panels, or twice as large with ``TORCH_EXT_ISA=torch``. It is freed with
     the weight, and with the last :meth:`Acceleration.disable`. A write that goes past the tensor's version, through
     ``weight.data`` or numpy, and hits none of the sampled elements is not noticed: disable and enable after it. Weights
-    that are views or were made in inference mode are not kept: they are multiplied by ``addmm``, on x86-64 by PyTorch.
+    that are views or were made in inference mode are not kept: they are multiplied by ``addmm``, or else by PyTorch.
 
     :func:`torch_ext.optimize` does more, since it knows the layers and fuses what follows them; this is for models that
     cannot be changed.

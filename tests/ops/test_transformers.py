@@ -262,6 +262,9 @@ def test_refusals() -> None:
         Encoder.from_transformers(mpnet)
     model = make("Model", "modernbert")
     del model.config.local_attention
+    config = transformers.ModernBertConfig(**{**MODERNBERT, "local_attention": 1})
+    with pytest.raises(ValueError, match="expected local_attention of at least 2, got 1"):
+        Encoder.from_transformers(transformers.ModernBertModel(config))
     with pytest.raises(ValueError, match="expected a modernbert configuration with local_attention"):
         Encoder.from_transformers(model)
 

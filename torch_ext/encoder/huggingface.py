@@ -119,6 +119,17 @@ def _get(config: Any, name: str) -> Any:
     return getattr(config, name)
 
 
+def _half_window(config: Any) -> int:
+    """Tokens that ModernBERT's local layers see to each side."""
+    window = int(_get(config, "local_attention")) // 2
+    if window < 1:
+        raise ValueError(
+            f"unsupported configuration: expected local_attention of at least 2, got {config.local_attention}: tokens "
+            "that see themselves alone"
+        )
+    return window
+
+
 _TOKENS = _HeadNames(out="classifier")
 
 _BERT = _Architecture(
@@ -244,7 +255,7 @@ _MODERNBERT = _Architecture(
         "max_positions": int(_get(config, "max_position_embeddings")),
         "rotary_theta": float(_get(config, "global_rope_theta")),
         "rotary_theta_local": float(_get(config, "local_rope_theta") or 0),
-        "window": int(_get(config, "local_attention")) // 2,
+        "window": _half_window(config),
         "global_every": int(_get(config, "global_attn_every_n_layers")),
         "norm_first": True,
         "norm_first_attention": False,
