@@ -245,10 +245,11 @@ _routes: _Routes | None = None
 class Acceleration:
     """What :func:`accelerate` returns: enabled from the start, until :meth:`disable` or the end of a ``with`` block.
 
-    Several may be enabled at a time, in any threads and any order; routing ends with the last one. The first one of a
-    process registers kernels with PyTorch, which no other thread may be calling at that moment: enable one before threads
-    begin to compute. Where other threads are alive when the last one ends, the kernels stay registered, and pass on what
-    they get: PyTorch computes, a few microseconds of Python a call later.
+    Several may be enabled at a time, in any threads and any order; routing ends with the last one.
+
+    The first one of a process registers kernels with PyTorch, which no other thread may be calling at that moment:
+    enable one before threads begin to compute. Where other threads are alive when the last one ends, the kernels stay
+    registered, and pass on what they get: PyTorch computes, a few microseconds of Python a call later.
     """
 
     def __init__(self) -> None:
@@ -293,8 +294,9 @@ def accelerate() -> Acceleration:
     """Run ``F.linear`` and products of bf16 CPU tensors on the kernels of torch_ext, in all threads, from now on.
 
     ``F.linear`` (so ``nn.Linear``) runs on :func:`torch_ext.linear` everywhere. ``torch.matmul``, ``@``, ``torch.mm``,
-    ``torch.bmm`` and ``torch.addmm`` run on theirs where torch_ext has kernels of its own: on aarch64, and on x86-64 with AMX
-    or AVX-512 BF16 (``isa_report()["linear"] == "torch_ext"``).
+    ``torch.bmm`` and ``torch.addmm`` run on theirs where torch_ext has kernels of its own: on aarch64, and on x86-64
+    with AMX or AVX-512 BF16 (``isa_report()["linear"] == "torch_ext"``).
+
     Everything else goes to PyTorch as before: other dtypes, devices and layouts, tensor subclasses, operands that
     require grad while gradients are enabled, ``backward()``, autocast, ``torch.func`` and forward derivatives (though
     the plain products inside of those may be ours), ``torch.compile`` and other tracers. Every call of these functions

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from torch_ext.ops import refuse_derivatives
 from torch_ext.patterns import as_patterns, matches
 from torch_ext.quantize import dequantize_weight, quantize_weight
 from torch_ext.sensitivity import Report, Sample, Similarity, choose_layers, output_rows, similarity
@@ -139,6 +140,7 @@ class PackedLinear(nn.Module):
                 "PackedLinear: the input requires grad, but torch_ext.optimize() makes a model for inference only: "
                 "call the model under torch.inference_mode() or torch.no_grad(), or train the original model"
             )
+        refuse_derivatives("PackedLinear", x)
         result: Tensor = _linear(x, self._packed, self._bias)
         return result
 
@@ -252,7 +254,7 @@ def _check_tensors(what: str, *tensors: Tensor | None) -> None:
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the module does what nn.Linear does: no subclass, no parametrization, no forward of its own; nothing empty."""
+    """Whether it does what nn.Linear does: no subclass, no parametrization, no forward of its own; and is not empty."""
     return (
         type(module) is nn.Linear
         and set(module._parameters) == {"weight", "bias"}

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "ACTIVATIONS",
@@ -155,6 +156,7 @@ def linear(
         RuntimeError: a shape, dtype or activation does not fit, ``packed`` is not a packed weight of this CPU, or a
             tensor requires grad.
     """
+    refuse_derivatives("linear", x, bias, residual)
     return cast(Tensor, torch.ops.torch_ext.linear(x, packed, bias, activation, out_dtype, residual))
 
 
@@ -174,6 +176,7 @@ def matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
+    refuse_derivatives("matmul", a, b)
     return cast(Tensor, torch.ops.torch_ext.matmul(a, b, out_dtype))
 
 
@@ -190,6 +193,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
+    refuse_derivatives("bmm", a, b)
     return cast(Tensor, torch.ops.torch_ext.bmm(a, b))
 
 
@@ -209,6 +213,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1)
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
+    refuse_derivatives("addmm", bias, a, b)
     return cast(Tensor, torch.ops.torch_ext.addmm(bias, a, b, beta, alpha))
 
 
@@ -238,6 +243,7 @@ def varlen_attention(
         RuntimeError: a shape or dtype does not fit, ``cu_seqlens`` does not go from 0 to T without falling, or ``qkv``
             requires grad.
     """
+    refuse_derivatives("varlen_attention", qkv, relative_bias)
     return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale, window, relative_bias))
 
 
@@ -265,6 +271,7 @@ def add_layer_norm(
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
+    refuse_derivatives("add_layer_norm", x, residual, weight, bias, residual_scale)
     return cast(Tensor, torch.ops.torch_ext.add_layer_norm(x, residual, weight, bias, eps, residual_scale))
 
 
@@ -283,6 +290,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
+    refuse_derivatives("add_rms_norm", x, residual, weight)
     return cast(Tensor, torch.ops.torch_ext.add_rms_norm(x, residual, weight, eps))
 
 
@@ -303,6 +311,7 @@ def rotary_embedding(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, cos_sin: T
     Raises:
         RuntimeError: a shape or dtype does not fit, a sequence is longer than P, or a tensor requires grad.
     """
+    refuse_derivatives("rotary_embedding", qkv, cos_sin)
     return cast(Tensor, torch.ops.torch_ext.rotary_embedding(qkv, cu_seqlens, num_heads, cos_sin))
 
 
@@ -319,6 +328,7 @@ def gate(x: Tensor, activation: Activation) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or activation does not fit, or ``x`` requires grad.
     """
+    refuse_derivatives("gate", x)
     return cast(Tensor, torch.ops.torch_ext.gate(x, activation))
 
 
@@ -356,6 +366,7 @@ def embed_layer_norm(
         RuntimeError: a shape or dtype does not fit, an id is out of range, a sequence is longer than the position
             table, or a tensor requires grad.
     """
+    refuse_derivatives("embed_layer_norm", word, position, token_type, weight, bias)
     return cast(
         Tensor,
         torch.ops.torch_ext.embed_layer_norm(
@@ -379,6 +390,7 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode = "mean", normali
     Raises:
         RuntimeError: a shape, dtype or mode does not fit, a sequence is empty, or ``hidden`` requires grad.
     """
+    refuse_derivatives("pool", hidden)
     return cast(Tensor, torch.ops.torch_ext.pool(hidden, cu_seqlens, mode, normalize))
 
 
@@ -422,6 +434,41 @@ def _fake(name: str) -> Callable[[_Kernel], _Kernel]:
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise RuntimeError(message)
+
+
+def refuse_derivatives(op: str, *tensors: Tensor | None) -> None:
+    """Raise for derivatives that a kernel cannot see coming: those of ``torch.func`` and of forward mode.
+
+    PyTorch takes their wrappers off before it calls a kernel. What requires grad in the ordinary way, kernels refuse.
+
+    Args:
+        op: the name of what was called.
+        tensors: its floating-point arguments.
+
+    Raises:
+        RuntimeError: one of them is being differentiated.
+    """
+    if torch.compiler.is_compiling() or (
+        forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None
+    ):
+        return
+    for tensor in tensors:
+        if tensor is not None and _is_differentiated(tensor):
+            raise RuntimeError(
+                f"{op}: an argument is being differentiated, by torch.func or in forward mode, but torch_ext is for "
+                "inference only and has no gradients: call it under torch.no_grad(), or pass tensor.detach()"
+            )
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        return True
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor) and torch.is_grad_enabled():
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _check_inference_only(op: str, **tensors: Tensor | None) -> None:

@@ -414,7 +414,7 @@ struct NormCase {
   DType type;
   bool with_b, with_c;
   float center, spread;
-  int alias;  ///< the output is a (0), b (1), c (2) or memory of its own (-1)
+  int alias;            ///< the output is a (0), b (1), c (2) or memory of its own (-1)
   bool scaled = false;  ///< whether b has factors
 };
 
@@ -502,7 +502,8 @@ TORCH_EXT_TEST(layer_norm_of_a_constant_row_is_bias) {
         weight[j] = random_source().value();
         bias[j] = random_source().value();
       }
-      sum_layer_norm_row(*vec, n, x.get(), nullptr, nullptr, nullptr, weight.get(), bias.get(), 1e-12f, out.get(), DType::kF32);
+      sum_layer_norm_row(*vec, n, x.get(), nullptr, nullptr, nullptr, weight.get(), bias.get(), 1e-12f, out.get(),
+                         DType::kF32);
       for (size_t j = 0; j < n; ++j) EXPECT(out[j] == bias[j], "%zu: %g", j, static_cast<double>(out[j]));
     }
   }

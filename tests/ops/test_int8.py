@@ -132,7 +132,9 @@ def test_balanced_rows_have_no_outliers(spec: EncoderSpec, generator: torch.Gene
         return found
 
     before, after = peaks(weights), peaks(Encoder.balanced(spec, weights))
-    assert {name for name in before if name.endswith("ffn.up")} == {f"layers.{i}.ffn.up" for i in range(spec.num_layers)}
+    assert {name for name in before if name.endswith("ffn.up")} == {
+        f"layers.{i}.ffn.up" for i in range(spec.num_layers)
+    }
     assert before.keys() == after.keys()
     assert sum(after.values()) < 0.8 * sum(before.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -172,3 +173,44 @@ def test_export() -> None:
     program = torch.export.export(Module(), (torch.ones(5, 24),), dynamic_shapes=({0: rows},))
     x = -torch.ones(7, 24)
     assert torch.equal(program.module()(x), torch.zeros(7, 24))
+
+
+def test_derivatives_of_torch_func_and_forward_mode_are_refused() -> None:
+    x, ones, bounds = torch.randn(6, 8), torch.ones(8), torch.tensor([0, 2, 6], dtype=torch.int32)
+    packed = torch_ext.pack_linear_weight(torch.randn(8, 8))
+    layer = torch_ext.optimize(torch.nn.Sequential(torch.nn.Linear(8, 8)))
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda x: torch_ext.linear(x, packed),
+        lambda x: torch_ext.linear(torch.ones(6, 8), packed, None, "none", None, x),
+        lambda x: torch_ext.matmul(x, torch.ones(8, 8)),
+        lambda x: torch_ext.bmm(x[None], torch.ones(1, 8, 8)),
+        lambda x: torch_ext.addmm(ones, x, torch.ones(8, 8)),
+        lambda x: torch_ext.varlen_attention(x.repeat(1, 3), bounds, 2),
+        lambda x: torch_ext.add_layer_norm(x, None, ones, ones, 1e-5),
+        lambda x: torch_ext.add_rms_norm(x, x, ones, 1e-5),
+        lambda x: torch_ext.gate(x, "gelu"),
+        lambda x: torch_ext.pool(x, bounds, "mean", True),
+        layer,
+    ]
+    for function in functions:
+        for differentiate in (
+            lambda f=function: torch.func.grad(lambda z: f(z).sum())(x),
+            lambda f=function: torch.func.vjp(f, x),
+            lambda f=function: torch.func.jvp(f, (x,), (x,)),
+            lambda f=function: torch.func.vmap(torch.func.grad(lambda z: f(z).sum()))(x[None]),
+        ):
+            with pytest.raises(RuntimeError, match="inference only"):
+                differentiate()
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            with pytest.raises(RuntimeError, match="inference only"):
+                function(dual)
+            function(x)
+
+        # What is a constant is not differentiated.
+        def constant(z: Tensor, f: Callable[[Tensor], Tensor] = function) -> Tensor:
+            with torch.no_grad():
+                frozen = f(z)
+            return (frozen.detach() * z.sum()).sum()
+
+        assert torch.func.grad(constant)(x).shape == x.shape

@@ -111,8 +111,8 @@ class Run {
   }
 
   void layer_norm(size_t n, const uint16_t* a, const uint16_t* b, const uint16_t* c, const Norm& norm, uint16_t* out) {
-    vec_.sum_layer_norm_row(n, a, b, c, b ? norm.residual_scale : nullptr, norm.weight, norm.bias, h_.layer_norm_eps, out,
-                            DType::kBF16);
+    vec_.sum_layer_norm_row(n, a, b, c, b ? norm.residual_scale : nullptr, norm.weight, norm.bias, h_.layer_norm_eps,
+                            out, DType::kBF16);
   }
 
   void finish_row(const RowStep& step, const uint16_t* product, size_t row) {

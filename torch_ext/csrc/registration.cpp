@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "varlen_attention(Tensor qkv, Tensor cu_seqlens, int num_heads, float? scale=None, int? window=None, "
       "Tensor? relative_bias=None) -> Tensor");
   m.def(
-      "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor? residual_scale=None) -> "
+      "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor? residual_scale=None) "
+      "-> "
       "Tensor");
   m.def("add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps) -> Tensor");
   m.def("rotary_embedding(Tensor qkv, Tensor cu_seqlens, int num_heads, Tensor cos_sin) -> Tensor");

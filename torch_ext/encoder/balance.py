@@ -1,11 +1,12 @@
 """What int8 layers read, brought to channels of similar range: exact for the encoder, easier to quantize.
 
-A row is quantized with one scale, that of its largest element. In BERT-family models a few channels of the norms' output
-are many times larger than the others, always the same ones, and cost all others their precision. So the norm writes
-``x' = (x - c) / s`` instead of ``x``, with a vector ``c`` and a vector ``s``, and everything that reads it is changed to
-match; for the linear layer that reads it that is ``W' = W * s`` and ``b' = b + W c``. Weights are quantized per output,
-and have precision to spare. The residual that is added after the layer is ``s * x' + c``: ``s`` becomes
-``residual_scale``, which the next norm multiplies with while it adds, and ``c`` goes into the bias that is added anyway.
+A row is quantized with one scale, that of its largest element. In BERT-family models a few channels of the norms'
+output are many times larger than the others, always the same ones, and cost all others their precision. So the norm
+writes ``x' = (x - c) / s`` instead of ``x``, with a vector ``c`` and a vector ``s``, and everything that reads it is
+changed to match; for the linear layer that reads it that is ``W' = W * s`` and ``b' = b + W c``. Weights are
+quantized per output, and have precision to spare. The residual that is added after the layer is ``s * x' + c``: ``s``
+becomes ``residual_scale``, which the next norm multiplies with while it adds, and ``c`` goes into the bias that is
+added anyway.
 
 ``c`` is the mean of a channel and ``s`` the 0.75th power of its range, over texts of random tokens: what the channels
 look like is a matter of the model far more than of the text, so no texts are asked for.
@@ -48,9 +49,7 @@ def random_texts(spec: EncoderSpec) -> tuple[Tensor, Tensor]:
     return torch.randint(spec.vocab_size, (sum(lengths),), generator=generator), bounds
 
 
-def balance(
-    spec: EncoderSpec, weights: Mapping[str, Tensor], run: Callable[[Observe], object]
-) -> dict[str, Tensor]:
+def balance(spec: EncoderSpec, weights: Mapping[str, Tensor], run: Callable[[Observe], object]) -> dict[str, Tensor]:
     """The weights of the same encoder with balanced inputs of its linear layers.
 
     Args:
@@ -71,9 +70,6 @@ def balance(
     run(observe)
     result = dict(weights)
 
-    def change(name: str, function: Callable[[Tensor], Tensor]) -> None:
-        result[name] = function(result[name].float())
-
     for name, (center, least, largest) in seen.items():
         source = _source(spec, name)
         if source is None:
@@ -81,15 +77,15 @@ def balance(
         reach = torch.maximum(largest - center, center - least)
         reach = reach.clamp_min(_LEAST_RANGE * float(reach.mean())).clamp_min(1e-30)
         scale = (reach / reach.log().mean().exp()) ** _EXPONENT
-        shift = result[f"{name}.weight"].float() @ center
-        change(f"{name}.bias", lambda bias, shift=shift: bias + shift)
-        change(f"{name}.weight", lambda weight, scale=scale: weight * scale)
+        weight, bias = (result[f"{name}.{kind}"].float() for kind in ("weight", "bias"))
+        result[f"{name}.weight"], result[f"{name}.bias"] = weight * scale, bias + weight @ center
+        weight, bias = (result[f"{source}.{kind}"].float() for kind in ("weight", "bias"))
         # A norm's weight is a vector; that of a linear layer has a row for each channel.
-        change(f"{source}.weight", lambda weight, s=scale: weight / (s if weight.dim() == 1 else s[:, None]))
-        change(f"{source}.bias", lambda bias, s=scale, c=center: (bias - c) / s)
+        result[f"{source}.weight"] = weight / (scale if weight.dim() == 1 else scale[:, None])
+        result[f"{source}.bias"] = (bias - center) / scale
         after = None if spec.norm_first else _adds_residual(name)
         if after is not None:
-            change(f"{after}.bias", lambda bias, c=center: bias + c)
+            result[f"{after}.bias"] = result[f"{after}.bias"].float() + center
             result[f"{after.rpartition('.')[0]}.residual_scale"] = scale
     return result
 

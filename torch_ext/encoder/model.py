@@ -316,7 +316,8 @@ class Encoder(_Weighted[EncoderSpec]):
         """Run a batch of texts.
 
         Args:
-            input_ids: i64 ``[T]``, the tokens of all texts, one text after the other, special tokens included.
+            input_ids: i64 ``[T]``, the tokens of all texts, one text after the other, special tokens included. Every
+                token has a position, also a padding token within a text (which RoBERTa of transformers does not count).
             cu_seqlens: i32 ``[B + 1]``; starts at 0, ends at T; text ``b`` is tokens ``cu_seqlens[b]`` to
                 ``cu_seqlens[b + 1]``, at least one and at most ``spec.max_positions``.
             token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
@@ -450,9 +451,7 @@ class Encoder(_Weighted[EncoderSpec]):
         result: Tensor = _gate(self._linear(x, w.up_weight, w.up_bias), self.spec.activation)
         return result
 
-    def _embed(
-        self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, observe: Observe
-    ) -> Tensor:
+    def _embed(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, observe: Observe) -> Tensor:
         spec, tensors = self.spec, self._tensors
         result: Tensor = _embed_layer_norm(
             input_ids,

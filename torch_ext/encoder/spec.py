@@ -156,7 +156,9 @@ class EncoderSpec:
             return {}
         layers = range(self.num_layers)
         return {
-            f"layers.{index}.{part}.residual_scale": (self.hidden_size,) for index in layers for part in ("attention", "ffn")
+            f"layers.{index}.{part}.residual_scale": (self.hidden_size,)
+            for index in layers
+            for part in ("attention", "ffn")
         }
 
 

@@ -258,8 +258,8 @@ Tensor pack_linear_weight_int8(const Tensor& weight, const std::optional<Tensor>
     scales = as_f32_vector(op, "scale", *scale, weight.size(0));
     const float* const s = static_cast<const float*>(scales.const_data_ptr());
     for (size_t j = 0; j < n; ++j) {
-      STD_TORCH_CHECK(std::isfinite(s[j]) && s[j] >= 0.0f, op, ": expected scales that are finite and not negative, got ",
-                      s[j], " at ", j);
+      STD_TORCH_CHECK(std::isfinite(s[j]) && s[j] >= 0.0f, op,
+                      ": expected scales that are finite and not negative, got ", s[j], " at ", j);
     }
     const int8_t* const p = static_cast<const int8_t*>(q.const_data_ptr());
     STD_TORCH_CHECK(std::find(p, p + n * k, int8_t{-128}) == p + n * k, op,

@@ -158,7 +158,8 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
   STD_TORCH_CHECK(!position || (position_offset >= 0 && position_offset <= position->size(0)), op,
                   ": expected position_offset from 0 to the ", position ? position->size(0) : 0,
                   " rows of position, got ", position_offset);
-  STD_TORCH_CHECK(!position || static_cast<int64_t>(sequences.longest) <= position->size(0) - position_offset, op, ": a sequence of ", sequences.longest, " tokens is longer than the ",
+  STD_TORCH_CHECK(!position || static_cast<int64_t>(sequences.longest) <= position->size(0) - position_offset, op,
+                  ": a sequence of ", sequences.longest, " tokens is longer than the ",
                   position ? position->size(0) - position_offset : 0, " positions of the model; truncate it");
   STD_TORCH_CHECK(!token_type_ids || token_type, op, ": token_type_ids given, but the model has no token types");
   std::optional<Tensor> types, type_ids;
@@ -180,8 +181,8 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
       const char* const type_row = types ? row_of(*types, type_id ? type_id[t] : 0, width, type) : nullptr;
       const char* const position_row =
           positions ? row_of(*positions, static_cast<int64_t>(place) + position_offset, width, type) : nullptr;
-      vec.sum_layer_norm_row(static_cast<size_t>(width), row_of(words, id[t], width, type), position_row, type_row, nullptr, wp,
-                             bp, static_cast<float>(eps), op_out + t * row_bytes, type);
+      vec.sum_layer_norm_row(static_cast<size_t>(width), row_of(words, id[t], width, type), position_row, type_row,
+                             nullptr, wp, bp, static_cast<float>(eps), op_out + t * row_bytes, type);
     };
     for_each_position(sequences.offsets, sequences.count, static_cast<size_t>(begin), static_cast<size_t>(end), embed);
   });
