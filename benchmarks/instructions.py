@@ -358,7 +358,7 @@ def panels_of(found: Sequence[Found]) -> list[report.Panel]:
                 mine, base = by_pair.get((work, name)), by_pair.get((work, OURS))
                 values.append(value_of(mine) / value_of(base) if mine and base else None)
             series[name] = values
-        return report.Panel(title, f"times those of {OURS} (less is better)", works, series)
+        return report.Panel(title, f"times those of {OURS} (less is better)", works, series, logarithmic=True)
 
     panels = [panel("executed instructions", lambda item: item.counts["total"])]
     if any(item.cycles for item in found):

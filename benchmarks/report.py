@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -205,7 +206,7 @@ class Panel:
 
 
 def plot(panels: Sequence[Panel], title: str, stem: Path) -> list[Path]:
-    """Draws panels of horizontal bars, one below the other, as SVG and PNG.
+    """Draws panels of horizontal bars as SVG and PNG: one below the other, from four on in two columns.
 
     A series has the same colour in every panel.
 
@@ -219,12 +220,23 @@ def plot(panels: Sequence[Panel], title: str, stem: Path) -> list[Path]:
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
-    heights = [max(1.0, 0.24 * len(p.labels) * (len(p.series) + 0.8)) + 0.9 for p in panels]
-    with _figure((9, sum(heights) + 0.5), title) as figure:
-        axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-        for axis, panel in zip(axes, panels, strict=True):
-            _draw(axis, panel, colours)
+    heights = [_height(panel) for panel in panels]
+    columns = 2 if len(panels) > 3 else 1
+    rows = [max(heights[start : start + columns]) for start in range(0, len(panels), columns)]
+    with _figure((9 * columns, sum(rows) + 0.5), title) as figure:
+        axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": rows}).flat
+        for axis, panel in itertools.zip_longest(axes, panels):
+            if panel is None:
+                axis.set_visible(False)
+            else:
+                _draw(axis, panel, colours)
         return _save(figure, stem)
+
+
+def _height(panel: Panel) -> float:
+    """Inches: bars are thinner where they are many."""
+    bar = 0.24 if len(panel.series) < 5 else 0.13
+    return max(1.0, bar * len(panel.labels) * (len(panel.series) + 0.8)) + 0.9
 
 
 @contextlib.contextmanager
