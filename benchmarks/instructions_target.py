@@ -93,13 +93,19 @@ class PyTorch:
         return lambda: F.linear(x, weight, bias)
 
     def encoder(self, work: dict[str, Any]) -> Call:
-        """BERT with scaled_dot_product_attention, mean pooling and norm, one text without padding."""
+        """BERT, mean pooling and norm, one text without padding; attends in the way that takes fewer instructions."""
         import torch
         from torch import nn
         from torch.nn import functional as F
 
         shape = work["model"]
         hidden, wide, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            if query.dtype == torch.bfloat16:
+                # scaled_dot_product_attention brings MiniLM from some 270 million to 921 at 128 tokens.
+                return torch.softmax(query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2), -1) @ value
+            return F.scaled_dot_product_attention(query, key, value)
 
         class Layer(nn.Module):
             def __init__(self) -> None:
@@ -112,7 +118,7 @@ class PyTorch:
                 parts = (
                     p(x).view(1, -1, heads, hidden // heads).transpose(1, 2) for p in (self.query, self.key, self.value)
                 )
-                mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(x.shape)
+                mixed = attend(*parts).transpose(1, 2).reshape(x.shape)
                 x = self.norm1(self.out(mixed) + x)
                 return self.norm2(self.down(F.gelu(self.up(x))) + x)
 
