@@ -127,10 +127,12 @@ class Work:
 
 
 def best_setting(candidate: Candidate, ids: Sequence[Sequence[int]], tried: Sequence[Setting]) -> Work:
-    """The setting with which a candidate is fastest: all are tried on a share of the texts, the best two on all."""
+    """The setting with which a candidate is fastest: all on a share of the texts, the best three twice on all."""
     found = {setting: Work(candidate, ids, setting).probe_s(SWEPT_SHARE) for setting in tried}
-    finalists = [Work(candidate, ids, setting) for setting in sorted(found, key=found.__getitem__)[:2]]
-    return min(finalists, key=lambda work: work.probe_s(1.0))
+    finalists = [Work(candidate, ids, setting) for setting in sorted(found, key=found.__getitem__)[:3]]
+    # In turns, so that what else the machine does hits all of them.
+    times = [[work.probe_s(1.0) for work in finalists] for _ in range(2)]
+    return finalists[min(range(len(finalists)), key=lambda index: min(row[index] for row in times))]
 
 
 def cosines(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
