@@ -25,7 +25,6 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[1] / "torch_ext" / "csrc"
 SOURCES = (
     "kernels/neon_bf16/gemm_bfmmla.cpp",
-    "kernels/neon_bf16/vec_neon_bf16.cpp",
     "kernels/neon/vec_neon.cpp",
     "kernels/sve_bf16/gemm_sve_bfmmla.cpp",
     "kernels/neon_i8mm/gemm_smmla.cpp",

@@ -279,7 +279,10 @@ def _check_cpu(machine: Machine) -> Finding:
     info = machine.read("/proc/cpuinfo") or ""
     match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     names = set(match[1].split()) if match else set()
-    wanted = ("asimddp", "bf16", "i8mm", "sve", "sve2", "svebf16", "avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    wanted = (
+        *("asimddp", "bf16", "i8mm", "sve", "sve2", "svebf16"),
+        *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"),
+    )
     found = " ".join(name for name in wanted if name in names) or "no known features"
     return Finding("cpu", "OK", f"{machine.cpu_name()}, {machine.architecture}: {found}")
 

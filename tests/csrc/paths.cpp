@@ -1,16 +1,18 @@
 #include "paths.h"
 
+#include <algorithm>
 #include <set>
 
 #include "cpu_features.h"
-#include "kernels/neon_bf16/gemm_bfmmla.h"
-#include "kernels/neon_dotprod/gemm_sdot.h"
-#include "kernels/neon_i8mm/gemm_smmla.h"
-#include "kernels/sve_bf16/gemm_sve_bfmmla.h"
-#include "kernels/x86/gemm_vnni.h"
+#include "dispatch.h"
 #include "reference.h"
 
 namespace torch_ext::test {
+
+#if defined(__x86_64__)
+extern const GemmKernel kEmulatedVnni;  // emulated_vnni.cpp
+#endif
+
 namespace {
 
 constexpr DType kTypes[] = {DType::kF32, DType::kBF16};
@@ -49,6 +51,7 @@ std::vector<std::string> paths_of(const GemmPath& path) {
   }
   for (size_t i = 0; i < path.kernel->ukernel_count; ++i) names.emplace_back(path.kernel->ukernels[i].name);
   for (const char* const use : kUses) names.push_back(use_path(path, use));
+  if (path.kernel->softmax_pack) names.push_back(path.name() + ": softmax_pack");
   return names;
 }
 
@@ -62,7 +65,6 @@ std::vector<std::string> s8_paths_of(const GemmPath& path) {
 
 std::vector<std::string> paths_of(const VecKernels& vec) {
   std::vector<std::string> names = {row_path(vec, "softmax_row"), row_path(vec, "sum_squares")};
-  if (vec.softmax_pack) names.push_back(row_path(vec, "softmax_pack"));
   for (const DType t : kTypes) {
     for (const char* const f :
          {"scale_rows", "sum_layer_norm_row", "sum_rms_norm_row", "rotate_row", "accumulate_row", "max_row"}) {
@@ -81,53 +83,40 @@ std::vector<std::string> paths_of(const VecKernels& vec) {
 }  // namespace
 
 const std::vector<const VecKernels*>& all_vec_paths() {
-  static const std::vector<const VecKernels*> all = {
-#if defined(__aarch64__)
-      &kVecNeonBf16,
-      &kVecNeon,
-#elif defined(__x86_64__)
-      &kVecAmx,      &kVecAvx512Bf16, &kVecAvx512, &kVecAvx2,
-#endif
-      &kVecPortable,
-  };
+  static const std::vector<const VecKernels*> all(row_kernels().begin(), row_kernels().end());
   return all;
 }
 
-const std::vector<GemmPath>& all_gemm_paths() {
-  static const std::vector<GemmPath> all = [] {
-    std::vector<GemmPath> paths;
-#if defined(__aarch64__)
-    paths.push_back({&kGemmSveBfmmla, &kVecNeonBf16,
-                     kFeatureNeon | kFeatureBf16 | kFeatureSve | kFeatureSveBf16 | kFeatureSve256, "sve256_bfmmla"});
-    paths.push_back({&kGemmBfmmla, &kVecNeonBf16, kFeatureNeon | kFeatureBf16, "neon_bfmmla"});
-#endif
-    for (const VecKernels* const vec : all_vec_paths()) {
-      paths.push_back({vec->gemm_f32, vec, vec->required_features, vec->name});
-      paths.push_back({vec->gemm_bf16, vec, vec->required_features, vec->name});
-#if defined(__x86_64__)
-      if (vec->gemm_dot_bf16)
-        paths.push_back({vec->gemm_dot_bf16, vec, vec->required_features, vec == &kVecAmx ? "amx" : "avx512_bf16_dot"});
-#endif
+// Every family of some lists, with the best row kernels that need no more than it does.
+static std::vector<GemmPath> paths_in(std::initializer_list<std::span<const GemmKernel* const>> lists) {
+  std::vector<GemmPath> paths;
+  for (const auto& list : lists) {
+    for (const GemmKernel* const kernel : list) {
+      const auto fits = [&](const VecKernels* vec) {
+        return (vec->required_features & ~kernel->required_features) == 0;
+      };
+      const VecKernels* const vec = *std::find_if(row_kernels().begin(), row_kernels().end(), fits);
+      // gemm_<destination>_<left>_<right>_<tile>_<engine>
+      std::string engine = kernel->ukernels[0].name;
+      for (int word = 0; word < 5; ++word) engine.erase(0, engine.find('_') + 1);
+      paths.push_back({kernel, vec, kernel->required_features, engine});
     }
-    return paths;
-  }();
+  }
+  return paths;
+}
+
+const std::vector<GemmPath>& all_gemm_paths() {
+  static const std::vector<GemmPath> all = paths_in({bf16_kernels(), f32_kernels()});
   return all;
 }
 
 const std::vector<GemmPath>& all_s8_paths() {
-  static const std::vector<GemmPath> all = [] {
-    std::vector<GemmPath> paths;
-#if defined(__aarch64__)
-    paths.push_back({&kGemmSmmla, &kVecNeon, kFeatureNeon | kFeatureI8mm, "neon_smmla"});
-    paths.push_back({&kGemmSdot, &kVecNeon, kFeatureNeon | kFeatureDotprod, "neon_sdot"});
-#elif defined(__x86_64__)
-    paths.push_back({&kGemmVnni, &kVecAvx512, kFeatureAvx512 | kFeatureAvx512Vnni, "avx512_vnni"});
+#if defined(__x86_64__)
+  static const GemmKernel* const emulated[] = {&kEmulatedVnni};
+  static const std::vector<GemmPath> all = paths_in({s8_kernels(), emulated});
+#else
+  static const std::vector<GemmPath> all = paths_in({s8_kernels()});
 #endif
-    for (const VecKernels* const vec : all_vec_paths()) {
-      paths.push_back({vec->gemm_s8, vec, vec->required_features, vec->name});
-    }
-    return paths;
-  }();
   return all;
 }
 
@@ -191,6 +180,10 @@ size_t panel_index(const GemmKernel& g, size_t j, size_t p) {
       return ((p / 2) * g.nr + j) * 2 + p % 2;
     case Layout::kS8Groups:
       return ((p / g.kr) * g.nr + j) * g.kr + p % g.kr;
+    case Layout::kBf16Halves:
+      return p * 16 + j % 8 * 2 + j / 8;
+    case Layout::kS8Crossed:
+      return p / 4 * 64 + j / 8 * 32 + p % 2 * 16 + j % 8 * 2 + p % 4 / 2;
     default:
       return p * g.nr + j;
   }
@@ -204,6 +197,8 @@ size_t block_index(const GemmKernel& g, size_t mr, size_t steps, size_t i, size_
       return ((p / g.kr) * mr + i) * g.kr + p % g.kr;
     case Layout::kBf16Dots:
       return ((p / g.k_step) * mr + i) * g.k_step + p % g.k_step;
+    case Layout::kS8Crossed:
+      return (p / 4 * mr + i) * 4 + p % 2 * 2 + p % 4 / 2;
     default:
       return i * steps * g.k_step + p;
   }
@@ -259,10 +254,10 @@ void scale_rows(const VecKernels& vec, size_t rows, size_t n, const float* s, si
   vec.scale_rows(rows, n, s, ld, factors, out, ld_out, out_type);
 }
 
-void softmax_pack(const VecKernels& vec, size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld,
+void softmax_pack(const GemmPath& path, size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld,
                   float* sums, void* block) {
-  cover(row_path(vec, "softmax_pack"));
-  vec.softmax_pack(rows, block_rows, n, scale, s, ld, sums, block);
+  cover(path.name() + ": softmax_pack");
+  path.kernel->softmax_pack(rows, block_rows, n, scale, s, ld, sums, block);
 }
 
 void sum_layer_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c,

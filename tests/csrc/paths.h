@@ -35,7 +35,7 @@ size_t covered_paths();
 std::vector<std::string> uncovered_paths();
 std::vector<std::string> paths_of_other_cpus();
 
-/// The index formulas in the comments of gemm_bfmmla.cpp, gemm_f32.inl, gemm_dot_bf16.inl and quantize.inl, written anew:
+/// The index formulas in the comments of the kernels and packers, written anew:
 /// the element of a panel that holds product p of column j, and the one of a block of `mr` rows with product p of row i.
 size_t panel_index(const GemmKernel& g, size_t j, size_t p);
 size_t block_index(const GemmKernel& g, size_t mr, size_t steps, size_t i, size_t p);
@@ -54,7 +54,7 @@ void store_tile(const VecKernels& vec, Activation a, const float* tile, size_t l
 float softmax_row(const VecKernels& vec, float* s, size_t n, float scale);
 void scale_rows(const VecKernels& vec, size_t rows, size_t n, const float* s, size_t ld, const float* factors,
                 void* out, size_t ld_out, DType out_type);
-void softmax_pack(const VecKernels& vec, size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld,
+void softmax_pack(const GemmPath& path, size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld,
                   float* sums, void* block);
 void sum_layer_norm_row(const VecKernels& vec, size_t n, const void* a, const void* b, const void* c,
                         const float* b_scale, const float* weight, const float* bias, float eps, void* out, DType t);

@@ -61,10 +61,7 @@ inline double reference_activation(Activation a, double x) {
   return NAN;
 }
 
-inline const char* activation_name(Activation a) {
-  constexpr const char* kNames[kActivationCount] = {"none", "gelu", "gelu_tanh", "relu", "tanh", "silu"};
-  return kNames[static_cast<size_t>(a)];
-}
+inline const char* activation_name(Activation a) { return kActivationNames[static_cast<size_t>(a)]; }
 
 inline const char* dtype_name(DType t) { return t == DType::kF32 ? "f32" : "bf16"; }
 

@@ -66,14 +66,17 @@ TORCH_EXT_TEST(packers_fill_every_element_and_pad_with_zeros) {
 }
 
 // "Worked examples: R = 12, row 5, product 6 -> ((1 * 12) + 5) * 4 + 2 = 70. R = 24, the same -> ((1 * 24) + 5) * 4 + 2 =
-// 118", and for rows "nr = 12, column j = 5, product p = 2 -> element 29 of the panel".
+// 118", for rows "nr = 12, column j = 5, product p = 2 -> element 29 of the panel", for dots "column 5, product 3 -> 75", for
+// halves "column 11, product 2 -> 39".
 TORCH_EXT_TEST(worked_examples_of_the_layouts_hold) {
   for (const GemmPath& path : gemm_paths()) {
     const GemmKernel& g = *path.kernel;
     const bool pairs = g.layout == Layout::kBf16Pairs, dots = g.layout == Layout::kBf16Dots;
-    if (g.nr != 12 && !(pairs && g.nr == 24) && !dots) continue;  // the examples are of 12 columns, and of 24 in pairs
-    const size_t column = 5, product = pairs ? 6 : dots ? 3 : 2, k = 8;
-    const size_t element = pairs ? (g.nr == 12 ? 70 : 118) : dots ? 75 : 29;
+    const bool halves = g.layout == Layout::kBf16Halves;
+    // The examples are of 12 columns, and of 24 in pairs.
+    if (g.nr != 12 && !(pairs && g.nr == 24) && !dots && !halves) continue;
+    const size_t column = halves ? 11 : 5, product = pairs ? 6 : dots ? 3 : 2, k = 8;
+    const size_t element = pairs ? (g.nr == 12 ? 70 : 118) : dots ? 75 : halves ? 39 : 29;
     context("%s", path.name().c_str());
     for (const Packer packer : {Packer::kRhsNxk, Packer::kRhsKxn}) {
       const bool kxn = packer == Packer::kRhsKxn;
@@ -120,9 +123,10 @@ TORCH_EXT_TEST(diagrams_of_the_layouts_hold) {
         if (g.layout == Layout::kBf16Dots) block.resize((i + 1) * g.k_step, 0.0f);  // one step, padded
       }
       const size_t pair = g.layout == Layout::kBf16Dots ? 2 : 1;
+      const bool halves = g.layout == Layout::kBf16Halves;  // columns 0 8 1 9 ...
       for (size_t p = 0; p < k; p += pair) {
         for (size_t j = 0; j < g.nr; ++j) {
-          for (size_t q = p; q < p + pair; ++q) panel.push_back(source.get(j, q));
+          for (size_t q = p; q < p + pair; ++q) panel.push_back(source.get(halves ? j / 2 + j % 2 * 8 : j, q));
         }
       }
     }

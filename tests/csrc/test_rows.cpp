@@ -248,15 +248,15 @@ TORCH_EXT_TEST(scale_rows_multiplies) {
 }
 
 TORCH_EXT_TEST(softmax_pack_is_right_for_every_length) {
-  for (const VecKernels* const vec : vec_paths()) {
-    if (!vec->softmax_pack) continue;
-    const GemmKernel& g = *vec->gemm_dot_bf16;
+  for (const GemmPath& path : gemm_paths()) {
+    const GemmKernel& g = *path.kernel;
+    if (!g.softmax_pack) continue;
     for (size_t n = 1; n <= (options().quick ? 37 : 133); ++n) {
       for (size_t u = 0; u < g.ukernel_count; ++u) {
         const size_t mr = g.ukernels[u].mr, rows = 1 + n % mr;
         const size_t ld = (n + kMaxVecWidth - 1) / kMaxVecWidth * kMaxVecWidth;
         const float scale = n % 3 ? 0.125f : 3.0f;
-        context("%s, %zu of %zu rows of %zu", vec->name, rows, mr, n);
+        context("%s, %zu of %zu rows of %zu", path.name().c_str(), rows, mr, n);
         const Guarded<float> s(rows * ld);
         std::vector<std::vector<double>> expected;
         for (size_t i = 0; i < rows; ++i) {
@@ -268,7 +268,7 @@ TORCH_EXT_TEST(softmax_pack_is_right_for_every_length) {
         }
         const GuardedBytes block(g.lhs_block_bytes(mr, n));
         float sums[kMaxMr];
-        softmax_pack(*vec, rows, mr, n, scale, s.get(), ld, sums, block.data());
+        softmax_pack(path, rows, mr, n, scale, s.get(), ld, sums, block.data());
         for (size_t i = 0; i < rows; ++i) {
           double sum = 0;
           for (size_t p = 0; p < g.steps(n) * g.k_step; ++p) {

@@ -14,16 +14,28 @@ namespace {
 
 size_t padded_depth(const GemmKernel& g, size_t k) { return g.steps(k) * g.k_step; }
 
-/// Kernels of VPDPBUSD keep rows as q + 128, and say so by what else their panels hold.
-int stored_offset(const GemmKernel& g) { return g.column_extra_bytes > sizeof(float) ? 128 : 0; }
+/// Kernels of VPDPBUSD keep rows as q + 128, and say so by what else their panels hold; those of VPMADDWD in 16 bits.
+int stored_offset(const GemmKernel& g) { return g.lhs_type == DType::kS8 && g.column_term ? 128 : 0; }
 
 int stored_value(const GemmKernel& g, const unsigned char* block, size_t r, size_t i, size_t p) {
-  const unsigned char byte = block[block_index(g, r, 0, i, p)];
-  return stored_offset(g) ? static_cast<int>(byte) - 128 : static_cast<int8_t>(byte);
+  const size_t at = block_index(g, r, 0, i, p);
+  if (g.lhs_type == DType::kS16) return reinterpret_cast<const int16_t*>(block)[at];
+  return stored_offset(g) ? static_cast<int>(block[at]) - 128 : static_cast<int8_t>(block[at]);
 }
 
+void store_value(const GemmKernel& g, unsigned char* block, size_t r, size_t i, size_t p, int value) {
+  const size_t at = block_index(g, r, 0, i, p);
+  if (g.lhs_type == DType::kS16) {
+    reinterpret_cast<int16_t*>(block)[at] = static_cast<int16_t>(value);
+  } else {
+    block[at] = static_cast<unsigned char>(value + stored_offset(g));
+  }
+}
+
+size_t scales_at(const GemmKernel& g, size_t r, size_t k) { return r * padded_depth(g, k) * dtype_bytes(g.lhs_type); }
+
 const float* scales_of(const GemmKernel& g, const unsigned char* data, size_t r, size_t k) {
-  return reinterpret_cast<const float*>(data + r * padded_depth(g, k));
+  return reinterpret_cast<const float*>(data + scales_at(g, r, k));
 }
 
 int random_q(Random& random) { return static_cast<int>(random.below(255)) - 127; }
@@ -110,10 +122,17 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool ex
   for (size_t i = 0; i < u.mr; ++i) {
     for (size_t p = 0; p < k; ++p) {
       lhs[i * k + p] = extreme ? (i % 2 ? -127 : 127) : random_q(random_source());
-      block.data()[block_index(g, u.mr, steps, i, p)] = static_cast<unsigned char>(lhs[i * k + p] + stored_offset(g));
+      store_value(g, block.data(), u.mr, i, p, lhs[i * k + p]);
     }
     row_scales[i] = std::ldexp(1.0f, static_cast<int>(i) - 4);
-    std::memcpy(block.data() + u.mr * k + i * sizeof(float), &row_scales[i], sizeof(float));
+    unsigned char* const scales = block.data() + scales_at(g, u.mr, k);
+    std::memcpy(scales + i * sizeof(float), &row_scales[i], sizeof(float));
+    if (g.row_extra_bytes > sizeof(float)) {
+      int64_t term = 0;  // gemm_pmaddwd.cpp: what neighbours of a row give
+      for (size_t p = 0; p + 1 < k; p += 2) term += lhs[i * k + p] * lhs[i * k + p + 1];
+      const auto wrapped = static_cast<uint32_t>(term);
+      std::memcpy(scales + (u.mr + i) * sizeof(float), &wrapped, sizeof wrapped);
+    }
   }
   for (size_t j = 0; j < g.nr; ++j) {
     for (size_t p = 0; p < k; ++p) {
@@ -151,7 +170,7 @@ TORCH_EXT_TEST(s8_ukernels_add_exactly) {
       }
       // The largest depth that pack_linear_weight_int8 takes.
       if (!options().quick) {
-        check_ukernel(path, path.kernel->ukernels[i], 133152 / path.kernel->k_step, true);
+        check_ukernel(path, path.kernel->ukernels[i], 133144 / path.kernel->k_step, true);
       }
     }
   }

@@ -1,6 +1,7 @@
 // The tables themselves: names against rows, order of priority, completeness of the lists that the other tests use.
 #include <algorithm>
 #include <cstdio>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -27,7 +28,7 @@ std::vector<std::string> split(const std::string& s, char separator) {
 
 // Rows of s8 are quantized dynamically (qs8dx), columns once, per channel (qs8cx).
 const char* type_word(DType t, bool left) {
-  return t == DType::kF32 ? "f32" : t == DType::kBF16 ? "bf16" : left ? "qs8dx" : "qs8cx";
+  return t == DType::kF32 ? "f32" : t == DType::kBF16 ? "bf16" : left ? "qs8dx" : "qs8cx";  // kS16 holds qs8dx
 }
 
 // "bf16p12x4": type, p, nr x kr
@@ -65,7 +66,7 @@ TORCH_EXT_TEST(row_kernels_have_the_names_of_their_instructions) {
 #if defined(__aarch64__)
       {"neon_bf16_fmla", "neon_fmla", "portable"};
 #elif defined(__x86_64__)
-      {"avx512_amx_fma", "avx512_bf16_fma", "avx512_fma", "avx2_fma", "portable"};
+      {"avx512_bf16_fma", "avx512_fma", "avx2_fma", "portable"};
 #else
       {"portable"};
 #endif
@@ -97,11 +98,11 @@ TORCH_EXT_TEST(every_family_is_well_formed) {
       EXPECT(g.steps(k) * g.k_step >= k && (k == 0 || (g.steps(k) - 1) * g.k_step < k), "steps(%zu) = %zu", k,
              g.steps(k));
     }
-    const bool bf16_panels =
-        g.layout == Layout::kBf16Pairs || g.layout == Layout::kBf16Rows || g.layout == Layout::kBf16Dots;
+    const bool bf16_panels = g.layout == Layout::kBf16Pairs || g.layout == Layout::kBf16Rows ||
+                             g.layout == Layout::kBf16Dots || g.layout == Layout::kBf16Halves;
     EXPECT(bf16_panels == (g.rhs_type == DType::kBF16), "layout and type of the panels disagree");
-    EXPECT((g.layout == Layout::kS8Groups) == (g.rhs_type == DType::kS8) &&
-               (g.lhs_type == DType::kS8) == (g.rhs_type == DType::kS8),
+    EXPECT(is_s8(g.layout) == (g.rhs_type == DType::kS8) &&
+               (g.lhs_type == DType::kS8 || g.lhs_type == DType::kS16) == (g.rhs_type == DType::kS8),
            "layout and type of s8 panels disagree");
   }
   std::sort(names.begin(), names.end());
@@ -109,71 +110,113 @@ TORCH_EXT_TEST(every_family_is_well_formed) {
 }
 
 TORCH_EXT_TEST(the_best_candidates_come_first) {
-  size_t count = 0;
-  const Isa* const isas = isa_candidates(&count);
-  EXPECT(count >= 1 && isas[count - 1].required_features == kFeatureNone, "the last candidate must run everywhere");
-  EXPECT(std::string(isas[count - 1].name) == "portable", "the last candidate is %s", isas[count - 1].name);
-  for (size_t i = 0; i < count; ++i) {
-    for (size_t j = i + 1; j < count; ++j) {
-      const uint32_t first = isas[i].required_features, later = isas[j].required_features;
+  const std::span<const Isa> all = isas();
+  EXPECT(!all.empty() && all.back().required_features == kFeatureNone, "the last candidate must run everywhere");
+  EXPECT(std::string(all.back().name) == "portable", "the last candidate is %s", all.back().name);
+  for (size_t i = 0; i < all.size(); ++i) {
+    for (size_t j = i + 1; j < all.size(); ++j) {
+      const uint32_t first = all[i].required_features, later = all[j].required_features;
       EXPECT(later == first || (later & first) != first, "%s needs all that %s needs and more, but comes later",
-             isas[j].name, isas[i].name);
-      EXPECT(std::string(isas[i].name) != isas[j].name, "two candidates are called %s", isas[i].name);
+             all[j].name, all[i].name);
+      EXPECT(std::string(all[i].name) != all[j].name, "two candidates are called %s", all[i].name);
     }
   }
   const std::vector<std::string> expected =
 #if defined(__aarch64__)
       {"sve_bf16", "neon_i8mm", "neon_bf16", "neon_dotprod", "neon", "portable"};
 #elif defined(__x86_64__)
-      {"amx", "avx512_bf16", "onednn", "torch", "portable"};
+      {"amx", "avx512_bf16", "avx512", "onednn", "avx_vnni", "avx2", "torch", "portable"};
 #else
       {"portable"};
 #endif
-  EXPECT(count == expected.size(), "%zu candidates, expected %zu", count, expected.size());
-  for (size_t i = 0; i < std::min(count, expected.size()); ++i) {
-    EXPECT(expected[i] == isas[i].name, "candidate %zu is %s, expected %s", i, isas[i].name, expected[i].c_str());
+  EXPECT(all.size() == expected.size(), "%zu candidates, expected %zu", all.size(), expected.size());
+  for (size_t i = 0; i < std::min(all.size(), expected.size()); ++i) {
+    EXPECT(expected[i] == all[i].name, "candidate %zu is %s, expected %s", i, all[i].name, expected[i].c_str());
   }
 }
 
-TORCH_EXT_TEST(row_kernels_are_chosen_by_features) {
-  // all_vec_paths() is in the order of preference.
-  uint32_t bits = 0;
-  for (const VecKernels* const vec : all_vec_paths()) bits |= vec->required_features;
-  for (uint32_t features = bits;; features = (features - 1) & bits) {  // every subset
-    const VecKernels* expected = nullptr;
-    for (const VecKernels* const vec : all_vec_paths()) {
-      if (!expected && (vec->required_features & ~features) == 0) expected = vec;
+template <typename Kernel>
+void expect_last_runs_everywhere(std::span<const Kernel* const> list) {
+  EXPECT(list.back()->required_features == kFeatureNone, "%s comes last and needs features", list.back()->name);
+  for (size_t i = 0; i < list.size(); ++i) {
+    for (size_t j = i + 1; j < list.size(); ++j) {
+      const uint32_t first = list[i]->required_features, later = list[j]->required_features;
+      EXPECT(later == first || (later & first) != first, "%s needs all that %s needs and more, but comes later",
+             list[j]->name, list[i]->name);
     }
-    const VecKernels& got = best_vec_kernels(features);
-    EXPECT(&got == expected, "features 0x%x: %s, expected %s", features, got.name, expected->name);
+  }
+}
+
+TORCH_EXT_TEST(every_list_ends_with_what_runs_everywhere) {
+  expect_last_runs_everywhere(bf16_kernels());
+  expect_last_runs_everywhere(s8_kernels());
+  expect_last_runs_everywhere(f32_kernels());
+  expect_last_runs_everywhere(row_kernels());
+}
+
+template <typename Kernel>
+void expect_first_that_fits(const Isa& isa, std::span<const Kernel* const> list, uint32_t allowed, const Kernel* got) {
+  for (const Kernel* const kernel : list) {
+    if ((kernel->required_features & ~allowed) != 0) continue;
+    EXPECT(got == kernel, "%s with features 0x%x: %s, expected %s", isa.name, allowed, got->name, kernel->name);
+    return;
+  }
+}
+
+TORCH_EXT_TEST(a_level_gets_the_first_kernels_that_it_allows) {
+  uint32_t bits = 0;
+  for (const Isa& isa : isas()) bits |= isa.required_features;
+  for (const auto& list : {bf16_kernels(), s8_kernels()}) {
+    for (const GemmKernel* const kernel : list) bits |= kernel->required_features;
+  }
+  for (uint32_t features = bits;; features = (features - 1) & bits) {  // every subset
+    for (const Isa& isa : isas()) {
+      if ((isa.required_features & ~features) != 0) continue;
+      const Dispatch d = kernels_of(isa, features);
+      const uint32_t allowed = features & (isa.required_features | isa.optional_features);
+      expect_first_that_fits(isa, bf16_kernels(), allowed, d.gemm_bf16);
+      expect_first_that_fits(isa, s8_kernels(), allowed, d.gemm_s8);
+      expect_first_that_fits(isa, f32_kernels(), allowed, d.gemm_f32);
+      expect_first_that_fits(isa, row_kernels(), allowed, d.vec);
+      EXPECT(d.isa == &isa && !d.forced, "%s: another level came out", isa.name);
+    }
     if (features == 0) break;
   }
 }
 
-TORCH_EXT_TEST(dispatch_uses_no_kernel_that_the_tests_do_not_know) {
-  size_t count = 0;
-  const Isa* const isas = isa_candidates(&count);
-  const auto known = [](const GemmKernel* g) {
-    return std::any_of(all_gemm_paths().begin(), all_gemm_paths().end(),
-                       [g](const GemmPath& path) { return path.kernel == g; });
+TORCH_EXT_TEST(levels_get_the_kernels_that_they_are_named_after) {
+  struct Expected {
+    const char *isa, *bf16, *s8;
   };
-  for (size_t i = 0; i < count; ++i) {
-    context("candidate %s", isas[i].name);
-    EXPECT((isas[i].linear == LinearEngine::kOwn) == (isas[i].gemm != nullptr), "own kernels need a table");
-    EXPECT(!isas[i].gemm || known(isas[i].gemm), "its matrix kernels are not in paths.cpp");
-    EXPECT(!isas[i].gemm_s8 || std::any_of(all_s8_paths().begin(), all_s8_paths().end(),
-                                           [&](const GemmPath& path) { return path.kernel == isas[i].gemm_s8; }),
-           "its s8 kernels are not in paths.cpp");
-    const bool vec_known = std::count(all_vec_paths().begin(), all_vec_paths().end(), isas[i].vec) > 0;
-    EXPECT(!isas[i].vec || vec_known, "its row kernels are not in paths.cpp");
-    for (const VecKernels* const vec : all_vec_paths()) {
-      if (isas[i].vec && isas[i].vec != vec) continue;
-      for (const DType t : {DType::kF32, DType::kBF16}) {
-        const GemmKernel& g = attention_gemm({&isas[i], vec->gemm_s8, vec, false}, t);
-        EXPECT(known(&g), "attention uses %s, which is not in paths.cpp", g.name);
-        EXPECT(t == DType::kBF16 || g.lhs_type == DType::kF32, "fp32 attention in %s", g.name);
-      }
-    }
+  constexpr Expected kExpected[] = {
+#if defined(__aarch64__)
+      {"sve_bf16", "8x24_sve256_bfmmla", "8x12_neon_smmla"}, {"neon_i8mm", "8x12_neon_bfmmla", "8x12_neon_smmla"},
+      {"neon_bf16", "8x12_neon_bfmmla", "8x12_neon_sdot"},   {"neon_dotprod", "6x12_neon_fmla", "8x12_neon_sdot"},
+      {"neon", "6x12_neon_fmla", "6x12_neon_fmla"},
+#elif defined(__x86_64__)
+      {"amx", "32x32_amx", "4x16_avx2_pmaddwd"},          {"avx512_bf16", "8x32_avx512_bf16_dot", "4x16_avx2_pmaddwd"},
+      {"avx512", "8x32_avx512_fma", "4x16_avx2_pmaddwd"}, {"avx_vnni", "6x16_avx2_fma", "6x16_avx_vnni"},
+      {"avx2", "6x16_avx2_fma", "4x16_avx2_pmaddwd"},
+#endif
+      {"portable", "8x12_portable", "8x12_portable"},
+  };
+  const auto ends_with = [](const GemmKernel& g, const std::string& end) {
+    const std::string name = g.ukernels[g.ukernel_count - 1].name;
+    return name.size() > end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+  };
+  for (const Expected& e : kExpected) {
+    const auto isa =
+        std::find_if(isas().begin(), isas().end(), [&](const Isa& i) { return i.name == std::string(e.isa); });
+    EXPECT(isa != isas().end(), "no level %s", e.isa);
+    if (isa == isas().end()) continue;
+    uint32_t features = isa->required_features;
+    if (features & kFeatureAvx512) features |= kFeatureAvx2Fma;  // every such CPU has them
+    const Dispatch d = kernels_of(*isa, features);
+    EXPECT(ends_with(*d.gemm_bf16, e.bf16), "%s: bf16 on %s, expected %s", e.isa, d.gemm_bf16->ukernels[0].name,
+           e.bf16);
+    EXPECT(ends_with(*d.gemm_s8, e.s8), "%s: s8 on %s, expected %s", e.isa, d.gemm_s8->ukernels[0].name, e.s8);
+    EXPECT(attention_gemm(d, DType::kBF16).name == d.gemm_bf16->name, "%s: attention of bf16 on other kernels", e.isa);
+    EXPECT(attention_gemm(d, DType::kF32).lhs_type == DType::kF32, "%s: attention of fp32 in bf16", e.isa);
   }
 }
 

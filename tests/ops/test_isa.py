@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 
 NAMES = {
     "aarch64": {"sve_bf16", "neon_i8mm", "neon_bf16", "neon_dotprod", "neon", "portable"},
-    "x86_64": {"amx", "avx512_bf16", "onednn", "torch", "portable"},
+    "x86_64": {"amx", "avx512_bf16", "avx512", "onednn", "avx_vnni", "avx2", "torch", "portable"},
 }
 
 # Runs a layer of every kind; prints what was used, and writes the results.

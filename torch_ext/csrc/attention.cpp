@@ -107,7 +107,6 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
   const char* const values = keys + hidden * element;
   char* const out = static_cast<char*>(problem.out) + (first * hidden + head * d) * element;
   const size_t key_panel = kernel.rhs_panel_bytes(d), value_panel = kernel.rhs_panel_bytes(length);
-  const bool dots = &kernel == vec.gemm_dot_bf16;
   const bool local = problem.window < length;
   const float* const bias =
       problem.relative_bias ? problem.relative_bias + head * (2 * problem.bias_reach + 1) : nullptr;
@@ -138,8 +137,8 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     }
     const float scale = bias ? 1.0f : problem.scale;
     float factors[kMaxMr];
-    if (dots) {
-      vec.softmax_pack(rows, ukernel.mr, seen, scale, s.scores, ld_scores, factors, s.probabilities);
+    if (kernel.softmax_pack) {
+      kernel.softmax_pack(rows, ukernel.mr, seen, scale, s.scores, ld_scores, factors, s.probabilities);
     } else {
       for (size_t i = 0; i < rows; ++i) factors[i] = vec.softmax_row(s.scores + i * ld_scores, seen, scale);
       kernel.pack_lhs_f32(rows, ukernel.mr, seen, s.scores, ld_scores, s.probabilities);

@@ -87,12 +87,12 @@ uint32_t detect() {
   if (ymm && avx2 && fma && f16c) features |= kFeatureAvx2Fma;
   if (zmm && avx512 && avx2 && fma) features |= kFeatureAvx512;
   if ((features & kFeatureAvx512) && (c & (1u << 11))) features |= kFeatureAvx512Vnni;
-  if (features & kFeatureAvx512) {
-    const bool tiles = (d & (1u << 22)) && (d & (1u << 24)) && (state & 0x60000) == 0x60000 && may_use_tiles();
-    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) {
-      features |= kFeatureAvx512Bf16;
-      if (tiles) features |= kFeatureAmxBf16;
-    }
+  const bool tiles = (d & (1u << 22)) && (d & (1u << 24)) && (state & 0x60000) == 0x60000;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return features;
+  if ((features & kFeatureAvx2Fma) && (a & (1u << 4))) features |= kFeatureAvxVnni;
+  if ((features & kFeatureAvx512) && (a & (1u << 5))) {
+    features |= kFeatureAvx512Bf16;
+    if (tiles && may_use_tiles()) features |= kFeatureAmxBf16;
   }
   return features;
 }
@@ -121,6 +121,7 @@ constexpr NamedFeature kNames[] = {
     {kFeatureAvx512Bf16, "avx512_bf16"},
     {kFeatureAvx512Vnni, "avx512_vnni"},
     {kFeatureAmxBf16, "amx_bf16"},
+    {kFeatureAvxVnni, "avx_vnni"},
 };
 
 }  // namespace

@@ -24,6 +24,7 @@ enum Feature : uint32_t {
   kFeatureAvx512Bf16 = 1u << 18,
   kFeatureAvx512Vnni = 1u << 19,
   kFeatureAmxBf16 = 1u << 20,  // with the operating system's leave to use tiles
+  kFeatureAvxVnni = 1u << 21,  // VPDPBUSD in its VEX encoding
 };
 
 /// The features of the CPU this process runs on. Read once; never changes afterwards.

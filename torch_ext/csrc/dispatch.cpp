@@ -5,55 +5,67 @@
 #include <string>
 
 #include "cpu_features.h"
-#include "kernels/neon_bf16/gemm_bfmmla.h"
-#include "kernels/neon_dotprod/gemm_sdot.h"
-#include "kernels/neon_i8mm/gemm_smmla.h"
-#include "kernels/sve_bf16/gemm_sve_bfmmla.h"
-#include "kernels/x86/gemm_vnni.h"
+#include "kernels/families.h"
 
 namespace torch_ext {
 namespace {
 
 #if defined(__aarch64__)
-const VecKernels* const kVecCandidates[] = {&kVecNeonBf16, &kVecNeon, &kVecPortable};
-constexpr uint32_t kFeaturesSveBf16 =
-    kFeatureNeon | kFeatureBf16 | kFeatureI8mm | kFeatureSve | kFeatureSveBf16 | kFeatureSve256;
-const Isa kIsas[] = {
-    {"sve_bf16", kFeaturesSveBf16, LinearEngine::kOwn, &kGemmSveBfmmla, &kGemmSmmla, &kVecNeonBf16},
-    {"neon_i8mm", kFeatureNeon | kFeatureBf16 | kFeatureI8mm, LinearEngine::kOwn, &kGemmBfmmla, &kGemmSmmla,
-     &kVecNeonBf16},
-    {"neon_bf16", kFeatureNeon | kFeatureBf16 | kFeatureDotprod, LinearEngine::kOwn, &kGemmBfmmla, &kGemmSdot,
-     &kVecNeonBf16},
-    {"neon_dotprod", kFeatureNeon | kFeatureDotprod, LinearEngine::kOwn, kVecNeon.gemm_bf16, &kGemmSdot, &kVecNeon},
-    {"neon", kFeatureNeon, LinearEngine::kOwn, kVecNeon.gemm_bf16, kVecNeon.gemm_s8, &kVecNeon},
-    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, kVecPortable.gemm_s8, &kVecPortable},
+constexpr Isa kIsas[] = {
+    {.name = "sve_bf16",
+     .required_features = kFeatureNeon | kFeatureBf16 | kFeatureI8mm | kFeatureSve | kFeatureSveBf16 | kFeatureSve256},
+    {.name = "neon_i8mm", .required_features = kFeatureNeon | kFeatureBf16 | kFeatureI8mm},
+    {.name = "neon_bf16", .required_features = kFeatureNeon | kFeatureBf16 | kFeatureDotprod},
+    {.name = "neon_dotprod", .required_features = kFeatureNeon | kFeatureDotprod},
+    {.name = "neon", .required_features = kFeatureNeon},
+    {.name = "portable", .required_features = kFeatureNone},
 };
+constexpr const GemmKernel* kBf16Kernels[] = {&kGemmSveBfmmla, &kGemmBfmmla, &kGemmBf16Neon, &kGemmBf16Portable};
+constexpr const GemmKernel* kS8Kernels[] = {&kGemmSmmla, &kGemmSdot, &kGemmS8Neon, &kGemmS8Portable};
+constexpr const GemmKernel* kF32Kernels[] = {&kGemmF32Neon, &kGemmF32Portable};
+constexpr const VecKernels* kRowKernels[] = {&kVecNeonBf16, &kVecNeon, &kVecPortable};
 #elif defined(__x86_64__)
-const VecKernels* const kVecCandidates[] = {&kVecAmx, &kVecAvx512Bf16, &kVecAvx512, &kVecAvx2, &kVecPortable};
-const Isa kIsas[] = {
-    {"amx", kFeatureAvx512 | kFeatureAvx512Bf16 | kFeatureAmxBf16, LinearEngine::kOwn, kVecAmx.gemm_dot_bf16, nullptr,
-     &kVecAmx},
-    {"avx512_bf16", kFeatureAvx512 | kFeatureAvx512Bf16, LinearEngine::kOwn, kVecAvx512Bf16.gemm_dot_bf16, nullptr,
-     &kVecAvx512Bf16},
-    {"onednn", kFeatureAvx512, LinearEngine::kOnednn, nullptr, nullptr, nullptr},
-    {"torch", kFeatureNone, LinearEngine::kTorch, nullptr, nullptr, nullptr},
-    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, kVecPortable.gemm_s8, &kVecPortable},
+// CPUs with AVX-512 have VNNI or not.
+constexpr uint32_t kBesideAvx512 = kFeatureAvx2Fma | kFeatureAvx512Vnni;
+constexpr uint32_t kAll = ~uint32_t{0};
+constexpr Isa kIsas[] = {
+    {.name = "amx",
+     .required_features = kFeatureAvx512 | kFeatureAvx512Bf16 | kFeatureAmxBf16,
+     .optional_features = kBesideAvx512},
+    {.name = "avx512_bf16",
+     .required_features = kFeatureAvx512 | kFeatureAvx512Bf16,
+     .optional_features = kBesideAvx512},
+    {.name = "avx512", .required_features = kFeatureAvx512, .optional_features = kBesideAvx512},
+    {.name = "onednn", .required_features = kFeatureAvx512, .optional_features = kAll, .linear = LinearEngine::kOnednn},
+    {.name = "avx_vnni", .required_features = kFeatureAvx2Fma | kFeatureAvxVnni},
+    {.name = "avx2", .required_features = kFeatureAvx2Fma},
+    {.name = "torch", .required_features = kFeatureNone, .optional_features = kAll, .linear = LinearEngine::kTorch},
+    {.name = "portable", .required_features = kFeatureNone},
 };
+constexpr const GemmKernel* kBf16Kernels[] = {&kGemmAmx, &kGemmAvx512Bf16Dot, &kGemmBf16Avx512, &kGemmBf16Avx2,
+                                              &kGemmBf16Portable};
+constexpr const GemmKernel* kS8Kernels[] = {&kGemmAvx512Vnni, &kGemmAvxVnni, &kGemmPmaddwd, &kGemmS8Portable};
+constexpr const GemmKernel* kF32Kernels[] = {&kGemmF32Avx512, &kGemmF32Avx2, &kGemmF32Portable};
+constexpr const VecKernels* kRowKernels[] = {&kVecAvx512Bf16, &kVecAvx512, &kVecAvx2, &kVecPortable};
 #else
-const VecKernels* const kVecCandidates[] = {&kVecPortable};
-const Isa kIsas[] = {
-    {"portable", kFeatureNone, LinearEngine::kOwn, kVecPortable.gemm_bf16, kVecPortable.gemm_s8, &kVecPortable},
-};
+constexpr Isa kIsas[] = {{.name = "portable", .required_features = kFeatureNone}};
+constexpr const GemmKernel* kBf16Kernels[] = {&kGemmBf16Portable};
+constexpr const GemmKernel* kS8Kernels[] = {&kGemmS8Portable};
+constexpr const GemmKernel* kF32Kernels[] = {&kGemmF32Portable};
+constexpr const VecKernels* kRowKernels[] = {&kVecPortable};
 #endif
 
-bool runs_here(uint32_t required) { return (cpu_features() & required) == required; }
+bool has(uint32_t features, uint32_t required) { return (required & ~features) == 0; }
 
-// Where the ISA does not say which kernel of s8 it takes.
-const GemmKernel* best_gemm_s8(const VecKernels& vec) {
-#if defined(__x86_64__)
-  if (runs_here(kFeatureAvx512Vnni)) return &kGemmVnni;
-#endif
-  return vec.gemm_s8;
+bool runs_here(uint32_t required) { return has(cpu_features(), required); }
+
+// The first kernel of a list that needs no more than `features`.
+template <typename Kernel>
+const Kernel* first_of(std::span<const Kernel* const> list, uint32_t features) {
+  for (const Kernel* const kernel : list) {
+    if (has(features, kernel->required_features)) return kernel;
+  }
+  return list.back();
 }
 
 std::string join(const std::vector<std::string>& words) {
@@ -63,27 +75,27 @@ std::string join(const std::vector<std::string>& words) {
 }
 
 Dispatch choose() {
-  Dispatch d = {nullptr, nullptr, nullptr, false};
+  const Isa* chosen = nullptr;
   const char* const wanted = std::getenv("TORCH_EXT_ISA");
-  d.forced = wanted && *wanted;
+  const bool forced = wanted && *wanted;
   std::string names;
   for (const Isa& isa : kIsas) {
     names += (names.empty() ? "" : ", ") + std::string(isa.name);
-    if (d.isa || (d.forced && std::string(wanted) != isa.name)) continue;
+    if (chosen || (forced && std::string(wanted) != isa.name)) continue;
     if (runs_here(isa.required_features)) {
-      d.isa = &isa;
-    } else if (d.forced) {
+      chosen = &isa;
+    } else if (forced) {
       throw std::runtime_error("TORCH_EXT_ISA=" + std::string(wanted) + " needs a CPU with " +
                                join(feature_names(isa.required_features & ~cpu_features())) +
-                               ", which this one has not; unset it to let torch_ext choose");
+                               ", which this one lacks; unset it to let torch_ext choose");
     }
   }
-  if (!d.isa) {
+  if (!chosen) {
     throw std::runtime_error("TORCH_EXT_ISA=" + std::string(wanted ? wanted : "") + " is unknown on " +
                              architecture_name() + ": expected one of " + names);
   }
-  d.vec = d.isa->vec ? d.isa->vec : &best_vec_kernels(cpu_features());
-  d.gemm_s8 = d.isa->gemm_s8 ? d.isa->gemm_s8 : best_gemm_s8(*d.vec);
+  Dispatch d = kernels_of(*chosen, cpu_features());
+  d.forced = forced;
   return d;
 }
 
@@ -103,26 +115,32 @@ std::vector<std::string> ukernel_names(const GemmKernel& g) {
 
 }  // namespace
 
-const Isa* isa_candidates(size_t* count) {
-  *count = sizeof kIsas / sizeof kIsas[0];
-  return kIsas;
+std::span<const Isa> isas() { return kIsas; }
+std::span<const GemmKernel* const> bf16_kernels() { return kBf16Kernels; }
+std::span<const GemmKernel* const> s8_kernels() { return kS8Kernels; }
+std::span<const GemmKernel* const> f32_kernels() { return kF32Kernels; }
+std::span<const VecKernels* const> row_kernels() { return kRowKernels; }
+
+Dispatch kernels_of(const Isa& isa, uint32_t features) {
+  const uint32_t allowed = (isa.required_features | isa.optional_features) & features;
+  return {
+      .isa = &isa,
+      .gemm_bf16 = first_of(bf16_kernels(), allowed),
+      .gemm_s8 = first_of(s8_kernels(), allowed),
+      .gemm_f32 = first_of(f32_kernels(), allowed),
+      .vec = first_of(row_kernels(), allowed),
+  };
 }
 
-const VecKernels& best_vec_kernels(uint32_t features) {
-  for (const VecKernels* v : kVecCandidates) {
-    if ((v->required_features & features) == v->required_features) return *v;
-  }
-  return kVecPortable;
+const GemmKernel* Dispatch::gemm_for(Layout layout) const {
+  if (layout == gemm_s8->layout) return gemm_s8;
+  if (layout == gemm_f32->layout) return gemm_f32;
+  return isa->linear == LinearEngine::kOwn && layout == gemm_bf16->layout ? gemm_bf16 : nullptr;
 }
 
 const Dispatch& dispatch() {
   static const Dispatch d = choose();
   return d;
-}
-
-const GemmKernel& attention_gemm(const Dispatch& d, DType t) {
-  // Keys, values and probabilities in bf16 lose nothing that bf16 input had not lost; fp32 input stays fp32.
-  return t == DType::kBF16 && d.vec->gemm_dot_bf16 ? *d.vec->gemm_dot_bf16 : *d.vec->gemm_f32;
 }
 
 std::string isa_report_json() {
@@ -134,8 +152,10 @@ std::string isa_report_json() {
                              : d.isa->linear == LinearEngine::kOnednn ? "PyTorch's prepacked oneDNN linear"
                                                                       : "PyTorch's aten::linear";
   s += ", \"linear\": " + quoted(engine);
-  s += ", \"linear_kernels\": " + quoted_list(d.isa->gemm ? ukernel_names(*d.isa->gemm) : std::vector<std::string>());
+  s += ", \"linear_kernels\": " +
+       quoted_list(d.isa->linear == LinearEngine::kOwn ? ukernel_names(*d.gemm_bf16) : std::vector<std::string>());
   s += ", \"int8_kernels\": " + quoted_list(ukernel_names(*d.gemm_s8));
+  s += ", \"fp32_kernels\": " + quoted_list(ukernel_names(*d.gemm_f32));
   s += ", \"attention_kernels\": " + quoted_list(ukernel_names(attention_gemm(d, DType::kBF16)));
   s += ", \"row_kernels\": " + quoted(d.vec->name) + ", \"candidates\": [";
   bool first = true;

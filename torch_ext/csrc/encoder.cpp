@@ -132,9 +132,8 @@ class Run {
   // act(x W^T + bias) into `out`, or where else the host puts it; then `step` on its rows, if there is one.
   const uint16_t* linear(const Matrix& matrix, const uint16_t* x, Activation activation, uint16_t* out,
                          const RowStep* step) {
-    const Layout layout = matrix.header.layout;
-    const GemmKernel* const own = layout == Layout::kS8Groups ? dispatch_.gemm_s8 : dispatch_.isa->gemm;
-    if (!own || own->layout != layout) {
+    const GemmKernel* const own = dispatch_.gemm_for(matrix.header.layout);
+    if (!own) {
       const uint16_t* const product = host_.foreign_linear(matrix, x, rows_, activation);
       if (step) norm_rows(*step, product);
       return product;

@@ -135,22 +135,19 @@ void pack_weight_panels_kxn(const GemmKernel& kernel, size_t n, size_t k, const 
   }
 }
 
-void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* payload, uint16_t* weight) {
-  const uint16_t* const packed = static_cast<const uint16_t*>(payload);
-  const size_t nr = kernel.nr, kr = kernel.kr;
-  const size_t panel_elements = kernel.rhs_panel_bytes(k) / sizeof(uint16_t);
+void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* payload, void* weight) {
+  const size_t nr = kernel.nr, panel_bytes = kernel.rhs_panel_bytes(k), bytes = dtype_bytes(kernel.rhs_type);
+  char* to = static_cast<char*>(weight);
   for (size_t column = 0; column < n; ++column) {
-    const uint16_t* const panel = packed + column / nr * panel_elements;
-    const size_t j = column % nr;
-    for (size_t p = 0; p < k; ++p) weight[column * k + p] = panel[(p / kr * nr + j) * kr + p % kr];
+    const char* const panel = static_cast<const char*>(payload) + column / nr * panel_bytes;
+    for (size_t p = 0; p < k; ++p, to += bytes) {
+      std::memcpy(to, panel + kernel.panel_index(column % nr, p) * bytes, bytes);
+    }
   }
 }
 
-// Bytes of products at the start of a panel of s8, and where product p of column j lies in them.
+// Bytes of products at the start of a panel of s8.
 static size_t s8_products(const GemmKernel& kernel, size_t k) { return kernel.nr * kernel.steps(k) * kernel.k_step; }
-static size_t s8_index(const GemmKernel& kernel, size_t j, size_t p) {
-  return (p / kernel.kr * kernel.nr + j) * kernel.kr + p % kernel.kr;
-}
 
 void pack_weight_panels_s8(const GemmKernel& kernel, size_t n, size_t k, const int8_t* weight, const float* scales,
                            void* payload, size_t first, size_t last) {
@@ -160,16 +157,12 @@ void pack_weight_panels_s8(const GemmKernel& kernel, size_t n, size_t k, const i
     std::memset(data, 0, panel_bytes);
     for (size_t j = 0; j < std::min(nr, n - panel * nr); ++j) {
       const size_t column = panel * nr + j;
-      int32_t sum = 0;
-      for (size_t p = 0; p < k; ++p) {
-        const int8_t q = weight[column * k + p];
-        data[s8_index(kernel, j, p)] = static_cast<char>(q);
-        sum += q;
-      }
+      const int8_t* const q = weight + column * k;
+      for (size_t p = 0; p < k; ++p) data[kernel.panel_index(j, p)] = static_cast<char>(q[p]);
       std::memcpy(data + products + j * sizeof(float), scales + column, sizeof(float));
-      if (kernel.column_extra_bytes > sizeof(float)) {
-        const int32_t excess = 128 * sum;  // of rows that are stored as q + 128
-        std::memcpy(data + products + (nr + j) * sizeof(float), &excess, sizeof excess);
+      if (kernel.column_term) {
+        const int32_t term = kernel.column_term(q, k);
+        std::memcpy(data + products + (nr + j) * sizeof(float), &term, sizeof term);
       }
     }
   }
@@ -178,11 +171,10 @@ void pack_weight_panels_s8(const GemmKernel& kernel, size_t n, size_t k, const i
 void unpack_weight_s8(const GemmKernel& kernel, size_t n, size_t k, const void* payload, int8_t* weight,
                       float* scales) {
   const size_t nr = kernel.nr, panel_bytes = kernel.rhs_panel_bytes(k), products = s8_products(kernel, k);
+  unpack_weight(kernel, n, k, payload, weight);
   for (size_t column = 0; column < n; ++column) {
-    const char* const data = static_cast<const char*>(payload) + column / nr * panel_bytes;
-    const size_t j = column % nr;
-    for (size_t p = 0; p < k; ++p) weight[column * k + p] = static_cast<int8_t>(data[s8_index(kernel, j, p)]);
-    std::memcpy(scales + column, data + products + j * sizeof(float), sizeof(float));
+    const char* const panel = static_cast<const char*>(payload) + column / nr * panel_bytes;
+    std::memcpy(scales + column, panel + products + column % nr * sizeof(float), sizeof(float));
   }
 }
 

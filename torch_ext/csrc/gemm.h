@@ -59,8 +59,8 @@ void pack_weight_panels(const GemmKernel& kernel, size_t n, size_t k, const void
 void pack_weight_panels_kxn(const GemmKernel& kernel, size_t n, size_t k, const void* source, DType type, size_t ld,
                             void* payload, size_t first, size_t last);
 
-/// Unpacks a payload of bf16 panels to a row-major bf16 [n, k] weight.
-void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* payload, uint16_t* weight);
+/// Unpacks the products of a payload to a row-major [n, k] weight of the kernel's `rhs_type`.
+void unpack_weight(const GemmKernel& kernel, size_t n, size_t k, const void* payload, void* weight);
 
 /// Packs panels [first, last) of a row-major s8 [n, k] weight with one f32 scale for each row.
 void pack_weight_panels_s8(const GemmKernel& kernel, size_t n, size_t k, const int8_t* weight, const float* scales,

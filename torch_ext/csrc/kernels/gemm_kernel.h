@@ -14,7 +14,8 @@
 /// elements apart. All padding is zero and was put there by the packers, so a micro-kernel has no edges.
 ///
 /// Families of s8 add exactly, in s32, and end with  tile[i][j] = f32(sum) * lhs_scale(i) * rhs_scale(j). A block then
-/// ends with the f32 scales of its rows, a panel with those of its columns (and what else the family needs).
+/// ends with the f32 scales of its rows, a panel with those of its columns (and with the s32 corrections that the family
+/// needs).
 #pragma once
 
 #include <cstddef>
@@ -23,21 +24,38 @@
 namespace torch_ext {
 
 /// Element types of matrices in memory. Values are stored in headers of packed weights: append only.
-enum class DType : uint8_t { kF32 = 0, kBF16 = 1, kS8 = 2 };
+/// kS16 holds values of s8 in packed blocks alone.
+enum class DType : uint8_t { kF32 = 0, kBF16 = 1, kS8 = 2, kS16 = 3 };
 
 /// Bytes of one element.
-constexpr size_t dtype_bytes(DType t) { return t == DType::kF32 ? 4 : t == DType::kBF16 ? 2 : 1; }
+constexpr size_t dtype_bytes(DType t) {
+  switch (t) {
+    case DType::kF32:
+      return 4;
+    case DType::kBF16:
+    case DType::kS16:
+      return 2;
+    case DType::kS8:
+      break;
+  }
+  return 1;
+}
 
 /// How a packed weight lies in memory. Values are stored in headers of packed weights: append only.
 enum class Layout : uint32_t {
-  kBf16Pairs = 1,  ///< bf16, pairs of columns times four products: see neon_bf16/pack_bf16_pairs.inl
-  kBf16Rows = 2,   ///< bf16, one row of nr columns for each product: see vec/gemm_f32.inl
-  kF32Rows = 3,    ///< the same in fp32
-  kPlain = 4,      ///< bf16 [n, k], row-major, for PyTorch's own linear
-  kOnednn = 5,     ///< as oneDNN reordered it, for PyTorch's prepacked linear
-  kS8Groups = 6,   ///< s8, groups of kr products of one column, with f32 scales: see vec/quantize.inl
-  kBf16Dots = 7,   ///< bf16, pairs of products of one column: see x86/gemm_dot_bf16.inl
+  kBf16Pairs = 1,   ///< bf16, pairs of columns times four products: see neon_bf16/pack_bf16_pairs.inl
+  kBf16Rows = 2,    ///< bf16, one row of nr columns for each product: see vec/gemm_f32.inl
+  kF32Rows = 3,     ///< the same in fp32
+  kPlain = 4,       ///< bf16 [n, k], row-major, for PyTorch's own linear
+  kOnednn = 5,      ///< as oneDNN reordered it, for PyTorch's prepacked linear
+  kS8Groups = 6,    ///< s8, groups of kr products of one column, with f32 scales: see vec/quantize.inl
+  kBf16Dots = 7,    ///< bf16, pairs of products of one column: see x86/gemm_dot_bf16.inl
+  kBf16Halves = 8,  ///< bf16, each product's row with columns j and j + nr / 2 side by side: see vec/gemm_f32.inl
+  kS8Crossed = 9,   ///< s8, products 0 and 2 of four apart from 1 and 3: see x86/gemm_pmaddwd.cpp
 };
+
+/// Whether a packed weight in this layout is one of s8.
+constexpr bool is_s8(Layout layout) { return layout == Layout::kS8Groups || layout == Layout::kS8Crossed; }
 
 using UKernelFn = void (*)(size_t steps, const void* lhs, const void* rhs, float* tile, size_t ld_tile);
 
@@ -54,23 +72,39 @@ using PackRowsFn = void (*)(size_t rows, size_t block_rows, size_t k, const void
 /// Packs `cols` (1..nr) columns of a row-major [k, n] matrix, rows `ld` elements apart, as one panel.
 using PackColsFn = void (*)(size_t cols, size_t k, const void* src, size_t ld, void* dst);
 
+/// Softmax numerators, packed as the left-hand side of the product with the values:
+/// exp(scale * (s(i, j) - max over j of s(i, j))) of `rows` rows of n scores, rounded to bf16, as a block of `block_rows`
+/// rows; sums[i] is the sum of row i in fp32. n >= 1; rows of scores are `ld` apart and have room for n rounded up to
+/// kMaxVecWidth; they hold nothing of use afterwards.
+using SoftmaxPackFn = void (*)(size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld, float* sums,
+                               void* block);
+
+/// What a column of a weight of s8 adds to the panel beside its scale: an s32 that the micro-kernel subtracts from the
+/// column's sums. `q` holds the k products of the column.
+using ColumnTermFn = int32_t (*)(const int8_t* q, size_t k);
+
 struct GemmKernel {
-  const char* name;         ///< family, also the layout's name: type, p, nr x kr
-  Layout layout;            ///< id in the header of packed weights
-  size_t nr, kr;            ///< panel width, and products of one column that lie side by side in a panel
-  size_t k_step;            ///< products per step; k is padded with zeros to a multiple of it
-  DType lhs_type;           ///< element type of packed blocks
-  DType rhs_type;           ///< element type of packed panels
-  PackRowsFn pack_lhs_f32;  ///< families of s8 quantize each row by its largest magnitude here
+  const char* name;            ///< family, also the layout's name: type, p, nr x kr
+  uint32_t required_features;  ///< bits of cpu_features.h that its micro-kernels and packers need
+  Layout layout;               ///< id in the header of packed weights
+  size_t nr, kr;               ///< panel width, and products of one column that lie side by side in a panel
+  size_t k_step;               ///< products per step; k is padded with zeros to a multiple of it
+  DType lhs_type;              ///< element type of packed blocks
+  DType rhs_type;              ///< element type of packed panels
+  PackRowsFn pack_lhs_f32;     ///< families of s8 quantize each row by its largest magnitude here
   PackRowsFn pack_lhs_bf16;
-  PackRowsFn pack_rhs_nxk_f32;  ///< weight rows are columns of the product: source [n, k]; null in families of s8
-  PackRowsFn pack_rhs_nxk_bf16;
-  PackColsFn pack_rhs_kxn_f32;  ///< source [k, n]
-  PackColsFn pack_rhs_kxn_bf16;
+  PackRowsFn pack_rhs_nxk_f32 = nullptr;  ///< weight rows are columns: source [n, k]; null in families of s8
+  PackRowsFn pack_rhs_nxk_bf16 = nullptr;
+  PackColsFn pack_rhs_kxn_f32 = nullptr;  ///< source [k, n]
+  PackColsFn pack_rhs_kxn_bf16 = nullptr;
   const UKernel* ukernels;  ///< ascending mr; the last one is the main kernel
   size_t ukernel_count;
   size_t row_extra_bytes = 0;     ///< per row, at the end of a block
   size_t column_extra_bytes = 0;  ///< per column, at the end of a panel
+  ColumnTermFn column_term = nullptr;
+  /// The element of a panel that holds product p of column j; null: ((p / kr) * nr + j) * kr + p % kr.
+  size_t (*panel_place)(size_t j, size_t p) = nullptr;
+  SoftmaxPackFn softmax_pack = nullptr;  ///< null: attention takes softmax_row and pack_lhs_f32
   /// Called on a thread before micro-kernels run there, and after; null: there is nothing to do.
   void (*begin)() = nullptr;
   void (*end)() = nullptr;
@@ -84,6 +118,9 @@ struct GemmKernel {
     return nr * (steps(k) * k_step * dtype_bytes(rhs_type) + column_extra_bytes);
   }
   size_t max_mr() const { return ukernels[ukernel_count - 1].mr; }
+  size_t panel_index(size_t j, size_t p) const {
+    return panel_place ? panel_place(j, p) : ((p / kr) * nr + j) * kr + p % kr;
+  }
 
   /// The smallest micro-kernel that takes `rows` rows at once (rows <= max_mr()).
   const UKernel& ukernel_for(size_t rows) const {

@@ -2,12 +2,10 @@
 /// product, softmax, normalization, embedding, pooling. Raw pointers only; sizes in elements.
 #pragma once
 
-#include "gemm_kernel.h"
+#include "kernels/activation.h"
+#include "kernels/gemm_kernel.h"
 
 namespace torch_ext {
-
-enum class Activation : uint8_t { kNone, kGelu, kGeluTanh, kRelu, kTanh, kSilu };
-constexpr size_t kActivationCount = 6;
 
 /// Most floats in a vector of any instance.
 constexpr size_t kMaxVecWidth = 16;
@@ -26,7 +24,7 @@ struct Epilogue {
 
 struct VecKernels {
   const char* name;
-  uint32_t required_features;
+  uint32_t required_features;  ///< bits of cpu_features.h
 
   /// Stores tile [rows, cols] (row stride `ld_tile`) as rows row0.. and columns col0.. of the output.
   /// One entry for each Activation.
@@ -68,34 +66,6 @@ struct VecKernels {
 
   /// Sum of squares.
   float (*sum_squares)(size_t n, const float* x);
-
-  /// fp32 matrix product on this instruction set, with panels kept in fp32 or in bf16, and product of s8.
-  const GemmKernel* gemm_f32;
-  const GemmKernel* gemm_bf16;
-  const GemmKernel* gemm_s8;
-
-  /// Attention of bf16 where there is an instruction for its products, else both null: gemm_f32 and softmax_row do then.
-  ///
-  /// softmax_pack: numerators exp(scale * (s(i, j) - max over j of s(i, j))) of `rows` rows of n scores, rounded to bf16 and
-  /// packed as a block of `block_rows` rows of `gemm_dot_bf16`; sums[i] is the sum of row i in fp32. n >= 1; rows of scores
-  /// are `ld` apart and have room for n rounded up to kMaxVecWidth; they hold nothing of use afterwards.
-  const GemmKernel* gemm_dot_bf16;
-  void (*softmax_pack)(size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld, float* sums,
-                       void* block);
 };
-
-#if defined(__aarch64__)
-extern const VecKernels kVecNeon;
-extern const VecKernels kVecNeonBf16;
-#elif defined(__x86_64__)
-extern const VecKernels kVecAvx2;
-extern const VecKernels kVecAvx512;
-extern const VecKernels kVecAvx512Bf16;
-extern const VecKernels kVecAmx;
-#endif
-extern const VecKernels kVecPortable;
-
-/// Best first; the last one needs nothing.
-const VecKernels& best_vec_kernels(uint32_t features);
 
 }  // namespace torch_ext

@@ -130,10 +130,8 @@ class Sections {
     const PackedHeader& h = packed.header;
     STD_TORCH_CHECK(h.n == n && h.k == k, op_, ": the packed encoder is damaged: section ", index,
                     " holds a matrix of ", h.n, "x", h.k, ", expected ", n, "x", k);
-    if (h.layout == Layout::kS8Groups) {
-      check_layout(op_, h, h.layout, dispatch().gemm_s8->nr, dispatch().gemm_s8->kr);
-    } else if (linear_engine() == LinearEngine::kOwn) {
-      const GemmKernel& own = *dispatch().isa->gemm;
+    if (is_s8(h.layout) || linear_engine() == LinearEngine::kOwn) {
+      const GemmKernel& own = is_s8(h.layout) ? *dispatch().gemm_s8 : *dispatch().gemm_bf16;
       check_layout(op_, h, own.layout, own.nr, own.kr);
     } else {
       check_layout(op_, h, linear_engine() == LinearEngine::kOnednn ? Layout::kOnednn : Layout::kPlain, 0, 0);

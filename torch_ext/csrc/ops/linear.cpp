@@ -54,7 +54,7 @@ Epilogue make_epilogue(const LinearCall& call, const float* bias, const Tensor& 
 
 void linear_own(const LinearCall& call, const Packed& packed, const Tensor& out) {
   const Dispatch& d = dispatch();
-  const GemmKernel& kernel = packed.header.layout == Layout::kS8Groups ? *d.gemm_s8 : *d.isa->gemm;
+  const GemmKernel& kernel = is_s8(packed.header.layout) ? *d.gemm_s8 : *d.gemm_bf16;
   check_layout("linear", packed.header, kernel.layout, kernel.nr, kernel.kr);
   std::optional<Tensor> bias;
   if (call.bias) bias = as_f32_vector("linear", "bias", *call.bias, call.n);
@@ -178,7 +178,7 @@ Tensor pack_linear_weight(const Tensor& given, bool transposed) {
   char* payload = nullptr;
   switch (linear_engine()) {
     case LinearEngine::kOwn: {
-      const GemmKernel& kernel = *dispatch().isa->gemm;
+      const GemmKernel& kernel = *dispatch().gemm_bf16;
       // Columns that are adjacent, as in x @ w, are packed as they lie, too; anything else is made [N, K] first.
       const bool nxk = weight.stride(1) == 1, kxn = !nxk && weight.stride(0) == 1;
       const Tensor source = nxk || kxn ? weight : stable::contiguous(weight);
@@ -219,7 +219,7 @@ Tensor unpack_linear_weight(const Tensor& packed_tensor) {
   const int64_t n = static_cast<int64_t>(packed.header.n), k = static_cast<int64_t>(packed.header.k);
   switch (linear_engine()) {
     case LinearEngine::kOwn: {
-      const GemmKernel& kernel = *dispatch().isa->gemm;
+      const GemmKernel& kernel = *dispatch().gemm_bf16;
       check_layout(op, packed.header, kernel.layout, kernel.nr, kernel.kr);
       const Tensor weight = new_tensor(packed_tensor, {n, k}, ScalarType::BFloat16);
       unpack_weight(kernel, static_cast<size_t>(n), static_cast<size_t>(k), packed.payload(),
@@ -340,7 +340,7 @@ Tensor linear(const Tensor& x, const Tensor& packed_tensor, const std::optional<
   if (m == 0) return stable::new_empty(x, out_sizes, scalar_type(call.out_type));
 
   const bool rows_adjacent = dim == 2 && x.stride(1) == 1 && x.stride(0) >= k;
-  const LinearEngine engine = packed.header.layout == Layout::kS8Groups ? LinearEngine::kOwn : linear_engine();
+  const LinearEngine engine = is_s8(packed.header.layout) ? LinearEngine::kOwn : linear_engine();
   if (rows_adjacent && engine == LinearEngine::kOwn) {
     call.ld = x.stride(0);
   } else if (!x.is_contiguous()) {

@@ -169,7 +169,7 @@ void run_direct(const Product& p, const VecKernels& vec, const Epilogue& ep, siz
   constexpr size_t kUnit = 32;  // columns: a cache line of bf16
   const size_t units = (p.n + kUnit - 1) / kUnit;
   const size_t splits = std::min(units, (parts + p.items.size() - 1) / p.items.size());
-  const GemmKernel& widener = *vec.gemm_f32;
+  const GemmKernel& widener = *dispatch().gemm_f32;
   const size_t ld = widener.steps(p.k) * widener.k_step;
   parallel_parts(parts, p.items.size() * splits, [&](size_t task) {
     const Product::Item& item = p.items[task / splits];
@@ -187,7 +187,7 @@ void run_direct(const Product& p, const VecKernels& vec, const Epilogue& ep, siz
 
 void run_product(const Product& p, const Epilogue& ep) {
   const Dispatch& d = dispatch();
-  const GemmKernel& kernel = *d.isa->gemm;
+  const GemmKernel& kernel = *d.gemm_bf16;
   const size_t threads = stable::get_num_threads();
   const size_t macs = p.items.size() * p.m * p.n * p.k;
   const size_t parts = std::min(threads, std::max<size_t>(1, macs / kMinTaskMacs));

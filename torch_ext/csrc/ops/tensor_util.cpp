@@ -46,11 +46,12 @@ DType float_type(const char* op, const char* argument, const Tensor& t) {
 }
 
 Activation parse_activation(const char* op, const std::string& name) {
-  static constexpr const char* kNames[kActivationCount] = {"none", "gelu", "gelu_tanh", "relu", "tanh", "silu"};
+  std::string known;
   for (size_t i = 0; i < kActivationCount; ++i) {
-    if (name == kNames[i]) return static_cast<Activation>(i);
+    if (name == kActivationNames[i]) return static_cast<Activation>(i);
+    known += (i == 0 ? "" : i + 1 == kActivationCount ? " or " : ", ") + std::string(kActivationNames[i]);
   }
-  STD_TORCH_CHECK(false, op, ": expected activation none, gelu, gelu_tanh, relu, tanh or silu, got '", name, "'");
+  STD_TORCH_CHECK(false, op, ": expected activation ", known, ", got '", name, "'");
   return Activation::kNone;
 }
 

@@ -84,8 +84,12 @@ inline const char* layout_name(Layout layout) {
       return "oneDNN";
     case Layout::kBf16Dots:
       return "bf16 dots (VDPBF16PS)";
+    case Layout::kBf16Halves:
+      return "bf16 halves (AVX2)";
     case Layout::kS8Groups:
       return "int8";
+    case Layout::kS8Crossed:
+      return "int8 crossed (AVX2)";
   }
   return "unknown";
 }

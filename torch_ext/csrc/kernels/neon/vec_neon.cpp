@@ -1,7 +1,7 @@
 // Row kernels and fp32 matrix kernels for aarch64 with Advanced SIMD, which every aarch64 server CPU has.
 #include <type_traits>
 
-#include "kernels/vec_kernels.h"
+#include "kernels/families.h"
 
 #if defined(__aarch64__)
 
@@ -17,7 +17,6 @@ namespace vec_neon {
 #define TORCH_EXT_VEC_NR "12"
 #define TORCH_EXT_VEC_MAIN_MR 6
 #define TORCH_EXT_VEC_NAME "neon_fmla"
-#define TORCH_EXT_VEC_ATTENTION nullptr, nullptr
 #define TORCH_EXT_VEC_FEATURES (kFeatureNeon)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
@@ -31,6 +30,9 @@ namespace vec_neon {
 }  // namespace vec_neon
 
 extern const VecKernels kVecNeon = vec_neon::kKernels;
+extern const GemmKernel kGemmF32Neon = vec_neon::kFamilyF32;
+extern const GemmKernel kGemmBf16Neon = vec_neon::kFamilyBf16;
+extern const GemmKernel kGemmS8Neon = vec_neon::kFamilyS8;
 
 }  // namespace torch_ext
 

@@ -9,12 +9,13 @@
 //
 // Layout of panels (R = nr = 12) and blocks (R = mr), and the packers: pack_bf16_pairs.inl. They fill rows past the last
 // and products past k with zeros; the micro-kernels know whole tiles only.
-#include "kernels/neon_bf16/gemm_bfmmla.h"
+#include "kernels/families.h"
 
 #if defined(__aarch64__)
 
 #include <arm_neon.h>
 
+#include "cpu_features.h"
 #include "kernels/neon/mmla_asm.h"
 #include "kernels/target_region.h"
 
@@ -23,7 +24,14 @@ TARGET_REGION_BEGIN("arch=armv8.2-a+bf16", "bf16")
 namespace torch_ext {
 namespace {
 
+#define TORCH_EXT_VEC_NEON 1
+#define TORCH_EXT_VEC_NEON_BF16 1
+#define TORCH_EXT_VEC_WIDTH 4
+// clang-format off: the order matters
+#include "kernels/vec/simd.inl"
+#include "kernels/vec/softmax_pack.inl"
 #include "kernels/neon_bf16/pack_bf16_pairs.inl"
+// clang-format on
 
 constexpr size_t kNr = 12;
 constexpr size_t kPanelPairs = kNr / 2;
@@ -107,25 +115,29 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla", 8, gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla},
 };
 
-constexpr GemmKernel kTable = {"bf16p12x4",
-                               Layout::kBf16Pairs,
-                               kNr,
-                               kKr,
-                               kKr,
-                               DType::kBF16,
-                               DType::kBF16,
-                               pack_rows<float>,
-                               pack_rows<uint16_t>,
-                               pack_rows<float>,
-                               pack_rows<uint16_t>,
-                               pack_cols<float, kNr>,
-                               pack_cols<uint16_t, kNr>,
-                               kUKernels,
-                               4};
+constexpr GemmKernel kFamily = {
+    .name = "bf16p12x4",
+    .required_features = kFeatureNeon | kFeatureBf16,
+    .layout = Layout::kBf16Pairs,
+    .nr = kNr,
+    .kr = kKr,
+    .k_step = kKr,
+    .lhs_type = DType::kBF16,
+    .rhs_type = DType::kBF16,
+    .pack_lhs_f32 = pack_rows<float>,
+    .pack_lhs_bf16 = pack_rows<uint16_t>,
+    .pack_rhs_nxk_f32 = pack_rows<float>,
+    .pack_rhs_nxk_bf16 = pack_rows<uint16_t>,
+    .pack_rhs_kxn_f32 = pack_cols<float, kNr>,
+    .pack_rhs_kxn_bf16 = pack_cols<uint16_t, kNr>,
+    .ukernels = kUKernels,
+    .ukernel_count = 4,
+    .softmax_pack = softmax_pack_pairs,
+};
 
 }  // namespace
 
-extern const GemmKernel kGemmBfmmla = kTable;
+extern const GemmKernel kGemmBfmmla = kFamily;
 
 }  // namespace torch_ext
 

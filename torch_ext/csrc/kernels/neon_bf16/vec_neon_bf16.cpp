@@ -1,14 +1,13 @@
-// Row kernels and fp32 matrix kernels for aarch64 with FEAT_BF16: those of NEON with the hardware's rounding to bf16.
+// Row kernels for aarch64 with FEAT_BF16: those of NEON with the hardware's rounding to bf16.
 #include <type_traits>
 
-#include "kernels/vec_kernels.h"
+#include "kernels/families.h"
 
 #if defined(__aarch64__)
 
 #include <arm_neon.h>
 
 #include "cpu_features.h"
-#include "kernels/neon_bf16/gemm_bfmmla.h"
 #include "kernels/target_region.h"
 
 TARGET_REGION_BEGIN("arch=armv8.2-a+bf16", "bf16")
@@ -19,18 +18,11 @@ namespace vec_neon_bf16 {
 #define TORCH_EXT_VEC_NEON 1
 #define TORCH_EXT_VEC_NEON_BF16 1
 #define TORCH_EXT_VEC_WIDTH 4
-#define TORCH_EXT_VEC_NR "12"
-#define TORCH_EXT_VEC_MAIN_MR 6
 #define TORCH_EXT_VEC_NAME "neon_bf16_fmla"
-#define TORCH_EXT_VEC_ATTENTION &kGemmBfmmla, softmax_pack_pairs
 #define TORCH_EXT_VEC_FEATURES (kFeatureNeon | kFeatureBf16)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
 #include "kernels/vec/rows.inl"
-#include "kernels/vec/gemm_f32.inl"
-#include "kernels/vec/quantize.inl"
-#include "kernels/vec/gemm_s8.inl"
-#include "kernels/vec/softmax_pack.inl"
 #include "kernels/vec/instance.inl"
 // clang-format on
 

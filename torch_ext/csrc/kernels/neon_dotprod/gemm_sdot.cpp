@@ -9,12 +9,13 @@
 //
 // Register use of eight rows: 24 accumulators, 3 panel vectors, 2 vectors of rows. One step of four products: 24 SDOT and
 // 5 vectors loaded.
-#include "kernels/neon_dotprod/gemm_sdot.h"
+#include "kernels/families.h"
 
 #if defined(__aarch64__)
 
 #include <arm_neon.h>
 
+#include "cpu_features.h"
 #include "kernels/target_region.h"
 
 TARGET_REGION_BEGIN("arch=armv8.2-a+dotprod", "dotprod")
@@ -100,11 +101,11 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_qs8dx_qs8cxp12x4_8x12_neon_sdot", 8, gemm_f32_qs8dx_qs8cxp12x4_8x12_neon_sdot},
 };
 
-constexpr GemmKernel kTable = s8_family<kKr, kKr>("qs8cxp12x4", kNr, kUKernels, 3);
+constexpr GemmKernel kFamily = s8_family<kKr, kKr>("qs8cxp12x4", kFeatureNeon | kFeatureDotprod, kNr, kUKernels, 3);
 
 }  // namespace
 
-extern const GemmKernel kGemmSdot = kTable;
+extern const GemmKernel kGemmSdot = kFamily;
 
 }  // namespace torch_ext
 

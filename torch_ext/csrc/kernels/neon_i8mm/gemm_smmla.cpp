@@ -7,12 +7,13 @@
 // https://developer.arm.com/documentation/ddi0602/latest/SIMD-FP-Instructions/SMMLA--vector---Signed-8-bit-integer-matrix-multiply-accumulate--vector--
 //
 // Layouts s8p12x8 and s8p<mr>x8: see vec/quantize.inl. After the last step the pointers stand at the scales.
-#include "kernels/neon_i8mm/gemm_smmla.h"
+#include "kernels/families.h"
 
 #if defined(__aarch64__)
 
 #include <arm_neon.h>
 
+#include "cpu_features.h"
 #include "kernels/neon/mmla_asm.h"
 #include "kernels/target_region.h"
 
@@ -147,11 +148,11 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_qs8dx_qs8cxp12x8_8x12_neon_smmla", 8, gemm_f32_qs8dx_qs8cxp12x8_8x12_neon_smmla},
 };
 
-constexpr GemmKernel kTable = s8_family<kKr, kKr>("qs8cxp12x8", kNr, kUKernels, 4);
+constexpr GemmKernel kFamily = s8_family<kKr, kKr>("qs8cxp12x8", kFeatureNeon | kFeatureI8mm, kNr, kUKernels, 4);
 
 }  // namespace
 
-extern const GemmKernel kGemmSmmla = kTable;
+extern const GemmKernel kGemmSmmla = kFamily;
 
 }  // namespace torch_ext
 

@@ -2,7 +2,7 @@
 // compared with.
 #include <type_traits>
 
-#include "kernels/vec_kernels.h"
+#include "kernels/families.h"
 
 #include "cpu_features.h"
 
@@ -13,7 +13,6 @@ namespace vec_portable {
 #define TORCH_EXT_VEC_NR "12"
 #define TORCH_EXT_VEC_MAIN_MR 8
 #define TORCH_EXT_VEC_NAME "portable"
-#define TORCH_EXT_VEC_ATTENTION nullptr, nullptr
 #define TORCH_EXT_VEC_FEATURES (kFeatureNone)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
@@ -27,5 +26,8 @@ namespace vec_portable {
 }  // namespace vec_portable
 
 extern const VecKernels kVecPortable = vec_portable::kKernels;
+extern const GemmKernel kGemmF32Portable = vec_portable::kFamilyF32;
+extern const GemmKernel kGemmBf16Portable = vec_portable::kFamilyBf16;
+extern const GemmKernel kGemmS8Portable = vec_portable::kFamilyS8;
 
 }  // namespace torch_ext

@@ -26,11 +26,21 @@ TORCH_EXT_INLINE vf multiply_add_lane(vf acc, vf b, const float* a) {
 #endif
 }
 
-template <size_t kMr, int kLane, typename T>
-TORCH_EXT_INLINE void multiply_add_step(vf (&acc)[kMr][kPanelVectors], const float* lhs, size_t ld, const T* rhs) {
-  vf b[kPanelVectors];
+/// One product's row of a panel.
+template <typename T>
+struct RowsPanel {
+  using Element = T;
+  TORCH_EXT_INLINE void get(const T* row, vf (&b)[kPanelVectors]) {
 #pragma GCC unroll 4
-  for (size_t v = 0; v < kPanelVectors; ++v) b[v] = Io<T>::get(rhs + kLane * kNr + v * kWidth);
+    for (size_t v = 0; v < kPanelVectors; ++v) b[v] = Io<T>::get(row + v * kWidth);
+  }
+};
+
+template <size_t kMr, int kLane, typename Panel>
+TORCH_EXT_INLINE void multiply_add_step(vf (&acc)[kMr][kPanelVectors], const float* lhs, size_t ld,
+                                        const typename Panel::Element* rhs) {
+  vf b[kPanelVectors];
+  Panel::get(rhs + kLane * kNr, b);
 #pragma GCC unroll 8
   for (size_t i = 0; i < kMr; ++i) {
 #pragma GCC unroll 4
@@ -38,18 +48,18 @@ TORCH_EXT_INLINE void multiply_add_step(vf (&acc)[kMr][kPanelVectors], const flo
   }
 }
 
-template <size_t kMr, typename T>
+template <size_t kMr, typename Panel>
 TORCH_EXT_INLINE void multiply_tile(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile,
                                     size_t ld_tile) {
   const float* lhs = static_cast<const float*>(lhs_block);
-  const T* rhs = static_cast<const T*>(rhs_panel);
+  const auto* rhs = static_cast<const typename Panel::Element*>(rhs_panel);
   const size_t ld = steps * kKStep;
   vf acc[kMr][kPanelVectors] = {};
   for (size_t s = 0; s < steps; ++s) {
-    multiply_add_step<kMr, 0>(acc, lhs, ld, rhs);
-    multiply_add_step<kMr, 1>(acc, lhs, ld, rhs);
-    multiply_add_step<kMr, 2>(acc, lhs, ld, rhs);
-    multiply_add_step<kMr, 3>(acc, lhs, ld, rhs);
+    multiply_add_step<kMr, 0, Panel>(acc, lhs, ld, rhs);
+    multiply_add_step<kMr, 1, Panel>(acc, lhs, ld, rhs);
+    multiply_add_step<kMr, 2, Panel>(acc, lhs, ld, rhs);
+    multiply_add_step<kMr, 3, Panel>(acc, lhs, ld, rhs);
     lhs += kKStep;
     rhs += kKStep * kNr;
   }
@@ -62,7 +72,7 @@ TORCH_EXT_INLINE void multiply_tile(size_t steps, const void* lhs_block, const v
 
 template <size_t kMr>
 static void ukernel_f32(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
-  multiply_tile<kMr, float>(steps, lhs_block, rhs_panel, tile, ld_tile);
+  multiply_tile<kMr, RowsPanel<float>>(steps, lhs_block, rhs_panel, tile, ld_tile);
 }
 
 // GCC's first scheduling pass would widen the panel of several products ahead, and spill accumulators for it.
@@ -71,7 +81,7 @@ template <size_t kMr>
 __attribute__((optimize("no-schedule-insns")))
 #endif
 static void ukernel_bf16(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
-  multiply_tile<kMr, uint16_t>(steps, lhs_block, rhs_panel, tile, ld_tile);
+  multiply_tile<kMr, RowsPanel<uint16_t>>(steps, lhs_block, rhs_panel, tile, ld_tile);
 }
 
 // ---- packing ----------------------------------------------------------------------------------------------------
@@ -190,44 +200,51 @@ static void pack_panel_kxn(size_t cols, size_t k, const void* src, size_t ld, vo
 #define TORCH_EXT_UKERNEL(function, rhs, mr)                                                                        \
   {"gemm_f32_f32_" rhs "p" TORCH_EXT_VEC_NR "x1_" TORCH_EXT_STRING(mr) "x" TORCH_EXT_VEC_NR "_" TORCH_EXT_VEC_NAME, \
    mr, function<mr>}
+#define TORCH_EXT_UKERNELS(function, rhs)                                                                         \
+  {TORCH_EXT_UKERNEL(function, rhs, 1), TORCH_EXT_UKERNEL(function, rhs, 2), TORCH_EXT_UKERNEL(function, rhs, 4), \
+   TORCH_EXT_UKERNEL(function, rhs, TORCH_EXT_VEC_MAIN_MR)}
 
-static constexpr UKernel kUKernelsF32[] = {
-    TORCH_EXT_UKERNEL(ukernel_f32, "f32", 1), TORCH_EXT_UKERNEL(ukernel_f32, "f32", 2),
-    TORCH_EXT_UKERNEL(ukernel_f32, "f32", 4), TORCH_EXT_UKERNEL(ukernel_f32, "f32", TORCH_EXT_VEC_MAIN_MR)};
-static constexpr UKernel kUKernelsBf16[] = {
-    TORCH_EXT_UKERNEL(ukernel_bf16, "bf16", 1), TORCH_EXT_UKERNEL(ukernel_bf16, "bf16", 2),
-    TORCH_EXT_UKERNEL(ukernel_bf16, "bf16", 4), TORCH_EXT_UKERNEL(ukernel_bf16, "bf16", TORCH_EXT_VEC_MAIN_MR)};
+static constexpr UKernel kUKernelsF32[] = TORCH_EXT_UKERNELS(ukernel_f32, "f32");
+static constexpr UKernel kUKernelsBf16[] = TORCH_EXT_UKERNELS(ukernel_bf16, "bf16");
+
+#undef TORCH_EXT_UKERNELS
 #undef TORCH_EXT_UKERNEL
 #undef TORCH_EXT_STRING
 
-static constexpr GemmKernel kGemmF32 = {"f32p" TORCH_EXT_VEC_NR "x1",
-                                        Layout::kF32Rows,
-                                        kNr,
-                                        1,
-                                        kKStep,
-                                        DType::kF32,
-                                        DType::kF32,
-                                        pack_rows_f32<float>,
-                                        pack_rows_f32<uint16_t>,
-                                        pack_panel_nxk<float, float>,
-                                        pack_panel_nxk<uint16_t, float>,
-                                        pack_panel_kxn<float, float>,
-                                        pack_panel_kxn<uint16_t, float>,
-                                        kUKernelsF32,
-                                        4};
+static constexpr GemmKernel kFamilyF32 = {
+    .name = "f32p" TORCH_EXT_VEC_NR "x1",
+    .required_features = TORCH_EXT_VEC_FEATURES,
+    .layout = Layout::kF32Rows,
+    .nr = kNr,
+    .kr = 1,
+    .k_step = kKStep,
+    .lhs_type = DType::kF32,
+    .rhs_type = DType::kF32,
+    .pack_lhs_f32 = pack_rows_f32<float>,
+    .pack_lhs_bf16 = pack_rows_f32<uint16_t>,
+    .pack_rhs_nxk_f32 = pack_panel_nxk<float, float>,
+    .pack_rhs_nxk_bf16 = pack_panel_nxk<uint16_t, float>,
+    .pack_rhs_kxn_f32 = pack_panel_kxn<float, float>,
+    .pack_rhs_kxn_bf16 = pack_panel_kxn<uint16_t, float>,
+    .ukernels = kUKernelsF32,
+    .ukernel_count = 4,
+};
 
-static constexpr GemmKernel kGemmBf16 = {"bf16p" TORCH_EXT_VEC_NR "x1",
-                                         Layout::kBf16Rows,
-                                         kNr,
-                                         1,
-                                         kKStep,
-                                         DType::kF32,
-                                         DType::kBF16,
-                                         pack_rows_f32<float>,
-                                         pack_rows_f32<uint16_t>,
-                                         pack_panel_nxk<float, uint16_t>,
-                                         pack_panel_nxk<uint16_t, uint16_t>,
-                                         pack_panel_kxn<float, uint16_t>,
-                                         pack_panel_kxn<uint16_t, uint16_t>,
-                                         kUKernelsBf16,
-                                         4};
+static constexpr GemmKernel kFamilyBf16 = {
+    .name = "bf16p" TORCH_EXT_VEC_NR "x1",
+    .required_features = TORCH_EXT_VEC_FEATURES,
+    .layout = Layout::kBf16Rows,
+    .nr = kNr,
+    .kr = 1,
+    .k_step = kKStep,
+    .lhs_type = DType::kF32,
+    .rhs_type = DType::kBF16,
+    .pack_lhs_f32 = pack_rows_f32<float>,
+    .pack_lhs_bf16 = pack_rows_f32<uint16_t>,
+    .pack_rhs_nxk_f32 = pack_panel_nxk<float, uint16_t>,
+    .pack_rhs_nxk_bf16 = pack_panel_nxk<uint16_t, uint16_t>,
+    .pack_rhs_kxn_f32 = pack_panel_kxn<float, uint16_t>,
+    .pack_rhs_kxn_bf16 = pack_panel_kxn<uint16_t, uint16_t>,
+    .ukernels = kUKernelsBf16,
+    .ukernel_count = 4,
+};

@@ -70,6 +70,16 @@ static float largest_magnitude(const uint16_t* s, size_t k) {
   return result;
 }
 
+struct RowScale {
+  float scale, inverse;
+};
+
+/// A row whose magnitudes have no reciprocal (below 3e-37) counts as zero.
+TORCH_EXT_INLINE RowScale row_scale(float largest) {
+  if (largest < 4e-37f) return {0.0f, 0.0f};
+  return {largest * (1.0f / 127.0f), 127.0f / largest};
+}
+
 // Elements quantized at a time, and the bytes of their quantized values in order.
 #if defined(TORCH_EXT_VEC_NEON)
 constexpr size_t kQuantized = 16;
@@ -138,10 +148,9 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
     scales[i] = 0.0f;
     if (i < rows) {
       const Src* const s = static_cast<const Src*>(src) + i * ld;
-      const float largest = largest_magnitude(s, k);
-      // A row whose magnitudes have no reciprocal (below 3e-37) counts as zero.
-      const float inverse = largest < 4e-37f ? 0.0f : 127.0f / largest;
-      scales[i] = largest < 4e-37f ? 0.0f : largest * (1.0f / 127.0f);
+      const RowScale row = row_scale(largest_magnitude(s, k));
+      const float inverse = row.inverse;
+      scales[i] = row.scale;
       for (; p + kQuantized <= k; p += kQuantized) {
         const Quantized q = quantize(s + p, inverse);
 #if defined(TORCH_EXT_VEC_NEON)
@@ -167,22 +176,32 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
   }
 }
 
+/// 128 times the sum of a column: what rows that are stored as q + 128 add to its sums.
+[[maybe_unused]] static int32_t excess_of_flipped_rows(const int8_t* q, size_t k) {
+  int32_t sum = 0;
+  for (size_t p = 0; p < k; ++p) sum += q[p];
+  return 128 * sum;
+}
+
 /// The table of a family of s8. `kFlip` and what panels end with besides scales go together: see pack_rows_s8.
 template <size_t kGroup, size_t kStep, uint8_t kFlip = 0>
-constexpr GemmKernel s8_family(const char* name, size_t nr, const UKernel* ukernels, size_t ukernel_count) {
-  GemmKernel g = {};
-  g.name = name;
-  g.layout = Layout::kS8Groups;
-  g.nr = nr;
-  g.kr = kGroup;
-  g.k_step = kStep;
-  g.lhs_type = DType::kS8;
-  g.rhs_type = DType::kS8;
-  g.pack_lhs_f32 = pack_rows_s8<float, kGroup, kStep, kFlip>;
-  g.pack_lhs_bf16 = pack_rows_s8<uint16_t, kGroup, kStep, kFlip>;
-  g.ukernels = ukernels;
-  g.ukernel_count = ukernel_count;
-  g.row_extra_bytes = sizeof(float);
-  g.column_extra_bytes = sizeof(float) + (kFlip ? sizeof(int32_t) : 0);
-  return g;
+constexpr GemmKernel s8_family(const char* name, uint32_t required_features, size_t nr, const UKernel* ukernels,
+                               size_t ukernel_count) {
+  return {
+      .name = name,
+      .required_features = required_features,
+      .layout = Layout::kS8Groups,
+      .nr = nr,
+      .kr = kGroup,
+      .k_step = kStep,
+      .lhs_type = DType::kS8,
+      .rhs_type = DType::kS8,
+      .pack_lhs_f32 = pack_rows_s8<float, kGroup, kStep, kFlip>,
+      .pack_lhs_bf16 = pack_rows_s8<uint16_t, kGroup, kStep, kFlip>,
+      .ukernels = ukernels,
+      .ukernel_count = ukernel_count,
+      .row_extra_bytes = sizeof(float),
+      .column_extra_bytes = sizeof(float) + (kFlip ? sizeof(int32_t) : 0),
+      .column_term = kFlip ? excess_of_flipped_rows : nullptr,
+  };
 }

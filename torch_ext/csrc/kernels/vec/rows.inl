@@ -2,16 +2,19 @@
 
 // ---- epilogue ---------------------------------------------------------------------------------------------------
 
+TORCH_EXT_INLINE vf identity(vf x) { return x; }
+TORCH_EXT_INLINE vf relu(vf x) { return max_nan(splat(0.0f), x); }
+
 // `Out` is what the result is rounded to.
 template <Activation kAct, typename Out>
 TORCH_EXT_INLINE vf activate(vf x) {
-  if constexpr (kAct == Activation::kGelu && sizeof(Out) == sizeof(uint16_t)) return gelu_to_bf16(x);
-  if constexpr (kAct == Activation::kGelu) return gelu(x);
-  if constexpr (kAct == Activation::kGeluTanh) return gelu_tanh(x);
-  if constexpr (kAct == Activation::kRelu) return max_nan(splat(0.0f), x);
-  if constexpr (kAct == Activation::kTanh) return tanh_approx(x);
-  if constexpr (kAct == Activation::kSilu) return silu(x);
-  return x;
+#define TORCH_EXT_CASE(enumerator, name, f32, bf16)                \
+  if constexpr (kAct == Activation::enumerator) {                  \
+    if constexpr (sizeof(Out) == sizeof(uint16_t)) return bf16(x); \
+    return f32(x);                                                 \
+  }
+  TORCH_EXT_ACTIVATIONS(TORCH_EXT_CASE)
+#undef TORCH_EXT_CASE
 }
 
 // Vectors of a row of the widest tile of most families: as many are stored at a time.

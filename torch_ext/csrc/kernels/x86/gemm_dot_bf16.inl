@@ -1,6 +1,6 @@
 // Micro-kernels on VDPBF16PS, which adds to each of sixteen f32 the products of two bf16 with two bf16, and the packers of
-// their layout. Included by vec_avx512_bf16.cpp and vec_amx.cpp, after simd.inl and gemm_f32.inl; kDotStep, the products
-// of a step, is theirs.
+// their layout. Included by vec_avx512_bf16.cpp and gemm_amx.cpp, after simd.inl, gemm_f32.inl and softmax_pack.inl; kDotStep,
+// the products of a step, is theirs.
 //
 // Blocks hold the rows' parts of a step one after the other: element (i, p) of mr rows lies at
 //   ((p / kDotStep) * mr + i) * kDotStep + p % kDotStep
@@ -134,4 +134,27 @@ static void pack_panel_kxn_dot(size_t cols, size_t k, const void* src, size_t ld
       __builtin_memcpy(static_cast<uint16_t*>(dst) + p * kDotNr + 2 * j, &pairs, sizeof pairs);
     }
   }
+}
+
+/// The table of a family on this layout.
+static constexpr GemmKernel dot_family(uint32_t required_features, const UKernel* ukernels, size_t ukernel_count) {
+  return {
+      .name = "bf16p32x2",
+      .required_features = required_features,
+      .layout = Layout::kBf16Dots,
+      .nr = kDotNr,
+      .kr = 2,
+      .k_step = kDotStep,
+      .lhs_type = DType::kBF16,
+      .rhs_type = DType::kBF16,
+      .pack_lhs_f32 = pack_rows_dot<float>,
+      .pack_lhs_bf16 = pack_rows_dot<uint16_t>,
+      .pack_rhs_nxk_f32 = pack_panel_nxk_dot<float>,
+      .pack_rhs_nxk_bf16 = pack_panel_nxk_dot<uint16_t>,
+      .pack_rhs_kxn_f32 = pack_panel_kxn_dot<float>,
+      .pack_rhs_kxn_bf16 = pack_panel_kxn_dot<uint16_t>,
+      .ukernels = ukernels,
+      .ukernel_count = ukernel_count,
+      .softmax_pack = softmax_pack_steps<kDotStep>,
+  };
 }

@@ -1,7 +1,7 @@
 // Row kernels and fp32 matrix kernels for x86-64 with AVX2, FMA and F16C.
 #include <type_traits>
 
-#include "kernels/vec_kernels.h"
+#include "kernels/families.h"
 
 #if defined(__x86_64__)
 
@@ -20,20 +20,20 @@ namespace vec_avx2 {
 #define TORCH_EXT_VEC_NR "16"
 #define TORCH_EXT_VEC_MAIN_MR 6
 #define TORCH_EXT_VEC_NAME "avx2_fma"
-#define TORCH_EXT_VEC_ATTENTION nullptr, nullptr
 #define TORCH_EXT_VEC_FEATURES (kFeatureAvx2Fma)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
 #include "kernels/vec/rows.inl"
 #include "kernels/vec/gemm_f32.inl"
-#include "kernels/vec/quantize.inl"
-#include "kernels/vec/gemm_s8.inl"
+#include "kernels/x86/gemm_bf16_halves.inl"
 #include "kernels/vec/instance.inl"
 // clang-format on
 
 }  // namespace vec_avx2
 
 extern const VecKernels kVecAvx2 = vec_avx2::kKernels;
+extern const GemmKernel kGemmF32Avx2 = vec_avx2::kFamilyF32;
+extern const GemmKernel kGemmBf16Avx2 = vec_avx2::kFamilyBf16Halves;
 
 }  // namespace torch_ext
 

@@ -1,7 +1,7 @@
 // Row kernels and fp32 matrix kernels for x86-64 with AVX-512 F, BW, VL and DQ.
 #include <type_traits>
 
-#include "kernels/vec_kernels.h"
+#include "kernels/families.h"
 
 #if defined(__x86_64__)
 
@@ -21,20 +21,19 @@ namespace vec_avx512 {
 #define TORCH_EXT_VEC_NR "32"
 #define TORCH_EXT_VEC_MAIN_MR 8
 #define TORCH_EXT_VEC_NAME "avx512_fma"
-#define TORCH_EXT_VEC_ATTENTION nullptr, nullptr
 #define TORCH_EXT_VEC_FEATURES (kFeatureAvx512)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
 #include "kernels/vec/rows.inl"
 #include "kernels/vec/gemm_f32.inl"
-#include "kernels/vec/quantize.inl"
-#include "kernels/vec/gemm_s8.inl"
 #include "kernels/vec/instance.inl"
 // clang-format on
 
 }  // namespace vec_avx512
 
 extern const VecKernels kVecAvx512 = vec_avx512::kKernels;
+extern const GemmKernel kGemmF32Avx512 = vec_avx512::kFamilyF32;
+extern const GemmKernel kGemmBf16Avx512 = vec_avx512::kFamilyBf16;
 
 }  // namespace torch_ext
 

@@ -1,7 +1,8 @@
-// Row kernels and fp32 matrix kernels for x86-64 with AVX-512 BF16: those of AVX-512 with the hardware's rounding to bf16.
+// Row kernels for x86-64 with AVX-512 BF16, those of AVX-512 with the hardware's rounding to bf16, and bf16 products on
+// VDPBF16PS.
 #include <type_traits>
 
-#include "kernels/vec_kernels.h"
+#include "kernels/families.h"
 
 #if defined(__x86_64__)
 
@@ -22,14 +23,11 @@ namespace vec_avx512_bf16 {
 #define TORCH_EXT_VEC_NR "32"
 #define TORCH_EXT_VEC_MAIN_MR 8
 #define TORCH_EXT_VEC_NAME "avx512_bf16_fma"
-#define TORCH_EXT_VEC_ATTENTION &kGemmDot, softmax_pack_steps<kDotStep>
 #define TORCH_EXT_VEC_FEATURES (kFeatureAvx512 | kFeatureAvx512Bf16)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
 #include "kernels/vec/rows.inl"
 #include "kernels/vec/gemm_f32.inl"
-#include "kernels/vec/quantize.inl"
-#include "kernels/vec/gemm_s8.inl"
 #include "kernels/vec/softmax_pack.inl"
 // clang-format on
 
@@ -44,27 +42,14 @@ static constexpr UKernel kDotUKernels[] = {
     {"gemm_f32_bf16_bf16p32x2_8x32_avx512_bf16_dot", 8, ukernel_dot<8>},
 };
 
-static constexpr GemmKernel kGemmDot = {"bf16p32x2",
-                                        Layout::kBf16Dots,
-                                        kDotNr,
-                                        2,
-                                        kDotStep,
-                                        DType::kBF16,
-                                        DType::kBF16,
-                                        pack_rows_dot<float>,
-                                        pack_rows_dot<uint16_t>,
-                                        pack_panel_nxk_dot<float>,
-                                        pack_panel_nxk_dot<uint16_t>,
-                                        pack_panel_kxn_dot<float>,
-                                        pack_panel_kxn_dot<uint16_t>,
-                                        kDotUKernels,
-                                        4};
+static constexpr GemmKernel kFamilyDot = dot_family(TORCH_EXT_VEC_FEATURES, kDotUKernels, 4);
 
 #include "kernels/vec/instance.inl"
 
 }  // namespace vec_avx512_bf16
 
 extern const VecKernels kVecAvx512Bf16 = vec_avx512_bf16::kKernels;
+extern const GemmKernel kGemmAvx512Bf16Dot = vec_avx512_bf16::kFamilyDot;
 
 }  // namespace torch_ext
 

@@ -1,4 +1,4 @@
-// Row kernels and matrix kernels for x86-64 with AMX: those of AVX-512 BF16, and bf16 products on tiles.
+// bf16 products on AMX tiles.
 //
 // Micro-kernels gemm_f32_bf16_bf16p32x2_{1,2,16,32}x32_amx: TDPBF16PS takes a tile of sixteen rows by 32 products and one of
 // sixteen columns by 32 products, and adds their 16 x 16 sums of products to a tile of f32. For one and two rows,
@@ -11,7 +11,7 @@
 // One step of 32 products: 4 TDPBF16PS and 4 tile loads. It rounds to nearest even, and takes subnormals for zero.
 #include <type_traits>
 
-#include "kernels/vec_kernels.h"
+#include "kernels/families.h"
 
 #if defined(__x86_64__)
 
@@ -24,7 +24,7 @@ TARGET_REGION_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16
                     "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
 
 namespace torch_ext {
-namespace vec_amx {
+namespace amx {
 
 #define TORCH_EXT_VEC_AVX512 1
 #define TORCH_EXT_VEC_AVX512_BF16 1
@@ -32,14 +32,10 @@ namespace vec_amx {
 #define TORCH_EXT_VEC_NR "32"
 #define TORCH_EXT_VEC_MAIN_MR 8
 #define TORCH_EXT_VEC_NAME "avx512_amx_fma"
-#define TORCH_EXT_VEC_ATTENTION &kAmx, softmax_pack_steps<kDotStep>
 #define TORCH_EXT_VEC_FEATURES (kFeatureAvx512 | kFeatureAvx512Bf16 | kFeatureAmxBf16)
 // clang-format off: the order matters
 #include "kernels/vec/simd.inl"
-#include "kernels/vec/rows.inl"
 #include "kernels/vec/gemm_f32.inl"
-#include "kernels/vec/quantize.inl"
-#include "kernels/vec/gemm_s8.inl"
 #include "kernels/vec/softmax_pack.inl"
 // clang-format on
 
@@ -125,31 +121,17 @@ static constexpr UKernel kAmxUKernels[] = {
     {"gemm_f32_bf16_bf16p32x2_32x32_amx", 32, ukernel_tiles<true>},
 };
 
-static constexpr GemmKernel kAmx = {"bf16p32x2",
-                                    Layout::kBf16Dots,
-                                    kDotNr,
-                                    2,
-                                    kDotStep,
-                                    DType::kBF16,
-                                    DType::kBF16,
-                                    pack_rows_dot<float>,
-                                    pack_rows_dot<uint16_t>,
-                                    pack_panel_nxk_dot<float>,
-                                    pack_panel_nxk_dot<uint16_t>,
-                                    pack_panel_kxn_dot<float>,
-                                    pack_panel_kxn_dot<uint16_t>,
-                                    kAmxUKernels,
-                                    4,
-                                    0,
-                                    0,
-                                    begin_tiles,
-                                    end_tiles};
+static constexpr GemmKernel make_family() {
+  GemmKernel family = dot_family(TORCH_EXT_VEC_FEATURES, kAmxUKernels, 4);
+  family.begin = begin_tiles;
+  family.end = end_tiles;
+  return family;
+}
+static constexpr GemmKernel kFamilyAmx = make_family();
 
-#include "kernels/vec/instance.inl"
+}  // namespace amx
 
-}  // namespace vec_amx
-
-extern const VecKernels kVecAmx = vec_amx::kKernels;
+extern const GemmKernel kGemmAmx = amx::kFamilyAmx;
 
 }  // namespace torch_ext
 

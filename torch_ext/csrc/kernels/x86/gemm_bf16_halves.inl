@@ -1,0 +1,141 @@
+// bf16 panels for AVX2, which has neither products of bf16 nor a cheap way to widen a row of them in order. Included by
+// vec_avx2.cpp after gemm_f32.inl, whose loop and blocks of rows it shares.
+//
+// Layout bf16p16x1, kBf16Halves: one row of 16 columns for each product, with columns j and j + 8 side by side, so that a
+// row is one load of eight words of 32 bits: shifted left, they are columns 0..7 in fp32; without their low halves,
+// columns 8..15.
+//
+//   row p:  b(0,p) b(8,p) b(1,p) b(9,p) ... b(7,p) b(15,p)
+//
+//   element (j, p) lies at  p * 16 + j % 8 * 2 + j / 8
+//
+// Worked example: column 11, product 2 -> 2 * 16 + 3 * 2 + 1 = 39.
+
+constexpr size_t kHalf = kNr / 2;
+static_assert(kHalf == kWidth);
+
+struct HalvesPanel {
+  using Element = uint16_t;
+  TORCH_EXT_INLINE void get(const uint16_t* row, vf (&b)[kPanelVectors]) {
+    vu words;
+    __builtin_memcpy(&words, row, sizeof words);
+    b[0] = (vf)(words << 16);
+    b[1] = (vf)(words & 0xffff0000u);
+  }
+};
+
+template <size_t kMr>
+static void ukernel_halves(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
+  multiply_tile<kMr, HalvesPanel>(steps, lhs_block, rhs_panel, tile, ld_tile);
+}
+
+static size_t place_in_halves(size_t j, size_t p) { return p * kNr + j % kHalf * 2 + j / kHalf; }
+
+// The bits of kWidth elements rounded to bf16, in the low halves of words.
+TORCH_EXT_INLINE vu bf16_words(const uint16_t* s) {
+  vh h;
+  __builtin_memcpy(&h, s, sizeof h);
+  return __builtin_convertvector(h, vu);
+}
+TORCH_EXT_INLINE vu bf16_words(const float* s) {
+  uint16_t rounded[kWidth];
+  store_bf16(rounded, load(s));
+  return bf16_words(rounded);
+}
+
+template <typename Src>
+TORCH_EXT_INLINE vu some_bf16_words(const Src* s, size_t n) {
+  Src lanes[kWidth] = {};
+  __builtin_memcpy(lanes, s, (n < kWidth ? n : kWidth) * sizeof(Src));
+  return bf16_words(lanes);
+}
+
+// Source [k, n]: rows of the panel are parts of rows of the source.
+template <typename Src>
+static void pack_panel_kxn_halves(size_t cols, size_t k, const void* src, size_t ld, void* dst) {
+  const size_t padded = (k + kKStep - 1) / kKStep * kKStep;
+  uint16_t* d = static_cast<uint16_t*>(dst);
+  for (size_t p = 0; p < padded; ++p, d += kNr) {
+    vu words = {};
+    if (p < k) {
+      const Src* const s = static_cast<const Src*>(src) + p * ld;
+      if (cols == kNr) {
+        words = bf16_words(s) | bf16_words(s + kHalf) << 16;
+      } else {
+        words = some_bf16_words(s, cols);
+        if (cols > kHalf) words |= some_bf16_words(s + kHalf, cols - kHalf) << 16;
+      }
+    }
+    __builtin_memcpy(d, &words, sizeof words);
+  }
+}
+
+typedef uint16_t v8h __attribute__((vector_size(16)));
+
+TORCH_EXT_INLINE v4u get_words(const uint16_t* low, const uint16_t* high) {
+  v4h a, b;
+  __builtin_memcpy(&a, low, sizeof a);
+  __builtin_memcpy(&b, high, sizeof b);
+  return __builtin_convertvector(a, v4u) | __builtin_convertvector(b, v4u) << 16;
+}
+TORCH_EXT_INLINE v4u get_words(const float* low, const float* high) {
+  uint16_t a[4], b[4];
+  put_four(a, get_four(low));
+  put_four(b, get_four(high));
+  return get_words(a, b);
+}
+
+// Source [n, k]: columns of the panel are rows of the source. Four pairs of rows by four products are transposed at a
+// time, as words.
+template <typename Src>
+static void pack_panel_nxk_halves(size_t cols, size_t block_cols, size_t k, const void* src, size_t ld, void* dst) {
+  const Src* const s = static_cast<const Src*>(src);
+  uint16_t* const d = static_cast<uint16_t*>(dst);
+  const size_t padded = (k + kKStep - 1) / kKStep * kKStep;
+  const size_t whole = cols == block_cols ? k / 4 * 4 : 0;
+  for (size_t j = 0; j < kHalf; j += 4) {
+    for (size_t p = 0; p < whole; p += 4) {
+      const Src* const low = s + j * ld + p;
+      const Src* const high = low + kHalf * ld;
+      const v4u r0 = get_words(low, high), r1 = get_words(low + ld, high + ld);
+      const v4u r2 = get_words(low + 2 * ld, high + 2 * ld), r3 = get_words(low + 3 * ld, high + 3 * ld);
+      const v4u a = __builtin_shufflevector(r0, r1, 0, 4, 1, 5), b = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
+      const v4u c = __builtin_shufflevector(r2, r3, 0, 4, 1, 5), e = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
+      const v4u rows[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
+                           __builtin_shufflevector(b, e, 0, 1, 4, 5), __builtin_shufflevector(b, e, 2, 3, 6, 7)};
+      for (size_t i = 0; i < 4; ++i) __builtin_memcpy(d + (p + i) * kNr + 2 * j, &rows[i], sizeof rows[i]);
+    }
+  }
+  for (size_t j = 0; j < kNr; ++j) {
+    for (size_t p = whole; p < padded; ++p) {
+      put_one(d + place_in_halves(j, p), j < cols && p < k ? widen_one(s[j * ld + p]) : 0.0f);
+    }
+  }
+}
+
+static constexpr UKernel kUKernelsHalves[] = {
+    {"gemm_f32_f32_bf16p16x1_1x16_avx2_fma", 1, ukernel_halves<1>},
+    {"gemm_f32_f32_bf16p16x1_2x16_avx2_fma", 2, ukernel_halves<2>},
+    {"gemm_f32_f32_bf16p16x1_4x16_avx2_fma", 4, ukernel_halves<4>},
+    {"gemm_f32_f32_bf16p16x1_6x16_avx2_fma", 6, ukernel_halves<6>},
+};
+
+static constexpr GemmKernel kFamilyBf16Halves = {
+    .name = "bf16p16x1",
+    .required_features = TORCH_EXT_VEC_FEATURES,
+    .layout = Layout::kBf16Halves,
+    .nr = kNr,
+    .kr = 1,
+    .k_step = kKStep,
+    .lhs_type = DType::kF32,
+    .rhs_type = DType::kBF16,
+    .pack_lhs_f32 = pack_rows_f32<float>,
+    .pack_lhs_bf16 = pack_rows_f32<uint16_t>,
+    .pack_rhs_nxk_f32 = pack_panel_nxk_halves<float>,
+    .pack_rhs_nxk_bf16 = pack_panel_nxk_halves<uint16_t>,
+    .pack_rhs_kxn_f32 = pack_panel_kxn_halves<float>,
+    .pack_rhs_kxn_bf16 = pack_panel_kxn_halves<uint16_t>,
+    .ukernels = kUKernelsHalves,
+    .ukernel_count = 4,
+    .panel_place = place_in_halves,
+};

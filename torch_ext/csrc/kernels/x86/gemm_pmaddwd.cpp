@@ -1,0 +1,207 @@
+// Micro-kernels gemm_f32_qs8dx_qs8cxp16x4_{1,2,4}x16_avx2_pmaddwd: exact products of s8 on AVX2.
+//
+// VPMADDUBSW, AVX2's product of bytes, saturates. VPMADDWD is exact, but widens to 16 bits what has 8: 16 products for the
+// multiplier's time of 32. So one of its products does the work of two, by S. Winograd's identity for inner products
+// (A New Algorithm for Inner Product, IEEE Transactions on Computers C-17, 1968):
+//
+//   a0 b0 + a1 b1 = (a0 + b1) (a1 + b0) - a0 a1 - b0 b1
+//
+// Sums of two s8 fit 16 bits with room to spare, the terms a0 a1 belong to a row and b0 b1 to a column, and additions have
+// three or four ports where the multiplier has one or two. Everything is modulo 2^32, and the result fits s32.
+//
+// Four products of one row and one column are two operands: `even` is elements 0 and 2, `odd` is 1 and 3.
+//
+//   block, s16, mr rows of 8 bytes for each step:     a0 a2 a1 a3
+//     then mr scales in f32, then mr times the sum over all steps of a0 a1 + a2 a3, in s32
+//   panel, s8, 64 bytes for each step: even products of columns 0..7, odd ones of 0..7, even ones of 8..15, odd ones:
+//     b(0,0) b(0,2) b(1,0) b(1,2) ... b(7,2) | b(0,1) b(0,3) ... b(7,3) | b(8,0) b(8,2) ...
+//     then 16 scales in f32, then 16 times the sum over all steps of b0 b1 + b2 b3, in s32
+//
+//   block element (i, p) lies at  (p / 4 * mr + i) * 4 + p % 2 * 2 + p % 4 / 2
+//   panel element (j, p) at  p / 4 * 64 + j / 8 * 32 + p % 2 * 16 + j % 8 * 2 + p % 4 / 2
+//
+// Worked example: column 11, product 6 -> 64 + 32 + 0 + 6 + 1 = 103.
+//
+// Registers of four rows: ymm0..ymm7 accumulators, four panel vectors, four for one row's operands and sums. In assembly,
+// since GCC 12 spills accumulators otherwise. One step of four rows: 4 VPMOVSXBW, 8 VPBROADCASTD, 16 VPADDW, 8 VPMADDWD,
+// 8 VPADDD for 256 products.
+#include "kernels/families.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "cpu_features.h"
+#include "kernels/target_region.h"
+
+TARGET_REGION_BEGIN("avx2,fma,f16c", "avx2,fma,f16c")
+
+namespace torch_ext {
+namespace {
+
+#define TORCH_EXT_VEC_AVX2 1
+#define TORCH_EXT_VEC_WIDTH 8
+// clang-format off: the order matters
+#include "kernels/vec/simd.inl"
+#include "kernels/vec/quantize.inl"
+// clang-format on
+
+constexpr size_t kNr = 16;
+constexpr size_t kStep = 4;
+
+// ---- micro-kernels ------------------------------------------------------------------------------------------------
+
+TORCH_EXT_INLINE __m256i widen_panel(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+/// acc += products of one row's four elements at `a` with both vectors of columns.
+TORCH_EXT_INLINE void multiply_row(const int16_t* a, __m256i even0, __m256i odd0, __m256i even1, __m256i odd1,
+                                   __m256i& acc0, __m256i& acc1) {
+  __m256i x, y, u, v;
+  __asm__(
+      "vpbroadcastd %[even], %[x]\n\t"
+      "vpbroadcastd %[odd], %[y]\n\t"
+      "vpaddw %[odd0], %[x], %[u]\n\t"
+      "vpaddw %[even0], %[y], %[v]\n\t"
+      "vpaddw %[odd1], %[x], %[x]\n\t"
+      "vpaddw %[even1], %[y], %[y]\n\t"
+      "vpmaddwd %[u], %[v], %[u]\n\t"
+      "vpmaddwd %[x], %[y], %[x]\n\t"
+      "vpaddd %[u], %[acc0], %[acc0]\n\t"
+      "vpaddd %[x], %[acc1], %[acc1]"
+      : [acc0] "+x"(acc0), [acc1] "+x"(acc1), [x] "=&x"(x), [y] "=&x"(y), [u] "=&x"(u), [v] "=&x"(v)
+      : [even] "m"(*reinterpret_cast<const int32_t (*)[1]>(a)),
+        [odd] "m"(*reinterpret_cast<const int32_t (*)[1]>(a + 2)), [even0] "x"(even0), [odd0] "x"(odd0),
+        [even1] "x"(even1), [odd1] "x"(odd1));
+}
+
+template <size_t kMr>
+void crossed_tile(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
+  const int16_t* lhs = static_cast<const int16_t*>(lhs_block);
+  const int8_t* rhs = static_cast<const int8_t*>(rhs_panel);
+  __m256i acc[kMr][2] = {};
+  for (size_t s = 0; s < steps; ++s) {
+    const __m256i even0 = widen_panel(rhs), odd0 = widen_panel(rhs + 16);
+    const __m256i even1 = widen_panel(rhs + 32), odd1 = widen_panel(rhs + 48);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < kMr; ++i) multiply_row(lhs + i * kStep, even0, odd0, even1, odd1, acc[i][0], acc[i][1]);
+    lhs += kMr * kStep;
+    rhs += kNr * kStep;
+  }
+  const float* const row_scales = reinterpret_cast<const float*>(lhs);
+  const int32_t* const row_terms = reinterpret_cast<const int32_t*>(lhs) + kMr;
+  const float* const column_scales = reinterpret_cast<const float*>(rhs);
+  const int32_t* const column_terms = reinterpret_cast<const int32_t*>(rhs) + kNr;
+#pragma GCC unroll 2
+  for (size_t v = 0; v < 2; ++v) {
+    vi terms;
+    __builtin_memcpy(&terms, column_terms + v * kWidth, sizeof terms);
+    const vf columns = load(column_scales + v * kWidth);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < kMr; ++i) {
+      // Unsigned, since differences wrap.
+      const vu sum = (vu)acc[i][v] - (vu)terms - static_cast<uint32_t>(row_terms[i]);
+      store(tile + i * ld_tile + v * kWidth, __builtin_convertvector((vi)sum, vf) * columns * row_scales[i]);
+    }
+  }
+}
+
+// ---- packing ------------------------------------------------------------------------------------------------------
+
+size_t place_in_panel(size_t j, size_t p) { return p / 4 * 64 + j / 8 * 32 + p % 2 * 16 + j % 8 * 2 + p % 4 / 2; }
+
+int32_t column_term(const int8_t* q, size_t k) {
+  uint32_t sum = 0;
+  for (size_t p = 0; p + 1 < k; p += 2) sum += static_cast<uint32_t>(q[p] * q[p + 1]);
+  return static_cast<int32_t>(sum);
+}
+
+/// Eight elements quantized, as s16, each half in the order of a block.
+template <typename Src>
+TORCH_EXT_INLINE __m128i quantize_crossed(const Src* s, float inverse) {
+  // 1.5 * 2^23: adding it rounds to an integer, whose low bits are the low bits of the sum.
+  const __m256i q = (__m256i)(Io<Src>::get(s) * inverse + 12582912.0f);
+  const __m256i order = _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i halves = _mm256_shuffle_epi8(q, order);
+  return _mm_unpacklo_epi64(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+
+/// Twice a0 a1 + a2 a3, of both halves, in lanes of s32.
+TORCH_EXT_INLINE __m128i row_term(__m128i q) { return _mm_madd_epi16(q, _mm_shuffle_epi32(q, 0xb1)); }
+
+template <typename Src>
+void pack_rows_crossed(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst) {
+  const size_t padded = (k + kStep - 1) / kStep * kStep, stride = block_rows * kStep;
+  int16_t* const d = static_cast<int16_t*>(dst);
+  float* const scales = reinterpret_cast<float*>(d + block_rows * padded);
+  int32_t* const terms = reinterpret_cast<int32_t*>(scales + block_rows);
+  for (size_t i = 0; i < block_rows; ++i) {
+    int16_t* out = d + i * kStep;
+    size_t p = 0;
+    __m128i sums = _mm_setzero_si128();
+    scales[i] = 0.0f;
+    if (i < rows) {
+      const Src* const s = static_cast<const Src*>(src) + i * ld;
+      const RowScale scale = row_scale(largest_magnitude(s, k));
+      scales[i] = scale.scale;
+      for (; p + 8 <= k; p += 8, out += 2 * stride) {
+        const __m128i q = quantize_crossed(s + p, scale.inverse);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out), q);
+        _mm_storeh_pd(reinterpret_cast<double*>(out + stride), _mm_castsi128_pd(q));
+        sums = _mm_add_epi32(sums, row_term(q));
+      }
+      if (p < k) {
+        Src rest[8] = {};
+        __builtin_memcpy(rest, s + p, (k - p) * sizeof(Src));
+        const __m128i q = quantize_crossed(rest, scale.inverse);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out), q);
+        if (k - p > kStep) _mm_storeh_pd(reinterpret_cast<double*>(out + stride), _mm_castsi128_pd(q));
+        sums = _mm_add_epi32(sums, row_term(q));
+        p = padded;
+      }
+    }
+    for (; p < padded; p += kStep, out += stride) __builtin_memset(out, 0, kStep * sizeof(int16_t));
+    // Lanes 0 and 2: each term is in two lanes.
+    terms[i] = static_cast<int32_t>(static_cast<uint32_t>(_mm_cvtsi128_si32(sums)) +
+                                    static_cast<uint32_t>(_mm_extract_epi32(sums, 2)));
+  }
+}
+
+constexpr UKernel kUKernels[] = {
+    {"gemm_f32_qs8dx_qs8cxp16x4_1x16_avx2_pmaddwd", 1, crossed_tile<1>},
+    {"gemm_f32_qs8dx_qs8cxp16x4_2x16_avx2_pmaddwd", 2, crossed_tile<2>},
+    {"gemm_f32_qs8dx_qs8cxp16x4_4x16_avx2_pmaddwd", 4, crossed_tile<4>},
+};
+
+constexpr GemmKernel kFamily = {
+    .name = "qs8cxp16x4",
+    .required_features = kFeatureAvx2Fma,
+    .layout = Layout::kS8Crossed,
+    .nr = kNr,
+    .kr = kStep,
+    .k_step = kStep,
+    .lhs_type = DType::kS16,
+    .rhs_type = DType::kS8,
+    .pack_lhs_f32 = pack_rows_crossed<float>,
+    .pack_lhs_bf16 = pack_rows_crossed<uint16_t>,
+    .ukernels = kUKernels,
+    .ukernel_count = 3,
+    .row_extra_bytes = sizeof(float) + sizeof(int32_t),
+    .column_extra_bytes = sizeof(float) + sizeof(int32_t),
+    .column_term = column_term,
+    .panel_place = place_in_panel,
+};
+
+}  // namespace
+
+extern const GemmKernel kGemmPmaddwd = kFamily;
+
+}  // namespace torch_ext
+
+TARGET_REGION_END
+
+#endif
