@@ -394,10 +394,14 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode = "mean", normali
     return cast(Tensor, torch.ops.torch_ext.pool(hidden, cu_seqlens, mode, normalize))
 
 
-def encoder_forward(input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor) -> Tensor:
+def encoder_forward(
+    input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor, fp32: bool = False
+) -> Tensor:
     """The forward pass of a whole encoder: no Python, no dispatch and no allocation between its layers.
 
-    Activations lie in a workspace that the calling thread keeps for its next call (up to 256 MiB).
+    Activations are in a workspace that each thread keeps for its next call (up to 256 MiB). A batch of many texts is
+    shared out among the threads in parts of at least 128 tokens, which each run through all layers on one thread; of a
+    smaller one, all threads share each layer.
 
     Args:
         input_ids: i64 ``[T]``.
@@ -405,15 +409,16 @@ def encoder_forward(input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tenso
         token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
         packed: the encoder, u8 ``[H, bytes]``, as :class:`torch_ext.Encoder` packs it, whose ``run_reference`` is the
             same, op by op.
+        fp32: whether ``packed`` is an encoder in fp32.
 
     Returns:
-        The last hidden state, bf16 ``[T, H]``.
+        The last hidden state ``[T, H]``, bf16 or, with ``fp32``, fp32.
 
     Raises:
         RuntimeError: a shape or dtype does not fit, an id is out of range, a sequence is longer than the position
             table, or ``packed`` is not an encoder packed for this kind of CPU.
     """
-    return cast(Tensor, torch.ops.torch_ext.encoder_forward(input_ids, cu_seqlens, token_type_ids, packed))
+    return cast(Tensor, torch.ops.torch_ext.encoder_forward(input_ids, cu_seqlens, token_type_ids, packed, fp32))
 
 
 # Fake kernels: shapes, dtypes and the errors that do not depend on data.
@@ -499,6 +504,18 @@ def _(weight: Tensor, transposed: bool = False) -> Tensor:
     # How many bytes depends on the CPU that packs.
     row_bytes = torch.library.get_ctx().new_dynamic_size()
     return weight.new_empty((weight.shape[1 if transposed else 0], row_bytes), dtype=torch.uint8)
+
+
+@_fake("_pack_linear_weight_fp32")
+def _(weight: Tensor) -> Tensor:
+    _check(weight.dim() == 2, f"_pack_linear_weight_fp32: expected a weight [N, K], got {weight.dim()} dimensions")
+    return weight.new_empty((weight.shape[0], torch.library.get_ctx().new_dynamic_size()), dtype=torch.uint8)
+
+
+@_fake("_unpack_linear_weight_fp32")
+def _(packed: Tensor) -> Tensor:
+    _check_packed("_unpack_linear_weight_fp32", packed)
+    return packed.new_empty((packed.shape[0], torch.library.get_ctx().new_dynamic_size()), dtype=torch.float32)
 
 
 @_fake("unpack_linear_weight")
@@ -704,10 +721,13 @@ def _(packed: Tensor) -> Tensor:
 
 
 @_fake("encoder_forward")
-def _(input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor) -> Tensor:
+def _(
+    input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor, fp32: bool = False
+) -> Tensor:
     _check(input_ids.dim() == 1, f"encoder_forward: expected input_ids i64 [T], got {input_ids.dim()} dimensions")
     _check(
         packed.dim() == 2 and packed.dtype == torch.uint8,
         f"encoder_forward: expected an encoder packed by torch_ext.Encoder, got {packed.dtype}",
     )
-    return packed.new_empty((input_ids.shape[0], packed.shape[0]), dtype=torch.bfloat16)
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    return packed.new_empty((input_ids.shape[0], packed.shape[0]), dtype=dtype)

@@ -220,6 +220,16 @@ TORCH_EXT_TEST(levels_get_the_kernels_that_they_are_named_after) {
   }
 }
 
+TORCH_EXT_TEST(sizes_of_caches_are_read) {
+  EXPECT(parse_cache_size("512K\n") == 512u << 10 && parse_cache_size("2M") == 2u << 20 && parse_cache_size("64") == 64,
+         "a size came out wrong");
+  for (const char* const text : {"", "K", "unknown", "99999999999999999999K"}) {
+    EXPECT(parse_cache_size(text) == 0, "%s is %zu bytes", text, parse_cache_size(text));
+  }
+  EXPECT(second_level_cache_bytes() >= 256u << 10 && second_level_cache_bytes() <= 2u << 20, "%zu bytes",
+         second_level_cache_bytes());
+}
+
 TORCH_EXT_TEST(packed_header_says_what_was_packed) {
   const PackedHeader h = make_packed_header(Layout::kBf16Pairs, 768, 3072, 12, 4, 65, 999);
   EXPECT(std::string(h.magic, sizeof h.magic) == "TXPACKED", "magic %.8s", h.magic);
@@ -229,7 +239,8 @@ TORCH_EXT_TEST(packed_header_says_what_was_packed) {
   EXPECT(payload_offset(h) == 64 + 128, "65 bytes of metadata: payload at %zu, expected 192", payload_offset(h));
   const PackedHeader plain = make_packed_header(Layout::kPlain, 1, 1, 0, 0, 0, 2);
   EXPECT(payload_offset(plain) == 64, "payload at %zu, expected 64", payload_offset(plain));
-  for (const Layout a : {Layout::kBf16Pairs, Layout::kBf16Rows, Layout::kF32Rows, Layout::kPlain, Layout::kOnednn}) {
+  for (const Layout a : {Layout::kBf16Pairs, Layout::kBf16Rows, Layout::kF32Rows, Layout::kPlain, Layout::kOnednn,
+                         Layout::kS8Groups, Layout::kBf16Dots, Layout::kBf16Halves, Layout::kS8Crossed}) {
     EXPECT(std::string(layout_name(a)) != "unknown", "layout %u has no name", static_cast<unsigned>(a));
   }
 }

@@ -31,9 +31,13 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
     spec = torch_ext.EncoderSpec("bert", 8, 1, 2, 12, "gelu", 6, 0, 1e-5, 10, 2)
     weights = {name: rand(*shape) for name, shape in spec.shapes().items()}
     encoder = torch_ext.Encoder(spec, weights)
-    assert encoder._packed is not None
+    exact = torch_ext.Encoder(spec, weights, "fp32")
     return {
-        "encoder_forward": [((ids, bounds, None, encoder._packed), {}), ((ids, bounds, ids % 2, encoder._packed), {})],
+        "encoder_forward": [
+            ((ids, bounds, None, encoder._packed), {}),
+            ((ids, bounds, ids % 2, encoder._packed), {}),
+            ((ids, bounds, None, exact._packed), {"fp32": True}),
+        ],
         "pack_linear_weight": [
             ((rand(13, 24),), {}),
             ((rand(24, 13, dtype=bf16).T,), {}),

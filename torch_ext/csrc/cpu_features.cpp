@@ -1,6 +1,9 @@
 #include "cpu_features.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -129,6 +132,36 @@ constexpr NamedFeature kNames[] = {
 uint32_t cpu_features() {
   static const uint32_t features = detect();
   return features;
+}
+
+size_t parse_cache_size(const char* text) {
+  char* end = nullptr;
+  const unsigned long long number = std::strtoull(text, &end, 10);
+  if (end == text || number > (1u << 20)) return 0;
+  const size_t unit = *end == 'K' ? size_t{1} << 10 : *end == 'M' ? size_t{1} << 20 : 1;
+  return static_cast<size_t>(number) * unit;
+}
+
+static std::string first_line(const std::string& path) {
+  char text[32] = {};
+  std::FILE* const file = std::fopen(path.c_str(), "re");
+  if (!file) return text;
+  if (!std::fgets(text, sizeof text, file)) text[0] = 0;
+  std::fclose(file);
+  return text;
+}
+
+size_t second_level_cache_bytes() {
+  static const size_t bytes = [] {
+    constexpr size_t kUnknown = size_t{1} << 20, kLeast = size_t{256} << 10, kMost = size_t{2} << 20;
+    for (const char index : {'0', '1', '2', '3'}) {
+      const std::string folder = std::string("/sys/devices/system/cpu/cpu0/cache/index") + index + "/";
+      const size_t size = parse_cache_size(first_line(folder + "size").c_str());
+      if (size && first_line(folder + "level")[0] == '2') return std::clamp(size, kLeast, kMost);
+    }
+    return kUnknown;
+  }();
+  return bytes;
 }
 
 std::vector<std::string> feature_names(uint32_t features) {

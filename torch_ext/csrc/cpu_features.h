@@ -1,6 +1,7 @@
 /// CPU features that kernels may require, read once from the operating system.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -29,6 +30,13 @@ enum Feature : uint32_t {
 
 /// The features of the CPU this process runs on. Read once; never changes afterwards.
 uint32_t cpu_features();
+
+/// Bytes of a core's second-level cache as Linux describes the first CPU, read once; 1 MiB, which most of the CPUs that this
+/// is for have, where it does not, and never less than 256 KiB or more than 2 MiB.
+size_t second_level_cache_bytes();
+
+/// What a description such as "512K" or "2M" in /sys/devices/system/cpu/cpu0/cache/index2/size says; 0 if nothing.
+size_t parse_cache_size(const char* text);
 
 /// Names of the bits in `features`, in the spelling of /proc/cpuinfo where that has one.
 std::vector<std::string> feature_names(uint32_t features);

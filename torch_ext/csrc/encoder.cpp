@@ -1,6 +1,7 @@
 #include "encoder.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -15,13 +16,12 @@ namespace {
 // that the next part reads them from, while a larger group reads the weights less often.
 constexpr size_t kGroupBytes = size_t{4} << 20;
 
-// What is done to rows [begin, end) of a product when they are complete.
-struct RowStep {
-  const uint16_t* residual = nullptr;
-  uint16_t* sum = nullptr;  // product + residual, where later layers add to it; else null
-  Norm norm;                // of the sum
-  uint16_t* normed = nullptr;
-};
+// Tokens that are worth reading the weights for: at 128, a weight that comes from beyond the second-level cache costs a few
+// percent of the products that it is used for.
+constexpr size_t kMinShareTokens = 128;
+
+// Workspace that a thread keeps for its next call.
+constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
 
 // Elements per row of the part of the workspace that attention and the feed-forward part use one after the other.
 size_t shared_width(const EncoderHeader& h) {
@@ -29,10 +29,23 @@ size_t shared_width(const EncoderHeader& h) {
   return std::max({4 * size_t{h.hidden_size}, wide, size_t{h.embedding_size}});
 }
 
+template <typename T>
+constexpr DType kTypeOf = sizeof(T) == sizeof(float) ? DType::kF32 : DType::kBF16;
+
+/// One group of sequences through all layers; T is the type of activations and tables.
+template <typename T>
 class Run {
+  // What is done to rows [begin, end) of a product when they are complete.
+  struct RowStep {
+    const T* residual = nullptr;
+    T* sum = nullptr;  // product + residual, where later layers add to it; else null
+    Norm norm;         // of the sum
+    T* normed = nullptr;
+  };
+
  public:
-  Run(const EncoderModel& model, const EncoderBatch& batch, const Dispatch& dispatch, EncoderHost& host,
-      uint16_t* workspace, uint16_t* out)
+  Run(const EncoderModel& model, const EncoderBatch& batch, const Dispatch& dispatch, EncoderHost& host, T* workspace,
+      T* out)
       : model_(model),
         batch_(batch),
         dispatch_(dispatch),
@@ -48,7 +61,8 @@ class Run {
     product_ = normed_ + rows_ * width_;
     shared_ = product_ + rows_ * width_;
     // Rows past the texts, if any, are computed on but never read: only they must not hold what is slow.
-    for (uint16_t* const part : {hidden_, normed_}) clear_tail(part, width_);
+    for (T* const part : {hidden_, normed_}) clear_tail(part, width_);
+    attention_.type = kType;
     attention_.cu_seqlens = batch.cu_seqlens;
     attention_.sequences = batch.sequences;
     attention_.heads = h_.num_heads;
@@ -66,7 +80,7 @@ class Run {
   void operator()() {
     const std::vector<EncoderLayer>& layers = model_.layers;
     embed();
-    const uint16_t* x = hidden_;
+    const T* x = hidden_;
     if (h_.norm_first && layers[0].attention_norm.weight) {
       norm_rows({nullptr, nullptr, layers[0].attention_norm, normed_}, hidden_);
       x = normed_;
@@ -88,8 +102,10 @@ class Run {
   }
 
  private:
-  void clear_tail(uint16_t* part, size_t width) const {
-    if (rows_ > tokens_) std::memset(part + tokens_ * width, 0, (rows_ - tokens_) * width * sizeof(uint16_t));
+  static constexpr DType kType = kTypeOf<T>;
+
+  void clear_tail(T* part, size_t width) const {
+    if (rows_ > tokens_) std::memset(part + tokens_ * width, 0, (rows_ - tokens_) * width * sizeof(T));
   }
 
   template <typename F>
@@ -110,39 +126,41 @@ class Run {
     parallel(tasks, [&](size_t i) { fn(tokens_ * i / tasks, tokens_ * (i + 1) / tasks); });
   }
 
-  void layer_norm(size_t n, const uint16_t* a, const uint16_t* b, const uint16_t* c, const Norm& norm, uint16_t* out) {
+  void layer_norm(size_t n, const T* a, const T* b, const T* c, const Norm& norm, T* out) {
     vec_.sum_layer_norm_row(n, a, b, c, b ? norm.residual_scale : nullptr, norm.weight, norm.bias, h_.layer_norm_eps,
-                            out, DType::kBF16);
+                            out, kType);
   }
 
-  void finish_row(const RowStep& step, const uint16_t* product, size_t row) {
+  void finish_row(const RowStep& step, const T* product, size_t row) {
     const size_t at = row * width_;
-    const uint16_t* const residual = step.residual ? step.residual + at : nullptr;
+    const T* const residual = step.residual ? step.residual + at : nullptr;
     if (!step.sum) return layer_norm(width_, product + at, residual, nullptr, step.norm, step.normed + at);
-    vec_.add_row(width_, product + at, residual, step.sum + at, DType::kBF16);
+    vec_.add_row(width_, product + at, residual, step.sum + at, kType);
     if (step.norm.weight) layer_norm(width_, step.sum + at, nullptr, nullptr, step.norm, step.normed + at);
   }
 
-  void norm_rows(const RowStep& step, const uint16_t* product) {
+  void norm_rows(const RowStep& step, const T* product) {
     parallel_rows(width_, [&](size_t begin, size_t end) {
       for (size_t row = begin; row < end; ++row) finish_row(step, product, row);
     });
   }
 
   // act(x W^T + bias) into `out`, or where else the host puts it; then `step` on its rows, if there is one.
-  const uint16_t* linear(const Matrix& matrix, const uint16_t* x, Activation activation, uint16_t* out,
-                         const RowStep* step) {
+  const T* linear(const Matrix& matrix, const T* x, Activation activation, T* out, const RowStep* step) {
     const GemmKernel* const own = dispatch_.gemm_for(matrix.header.layout);
-    if (!own) {
-      const uint16_t* const product = host_.foreign_linear(matrix, x, rows_, activation);
-      if (step) norm_rows(*step, product);
-      return product;
+    if constexpr (kType == DType::kBF16) {
+      if (!own) {
+        const T* const product = host_.foreign_linear(matrix, x, rows_, activation);
+        if (step) norm_rows(*step, product);
+        return product;
+      }
     }
     GemmProblem problem;
     problem.m = tokens_;
     problem.n = matrix.n();
     problem.k = matrix.k();
     problem.lhs = x;
+    problem.lhs_type = kType;
     problem.ld_lhs = problem.k;
     problem.panels = matrix.payload();
     problem.activation = activation;
@@ -151,14 +169,14 @@ class Run {
     if (rest.sum) {
       // The kernel adds the residual in fp32, in its place.
       problem.epilogue.residual = rest.residual;
-      problem.epilogue.residual_type = DType::kBF16;
+      problem.epilogue.residual_type = kType;
       problem.epilogue.ld_residual = problem.n;
       out = rest.sum;
       rest = {nullptr, nullptr, rest.norm, rest.normed};
     }
     problem.epilogue.out = out;
     problem.epilogue.ld_out = problem.n;
-    problem.epilogue.out_type = DType::kBF16;
+    problem.epilogue.out_type = kType;
     const GemmPlan plan = plan_gemm(*own, problem.m, problem.n, problem.k, host_.threads());
     // Where a task computes whole rows, it finishes them while they are in its cache.
     const bool whole_rows = plan.panel_tasks == 1;
@@ -172,41 +190,45 @@ class Run {
     return out;
   }
 
+  // Null where the model has no such table.
+  static const T* row_of(const void* table, size_t row, size_t width) {
+    return table ? static_cast<const T*>(table) + row * width : nullptr;
+  }
+
   void embed() {
     const size_t e = h_.embedding_size;
-    uint16_t* const out = model_.projection.packed ? shared_ : hidden_;
+    T* const out = model_.projection.packed ? shared_ : hidden_;
     clear_tail(out, e);
     parallel_rows(e, [&](size_t begin, size_t end) {
       for_each_position(batch_.cu_seqlens, batch_.sequences, begin, end, [&](size_t t, size_t place) {
         const size_t position = place + h_.position_offset;
         const size_t type = batch_.type_ids ? static_cast<size_t>(batch_.type_ids[t]) : 0;
-        layer_norm(e, model_.word + static_cast<size_t>(batch_.ids[t]) * e,
-                   model_.position ? model_.position + position * e : nullptr,
-                   model_.token_type ? model_.token_type + type * e : nullptr, model_.embedding_norm, out + t * e);
+        layer_norm(e, row_of(model_.word, static_cast<size_t>(batch_.ids[t]), e), row_of(model_.position, position, e),
+                   row_of(model_.token_type, type, e), model_.embedding_norm, out + t * e);
       });
     });
     if (!model_.projection.packed) return;
-    const uint16_t* const projected = linear(model_.projection, out, Activation::kNone, hidden_, nullptr);
-    if (projected != hidden_) std::memcpy(hidden_, projected, tokens_ * width_ * sizeof(uint16_t));
+    const T* const projected = linear(model_.projection, out, Activation::kNone, hidden_, nullptr);
+    if (projected != hidden_) std::memcpy(hidden_, projected, tokens_ * width_ * sizeof(T));
   }
 
-  void rotate(const uint16_t* from, uint16_t* qkv, const float* table) {
+  void rotate(const T* from, T* qkv, const float* table) {
     const size_t d = attention_.head_size, ld = 3 * width_;
     parallel_rows(ld, [&](size_t begin, size_t end) {
       for_each_position(batch_.cu_seqlens, batch_.sequences, begin, end, [&](size_t t, size_t position) {
         const float* const cos = table + position * d;
-        vec_.rotate_row(2 * size_t{h_.num_heads}, d, cos, cos + d / 2, from + t * ld, qkv + t * ld, DType::kBF16);
+        vec_.rotate_row(2 * size_t{h_.num_heads}, d, cos, cos + d / 2, from + t * ld, qkv + t * ld, kType);
         if (from != qkv) {
-          std::memcpy(qkv + t * ld + 2 * width_, from + t * ld + 2 * width_, width_ * sizeof(uint16_t));
+          std::memcpy(qkv + t * ld + 2 * width_, from + t * ld + 2 * width_, width_ * sizeof(T));
         }
       });
     });
   }
 
-  void attend(const EncoderLayer& layer, const uint16_t* x, const RowStep& after) {
-    uint16_t* const own_qkv = shared_;
-    uint16_t* const context = shared_ + rows_ * 3 * width_;
-    const uint16_t* qkv = linear(layer.qkv, x, Activation::kNone, own_qkv, nullptr);
+  void attend(const EncoderLayer& layer, const T* x, const RowStep& after) {
+    T* const own_qkv = shared_;
+    T* const context = shared_ + rows_ * 3 * width_;
+    const T* qkv = linear(layer.qkv, x, Activation::kNone, own_qkv, nullptr);
     const float* const rotary = layer.local ? model_.rotary_local : model_.rotary;
     if (rotary) {
       rotate(qkv, own_qkv, rotary);
@@ -216,7 +238,7 @@ class Run {
     attention_.out = context;
     attention_.window = layer.local ? h_.window : kNoWindow;
     clear_tail(context, width_);
-    const GemmKernel& kernel = attention_gemm(dispatch_, DType::kBF16);
+    const GemmKernel& kernel = attention_gemm(dispatch_, kType);
     const std::vector<size_t>& starts = layer.local ? local_heads_ : global_heads_;
     parallel(starts.size() - 1, [&](size_t run) {
       for (size_t i = starts[run]; i < starts[run + 1]; ++i) {
@@ -226,16 +248,16 @@ class Run {
     linear(layer.out, context, Activation::kNone, product_, &after);
   }
 
-  void feed_forward(const EncoderLayer& layer, const uint16_t* x, const RowStep& after) {
+  void feed_forward(const EncoderLayer& layer, const T* x, const RowStep& after) {
     const size_t n = h_.intermediate_size;
     const auto activation = static_cast<Activation>(h_.activation);
-    const uint16_t* wide = linear(layer.up, x, h_.gated_ffn ? Activation::kNone : activation, shared_, nullptr);
+    const T* wide = linear(layer.up, x, h_.gated_ffn ? Activation::kNone : activation, shared_, nullptr);
     if (h_.gated_ffn) {
-      uint16_t* const gated = shared_ + rows_ * 2 * n;
+      T* const gated = shared_ + rows_ * 2 * n;
       clear_tail(gated, n);
       parallel_rows(2 * n, [&](size_t begin, size_t end) {
         for (size_t t = begin; t < end; ++t) {
-          vec_.gate_row[h_.activation](n, wide + t * 2 * n, wide + t * 2 * n + n, gated + t * n, DType::kBF16);
+          vec_.gate_row[h_.activation](n, wide + t * 2 * n, wide + t * 2 * n + n, gated + t * n, kType);
         }
       });
       wide = gated;
@@ -250,51 +272,138 @@ class Run {
   const VecKernels& vec_;
   const EncoderHeader& h_;
   const size_t width_, tokens_, rows_;
-  uint16_t *hidden_, *normed_, *product_, *shared_, *out_;
+  T *hidden_, *normed_, *product_, *shared_, *out_;
   AttentionProblem attention_;
   std::vector<size_t> global_heads_, local_heads_;
 };
 
+/// One thread of a host's: runs its tasks itself.
+class OneThread : public EncoderHost {
+ public:
+  size_t threads() const override { return 1; }
+  void parallel(size_t tasks, void (*task)(void* context, size_t i), void* context) override {
+    for (size_t i = 0; i < tasks; ++i) task(context, i);
+  }
+  size_t preferred_rows(size_t tokens) const override { return tokens; }
+  const uint16_t* foreign_linear(const Matrix&, const uint16_t*, size_t, Activation) override { return nullptr; }
+};
+
+size_t sequence_start(const EncoderBatch& batch, size_t sequence) {
+  return static_cast<size_t>(batch.cu_seqlens[sequence]);
+}
+
+size_t tokens_of(const EncoderBatch& batch, const SequenceRange& range) {
+  return sequence_start(batch, range.last) - sequence_start(batch, range.first);
+}
+
+bool on_own_kernels(const EncoderModel& model, const Dispatch& dispatch) {
+  const auto own = [&](const Matrix& m) { return !m.packed || dispatch.gemm_for(m.header.layout); };
+  return own(model.projection) && std::all_of(model.layers.begin(), model.layers.end(), [&](const EncoderLayer& layer) {
+           return own(layer.qkv) && own(layer.out) && own(layer.up) && own(layer.down);
+         });
+}
+
+// Most tokens of a group on one thread.
+size_t group_limit(const EncoderModel& model) {
+  return std::max<size_t>(1, kGroupBytes / (shared_width(model.header) * dtype_bytes(DType{model.header.type})));
+}
+
+template <typename T>
+void run_range(const EncoderModel& model, const EncoderBatch& batch, const SequenceRange& range,
+               const Dispatch& dispatch, EncoderHost& host, T* out) {
+  EncoderBatch part = batch;
+  const size_t skipped = sequence_start(batch, range.first);
+  part.tokens = tokens_of(batch, range);
+  if (part.tokens == 0) return;
+  part.sequences = range.last - range.first;
+  part.ids += skipped;
+  if (part.type_ids) part.type_ids += skipped;
+  std::vector<int32_t> cu_seqlens(batch.cu_seqlens + range.first, batch.cu_seqlens + range.last + 1);
+  for (int32_t& offset : cu_seqlens) offset -= static_cast<int32_t>(skipped);
+  part.cu_seqlens = cu_seqlens.data();
+  const size_t elements =
+      host.preferred_rows(part.tokens) * (3 * size_t{model.header.hidden_size} + shared_width(model.header));
+  T* const workspace = static_cast<T*>(thread_scratch(ScratchSlot::kEncoder, elements * sizeof(T)));
+  Run<T>(model, part, dispatch, host, workspace, out + skipped * model.header.hidden_size)();
+}
+
+template <typename T>
+void run_encoder_as(const EncoderModel& model, const EncoderBatch& batch, const Dispatch& dispatch, EncoderHost& host,
+                    T* out) {
+  std::vector<SequenceRange> shares;
+  if (host.threads() > 1 && on_own_kernels(model, dispatch)) shares = share_sequences(model, batch, host.threads());
+  if (shares.empty()) {
+    for (const SequenceRange& group : group_sequences(model, batch, host.threads())) {
+      run_range(model, batch, group, dispatch, host, out);
+    }
+    trim_thread_scratch(ScratchSlot::kEncoder, kKeptWorkspaceBytes);
+    return;
+  }
+  struct Work {
+    const EncoderModel& model;
+    const EncoderBatch& batch;
+    const Dispatch& dispatch;
+    const std::vector<SequenceRange>& shares;
+    T* out;
+    std::atomic<size_t> next{0};
+  } work{model, batch, dispatch, shares, out};
+  const auto take = [](void* context, size_t) {
+    Work& w = *static_cast<Work*>(context);
+    OneThread alone;
+    for (size_t i; (i = w.next.fetch_add(1, std::memory_order_relaxed)) < w.shares.size();) {
+      run_range(w.model, w.batch, w.shares[i], w.dispatch, alone, w.out);
+    }
+    trim_thread_scratch(ScratchSlot::kEncoder, kKeptWorkspaceBytes);
+  };
+  host.parallel(host.threads(), take, &work);
+}
+
 }  // namespace
 
-EncoderGroups group_sequences(const EncoderModel& model, const EncoderBatch& batch, const EncoderHost& host) {
-  const size_t row_bytes = shared_width(model.header) * sizeof(uint16_t);
-  const size_t limit = std::max<size_t>(1, host.threads() * kGroupBytes / row_bytes);
-  EncoderGroups groups = {{0}, 0};
-  const auto at = [&](size_t sequence) { return static_cast<size_t>(batch.cu_seqlens[sequence]); };
+std::vector<SequenceRange> group_sequences(const EncoderModel& model, const EncoderBatch& batch, size_t threads) {
+  const size_t limit = threads * group_limit(model);
+  std::vector<SequenceRange> groups{{0, batch.sequences}};
   for (size_t s = 0; s < batch.sequences; ++s) {
-    const size_t first = groups.starts.back();
+    SequenceRange& group = groups.back();
     // A new group where the next sequence would not fit, unless what is left is small.
-    if (s > first && at(s + 1) - at(first) > limit && batch.tokens - at(s) > limit / 4) groups.starts.push_back(s);
-  }
-  groups.starts.push_back(batch.sequences);
-  for (size_t g = 0; g + 1 < groups.starts.size(); ++g) {
-    groups.most_tokens = std::max(groups.most_tokens, at(groups.starts[g + 1]) - at(groups.starts[g]));
+    if (s > group.first && tokens_of(batch, {group.first, s + 1}) > limit &&
+        batch.tokens - sequence_start(batch, s) > limit / 4) {
+      group.last = s;
+      groups.push_back({s, batch.sequences});
+    }
   }
   return groups;
 }
 
-size_t encoder_workspace_elements(const EncoderModel& model, size_t rows) {
-  return rows * (3 * size_t{model.header.hidden_size} + shared_width(model.header));
+std::vector<SequenceRange> share_sequences(const EncoderModel& model, const EncoderBatch& batch, size_t threads) {
+  if (batch.sequences < 2 * threads || batch.tokens < 2 * threads * kMinShareTokens) return {};
+  const size_t limit = std::max(group_limit(model), kMinShareTokens);
+  // Half of each thread's part of what is left: large parts first, small ones to even the ends out.
+  const auto wanted = [&](size_t left) { return std::clamp(left / (2 * threads), kMinShareTokens, limit); };
+  std::vector<SequenceRange> shares;
+  for (size_t first = 0, s = 0; s < batch.sequences; ++s) {
+    const size_t left = batch.tokens - sequence_start(batch, first);
+    if (s + 1 < batch.sequences && tokens_of(batch, {first, s + 1}) < wanted(left)) continue;
+    shares.push_back({first, s + 1});
+    first = s + 1;
+  }
+  std::stable_sort(shares.begin(), shares.end(), [&](const SequenceRange& a, const SequenceRange& b) {
+    return tokens_of(batch, a) > tokens_of(batch, b);
+  });
+  // When the last thread would be done, each taking the next part as soon as it is free.
+  std::vector<size_t> load(threads, 0);
+  for (const SequenceRange& share : shares) *std::min_element(load.begin(), load.end()) += tokens_of(batch, share);
+  const size_t longest = *std::max_element(load.begin(), load.end());
+  if (longest * threads > batch.tokens + batch.tokens / 8) return {};
+  return shares;
 }
 
-void run_encoder(const EncoderModel& model, const EncoderBatch& batch, const EncoderGroups& groups,
-                 const Dispatch& dispatch, EncoderHost& host, uint16_t* workspace, uint16_t* out) {
-  std::vector<int32_t> cu_seqlens;
-  for (size_t g = 0; g + 1 < groups.starts.size(); ++g) {
-    const size_t first = groups.starts[g], last = groups.starts[g + 1];
-    const int32_t start = batch.cu_seqlens[first];
-    const auto skipped = static_cast<size_t>(start);
-    EncoderBatch group = batch;
-    group.tokens = static_cast<size_t>(batch.cu_seqlens[last] - start);
-    if (group.tokens == 0) continue;
-    group.sequences = last - first;
-    group.ids += skipped;
-    if (group.type_ids) group.type_ids += skipped;
-    cu_seqlens.assign(batch.cu_seqlens + first, batch.cu_seqlens + last + 1);
-    for (int32_t& offset : cu_seqlens) offset -= start;
-    group.cu_seqlens = cu_seqlens.data();
-    Run(model, group, dispatch, host, workspace, out + skipped * model.header.hidden_size)();
+void run_encoder(const EncoderModel& model, const EncoderBatch& batch, const Dispatch& dispatch, EncoderHost& host,
+                 void* out) {
+  if (DType{model.header.type} == DType::kF32) {
+    run_encoder_as(model, batch, dispatch, host, static_cast<float*>(out));
+  } else {
+    run_encoder_as(model, batch, dispatch, host, static_cast<uint16_t*>(out));
   }
 }
 

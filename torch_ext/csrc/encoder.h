@@ -38,7 +38,7 @@ struct EncoderLayer {
 /// A packed encoder, as pointers into it.
 struct EncoderModel {
   EncoderHeader header = {};
-  const uint16_t *word = nullptr, *position = nullptr, *token_type = nullptr;
+  const void *word = nullptr, *position = nullptr, *token_type = nullptr;  ///< tables of `header.type`
   Norm embedding_norm, final_norm;
   Matrix projection;  ///< packed is null where there is none
   const float *relative_bias = nullptr, *rotary = nullptr, *rotary_local = nullptr;
@@ -67,24 +67,28 @@ class EncoderHost {
   /// Rows that `foreign_linear` is to be given for `tokens` of them; at least as many.
   virtual size_t preferred_rows(size_t tokens) const = 0;
 
-  /// act(x W^T + bias) for a matrix in a layout that is not of a kernel of ours. x bf16 [rows, k]; the result, bf16
-  /// [rows, n], is valid until the next call but one.
+  /// act(x W^T + bias) for a matrix of a bf16 encoder in a layout that is not of a kernel of ours. x bf16 [rows, k]; the
+  /// result, bf16 [rows, n], is valid until the next call but one. Never called within `parallel`.
   virtual const uint16_t* foreign_linear(const Matrix& matrix, const uint16_t* x, size_t rows,
                                          Activation activation) = 0;
 };
 
-/// A batch in groups of whole sequences, one run through all layers after the other.
-struct EncoderGroups {
-  std::vector<size_t> starts;  ///< first sequence of each, and the number of sequences
-  size_t most_tokens = 0;
+/// A part of a batch: sequences [first, last).
+struct SequenceRange {
+  size_t first, last;
 };
-EncoderGroups group_sequences(const EncoderModel& model, const EncoderBatch& batch, const EncoderHost& host);
 
-/// Elements of workspace that `run_encoder` needs, for the rows of the largest group.
-size_t encoder_workspace_elements(const EncoderModel& model, size_t rows);
+/// Groups of whole sequences, to run through all layers one after the other, each on all `threads` threads. A group's
+/// activations stay in the caches, while a larger one reads the weights less often.
+std::vector<SequenceRange> group_sequences(const EncoderModel& model, const EncoderBatch& batch, size_t threads);
 
-/// out [tokens, hidden_size] = the last hidden state, bf16.
-void run_encoder(const EncoderModel& model, const EncoderBatch& batch, const EncoderGroups& groups,
-                 const Dispatch& dispatch, EncoderHost& host, uint16_t* workspace, uint16_t* out);
+/// Parts of whole sequences for threads that take one after the other, and run it through all layers alone: no thread
+/// waits for another until the end of the batch. Largest first. Empty where the parts would be too small or too unequal, so
+/// that all threads had better share each layer.
+std::vector<SequenceRange> share_sequences(const EncoderModel& model, const EncoderBatch& batch, size_t threads);
+
+/// out [tokens, hidden_size] = the last hidden state, of `header.type`.
+void run_encoder(const EncoderModel& model, const EncoderBatch& batch, const Dispatch& dispatch, EncoderHost& host,
+                 void* out);
 
 }  // namespace torch_ext

@@ -6,14 +6,15 @@
 #include <cstring>
 #include <new>
 
+#include "cpu_features.h"
 #include "packing/packed_weight.h"
 
 namespace torch_ext {
 namespace {
 
-// Packed rows that one pass over the weight's panels uses: half of the smallest second-level cache of the CPUs that
-// this is for (1 MiB), so that a panel and the output stay beside them.
-constexpr size_t kLhsChunkBytes = 512 * 1024;
+// Packed rows that one pass over the weight's panels uses: half of the second-level cache, so that a panel and the output
+// stay beside them.
+size_t lhs_chunk_bytes() { return second_level_cache_bytes() / 2; }
 
 using Range = GemmRows;
 
@@ -70,7 +71,7 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
   const size_t row_bytes = kernel.lhs_block_bytes(1, k), panel_bytes = kernel.rhs_panel_bytes(k);
   const size_t main_rows = kernel.max_mr();
   const size_t chunk_rows =
-      std::max(main_rows, kLhsChunkBytes / std::max<size_t>(row_bytes, 1) / main_rows * main_rows);
+      std::max(main_rows, lhs_chunk_bytes() / std::max<size_t>(row_bytes, 1) / main_rows * main_rows);
   const char* const lhs = static_cast<const char*>(problem.lhs);
   const char* const weight = static_cast<const char*>(problem.panels);
   alignas(64) float tile[kMaxMr * kMaxNr];

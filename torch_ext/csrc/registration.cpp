@@ -31,7 +31,11 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "str activation, float layer_norm_eps, int max_positions, int position_offset, int window, int global_every, "
       "bool norm_first, bool gated_ffn) -> Tensor");
   m.def("_encoder_sections(Tensor packed) -> Tensor");
-  m.def("encoder_forward(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor packed) -> Tensor");
+  m.def(
+      "encoder_forward(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor packed, bool fp32=False) "
+      "-> Tensor");
+  m.def("_pack_linear_weight_fp32(Tensor weight) -> Tensor");
+  m.def("_unpack_linear_weight_fp32(Tensor packed) -> Tensor");
   m.def("_weight_fingerprint(Tensor weight) -> int");
   m.def("_isa_report() -> str");
   m.def("_preferred_rows(int rows) -> int");
@@ -42,6 +46,8 @@ STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
   m.impl("unpack_linear_weight", TORCH_BOX(&torch_ext::unpack_linear_weight));
   m.impl("pack_linear_weight_int8", TORCH_BOX(&torch_ext::pack_linear_weight_int8));
   m.impl("unpack_linear_weight_int8", TORCH_BOX(&torch_ext::unpack_linear_weight_int8));
+  m.impl("_pack_linear_weight_fp32", TORCH_BOX(&torch_ext::pack_linear_weight_fp32));
+  m.impl("_unpack_linear_weight_fp32", TORCH_BOX(&torch_ext::unpack_linear_weight_fp32));
   m.impl("linear", TORCH_BOX(&torch_ext::linear));
   m.impl("matmul", TORCH_BOX(&torch_ext::matmul));
   m.impl("bmm", TORCH_BOX(&torch_ext::bmm));

@@ -6,13 +6,12 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torch_ext.encoder import files
 from torch_ext.encoder.balance import Observe, balance, random_texts
@@ -47,17 +46,10 @@ _pool = torch.ops.torch_ext.pool.default
 _encoder_forward = torch.ops.torch_ext.encoder_forward.default
 _pack = torch.ops.torch_ext.pack_linear_weight.default
 _unpack = torch.ops.torch_ext.unpack_linear_weight.default
+_pack_fp32 = torch.ops.torch_ext._pack_linear_weight_fp32.default
+_unpack_fp32 = torch.ops.torch_ext._unpack_linear_weight_fp32.default
 _pack_int8 = torch.ops.torch_ext.pack_linear_weight_int8.default
 _unpack_int8 = torch.ops.torch_ext.unpack_linear_weight_int8.default
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 class _Inference:
@@ -140,8 +132,8 @@ class _Weighted(Generic[Spec]):
             quantized, scale = (tensor, scale) if scale is not None else quantize_weight(tensor)
             packed: Tensor = _pack_int8(quantized.contiguous(), scale.detach())
             return packed
-        if is_matrix(name) and self.dtype != "fp32":
-            return _pack(tensor.contiguous())  # type: ignore[no-any-return]
+        if is_matrix(name):
+            return (_pack_fp32 if self.dtype == "fp32" else _pack)(tensor.contiguous())  # type: ignore[no-any-return]
         kind = DTYPES[self.dtype] if is_table(name) else torch.float32
         return tensor.to(kind, copy=True).contiguous()
 
@@ -155,11 +147,10 @@ class _Weighted(Generic[Spec]):
         residual: Tensor | None = None,
     ) -> Tensor:
         """``activation(x @ weight.T + bias) + residual``, with a weight as :meth:`_convert` leaves it."""
-        if self.dtype != "fp32":
-            result: Tensor = _linear(x, weight, bias, activation, out_dtype, residual)
-            return result
-        result = _ACTIVATIONS[activation](F.linear(x.float(), weight, bias))
-        return result if residual is None else result + residual
+        if self.dtype == "fp32":
+            x = x.float()
+        result: Tensor = _linear(x, weight, bias, activation, out_dtype, residual)
+        return result
 
     def _norm(
         self,
@@ -186,8 +177,8 @@ class _Weighted(Generic[Spec]):
         for name, tensor in self._tensors.items():
             if self._is_int8(name):
                 result[name], result[scale_name(name)] = _unpack_int8(tensor)
-            elif is_matrix(name) and self.dtype != "fp32":
-                result[name] = _unpack(tensor)
+            elif is_matrix(name):
+                result[name] = _unpack_fp32(tensor) if self.dtype == "fp32" else _unpack(tensor)
             else:
                 result[name] = tensor
         return result
@@ -200,7 +191,7 @@ class _Weighted(Generic[Spec]):
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights as the ops read them: matrices packed in bf16 or int8 or plain in fp32, the rest fp32.
+    """One layer's weights as the ops read them: matrices packed in bf16, int8 or fp32, the rest fp32.
 
     The norm of attention is None where the specification leaves it out, factors of residuals where they are 1.
     """
@@ -251,12 +242,9 @@ class Encoder(_Weighted[EncoderSpec]):
         self._relative_bias = None
         if spec.relative_attention_buckets:
             self._relative_bias = relative_bias_table(spec, self._tensors["relative_attention_bias"])
-        # In fp32, products are PyTorch's own: there is nothing to pack.
-        self._packed = None
-        if dtype != "fp32":
-            self._packed, self._tensors = pack_encoder(
-                spec, self._tensors, self._relative_bias, self._rotary, self._rotary_local
-            )
+        self._packed, self._tensors = pack_encoder(
+            spec, self._tensors, self._relative_bias, self._rotary, self._rotary_local
+        )
         self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(spec.num_layers))
 
     def _layer_weights(self, prefix: str) -> LayerWeights:
@@ -337,10 +325,8 @@ class Encoder(_Weighted[EncoderSpec]):
             return self._run(input_ids, cu_seqlens, token_type_ids)
 
     def _run(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        if self._packed is None:
-            return self.run_reference(input_ids, cu_seqlens, token_type_ids)
         types = token_type_ids if self.spec.type_vocab_size else None
-        result: Tensor = _encoder_forward(input_ids, cu_seqlens, types, self._packed)
+        result: Tensor = _encoder_forward(input_ids, cu_seqlens, types, self._packed, self.dtype == "fp32")
         return result
 
     def _check(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> None:

@@ -17,9 +17,6 @@ namespace {
 namespace stable = torch::stable;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 
-// Workspace that a thread keeps for its next call.
-constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
-
 Tensor view_of(const void* data, std::initializer_list<int64_t> sizes, ScalarType type) {
   const int64_t strides[] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
   return stable::from_blob(const_cast<void*>(data), IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
@@ -105,6 +102,7 @@ class Sections {
       : op_(op),
         data_(reinterpret_cast<const char*>(&h)),
         bytes_(h.bytes),
+        type_(DType{h.type}),
         table_(reinterpret_cast<const Section*>(&h + 1)) {}
 
   // Null for an empty section. `bytes` is what it must hold, if it is not empty.
@@ -118,8 +116,8 @@ class Sections {
   const float* floats(size_t index, uint64_t count) const {
     return reinterpret_cast<const float*>(get(index, count * sizeof(float)));
   }
-  const uint16_t* table(size_t index, uint64_t rows, uint64_t width) const {
-    return reinterpret_cast<const uint16_t*>(get(index, rows * width * sizeof(uint16_t)));
+  const void* table(size_t index, uint64_t rows, uint64_t width) const {
+    return get(index, rows * width * dtype_bytes(type_));
   }
   Norm norm(size_t index, uint64_t width) const { return {floats(index, width), floats(index + 1, width), nullptr}; }
   // The matrix in section `index` and its bias in the next one.
@@ -130,9 +128,11 @@ class Sections {
     const PackedHeader& h = packed.header;
     STD_TORCH_CHECK(h.n == n && h.k == k, op_, ": the packed encoder is damaged: section ", index,
                     " holds a matrix of ", h.n, "x", h.k, ", expected ", n, "x", k);
-    if (is_s8(h.layout) || linear_engine() == LinearEngine::kOwn) {
-      const GemmKernel& own = is_s8(h.layout) ? *dispatch().gemm_s8 : *dispatch().gemm_bf16;
-      check_layout(op_, h, own.layout, own.nr, own.kr);
+    STD_TORCH_CHECK((h.layout == Layout::kF32Rows) == (type_ == DType::kF32), op_,
+                    ": expected all matrices in fp32 or none, got section ", index, " packed as ",
+                    layout_name(h.layout));
+    if (const GemmKernel* const own = own_kernel(h.layout)) {
+      check_layout(op_, h, own->layout, own->nr, own->kr);
     } else {
       check_layout(op_, h, linear_engine() == LinearEngine::kOnednn ? Layout::kOnednn : Layout::kPlain, 0, 0);
     }
@@ -143,6 +143,7 @@ class Sections {
   const char* op_;
   const char* data_;
   uint64_t bytes_;
+  DType type_;
   const Section* table_;
 };
 
@@ -162,8 +163,10 @@ EncoderModel read_encoder(const char* op, const Tensor& packed) {
   m.relative_bias = s.floats(kRelativeBias, uint64_t{h.num_heads} * (2 * uint64_t{h.bias_reach} + 1));
   m.rotary = s.floats(kRotaryTable, angles);
   m.rotary_local = s.floats(kRotaryTableLocal, angles);
-  const bool sound = h.num_heads > 0 && width % h.num_heads == 0 && h.activation < kActivationCount && m.word &&
-                     m.embedding_norm.weight && m.embedding_norm.bias && (e == width || m.projection.packed) &&
+  const bool known_type = DType{h.type} == DType::kF32 || DType{h.type} == DType::kBF16;
+  const bool sound = known_type && h.num_heads > 0 && width % h.num_heads == 0 && h.activation < kActivationCount &&
+                     m.word && m.embedding_norm.weight && m.embedding_norm.bias &&
+                     (e == width || m.projection.packed) &&
                      (!h.norm_first || (m.final_norm.weight && m.final_norm.bias)) && (h.global_every || !h.window);
   STD_TORCH_CHECK(sound, op, ": the packed encoder is damaged: something that every encoder has is missing");
   m.layers.resize(h.num_layers);
@@ -203,6 +206,7 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == kEncoderSections + num_layers * kLayerSections, op,
                   ": expected ", kEncoderSections + num_layers * kLayerSections, " weights for ", num_layers,
                   " layers, got ", weights.size());
+  const DType type = float_type(op, "the word table", weights[kWordTable]);
   std::vector<Tensor> parts;
   std::vector<Section> table;
   uint64_t end = sizeof(EncoderHeader) + weights.size() * sizeof(Section);
@@ -214,14 +218,14 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
     const bool matrix = layered ? kind == kQkvWeight || kind == kOutWeight || kind == kUpWeight || kind == kDownWeight
                                 : kind == kProjectionWeight;
     const bool is_table = !layered && kind <= kTokenTypeTable;
-    const ScalarType wanted = matrix ? ScalarType::Byte : is_table ? ScalarType::BFloat16 : ScalarType::Float;
+    const ScalarType wanted = matrix ? ScalarType::Byte : is_table ? scalar_type(type) : ScalarType::Float;
     STD_TORCH_CHECK(w.numel() == 0 || w.scalar_type() == wanted, op, ": expected weight ", i, " as ",
                     matrix     ? "a packed weight"
-                    : is_table ? "a table in bf16"
+                    : is_table ? "a table in the dtype of the first one"
                                : "fp32",
                     ", got ", describe(w));
     parts.push_back(as_contiguous(w));
-    const uint64_t element = matrix ? 1 : is_table ? 2 : 4;
+    const uint64_t element = matrix ? 1 : is_table ? dtype_bytes(type) : sizeof(float);
     end = round_up(end, kPackedAlignment);
     table.push_back({end, static_cast<uint64_t>(w.numel()) * element});
     end += table.back().bytes;
@@ -250,6 +254,7 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   h.activation = static_cast<uint8_t>(parse_activation(op, activation));
   h.norm_first = norm_first;
   h.gated_ffn = gated_ffn;
+  h.type = static_cast<uint8_t>(type);
   h.checksum = encoder_checksum(h, table.data());
 
   const int64_t row_bytes = (static_cast<int64_t>(end) + hidden_size - 1) / hidden_size;
@@ -276,7 +281,7 @@ Tensor encoder_sections(const Tensor& packed) {
 }
 
 Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,
-                       const Tensor& packed) {
+                       const Tensor& packed, bool fp32) {
   const char* const op = "encoder_forward";
   const EncoderModel model = read_encoder(op, packed);
   const EncoderHeader& h = model.header;
@@ -292,7 +297,10 @@ Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const 
     STD_TORCH_CHECK(model.token_type, op, ": token_type_ids given, but the model has no token types");
     types = check_ids(op, "token_type_ids", *token_type_ids, tokens, h.type_vocab_size);
   }
-  const Tensor out = new_tensor(packed, {tokens, static_cast<int64_t>(h.hidden_size)}, ScalarType::BFloat16);
+  const DType type{h.type};
+  STD_TORCH_CHECK((type == DType::kF32) == fp32, op, ": expected fp32=", fp32 ? "False" : "True",
+                  " for an encoder packed in ", fp32 ? "bf16 or int8" : "fp32");
+  const Tensor out = new_tensor(packed, {tokens, static_cast<int64_t>(h.hidden_size)}, scalar_type(type));
   if (tokens == 0) return out;
 
   EncoderBatch batch;
@@ -302,12 +310,7 @@ Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const 
   batch.sequences = sequences.count;
   batch.tokens = static_cast<size_t>(tokens);
   TorchHost host(has_foreign_matrices(model));
-  const EncoderGroups groups = group_sequences(model, batch, host);
-  const size_t elements = encoder_workspace_elements(model, host.preferred_rows(groups.most_tokens));
-  uint16_t* const workspace =
-      static_cast<uint16_t*>(thread_scratch(ScratchSlot::kEncoder, elements * sizeof(uint16_t)));
-  run_encoder(model, batch, groups, dispatch(), host, workspace, static_cast<uint16_t*>(out.mutable_data_ptr()));
-  trim_thread_scratch(ScratchSlot::kEncoder, kKeptWorkspaceBytes);
+  run_encoder(model, batch, dispatch(), host, out.mutable_data_ptr());
   return out;
 }
 

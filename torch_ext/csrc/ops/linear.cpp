@@ -52,9 +52,7 @@ Epilogue make_epilogue(const LinearCall& call, const float* bias, const Tensor& 
   return ep;
 }
 
-void linear_own(const LinearCall& call, const Packed& packed, const Tensor& out) {
-  const Dispatch& d = dispatch();
-  const GemmKernel& kernel = is_s8(packed.header.layout) ? *d.gemm_s8 : *d.gemm_bf16;
+void linear_own(const LinearCall& call, const Packed& packed, const GemmKernel& kernel, const Tensor& out) {
   check_layout("linear", packed.header, kernel.layout, kernel.nr, kernel.kr);
   std::optional<Tensor> bias;
   if (call.bias) bias = as_f32_vector("linear", "bias", *call.bias, call.n);
@@ -69,7 +67,7 @@ void linear_own(const LinearCall& call, const Packed& packed, const Tensor& out)
   problem.activation = call.activation;
   problem.epilogue = make_epilogue(call, bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr, out);
   const GemmPlan plan = plan_gemm(kernel, problem.m, problem.n, problem.k, stable::get_num_threads());
-  parallel_tasks(plan.tasks(), [&](size_t task) { run_gemm_task(kernel, *d.vec, problem, plan, task); });
+  parallel_tasks(plan.tasks(), [&](size_t task) { run_gemm_task(kernel, *dispatch().vec, problem, plan, task); });
 }
 
 // What is left to do on PyTorch's fp32 or bf16 product: activation, residual, conversion.
@@ -157,6 +155,38 @@ void quantize_rows(const float* weight, size_t n, size_t k, int8_t* q, float* sc
 
 }  // namespace
 
+namespace {
+
+/// A weight [N, K] as panels of a kernel of ours.
+Tensor pack_for(const GemmKernel& kernel, const Tensor& weight, DType type) {
+  const size_t n = static_cast<size_t>(weight.size(0)), k = static_cast<size_t>(weight.size(1));
+  // Columns that are adjacent, as in x @ w, are packed without a copy, too; anything else is made [N, K] first.
+  const bool nxk = weight.stride(1) == 1, kxn = !nxk && weight.stride(0) == 1;
+  const Tensor source = nxk || kxn ? weight : stable::contiguous(weight);
+  const auto pack_panels = kxn ? pack_weight_panels_kxn : pack_weight_panels;
+  char* payload = nullptr;
+  const Tensor packed = new_packed(
+      weight, make_packed_header(kernel.layout, n, k, kernel.nr, kernel.kr, 0, packed_payload_bytes(kernel, n, k)),
+      nullptr, &payload);
+  const void* const data = source.const_data_ptr();
+  const size_t ld = static_cast<size_t>(source.stride(kxn ? 1 : 0));
+  stable::parallel_for(0, static_cast<int64_t>(kernel.panels(n)), 8, [&](int64_t begin, int64_t end) {
+    pack_panels(kernel, n, k, data, type, ld, payload, static_cast<size_t>(begin), static_cast<size_t>(end));
+  });
+  return packed;
+}
+
+/// The weight [N, K] in panels of a kernel of ours, in their type.
+Tensor unpack_from(const char* op, const GemmKernel& kernel, const Packed& packed, const Tensor& like) {
+  check_layout(op, packed.header, kernel.layout, kernel.nr, kernel.kr);
+  const int64_t n = static_cast<int64_t>(packed.header.n), k = static_cast<int64_t>(packed.header.k);
+  const Tensor weight = new_tensor(like, {n, k}, scalar_type(kernel.rhs_type));
+  unpack_weight(kernel, static_cast<size_t>(n), static_cast<size_t>(k), packed.payload(), weight.mutable_data_ptr());
+  return weight;
+}
+
+}  // namespace
+
 Tensor linear_plain(const Tensor& x, const Packed& packed, const Tensor& bias, Activation activation) {
   const auto n = static_cast<int64_t>(packed.header.n), k = static_cast<int64_t>(packed.header.k);
   return linear_torch({x, x.size(0), n, k, k, bias, std::nullopt, activation, DType::kBF16}, packed);
@@ -177,22 +207,8 @@ Tensor pack_linear_weight(const Tensor& given, bool transposed) {
   const size_t n = static_cast<size_t>(weight.size(0)), k = static_cast<size_t>(weight.size(1));
   char* payload = nullptr;
   switch (linear_engine()) {
-    case LinearEngine::kOwn: {
-      const GemmKernel& kernel = *dispatch().gemm_bf16;
-      // Columns that are adjacent, as in x @ w, are packed as they lie, too; anything else is made [N, K] first.
-      const bool nxk = weight.stride(1) == 1, kxn = !nxk && weight.stride(0) == 1;
-      const Tensor source = nxk || kxn ? weight : stable::contiguous(weight);
-      const auto pack_panels = kxn ? pack_weight_panels_kxn : pack_weight_panels;
-      const Tensor packed = new_packed(
-          weight, make_packed_header(kernel.layout, n, k, kernel.nr, kernel.kr, 0, packed_payload_bytes(kernel, n, k)),
-          nullptr, &payload);
-      const void* const data = source.const_data_ptr();
-      const size_t ld = static_cast<size_t>(source.stride(kxn ? 1 : 0));
-      stable::parallel_for(0, static_cast<int64_t>(kernel.panels(n)), 8, [&](int64_t begin, int64_t end) {
-        pack_panels(kernel, n, k, data, type, ld, payload, static_cast<size_t>(begin), static_cast<size_t>(end));
-      });
-      return packed;
-    }
+    case LinearEngine::kOwn:
+      return pack_for(*dispatch().gemm_bf16, weight, type);
     case LinearEngine::kOnednn: {
       const Tensor narrow = as_contiguous(type == DType::kBF16 ? weight : stable::to(weight, ScalarType::BFloat16));
       const OnednnWeight w = onednn_reorder(narrow);
@@ -216,16 +232,9 @@ Tensor pack_linear_weight(const Tensor& given, bool transposed) {
 Tensor unpack_linear_weight(const Tensor& packed_tensor) {
   const char* const op = "unpack_linear_weight";
   const Packed packed = read_packed(op, packed_tensor);
-  const int64_t n = static_cast<int64_t>(packed.header.n), k = static_cast<int64_t>(packed.header.k);
   switch (linear_engine()) {
-    case LinearEngine::kOwn: {
-      const GemmKernel& kernel = *dispatch().gemm_bf16;
-      check_layout(op, packed.header, kernel.layout, kernel.nr, kernel.kr);
-      const Tensor weight = new_tensor(packed_tensor, {n, k}, ScalarType::BFloat16);
-      unpack_weight(kernel, static_cast<size_t>(n), static_cast<size_t>(k), packed.payload(),
-                    static_cast<uint16_t*>(weight.mutable_data_ptr()));
-      return weight;
-    }
+    case LinearEngine::kOwn:
+      return unpack_from(op, *dispatch().gemm_bf16, packed, packed_tensor);
     case LinearEngine::kOnednn:
       check_layout(op, packed.header, Layout::kOnednn, 0, 0);
       return as_contiguous(onednn_to_dense(opaque_view(packed)));
@@ -234,6 +243,19 @@ Tensor unpack_linear_weight(const Tensor& packed_tensor) {
   }
   check_layout(op, packed.header, Layout::kPlain, 0, 0);
   return stable::to(plain_view(packed), ScalarType::BFloat16);
+}
+
+Tensor pack_linear_weight_fp32(const Tensor& weight) {
+  const char* const op = "_pack_linear_weight_fp32";
+  check_cpu(op, "weight", weight);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0, op,
+                  ": expected weight [N, K] with N and K at least 1, got ", describe(weight));
+  return pack_for(*dispatch().gemm_f32, weight, float_type(op, "weight", weight));
+}
+
+Tensor unpack_linear_weight_fp32(const Tensor& packed_tensor) {
+  const char* const op = "_unpack_linear_weight_fp32";
+  return unpack_from(op, *dispatch().gemm_f32, read_packed(op, packed_tensor), packed_tensor);
 }
 
 Tensor pack_linear_weight_int8(const Tensor& weight, const std::optional<Tensor>& scale) {
@@ -340,23 +362,24 @@ Tensor linear(const Tensor& x, const Tensor& packed_tensor, const std::optional<
   if (m == 0) return stable::new_empty(x, out_sizes, scalar_type(call.out_type));
 
   const bool rows_adjacent = dim == 2 && x.stride(1) == 1 && x.stride(0) >= k;
-  const LinearEngine engine = is_s8(packed.header.layout) ? LinearEngine::kOwn : linear_engine();
-  if (rows_adjacent && engine == LinearEngine::kOwn) {
+  const GemmKernel* const own = own_kernel(packed.header.layout);
+  if (rows_adjacent && own) {
     call.ld = x.stride(0);
   } else if (!x.is_contiguous()) {
     call.x = stable::contiguous(x);
   }
 
-  if (engine == LinearEngine::kOwn) {
+  if (own) {
     const Tensor out = stable::new_empty(x, out_sizes, scalar_type(call.out_type));
-    linear_own(call, packed, out);
+    linear_own(call, packed, *own, out);
     return out;
   }
   if (dim != 2) {
     const int64_t flat[] = {m, k};
     call.x = stable::view(call.x, IntHeaderOnlyArrayRef(flat, 2));
   }
-  const Tensor out = engine == LinearEngine::kOnednn ? linear_onednn(call, packed) : linear_torch(call, packed);
+  const Tensor out =
+      linear_engine() == LinearEngine::kOnednn ? linear_onednn(call, packed) : linear_torch(call, packed);
   return dim == 2 ? out : stable::view(out, out_sizes);
 }
 

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu_features.h"
 #include "direct_product.h"
 #include "dispatch.h"
 #include "gemm.h"
@@ -29,9 +30,9 @@ namespace stable = torch::stable;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using Sizes = std::vector<int64_t>;
 
-// A packed right-hand side of up to this size stays in the thread's scratch memory, in its second-level cache beside the
-// rows; a larger one is packed by all threads together.
-constexpr size_t kRhsScratchBytes = 512 * 1024;
+// A packed right-hand side of up to half of the second-level cache stays in the thread's scratch memory, beside the rows; a
+// larger one is packed by all threads together.
+size_t rhs_scratch_bytes() { return second_level_cache_bytes() / 2; }
 // Most memory that right-hand sides packed together take, unless a single one is larger.
 constexpr size_t kSharedRhsBytes = 64 * 1024 * 1024;
 
@@ -218,7 +219,7 @@ void run_product(const Product& p, const Epilogue& ep) {
 
   // Each thread packs the right-hand sides of its own products, if there are enough of them.
   const size_t sources = p.ends.size();
-  if (payload <= kRhsScratchBytes && (parts == 1 || sources % parts == 0 || sources >= 4 * parts)) {
+  if (payload <= rhs_scratch_bytes() && (parts == 1 || sources % parts == 0 || sources >= 4 * parts)) {
     parallel_parts(parts, sources, [&](size_t source) {
       void* const packed = thread_scratch(ScratchSlot::kRhs, payload);
       pack(source, 0, panels, packed);

@@ -13,6 +13,9 @@ namespace torch_ext {
 
 Tensor pack_linear_weight(const Tensor& weight, bool transposed);
 Tensor unpack_linear_weight(const Tensor& packed);
+/// Weights of an fp32 encoder, which are not rounded.
+Tensor pack_linear_weight_fp32(const Tensor& weight);
+Tensor unpack_linear_weight_fp32(const Tensor& packed);
 Tensor pack_linear_weight_int8(const Tensor& weight, const std::optional<Tensor>& scale);
 std::tuple<Tensor, Tensor> unpack_linear_weight_int8(const Tensor& packed);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, const std::string& activation,
@@ -44,7 +47,7 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
 /// Where the sections of a packed encoder are: i64 [sections, 2], offset and bytes.
 Tensor encoder_sections(const Tensor& packed);
 Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,
-                       const Tensor& packed);
+                       const Tensor& packed, bool fp32);
 std::string isa_report();
 
 /// At least `rows`: the number of rows that a caller with a choice gives to `linear`, because each new number costs.

@@ -17,6 +17,13 @@ LinearEngine linear_engine() {
   return engine;
 }
 
+const GemmKernel* own_kernel(Layout layout) {
+  const Dispatch& d = dispatch();
+  if (is_s8(layout)) return d.gemm_s8;
+  if (layout == Layout::kF32Rows) return d.gemm_f32;
+  return linear_engine() == LinearEngine::kOwn ? d.gemm_bf16 : nullptr;
+}
+
 Packed read_packed(const char* op, char* data, size_t bytes) {
   Packed p;
   p.data = data;

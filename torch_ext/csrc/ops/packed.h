@@ -32,6 +32,9 @@ Tensor opaque_view(const Packed& p);
 /// act(x W^T + bias) for a weight in layout kPlain, by PyTorch's own linear: x bf16 [m, k] -> bf16 [m, n].
 Tensor linear_plain(const Tensor& x, const Packed& packed, const Tensor& bias, Activation activation);
 
+/// The kernels of ours for weights of the kind that lie in `layout` (s8, fp32 or bf16); null where PyTorch multiplies.
+const GemmKernel* own_kernel(Layout layout);
+
 /// Who computes linear layers of bf16 weights in this process. Throws if TORCH_EXT_ISA asks for what this PyTorch lacks.
 LinearEngine linear_engine();
 

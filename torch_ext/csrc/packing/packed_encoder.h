@@ -4,7 +4,7 @@
 ///
 /// Sections come in the order of `EncoderSection`, then those of the first layer in the order of `LayerSection`, those of
 /// the second, ... One that the model has not got is empty. Matrices of linear layers are whole packed weights, header
-/// included (packed_weight.h); tables are bf16, the rest is fp32.
+/// included (packed_weight.h); tables are of the header's type, the rest is fp32.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,9 @@ struct EncoderHeader {
   uint32_t embedding_size, vocab_size, type_vocab_size, max_positions;
   uint32_t position_offset, window, global_every, bias_reach;
   float layer_norm_eps;
-  uint8_t activation, norm_first, gated_ffn, reserved[9];
+  uint8_t activation, norm_first, gated_ffn;
+  uint8_t type;  ///< DType of activations and tables: kBF16, or kF32 for an encoder of fp32 weights
+  uint8_t reserved[8];
   uint64_t checksum;  ///< of what comes before it, and of the table of sections
 };
 static_assert(sizeof(EncoderHeader) == 96);
@@ -64,6 +66,6 @@ struct Section {
 };
 
 constexpr char kEncoderMagic[8] = {'T', 'X', 'E', 'N', 'C', 'O', 'D', 'R'};
-constexpr uint32_t kEncoderVersion = 2;
+constexpr uint32_t kEncoderVersion = 3;
 
 }  // namespace torch_ext

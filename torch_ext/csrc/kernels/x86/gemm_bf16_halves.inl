@@ -1,5 +1,5 @@
 // bf16 panels for AVX2, which has neither products of bf16 nor a cheap way to widen a row of them in order. Included by
-// vec_avx2.cpp after gemm_f32.inl, whose loop and blocks of rows it shares.
+// vec_avx2.cpp after gemm_f32.inl, whose blocks of rows it shares.
 //
 // Layout bf16p16x1, kBf16Halves: one row of 16 columns for each product, with columns j and j + 8 side by side, so that a
 // row is one load of eight words of 32 bits: shifted left, they are columns 0..7 in fp32; without their low halves,
@@ -11,22 +11,67 @@
 //
 // Worked example: column 11, product 2 -> 2 * 16 + 3 * 2 + 1 = 39.
 
+// Register use of six rows: 12 accumulators, 2 vectors of columns, 1 element of a row, 1 mask.
+
 constexpr size_t kHalf = kNr / 2;
 static_assert(kHalf == kWidth);
 
-struct HalvesPanel {
-  using Element = uint16_t;
-  TORCH_EXT_INLINE void get(const uint16_t* row, vf (&b)[kPanelVectors]) {
-    vu words;
-    __builtin_memcpy(&words, row, sizeof words);
-    b[0] = (vf)(words << 16);
-    b[1] = (vf)(words & 0xffff0000u);
-  }
-};
+/// acc += the element `kOffset` bytes behind `a` + kRow * stride bytes, times both vectors of columns. In assembly: GCC 12
+/// would rename accumulators until it spills some, and keep a pointer for each element. Reads lhs without saying so, which
+/// nothing in the micro-kernel writes to.
+template <size_t kRow, size_t kOffset>
+TORCH_EXT_INLINE void multiply_add_row(const float* a, const float* a3, size_t stride, __m256 low, __m256 high,
+                                       __m256& acc0, __m256& acc1) {
+  static_assert(kRow < 6);
+  __m256 x;
+#define TORCH_EXT_MULTIPLY_ADD(address)                    \
+  __asm__(                                                 \
+      "vbroadcastss " address                              \
+      ", %[x]\n\t"                                         \
+      "vfmadd231ps %[low], %[x], %[acc0]\n\t"              \
+      "vfmadd231ps %[high], %[x], %[acc1]"                 \
+      : [acc0] "+x"(acc0), [acc1] "+x"(acc1), [x] "=&x"(x) \
+      : [base] "r"(kRow < 3 ? a : a3), [stride] "r"(stride), [offset] "i"(kOffset), [low] "x"(low), [high] "x"(high))
+  if constexpr (kRow % 3 == 0) TORCH_EXT_MULTIPLY_ADD("%c[offset](%[base])");
+  if constexpr (kRow % 3 == 1) TORCH_EXT_MULTIPLY_ADD("%c[offset](%[base],%[stride],1)");
+  if constexpr (kRow % 3 == 2) TORCH_EXT_MULTIPLY_ADD("%c[offset](%[base],%[stride],2)");
+#undef TORCH_EXT_MULTIPLY_ADD
+}
+
+template <size_t kMr, size_t kOffset>
+TORCH_EXT_INLINE void multiply_add_rows(const float* a, const float* a3, size_t stride, const uint16_t* rhs,
+                                        __m256i high_half, __m256 (&acc)[kMr][2]) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rhs + kOffset / sizeof(float) * kNr));
+  const __m256 low = (__m256)_mm256_slli_epi32(words, 16), high = (__m256)_mm256_and_si256(words, high_half);
+  multiply_add_row<0, kOffset>(a, a3, stride, low, high, acc[0][0], acc[0][1]);
+  if constexpr (kMr > 1) multiply_add_row<1, kOffset>(a, a3, stride, low, high, acc[1][0], acc[1][1]);
+  if constexpr (kMr > 2) multiply_add_row<2, kOffset>(a, a3, stride, low, high, acc[2][0], acc[2][1]);
+  if constexpr (kMr > 3) multiply_add_row<3, kOffset>(a, a3, stride, low, high, acc[3][0], acc[3][1]);
+  if constexpr (kMr > 4) multiply_add_row<4, kOffset>(a, a3, stride, low, high, acc[4][0], acc[4][1]);
+  if constexpr (kMr > 5) multiply_add_row<5, kOffset>(a, a3, stride, low, high, acc[5][0], acc[5][1]);
+}
 
 template <size_t kMr>
 static void ukernel_halves(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
-  multiply_tile<kMr, HalvesPanel>(steps, lhs_block, rhs_panel, tile, ld_tile);
+  const uint16_t* rhs = static_cast<const uint16_t*>(rhs_panel);
+  const size_t ld = steps * kKStep, stride = ld * sizeof(float);
+  const float *a = static_cast<const float*>(lhs_block), *a3 = a + 3 * ld;
+  const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  __m256 acc[kMr][2] = {};
+  for (size_t s = 0; s < steps; ++s) {
+    multiply_add_rows<kMr, 0>(a, a3, stride, rhs, high_half, acc);
+    multiply_add_rows<kMr, 4>(a, a3, stride, rhs, high_half, acc);
+    multiply_add_rows<kMr, 8>(a, a3, stride, rhs, high_half, acc);
+    multiply_add_rows<kMr, 12>(a, a3, stride, rhs, high_half, acc);
+    a += kKStep;
+    a3 += kKStep;
+    rhs += kKStep * kNr;
+  }
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kMr; ++i) {
+    store(tile + i * ld_tile, (vf)acc[i][0]);
+    store(tile + i * ld_tile + kWidth, (vf)acc[i][1]);
+  }
 }
 
 static size_t place_in_halves(size_t j, size_t p) { return p * kNr + j % kHalf * 2 + j / kHalf; }
