@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["INLINE_CHARS", "MASKS_PER_TEXT", "MAX_TOP_K", "Settings"]
+__all__ = ["INLINE_CHARS", "MASKS_PER_TEXT", "MAX_TOP_K", "MEASURE_LIMIT_S", "Settings"]
 
 INLINE_CHARS = 4096
 """Requests with at most this many characters in all are tokenised on the event loop: about 1 ms of CPU at worst, while
@@ -19,6 +19,9 @@ MASKS_PER_TEXT = 32
 
 MAX_TOP_K = 100
 """Most predictions per mask token."""
+
+MEASURE_LIMIT_S = 30.0
+"""Most time that start-up spends on measuring the variants of a bundle; those not measured by then are left out."""
 
 
 @dataclass(frozen=True)

@@ -369,6 +369,35 @@ def test_health_and_ready(server: LiveServer) -> None:
         msgspec.json.decode(reply.body, type=schemas.StatusResponse)
 
 
+@pytest.mark.parametrize(
+    ("task", "model_type"),
+    [
+        ("feature-extraction", {"embedding": {"pooling": "mean"}}),
+        (
+            "text-classification",
+            {"classifier": {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}},
+        ),
+        ("fill-mask", {"fill-mask": {}}),
+    ],
+)
+def test_info(tmp_path: Path, task: str, model_type: object) -> None:
+    with running(make_manifest(tmp_path, task, MAX_TOKENS), Settings(port=0, threads=3, max_inputs=7)) as server:
+        reply = server("GET", "/info")
+        assert reply.status == 200
+        info = msgspec.json.decode(reply.body, type=schemas.InfoResponse)
+        assert 503 in documented(server, "GET", "/info")
+    # Fields that clients of text-embeddings-inference read.
+    assert (info.model_id, info.model_sha, info.model_dtype) == ("fake", None, "float32")
+    assert reply.json["model_type"] == model_type
+    assert (info.max_input_length, info.max_client_batch_size, info.auto_truncate) == (MAX_TOKENS, 7, True)
+    # Ours.
+    assert (info.task, info.variant, info.isa, info.threads) == (task, "fake", "fake-isa", 3)
+    assert (info.limits.max_inputs, info.limits.max_tokens) == (7, MAX_TOKENS)
+    assert (info.chosen_by, info.left_out) == ("only", {"other": "it is not there"})
+    assert [(item.variant, item.texts_per_s) for item in info.candidates] == [("fake", None)]
+    assert set(info.versions) == {"torch_ext", "torch", "onnxruntime"}
+
+
 @pytest.mark.parametrize("path", ["/predict", "/fill-mask"])
 def test_endpoint_of_another_task(server: LiveServer, path: str) -> None:
     reply = server("POST", path, GOOD)
@@ -402,7 +431,8 @@ def test_docs_need_no_network(server: LiveServer) -> None:
 def test_api_key(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, api_key="sesame")) as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame"}):
-            for method, path in (("POST", "/embed"), ("POST", "/v1/embeddings"), ("GET", "/v1/models")):
+            closed = (("POST", "/embed"), ("POST", "/v1/embeddings"), ("GET", "/v1/models"), ("GET", "/info"))
+            for method, path in closed:
                 reply = server(method, path, GOOD if method == "POST" else None, **headers)
                 assert (reply.status, reply.kind) == (401, "unauthorized")
                 assert reply.headers["www-authenticate"] == "Bearer"
@@ -624,7 +654,7 @@ def test_loading(manifest: Manifest) -> None:
     server = LiveServer(manifest, Settings(port=0), engine, load)
     try:
         assert server("GET", "/health").status == 200
-        for method, path in (("GET", "/ready"), ("POST", "/embed"), ("POST", "/v1/embeddings")):
+        for method, path in (("GET", "/ready"), ("GET", "/info"), ("POST", "/embed"), ("POST", "/v1/embeddings")):
             reply = server(method, path, GOOD if method == "POST" else None)
             assert (reply.status, reply.kind) == (503, "loading")
             assert "retry-after" in reply.headers
@@ -633,6 +663,7 @@ def test_loading(manifest: Manifest) -> None:
         gate.set()
         assert server.ready.wait(10)
         assert server("GET", "/ready").status == 200
+        assert server("GET", "/info").status == 200
         assert server("POST", "/embed", GOOD).status == 200
     finally:
         gate.set()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import functools
+import json
 import re
 import signal
 import socket
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,7 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import Client, Reply, wait_until
 
 from deploy.bundle import VARIANTS, load_manifest
+from deploy.server import schemas
+from deploy.server.choice import fastest
 from deploy.server.engines import FillMaskOptions, OnnxEngine, load_engine
+from deploy.server.measure import Job
 from deploy.server.threads import available_cpus
 from deploy.server.tokens import TextTokenizer
 from deploy.texts import sample
@@ -155,7 +161,7 @@ def test_embeddings_equal_transformers(minilm_bundle: Path, reference: np.ndarra
     ) as server:
         assert re.fullmatch(
             r"serving all-MiniLM-L6-v2 \(feature-extraction\) on http://127\.0\.0\.1:\d+ "
-            rf"variant={variant} threads=2 isa=\S+\n",
+            rf"variant={variant} threads=2 isa=\S+ \(by --variant\)\n",
             server.line,
         )
         # All at once, and one by one: batches must not change what comes out beyond rounding.
@@ -186,9 +192,7 @@ def test_embeddings_equal_transformers(minilm_bundle: Path, reference: np.ndarra
 
 @pytest.fixture(scope="module")
 def torch_server(minilm_bundle: Path) -> Iterator[ServeProcess]:
-    """The default variant of the real model."""
-    with serving(minilm_bundle, "--threads", 1) as server:
-        assert " variant=torch_ext-bf16 threads=1 " in server.line
+    with serving(minilm_bundle, "--variant", "torch_ext-bf16", "--threads", 1) as server:
         yield server
 
 
@@ -306,11 +310,8 @@ def test_fill_mask_equals_transformers(
 
 @pytest.mark.parametrize(("task", "path"), [("text-classification", "/predict"), ("fill-mask", "/fill-mask")])
 def test_task_endpoints(tiny_bundle: BundleMaker, task: str, path: str) -> None:
-    import msgspec
-
-    from deploy.server import schemas
-
-    with serving(tiny_bundle("bert", task), "--threads", 1, blocked=["transformers", "optimum"]) as server:
+    options = ("--variant", "torch_ext-bf16", "--threads", 1)
+    with serving(tiny_bundle("bert", task), *options, blocked=["transformers", "optimum"]) as server:
         inputs = ["the [MASK] of the file", "a [MASK] [MASK]"]
         reply = server("POST", path, {"inputs": inputs})
         assert reply.status == 200, reply.body
@@ -367,8 +368,48 @@ def test_changed_weights_are_refused(tiny_bundle: BundleMaker, tmp_path: Path) -
     data[-1] ^= 1
     weights.write_bytes(data)
     assert "SHA-256" in fails(bundle)
+    assert "SHA-256" in fails(bundle, "--variant", "torch_ext-bf16")
     weights.unlink()
-    assert weights.name in fails(bundle)
+    assert weights.name in fails(bundle, "--variant", "torch_ext-bf16")
+
+
+def test_without_a_variant_the_measured_choice_is_served_and_kept(tiny_bundle: BundleMaker, tmp_path: Path) -> None:
+    bundle = tiny_bundle("bert", "feature-extraction")
+    accuracies = {name: variant.accuracy for name, variant in load_manifest(bundle, verify=False).variants.items()}
+    cache = tmp_path / "cache"
+    infos = []
+    for by, words in (("measurement", "measured: "), ("cache", "measured at an earlier start: ")):
+        with serving(bundle, "--threads", 1, "--cache-dir", cache) as server:
+            reply = server("GET", "/info")
+            assert reply.status == 200
+            info = msgspec.json.decode(reply.body, type=schemas.InfoResponse)
+            speeds = {item.variant: item.texts_per_s for item in info.candidates}
+            assert info.chosen_by == by
+            assert (set(speeds), info.left_out) == (set(VARIANTS), {})
+            assert info.variant == fastest({name: speed or 0.0 for name, speed in speeds.items()}, accuracies)
+            assert f" variant={info.variant} threads=1 isa={info.isa} ({words}" in server.line
+            assert all(f"{name} {speed:.3g}" in server.line for name, speed in speeds.items())
+            assert f'variant="{info.variant}"' in server("GET", "/metrics").body.decode()
+            assert info.variant in server("GET", "/openapi.json").json["info"]["description"]
+            assert server("POST", "/embed", {"inputs": "a text"}).status == 200
+            assert server.stop()[::2] == (0, "")
+        infos.append(speeds)
+        (kept,) = cache.iterdir()
+    assert infos[0] == infos[1]
+    kept.unlink()
+    with serving(bundle, "--variant", "onnx-int8", "--threads", 1, "--cache-dir", cache) as server:
+        assert server("GET", "/info").json["chosen_by"] == "option"
+    assert not list(cache.iterdir())
+
+
+def test_measuring_process_ends_with_the_server(tiny_bundle: BundleMaker) -> None:
+    job = Job(str(tiny_bundle("bert", "feature-extraction")), ("torch_ext-bf16", "onnx-fp32"), 1, 2048, 100)
+    command = [sys.executable, "-m", "deploy.server.measure"]
+    line = json.dumps(dataclasses.asdict(job)) + "\n"
+    # Its input ends, as when the server is killed.
+    done = subprocess.run(command, cwd=ROOT, input=line, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "done" not in done.stdout
 
 
 def test_threads_follow_affinity_and_quota() -> None:
@@ -400,7 +441,7 @@ def test_sigterm_under_load(minilm_bundle: Path) -> None:
                     broken.append(repr(error))
                     return
 
-    with serving(minilm_bundle, "--threads", 1) as server:
+    with serving(minilm_bundle, "--variant", "torch_ext-bf16", "--threads", 1) as server:
         threads = [threading.Thread(target=work, args=(server.port,)) for _ in range(16)]
         for thread in threads:
             thread.start()
@@ -416,7 +457,8 @@ def test_sigterm_under_load(minilm_bundle: Path) -> None:
 
 
 def test_drain_timeout(minilm_bundle: Path) -> None:
-    with serving(minilm_bundle, "--threads", 1, "--drain-timeout", 0.3) as server:
+    options = ("--variant", "torch_ext-bf16", "--threads", 1, "--drain-timeout", 0.3)
+    with serving(minilm_bundle, *options) as server:
         client = Client(server.port)
         client.send("POST", "/embed", {"inputs": ["word " * 300] * 1000})
         wait_until(lambda: "serve_queue_tokens 0.0" not in server("GET", "/metrics").body.decode())
