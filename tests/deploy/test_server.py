@@ -524,6 +524,8 @@ def in_background(server: LiveServer, body: Any, replies: list[Reply]) -> thread
     thread = threading.Thread(target=lambda: replies.append(server("POST", "/embed", body)))
     thread.start()
     wait_until(lambda: server.batcher.queued_tokens > before)
+    # The first one has its batch to itself: others that are queued before the engine looks would share it.
+    assert server.engine.entered.wait(10)
     return thread
 
 
