@@ -44,7 +44,7 @@ class Choice:
 
     def __str__(self) -> str:
         """For the start line, such as `measured: onnx-int8 82.9, torch_ext-bf16 58.4 texts/s`."""
-        speeds = ", ".join(f"{name} {speed:.3g}" for name, speed in self.texts_per_s.items()) + " texts/s"
+        speeds = ", ".join(f"{name} {speed:.1f}" for name, speed in self.texts_per_s.items()) + " texts/s"
         text = {
             "option": "by --variant",
             "only": "the only variant that can be served",

@@ -188,7 +188,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     else:
         cache_folder = None if arguments.cache_dir == OFF else Path(arguments.cache_dir)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    selection = Selection(manifest, arguments.variant, threads, cache_folder)
+    selection = Selection(manifest, arguments.variant or AUTO, threads, cache_folder)
     manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
 
     from .app import App

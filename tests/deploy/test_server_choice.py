@@ -472,7 +472,7 @@ def test_selection_measures_once(tmp_path: Path, fake: type[FakeMeasurement]) ->
     manifest = bundle_with(folder, ALL)
     taken, _ = select(manifest, tmp_path)
     assert (taken.variant, taken.by, dict(taken.texts_per_s)) == ("onnx-int8", "measurement", fake.outcome.texts_per_s)
-    assert str(taken) == "measured: onnx-int8 130, torch_ext-bf16 110, torch-fp32 90 texts/s"
+    assert str(taken) == "measured: onnx-int8 130.0, torch_ext-bf16 110.0, torch-fp32 90.0 texts/s"
     again, made = select(manifest, tmp_path)
     assert (again.variant, again.by, fake.runs) == ("onnx-int8", "cache", 1)
     assert again.texts_per_s == taken.texts_per_s
