@@ -249,6 +249,11 @@ def reference_model(folder: Path, auto: str) -> tuple[Any, Any]:
     return tokenizer, model
 
 
+# Random weights make probabilities sensitive, and instruction sets sum in other orders. Worst errors on x86-64 with the
+# kernels `portable` and `torch`: 0.004 in bf16 and 0.02 in int8; of tokens, whose probabilities are small, 5 and 14 %.
+# Swapped weights or a wrong head give errors as large as the numbers.
+SCORE_BOUND = {"torch_ext-bf16": 0.02, "torch_ext-int8": 0.05}
+TOKEN_BOUND = {"torch_ext-bf16": 0.1, "torch_ext-int8": 0.16}
 TASK_TEXTS = ["the name of the file", "returns a list of all values in the object", "x"]
 
 
@@ -269,7 +274,7 @@ def test_predict_equals_transformers(
         with torch.inference_mode():
             expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         assert [item["score"] for item in scores] == sorted((item["score"] for item in scores), reverse=True)
-        bound = {"torch_ext-bf16": 0.02, "torch_ext-int8": 0.04}.get(variant, 1e-5)
+        bound = SCORE_BOUND.get(variant, 1e-5)
         for item in scores:
             index = model.config.label2id[item["label"]]
             assert item["score"] == pytest.approx(float(expected[index]), abs=bound)
@@ -299,12 +304,12 @@ def test_fill_mask_equals_transformers(
         for row, place in zip(rows, places, strict=True):
             scores = [item["score"] for item in place]
             assert scores == sorted(scores, reverse=True)
-            bound = {"torch_ext-bf16": 0.05, "torch_ext-int8": 0.15}.get(variant, 1e-4)
+            bound = TOKEN_BOUND.get(variant, 1e-4)
             np.testing.assert_allclose(
                 scores, expected[row].sort(descending=True).values[: len(scores)].numpy(), rtol=bound, atol=1e-6
             )
             for item in place:
-                np.testing.assert_allclose(item["score"], float(expected[row, item["token_id"]]), rtol=4 * bound)
+                np.testing.assert_allclose(item["score"], float(expected[row, item["token_id"]]), rtol=2 * bound)
                 assert item["token"] == tokenizer.decode([item["token_id"]])
 
 
