@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle import VARIANTS, BundleError, load_manifest
 from .choice import AUTO
-from .limits import MEASURE_LIMIT_S, Settings
+from .limits import Settings
 from .selection import Selection
 from .speed_cache import CACHE_VARIABLE, OFF, default_folder
 
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "--variant",
         default=AUTO,
         help=f"{', '.join(VARIANTS)}; {AUTO} (default): the fastest of them that keeps its accuracy bound, as measured "
-        f"at the first start, within {MEASURE_LIMIT_S:g} s",
+        "at the first start",
     )
     parser.add_argument(
         "--cache-dir",
@@ -123,6 +123,14 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.drain_timeout_s,
         metavar="S",
         help="then answer what was accepted within this time (default: %(default)s)",
+    )
+    times.add_argument(
+        "--measure-limit",
+        type=_seconds,
+        default=defaults.measure_limit_s,
+        metavar="S",
+        help="without --variant, measure for this time at most; variants not measured by then are left out "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--api-key",
@@ -210,6 +218,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         keep_alive_s=arguments.keep_alive,
         drain_delay_s=arguments.drain_delay,
         drain_timeout_s=arguments.drain_timeout,
+        measure_limit_s=arguments.measure_limit,
         api_key=arguments.api_key or None,
         access_log=arguments.access_log,
     )
@@ -229,7 +238,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         ) from error
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    selection.prepare(settings.max_batch_tokens, tokenizer.vocab_size)
+    selection.prepare(settings.max_batch_tokens, tokenizer.vocab_size, settings.measure_limit_s)
     started = ""
 
     def load() -> Engine:

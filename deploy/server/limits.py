@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["INLINE_CHARS", "MASKS_PER_TEXT", "MAX_TOP_K", "MEASURE_LIMIT_S", "Settings"]
+__all__ = ["INLINE_CHARS", "MASKS_PER_TEXT", "MAX_TOP_K", "Settings"]
 
 INLINE_CHARS = 4096
 """Requests with at most this many characters in all are tokenised on the event loop: about 1 ms of CPU at worst, while
@@ -19,9 +19,6 @@ MASKS_PER_TEXT = 32
 
 MAX_TOP_K = 100
 """Most predictions per mask token."""
-
-MEASURE_LIMIT_S = 30.0
-"""Most time that start-up spends on measuring the variants of a bundle; those not measured by then are left out."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class Settings:
         keep_alive_s: Idle connections are closed after this time.
         drain_delay_s: After SIGTERM, how long connections are still accepted while /ready answers 503.
         drain_timeout_s: After that, how long requests may take to be answered.
+        measure_limit_s: Most time to measure the variants of a bundle at start; one not measured by then is left out.
         api_key: Key that inference requests have to bring, or None.
         access_log: One line per request.
     """
@@ -57,5 +55,6 @@ class Settings:
     keep_alive_s: float = 75.0
     drain_delay_s: float = 0.0
     drain_timeout_s: float = 25.0
+    measure_limit_s: float = 30.0
     api_key: str | None = None
     access_log: bool = False

@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import Accuracy, load_manifest
 from .batching import LoadCancelled
 from .choice import fastest
-from .limits import MEASURE_LIMIT_S
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,9 +103,7 @@ class Outcome:
 class Measurement:
     """Runs the measuring process; `cancel` ends it from another thread."""
 
-    def __init__(
-        self, job: Job, limit_s: float = MEASURE_LIMIT_S, command: Sequence[str] = (sys.executable, "-m", __name__)
-    ) -> None:
+    def __init__(self, job: Job, limit_s: float, command: Sequence[str] = (sys.executable, "-m", __name__)) -> None:
         """Prepares, without starting a process.
 
         Args:

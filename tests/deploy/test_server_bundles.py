@@ -173,13 +173,15 @@ def test_embeddings_equal_transformers(minilm_bundle: Path, reference: np.ndarra
         for found, expected in ((together, reference), (alone, reference[-8:])):
             assert cosines(found, expected).min() >= COSINE[variant]
             np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
-        longer = np.float32(server("POST", "/embed", {"inputs": texts(), "normalize": False}).json["embeddings"])
-        assert np.abs(np.linalg.norm(longer, axis=1) - 1.0).max() > 0.1
-        assert cosines(longer, reference).min() >= COSINE[variant]
-        coded = server("POST", "/v1/embeddings", {"input": texts(), "encoding_format": "base64"}).json["data"]
+        some = texts()[-8:]
+        longer = np.float32(server("POST", "/embed", {"inputs": some, "normalize": False}).json["embeddings"])
+        norms = np.linalg.norm(longer, axis=1, keepdims=True)
+        assert np.abs(norms - 1.0).max() > 0.1
+        assert cosines(longer, reference[-8:]).min() >= COSINE[variant]
+        coded = server("POST", "/v1/embeddings", {"input": some, "encoding_format": "base64"}).json["data"]
         decoded = np.stack([np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in coded])
-        # Equal up to the last digit that JSON holds; int8 quantises a batch as a whole, which is the same batch here.
-        np.testing.assert_allclose(decoded, together, atol=2e-3)
+        # Equal but for rounding; int8 quantises a batch as a whole, which is the same batch here.
+        np.testing.assert_allclose(decoded, longer / norms, atol=2e-3)
         code, out, err = server.stop()
     assert (code, err) == (0, "")
     modules = set(out.split())
@@ -206,7 +208,7 @@ def test_memory_does_not_grow_with_the_variety_of_batches(torch_server: ServePro
     def send(sizes: Sequence[int]) -> None:
         with Client(torch_server.port) as client:
             for size in sizes:
-                assert client("POST", "/embed", {"inputs": ["word " * size, "word " * 200]}).status == 200
+                assert client("POST", "/embed", {"inputs": ["word " * size, "word " * 20]}).status == 200
 
     send(range(1, 200, 20))
     before_mb = resident_mb()
@@ -384,7 +386,7 @@ def test_without_a_variant_the_measured_choice_is_served_and_kept(tiny_bundle: B
     cache = tmp_path / "cache"
     infos = []
     for by, words in (("measurement", "measured: "), ("cache", "measured at an earlier start: ")):
-        with serving(bundle, "--threads", 1, "--cache-dir", cache) as server:
+        with serving(bundle, "--threads", 1, "--cache-dir", cache, "--measure-limit", 200) as server:
             reply = server("GET", "/info")
             assert reply.status == 200
             info = msgspec.json.decode(reply.body, type=schemas.InfoResponse)
@@ -399,12 +401,8 @@ def test_without_a_variant_the_measured_choice_is_served_and_kept(tiny_bundle: B
             assert server("POST", "/embed", {"inputs": "a text"}).status == 200
             assert server.stop()[::2] == (0, "")
         infos.append(speeds)
-        (kept,) = cache.iterdir()
     assert infos[0] == infos[1]
-    kept.unlink()
-    with serving(bundle, "--variant", "onnx-int8", "--threads", 1, "--cache-dir", cache) as server:
-        assert server("GET", "/info").json["chosen_by"] == "option"
-    assert not list(cache.iterdir())
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_measuring_process_ends_with_the_server(tiny_bundle: BundleMaker) -> None:

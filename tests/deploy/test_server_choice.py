@@ -272,7 +272,7 @@ MEASURED = "say(begin='a'); print('noise'); say(speeds={'a': 1.5}); say(begin='b
 
 
 def test_measurement() -> None:
-    outcome = Measurement(job("a", "b"), command=pretend(MEASURED, "say(done=True)")).run()
+    outcome = Measurement(job("a", "b"), 60, command=pretend(MEASURED, "say(done=True)")).run()
     assert outcome == Outcome({"b": 2.5, "a": 1.5}, {}, {}, True)
     assert list(outcome.texts_per_s) == ["b", "a"]
 
@@ -280,7 +280,7 @@ def test_measurement() -> None:
 def test_a_variant_that_crashes_is_left_out() -> None:
     lines = ("for name in names:", " say(begin=name)", " if name == 'b': os.kill(os.getpid(), signal.SIGILL)")
     rest = (" say(speeds={n: 2.0 for n in names if n <= name})", "say(done=True)")
-    outcome = Measurement(job("a", "b", "c"), command=pretend(*lines, *rest)).run()
+    outcome = Measurement(job("a", "b", "c"), 60, command=pretend(*lines, *rest)).run()
     assert outcome.texts_per_s == {"a": 2.0, "c": 2.0}
     assert list(outcome.failed) == ["b"]
     assert "SIGILL" in outcome.failed["b"]
@@ -289,12 +289,12 @@ def test_a_variant_that_crashes_is_left_out() -> None:
 
 def test_lack_of_memory_is_not_remembered() -> None:
     kill = pretend("say(begin=names[0])", "os.kill(os.getpid(), signal.SIGKILL)")
-    outcome = Measurement(job("a", "b"), command=kill).run()
+    outcome = Measurement(job("a", "b"), 60, command=kill).run()
     assert set(outcome.failed) == {"a", "b"}
     assert "memory" in outcome.failed["a"]
     assert not outcome.lasting
     room = pretend(MEASURED, "say(failed='c', reason='MemoryError: full', lasting=False)", "say(done=True)")
-    outcome = Measurement(job("a", "b", "c"), command=room).run()
+    outcome = Measurement(job("a", "b", "c"), 60, command=room).run()
     assert outcome.failed == {"c": "MemoryError: full"}
     assert not outcome.lasting
 
@@ -309,7 +309,7 @@ def test_what_takes_too_long_is_left_out() -> None:
 
 @pytest.mark.parametrize("command", [pretend("sys.exit(3)"), ["/no such program"]])
 def test_a_process_that_does_not_start_measures_nothing(command: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    outcome = Measurement(job("a", "b"), command=command).run()
+    outcome = Measurement(job("a", "b"), 60, command=command).run()
     assert (outcome.texts_per_s, outcome.failed, set(outcome.unmeasured)) == ({}, {}, {"a", "b"})
     assert not outcome.lasting
 
@@ -318,7 +318,7 @@ def test_a_server_that_is_stopped_while_it_measures(tmp_path: Path) -> None:
     """It answers that it lives and is not ready, and ends at once and cleanly."""
     started = tmp_path / "started"
     command = pretend(f"open({str(started)!r}, 'w').write(str(os.getpid()))", "time.sleep(60)")
-    measurement = Measurement(job("a", "b"), command=command)
+    measurement = Measurement(job("a", "b"), 60, command=command)
 
     def load() -> FakeEngine:
         measurement.run()
@@ -339,7 +339,7 @@ def test_a_server_that_is_stopped_while_it_measures(tmp_path: Path) -> None:
 
 
 def test_cancelled_before_it_starts() -> None:
-    measurement = Measurement(job("a", "b"), command=["/no such program"])
+    measurement = Measurement(job("a", "b"), 60, command=["/no such program"])
     measurement.cancel()
     with pytest.raises(LoadCancelled):
         measurement.run()
@@ -442,8 +442,8 @@ class FakeMeasurement:
     outcome = Outcome({"onnx-int8": 130.0, "torch_ext-bf16": 110.0, "torch-fp32": 90.0}, {}, {}, True)
     runs = 0
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, limit_s: float) -> None:
+        assert limit_s == 30
 
     def run(self) -> Outcome:
         type(self).runs += 1
@@ -462,7 +462,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeMeasurement]:
 
 def select(manifest: Manifest, cache: Path | None, requested: str = AUTO) -> tuple[Choice, Selection]:
     made = Selection(manifest, requested, 2, cache)
-    made.prepare(2048, 100)
+    made.prepare(2048, 100, 30)
     return made.decide(), made
 
 
