@@ -93,6 +93,7 @@ class Selection:
                     self._cache.save(outcome.texts_per_s, left_out)
             elif outcome.unmeasured:
                 first, *_ = outcome.unmeasured
+                del left_out[first]
                 self._choice = Choice(first, "default", {}, {**self._left_out, **left_out})
             else:
                 raise self._none({**self._left_out, **left_out})

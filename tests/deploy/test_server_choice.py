@@ -511,6 +511,7 @@ def test_selection_without_any_measurement(tmp_path: Path, fake: type[FakeMeasur
     fake.outcome = Outcome({}, {"torch_ext-bf16": "SIGILL"}, {"onnx-int8": "no time", "torch-fp32": "no time"}, False)
     taken, _ = select(manifest, None)
     assert (taken.variant, taken.by) == ("onnx-int8", "default")
+    assert taken.left_out == {"torch_ext-bf16": "SIGILL", "torch-fp32": "no time"}
     fake.outcome = Outcome({}, dict.fromkeys(ALL, "SIGILL"), {}, True)
     with pytest.raises(BundleError, match=r"torch_ext-bf16: SIGILL.*--variant"):
         select(manifest, None)
