@@ -21,7 +21,7 @@ commands:
 
 examples:
   python -m deploy export sentence-transformers/all-MiniLM-L6-v2 -o bundle
-  python -m deploy serve bundle --variant torch_ext-bf16 --port 8000
+  python -m deploy serve bundle --port 8000
 
 Each command explains itself: python -m deploy COMMAND --help
 Exit codes: 0 done, 1 a bug or an unexpected failure, 2 something the caller can put right (the message says what).

@@ -80,7 +80,7 @@ VARIANTS: Mapping[str, VariantKind] = {
     "onnx-fp32": VariantKind("model.onnx", "onnxruntime", "fp32"),
     "torch-fp32": VariantKind("encoder_fp32.safetensors", "torch_ext", "fp32"),
 }
-"""Every variant that an export writes, the one to serve by default first."""
+"""Every variant that an export writes, in the order in which a server tries them."""
 
 
 @dataclass(frozen=True)

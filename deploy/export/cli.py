@@ -240,7 +240,7 @@ def _run(options: argparse.Namespace) -> int:
         print(
             f"\n{options.output}: {size}, {len(manifest.variants)} variants, {progress.elapsed_s:.0f} s. Serve it with:"
         )
-        print(f"  python -m deploy serve {options.output} --variant {next(iter(manifest.variants))}")
+        print(f"  python -m deploy serve {options.output}")
     return 0
 
 

@@ -38,11 +38,13 @@ from numpy.typing import NDArray
 from ..bundle import Manifest
 from . import metrics as prometheus
 from .batching import Batcher, Work
+from .choice import Choice
 from .engines import EmbedOptions, FillMaskOptions
 from .errors import ERRORS, ApiError, error_body
 from .limits import INLINE_CHARS, MASKS_PER_TEXT, Settings
 from .openapi import document
 from .schemas import EmbedRequest, FillMaskRequest, OpenAIEmbeddingsRequest, PredictRequest
+from .speed_cache import versions
 from .tokens import TextTokenizer
 
 __all__ = ["TASK_ENDPOINTS", "App", "Response"]
@@ -63,6 +65,7 @@ TASK_ENDPOINTS: Mapping[str, str] = {
 
 _JSON = (b"content-type", b"application/json")
 _EMBED_OPTIONS = {value: EmbedOptions(value) for value in (False, True)}
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _TOKENIZE_BACKLOG_CHARS = 16 << 20
 _DOCS = Path(__file__).with_name("docs.html")
 
@@ -96,10 +99,9 @@ class App:
         draining: Set once on shutdown: /ready answers 503 and every answer closes its connection.
     """
 
-    def __init__(
-        self, manifest: Manifest, variant: str, tokenizer: TextTokenizer, batcher: Batcher, settings: Settings
-    ) -> None:
+    def __init__(self, manifest: Manifest, tokenizer: TextTokenizer, batcher: Batcher, settings: Settings) -> None:
         self.draining = False
+        self._info: bytes | None = None
         self._manifest = manifest
         self._tokenizer = tokenizer
         self._batcher = batcher
@@ -110,18 +112,20 @@ class App:
         self._mask_id = -1 if mask is None else mask.id
         self._mask_token = "" if mask is None else mask.token
         self._api_key = None if settings.api_key is None else settings.api_key.encode()
-        self._metrics = prometheus.Metrics(self._model, variant, manifest.task)
+        self._metrics = prometheus.Metrics()
         self._metrics.gauges(lambda: batcher.queued_tokens, lambda: self.ready)
         self._created_s = int(time.time())
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._tokenizing_chars = 0
-        self._openapi = functools.cache(lambda: orjson.dumps(document(manifest, variant, settings)))
+        self._openapi = functools.cache(lambda variant: orjson.dumps(document(manifest, variant, settings)))
+        self._variant: str | None = None
         self._routes: dict[str, dict[str, Handler]] = {
             "/embed": {"POST": self._embed},
             "/predict": {"POST": self._predict},
             "/fill-mask": {"POST": self._fill_mask},
             "/v1/embeddings": {"POST": self._openai_embeddings},
             "/v1/models": {"GET": self._openai_models},
+            "/info": {"GET": self._show_info},
             "/health": {"GET": self._health},
             "/ready": {"GET": self._ready},
             "/metrics": {"GET": self._show_metrics},
@@ -137,6 +141,67 @@ class App:
     def ready(self) -> bool:
         """Whether new requests are welcome."""
         return self._batcher.running and not self.draining
+
+    def serves(self, choice: Choice, isa: str) -> None:
+        """Told once, when the engine is loaded, what is served; on any thread.
+
+        Args:
+            choice: The variant, and why it was taken.
+            isa: What runs it.
+        """
+        manifest, settings = self._manifest, self._settings
+        labels = manifest.labels or ()
+        model_type: dict[str, Any] = {"fill-mask": {}}
+        if manifest.pooling is not None:
+            model_type = {"embedding": {"pooling": manifest.pooling.mode}}
+        elif labels:
+            names = {str(index): label for index, label in enumerate(labels)}
+            model_type = {"classifier": {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}}}
+        dtype = manifest.variants[choice.variant].dtype
+        installed = versions()
+        accuracies = {name: manifest.variants[name].accuracy for name in choice.texts_per_s or (choice.variant,)}
+        info = {
+            "model_id": self._model,
+            "model_sha": manifest.model.revision,
+            "model_dtype": _DTYPES.get(dtype, dtype),
+            "served_model_name": self._model,
+            "model_type": model_type,
+            "max_concurrent_requests": settings.max_queue_tokens,
+            "max_input_length": manifest.max_tokens,
+            "max_batch_tokens": settings.max_batch_tokens,
+            "max_batch_requests": None,
+            "max_client_batch_size": settings.max_inputs,
+            "auto_truncate": True,
+            "tokenization_workers": 1,
+            "version": installed["torch_ext"],
+            "task": manifest.task,
+            "variant": choice.variant,
+            "isa": isa,
+            "threads": settings.threads,
+            "limits": {
+                "max_tokens": manifest.max_tokens,
+                "max_batch_tokens": settings.max_batch_tokens,
+                "max_queue_tokens": settings.max_queue_tokens,
+                "max_inputs": settings.max_inputs,
+                "max_chars": settings.max_chars,
+                "max_body_bytes": settings.max_body_bytes,
+            },
+            "versions": installed,
+            "chosen_by": choice.by,
+            "candidates": [
+                {
+                    "variant": name,
+                    "texts_per_s": choice.texts_per_s.get(name),
+                    "mean": accuracy.mean,
+                    "min": accuracy.min,
+                }
+                for name, accuracy in accuracies.items()
+            ],
+            "left_out": dict(choice.left_out),
+        }
+        self._info = orjson.dumps(info)
+        self._variant = choice.variant
+        self._metrics.serves(self._model, choice.variant, manifest.task)
 
     def count_batch(self, texts: int, tokens: int) -> None:
         """Told of every batch."""
@@ -414,6 +479,12 @@ class App:
         model = {"id": self._model, "object": "model", "created": self._created_s, "owned_by": "torch-ext"}
         return Response(orjson.dumps({"object": "list", "data": [model]}))
 
+    async def _show_info(self, scope: Scope, receive: Receive) -> Response:
+        self._authorize(scope)
+        if self._info is None:
+            raise ApiError("loading", "the model is being loaded")
+        return Response(self._info)
+
     async def _health(self, scope: Scope, receive: Receive) -> Response:
         return Response(b'{"status":"ok"}')
 
@@ -431,4 +502,4 @@ class App:
         return Response(_DOCS.read_bytes(), ((b"content-type", b"text/html; charset=utf-8"),))
 
     async def _show_openapi(self, scope: Scope, receive: Receive) -> Response:
-        return Response(self._openapi())
+        return Response(self._openapi(self._variant))

@@ -28,9 +28,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Batcher", "Engine", "Item", "Work"]
+__all__ = ["Batcher", "Engine", "Item", "LoadCancelled", "Work"]
 
 log = logging.getLogger("deploy.server")
+
+
+class LoadCancelled(Exception):  # noqa: N818 - nothing went wrong
+    """The server is to stop before its engine is loaded."""
 
 
 class Work:
@@ -107,6 +111,7 @@ class Batcher:
         queued_tokens: Tokens that wait or run.
         running: Whether the engine is loaded and takes work.
         failure: Why the engine could not be loaded, or None.
+        cancel_load: Ends loading early if that can be done; then it raises `LoadCancelled`.
     """
 
     def __init__(
@@ -130,6 +135,7 @@ class Batcher:
         self.running = False
         self.failure: BaseException | None = None
         self._load = load
+        self.cancel_load: Callable[[], None] = lambda: None
         self.on_batch = on_batch
         self._inbox: SimpleQueue[Work | None] = SimpleQueue()
         self._round: deque[Work] = deque()

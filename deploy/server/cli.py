@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle import VARIANTS, BundleError, Manifest, load_manifest
+from ..bundle import VARIANTS, BundleError, load_manifest
+from .choice import AUTO
 from .limits import Settings
+from .selection import Selection
+from .speed_cache import CACHE_VARIABLE, OFF, default_folder
 
 if TYPE_CHECKING:
     from .batching import Engine
@@ -51,7 +54,18 @@ def _parser() -> argparse.ArgumentParser:
         "2 the bundle, the options or the address are wrong.",
     )
     parser.add_argument("bundle", type=Path, metavar="DIR", help="folder written by python -m deploy export")
-    parser.add_argument("--variant", help=f"{', '.join(VARIANTS)}; default: the first of these that the bundle has")
+    parser.add_argument(
+        "--variant",
+        default=AUTO,
+        help=f"{', '.join(VARIANTS)}; {AUTO} (default): the fastest of them that keeps its accuracy bound, as measured "
+        "at the first start",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help=f"folder that keeps such measurements; {OFF}: measure at every start (default: {CACHE_VARIABLE}, else "
+        "torch-ext/serve in XDG_CACHE_HOME or ~/.cache)",
+    )
     parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     parser.add_argument(
         "--port", type=int, default=defaults.port, help="0 takes a free one and prints it (default: %(default)s)"
@@ -110,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="then answer what was accepted within this time (default: %(default)s)",
     )
+    times.add_argument(
+        "--measure-limit",
+        type=_seconds,
+        default=defaults.measure_limit_s,
+        metavar="S",
+        help="without --variant, measure for this time at most; variants not measured by then are left out "
+        "(default: %(default)s)",
+    )
     parser.add_argument(
         "--api-key",
         default=os.environ.get(API_KEY_VARIABLE),
@@ -159,16 +181,9 @@ def settle_threads(threads: int) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _best_variant(manifest: Manifest) -> str:
-    """The first variant of the bundle in the order of `VARIANTS`."""
-    return next((name for name in VARIANTS if name in manifest.variants), next(iter(manifest.variants)))
-
-
 def _serve(arguments: argparse.Namespace) -> int:
-    # Checked before anything is loaded: names and sizes now, hashes when the variant is known.
+    # Names and sizes now, hashes when it is known which variants may be loaded.
     manifest = load_manifest(arguments.bundle, verify=False, variants=())
-    variant = manifest.variant(arguments.variant or _best_variant(manifest))
-    manifest = load_manifest(arguments.bundle, verify=True, variants=(variant.name,))
     if not 0 <= arguments.port <= 65535:
         raise _UsageError(f"--port: expected 0 to 65535, got {arguments.port}")
 
@@ -176,6 +191,13 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     threads = arguments.threads or available_cpus()
     settle_threads(threads)
+    if arguments.cache_dir is None:
+        cache_folder = default_folder(os.environ)
+    else:
+        cache_folder = None if arguments.cache_dir == OFF else Path(arguments.cache_dir)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    selection = Selection(manifest, arguments.variant or AUTO, threads, cache_folder)
+    manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
 
     from .app import App
     from .batching import Batcher
@@ -196,10 +218,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         keep_alive_s=arguments.keep_alive,
         drain_delay_s=arguments.drain_delay,
         drain_timeout_s=arguments.drain_timeout,
+        measure_limit_s=arguments.measure_limit,
         api_key=arguments.api_key or None,
         access_log=arguments.access_log,
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     if settings.access_log:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
@@ -216,22 +238,25 @@ def _serve(arguments: argparse.Namespace) -> int:
         ) from error
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    isa = ""
+    selection.prepare(settings.max_batch_tokens, tokenizer.vocab_size, settings.measure_limit_s)
+    started = ""
 
     def load() -> Engine:
-        nonlocal isa
-        engine, isa = load_engine(manifest, variant, threads, tokenizer.token, settings.max_batch_tokens)
+        nonlocal started
+        choice = selection.decide()
+        engine, isa = load_engine(
+            manifest, manifest.variant(choice.variant), threads, tokenizer.token, settings.max_batch_tokens
+        )
+        app.serves(choice, isa)
+        started = f"variant={choice.variant} threads={threads} isa={isa} ({choice})"
         return engine
 
     def announce() -> None:
-        print(
-            f"serving {manifest.model.name} ({manifest.task}) on {url} "
-            f"variant={variant.name} threads={threads} isa={isa}",
-            flush=True,
-        )
+        print(f"serving {manifest.model.name} ({manifest.task}) on {url} {started}", flush=True)
 
     batcher = Batcher(load, settings.max_batch_tokens, settings.max_queue_tokens)
-    app = App(manifest, variant.name, tokenizer, batcher, settings)
+    batcher.cancel_load = selection.cancel
+    app = App(manifest, tokenizer, batcher, settings)
     batcher.on_batch = app.count_batch
     server = Server(app, batcher, settings, announce)
     server.run(sockets=[sock])
@@ -239,7 +264,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         if isinstance(server.load_error, BundleError):
             raise server.load_error
         raise BundleError(
-            f"{manifest.root}: variant {variant.name} cannot be loaded: "
+            f"{manifest.root}: {' or '.join(selection.names)} cannot be loaded: "
             f"{type(server.load_error).__name__}: {server.load_error}"
         ) from server.load_error
     return server.exit_code

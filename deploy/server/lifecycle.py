@@ -24,7 +24,7 @@ from types import FrameType
 import uvicorn
 
 from .app import App
-from .batching import Batcher
+from .batching import Batcher, LoadCancelled
 from .limits import Settings
 from .protocol import HttpProtocol
 
@@ -114,6 +114,8 @@ class Server(uvicorn.Server):
     async def _load(self) -> None:
         try:
             await self._batcher.start()
+        except LoadCancelled:
+            return
         except BaseException as error:
             self.load_error = error
             self.exit_code = 2
@@ -141,6 +143,8 @@ class Server(uvicorn.Server):
         self._app.draining = True
         if self._batcher.running:
             await asyncio.sleep(self._settings.drain_delay_s)
+        else:
+            self._batcher.cancel_load()
         begun_s = time.monotonic()
         deadline_s = begun_s + self._settings.drain_timeout_s
         await self._stop_listening(sockets or [])

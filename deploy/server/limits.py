@@ -38,6 +38,7 @@ class Settings:
         keep_alive_s: Idle connections are closed after this time.
         drain_delay_s: After SIGTERM, how long connections are still accepted while /ready answers 503.
         drain_timeout_s: After that, how long requests may take to be answered.
+        measure_limit_s: Most time to measure the variants of a bundle at start; one not measured by then is left out.
         api_key: Key that inference requests have to bring, or None.
         access_log: One line per request.
     """
@@ -54,5 +55,6 @@ class Settings:
     keep_alive_s: float = 75.0
     drain_delay_s: float = 0.0
     drain_timeout_s: float = 25.0
+    measure_limit_s: float = 30.0
     api_key: str | None = None
     access_log: bool = False

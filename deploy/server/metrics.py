@@ -34,11 +34,12 @@ _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 class Metrics:
     """Counters and histograms; a registry of its own, so that several servers fit in one process (tests)."""
 
-    def __init__(self, model: str, variant: str, task: str) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        labels = {"model": model, "variant": variant, "task": task}
-        Gauge("serve_model_info", "What is served.", tuple(labels), registry=self._registry).labels(**labels).set(1)
+        self._model = Gauge(
+            "serve_model_info", "What is served.", ("model", "variant", "task"), registry=self._registry
+        )
         self._requests = Counter(
             "serve_requests", "Answered requests.", ("endpoint", "status"), registry=self._registry
         )
@@ -72,6 +73,10 @@ class Metrics:
         """Registers values that are read when they are asked for."""
         Gauge("serve_queue_tokens", "Tokens that wait or run.", registry=self._registry).set_function(queue_tokens)
         Gauge("serve_ready", "1 while /ready answers 200.", registry=self._registry).set_function(ready)
+
+    def serves(self, model: str, variant: str, task: str) -> None:
+        """Told once what is served; on any thread."""
+        self._model.labels(model=model, variant=variant, task=task).set(1)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
         """Counts an answer."""

@@ -16,6 +16,7 @@ from .schemas import (
     ErrorResponse,
     FillMaskRequest,
     FillMaskResponse,
+    InfoResponse,
     OpenAIEmbeddingsRequest,
     OpenAIEmbeddingsResponse,
     OpenAIModels,
@@ -72,12 +73,12 @@ _INFERENCE: Sequence[tuple[str, str, str, Any, Any, dict[str, Any]]] = (
 )
 
 
-def document(manifest: Manifest, variant: str, settings: Settings) -> dict[str, Any]:
+def document(manifest: Manifest, variant: str | None, settings: Settings) -> dict[str, Any]:
     """The OpenAPI 3.1 document of a server.
 
     Args:
         manifest: What is served.
-        variant: Which variant of it.
+        variant: Which variant of it; None while it is not chosen yet.
         settings: Limits, which the document names.
 
     Returns:
@@ -85,7 +86,7 @@ def document(manifest: Manifest, variant: str, settings: Settings) -> dict[str, 
     """
     types = [item for row in _INFERENCE for item in row[3:5]]
     _, schemas = msgspec.json.schema_components(
-        [*types, OpenAIModels, StatusResponse, ErrorResponse], ref_template="#/components/schemas/{name}"
+        [*types, OpenAIModels, InfoResponse, StatusResponse, ErrorResponse], ref_template="#/components/schemas/{name}"
     )
     mask = manifest.special_tokens["mask"]
     fill = {"{model}": manifest.model.name, "{mask}": "[MASK]" if mask is None else mask.token}
@@ -123,6 +124,18 @@ def document(manifest: Manifest, variant: str, settings: Settings) -> dict[str, 
             **({"security": [{"api_key": []}]} if secured else {}),
         }
     }
+    paths["/info"] = {
+        "get": {
+            "operationId": "info",
+            "tags": ["operation"],
+            "summary": "What is served, how, and why",
+            "responses": {
+                "200": _json(InfoResponse, InfoResponse.__doc__ or ""),
+                **_errors(["loading", *(["unauthorized"] if secured else [])]),
+            },
+            **({"security": [{"api_key": []}]} if secured else {}),
+        }
+    }
     paths["/health"] = _get("health", "Whether the process lives", {"200": _json(StatusResponse, "It does.")})
     paths["/ready"] = _get(
         "ready",
@@ -153,7 +166,7 @@ def document(manifest: Manifest, variant: str, settings: Settings) -> dict[str, 
         "info": {
             "title": f"{manifest.model.name} ({manifest.task})",
             "version": version,
-            "description": f"Variant {variant}. {limits}",
+            "description": limits if variant is None else f"Variant {variant}. {limits}",
         },
         "paths": paths,
         "components": components,

@@ -19,6 +19,7 @@ __all__ = [
     "ErrorResponse",
     "FillMaskRequest",
     "FillMaskResponse",
+    "InfoResponse",
     "OpenAIEmbedding",
     "OpenAIEmbeddingsRequest",
     "OpenAIEmbeddingsResponse",
@@ -178,6 +179,88 @@ class StatusResponse(Struct):
     """State of the server."""
 
     status: str
+
+
+class MeasuredVariant(Struct):
+    """A variant that could be served here.
+
+    Attributes:
+        texts_per_s: Measured on this machine, tokenisation not included; null if it was not measured.
+        mean: Accuracy against transformers in fp32 by the bundle's metric, measured by the export.
+        min: That of the worst text.
+    """
+
+    variant: str
+    texts_per_s: float | None
+    mean: float
+    min: float
+
+
+class InfoLimits(Struct):
+    """What a request may cost."""
+
+    max_tokens: int
+    max_batch_tokens: int
+    max_queue_tokens: int
+    max_inputs: int
+    max_chars: int
+    max_body_bytes: int
+
+
+class InfoResponse(Struct):
+    """What is served, how, and why.
+
+    Fields up to `version` are those of text-embeddings-inference.
+
+    Attributes:
+        model_id: Name of the model.
+        model_sha: Its commit on the hub, or null.
+        model_dtype: `bfloat16`, `float32` or `int8`.
+        served_model_name: The name again.
+        model_type: `{"embedding": {"pooling": ...}}`, `{"classifier": {"id2label", "label2id"}}`, or
+            `{"fill-mask": {}}`.
+        max_concurrent_requests: Most requests that can wait, if each has one token; `limits.max_queue_tokens` counts.
+        max_input_length: Longest text in tokens.
+        max_batch_tokens: Token budget of a batch.
+        max_batch_requests: Always null: tokens count.
+        max_client_batch_size: Most texts in a request.
+        auto_truncate: Whether longer texts are cut unless a request says otherwise.
+        tokenization_workers: Threads that tokenize.
+        version: Of torch_ext.
+        task: Task of the bundle.
+        variant: Which of its variants is served.
+        isa: What runs it: kernels of torch_ext, or a version of ONNX Runtime.
+        threads: Threads of the engine.
+        limits: What a request may cost.
+        versions: Of the packages that compute.
+        chosen_by: `option` (`--variant`), `measurement` at this start, `cache` (one of an earlier start), `only` (no
+            other variant can be served), `default` (nothing could be measured).
+        candidates: Variants that could be served here, the fastest first.
+        left_out: Variants that are not among them, and why.
+    """
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    served_model_name: str
+    model_type: dict[str, dict[str, str | dict[str, str | int]]]
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    task: str
+    variant: str
+    isa: str
+    threads: int
+    limits: InfoLimits
+    versions: dict[str, str]
+    chosen_by: Literal["option", "measurement", "cache", "only", "default"]
+    candidates: list[MeasuredVariant]
+    left_out: dict[str, str]
 
 
 class ErrorDetail(Struct):

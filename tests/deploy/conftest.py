@@ -19,6 +19,8 @@ if str(ROOT) not in sys.path:  # deploy is an application, never installed.
 
 # Nothing here may look for a hub. Libraries read this when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor write into the home of whoever runs the tests.
+os.environ["DEPLOY_CACHE_DIR"] = "none"
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

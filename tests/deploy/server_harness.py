@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, SpecialToken, Variant
 from deploy.server.app import App
 from deploy.server.batching import Batcher
+from deploy.server.choice import Choice
 from deploy.server.lifecycle import Server, listen
 from deploy.server.limits import Settings
 from deploy.server.tokens import TextTokenizer
@@ -174,9 +175,12 @@ class LiveServer:
 
     def __init__(self, manifest: Manifest, settings: Settings, engine: FakeEngine, load: Any = None) -> None:
         self.engine = engine
+        self.choice = Choice("fake", "only", {}, {"other": "it is not there"})
         self.manifest = manifest
-        self.batcher = Batcher(load or (lambda: engine), settings.max_batch_tokens, settings.max_queue_tokens)
-        self.app = App(manifest, "fake", TextTokenizer.from_manifest(manifest), self.batcher, settings)
+        self.batcher = Batcher(
+            lambda: self.loaded(load or (lambda: engine)), settings.max_batch_tokens, settings.max_queue_tokens
+        )
+        self.app = App(manifest, TextTokenizer.from_manifest(manifest), self.batcher, settings)
         self.batcher.on_batch = self.app.count_batch
         self.ready = threading.Event()
         self.server = Server(self.app, self.batcher, settings, self.ready.set)
@@ -184,6 +188,11 @@ class LiveServer:
         self.port = int(sock.getsockname()[1])
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [sock]}, name="server")
         self.thread.start()
+
+    def loaded(self, load: Callable[[], FakeEngine]) -> FakeEngine:
+        engine = load()
+        self.app.serves(self.choice, "fake-isa")
+        return engine
 
     def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
         """One request on a connection of its own."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import functools
+import json
 import re
 import signal
 import socket
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,7 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import Client, Reply, wait_until
 
 from deploy.bundle import VARIANTS, load_manifest
+from deploy.server import schemas
+from deploy.server.choice import fastest
 from deploy.server.engines import FillMaskOptions, OnnxEngine, load_engine
+from deploy.server.measure import Job
 from deploy.server.threads import available_cpus
 from deploy.server.tokens import TextTokenizer
 from deploy.texts import sample
@@ -155,7 +161,7 @@ def test_embeddings_equal_transformers(minilm_bundle: Path, reference: np.ndarra
     ) as server:
         assert re.fullmatch(
             r"serving all-MiniLM-L6-v2 \(feature-extraction\) on http://127\.0\.0\.1:\d+ "
-            rf"variant={variant} threads=2 isa=\S+\n",
+            rf"variant={variant} threads=2 isa=\S+ \(by --variant\)\n",
             server.line,
         )
         # All at once, and one by one: batches must not change what comes out beyond rounding.
@@ -167,13 +173,15 @@ def test_embeddings_equal_transformers(minilm_bundle: Path, reference: np.ndarra
         for found, expected in ((together, reference), (alone, reference[-8:])):
             assert cosines(found, expected).min() >= COSINE[variant]
             np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
-        longer = np.float32(server("POST", "/embed", {"inputs": texts(), "normalize": False}).json["embeddings"])
-        assert np.abs(np.linalg.norm(longer, axis=1) - 1.0).max() > 0.1
-        assert cosines(longer, reference).min() >= COSINE[variant]
-        coded = server("POST", "/v1/embeddings", {"input": texts(), "encoding_format": "base64"}).json["data"]
+        some = texts()[-8:]
+        longer = np.float32(server("POST", "/embed", {"inputs": some, "normalize": False}).json["embeddings"])
+        norms = np.linalg.norm(longer, axis=1, keepdims=True)
+        assert np.abs(norms - 1.0).max() > 0.1
+        assert cosines(longer, reference[-8:]).min() >= COSINE[variant]
+        coded = server("POST", "/v1/embeddings", {"input": some, "encoding_format": "base64"}).json["data"]
         decoded = np.stack([np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in coded])
-        # Equal up to the last digit that JSON holds; int8 quantises a batch as a whole, which is the same batch here.
-        np.testing.assert_allclose(decoded, together, atol=2e-3)
+        # Equal but for rounding; int8 quantises a batch as a whole, which is the same batch here.
+        np.testing.assert_allclose(decoded, longer / norms, atol=2e-3)
         code, out, err = server.stop()
     assert (code, err) == (0, "")
     modules = set(out.split())
@@ -186,9 +194,7 @@ def test_embeddings_equal_transformers(minilm_bundle: Path, reference: np.ndarra
 
 @pytest.fixture(scope="module")
 def torch_server(minilm_bundle: Path) -> Iterator[ServeProcess]:
-    """The default variant of the real model."""
-    with serving(minilm_bundle, "--threads", 1) as server:
-        assert " variant=torch_ext-bf16 threads=1 " in server.line
+    with serving(minilm_bundle, "--variant", "torch_ext-bf16", "--threads", 1) as server:
         yield server
 
 
@@ -202,7 +208,7 @@ def test_memory_does_not_grow_with_the_variety_of_batches(torch_server: ServePro
     def send(sizes: Sequence[int]) -> None:
         with Client(torch_server.port) as client:
             for size in sizes:
-                assert client("POST", "/embed", {"inputs": ["word " * size, "word " * 200]}).status == 200
+                assert client("POST", "/embed", {"inputs": ["word " * size, "word " * 20]}).status == 200
 
     send(range(1, 200, 20))
     before_mb = resident_mb()
@@ -245,6 +251,11 @@ def reference_model(folder: Path, auto: str) -> tuple[Any, Any]:
     return tokenizer, model
 
 
+# Random weights make probabilities sensitive, and instruction sets sum in other orders. Worst errors on x86-64 with the
+# kernels `portable` and `torch`: 0.004 in bf16 and 0.02 in int8; of tokens, whose probabilities are small, 5 and 14 %.
+# Swapped weights or a wrong head give errors as large as the numbers.
+SCORE_BOUND = {"torch_ext-bf16": 0.02, "torch_ext-int8": 0.05}
+TOKEN_BOUND = {"torch_ext-bf16": 0.1, "torch_ext-int8": 0.16}
 TASK_TEXTS = ["the name of the file", "returns a list of all values in the object", "x"]
 
 
@@ -265,7 +276,7 @@ def test_predict_equals_transformers(
         with torch.inference_mode():
             expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         assert [item["score"] for item in scores] == sorted((item["score"] for item in scores), reverse=True)
-        bound = {"torch_ext-bf16": 0.02, "torch_ext-int8": 0.04}.get(variant, 1e-5)
+        bound = SCORE_BOUND.get(variant, 1e-5)
         for item in scores:
             index = model.config.label2id[item["label"]]
             assert item["score"] == pytest.approx(float(expected[index]), abs=bound)
@@ -295,22 +306,19 @@ def test_fill_mask_equals_transformers(
         for row, place in zip(rows, places, strict=True):
             scores = [item["score"] for item in place]
             assert scores == sorted(scores, reverse=True)
-            bound = {"torch_ext-bf16": 0.05, "torch_ext-int8": 0.15}.get(variant, 1e-4)
+            bound = TOKEN_BOUND.get(variant, 1e-4)
             np.testing.assert_allclose(
                 scores, expected[row].sort(descending=True).values[: len(scores)].numpy(), rtol=bound, atol=1e-6
             )
             for item in place:
-                np.testing.assert_allclose(item["score"], float(expected[row, item["token_id"]]), rtol=4 * bound)
+                np.testing.assert_allclose(item["score"], float(expected[row, item["token_id"]]), rtol=2 * bound)
                 assert item["token"] == tokenizer.decode([item["token_id"]])
 
 
 @pytest.mark.parametrize(("task", "path"), [("text-classification", "/predict"), ("fill-mask", "/fill-mask")])
 def test_task_endpoints(tiny_bundle: BundleMaker, task: str, path: str) -> None:
-    import msgspec
-
-    from deploy.server import schemas
-
-    with serving(tiny_bundle("bert", task), "--threads", 1, blocked=["transformers", "optimum"]) as server:
+    options = ("--variant", "torch_ext-bf16", "--threads", 1)
+    with serving(tiny_bundle("bert", task), *options, blocked=["transformers", "optimum"]) as server:
         inputs = ["the [MASK] of the file", "a [MASK] [MASK]"]
         reply = server("POST", path, {"inputs": inputs})
         assert reply.status == 200, reply.body
@@ -367,8 +375,44 @@ def test_changed_weights_are_refused(tiny_bundle: BundleMaker, tmp_path: Path) -
     data[-1] ^= 1
     weights.write_bytes(data)
     assert "SHA-256" in fails(bundle)
+    assert "SHA-256" in fails(bundle, "--variant", "torch_ext-bf16")
     weights.unlink()
-    assert weights.name in fails(bundle)
+    assert weights.name in fails(bundle, "--variant", "torch_ext-bf16")
+
+
+def test_without_a_variant_the_measured_choice_is_served_and_kept(tiny_bundle: BundleMaker, tmp_path: Path) -> None:
+    bundle = tiny_bundle("bert", "feature-extraction")
+    accuracies = {name: variant.accuracy for name, variant in load_manifest(bundle, verify=False).variants.items()}
+    cache = tmp_path / "cache"
+    infos = []
+    for by, words in (("measurement", "measured: "), ("cache", "measured at an earlier start: ")):
+        with serving(bundle, "--threads", 1, "--cache-dir", cache, "--measure-limit", 200) as server:
+            reply = server("GET", "/info")
+            assert reply.status == 200
+            info = msgspec.json.decode(reply.body, type=schemas.InfoResponse)
+            speeds = {item.variant: item.texts_per_s for item in info.candidates}
+            assert info.chosen_by == by
+            assert (set(speeds), info.left_out) == (set(VARIANTS), {})
+            assert info.variant == fastest({name: speed or 0.0 for name, speed in speeds.items()}, accuracies)
+            assert f" variant={info.variant} threads=1 isa={info.isa} ({words}" in server.line
+            assert all(f"{name} {speed:.1f}" in server.line for name, speed in speeds.items())
+            assert f'variant="{info.variant}"' in server("GET", "/metrics").body.decode()
+            assert info.variant in server("GET", "/openapi.json").json["info"]["description"]
+            assert server("POST", "/embed", {"inputs": "a text"}).status == 200
+            assert server.stop()[::2] == (0, "")
+        infos.append(speeds)
+    assert infos[0] == infos[1]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_measuring_process_ends_with_the_server(tiny_bundle: BundleMaker) -> None:
+    job = Job(str(tiny_bundle("bert", "feature-extraction")), ("torch_ext-bf16", "onnx-fp32"), 1, 2048, 100)
+    command = [sys.executable, "-m", "deploy.server.measure"]
+    line = json.dumps(dataclasses.asdict(job)) + "\n"
+    # Its input ends, as when the server is killed.
+    done = subprocess.run(command, cwd=ROOT, input=line, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "done" not in done.stdout
 
 
 def test_threads_follow_affinity_and_quota() -> None:
@@ -400,7 +444,7 @@ def test_sigterm_under_load(minilm_bundle: Path) -> None:
                     broken.append(repr(error))
                     return
 
-    with serving(minilm_bundle, "--threads", 1) as server:
+    with serving(minilm_bundle, "--variant", "torch_ext-bf16", "--threads", 1) as server:
         threads = [threading.Thread(target=work, args=(server.port,)) for _ in range(16)]
         for thread in threads:
             thread.start()
@@ -416,7 +460,8 @@ def test_sigterm_under_load(minilm_bundle: Path) -> None:
 
 
 def test_drain_timeout(minilm_bundle: Path) -> None:
-    with serving(minilm_bundle, "--threads", 1, "--drain-timeout", 0.3) as server:
+    options = ("--variant", "torch_ext-bf16", "--threads", 1, "--drain-timeout", 0.3)
+    with serving(minilm_bundle, *options) as server:
         client = Client(server.port)
         client.send("POST", "/embed", {"inputs": ["word " * 300] * 1000})
         wait_until(lambda: "serve_queue_tokens 0.0" not in server("GET", "/metrics").body.decode())

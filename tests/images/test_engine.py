@@ -89,9 +89,10 @@ def bf16() -> list[list[float]]:
 
 @pytest.fixture(scope="module", params=ARCHES)
 def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, Container]]:
-    """A healthy server with its default variant, on each architecture; at the end it has to stop in good order."""
+    """A healthy server, on each architecture; at the end it has to stop in good order."""
     arch = request.param
-    with serving(image(arch), arch, setting("TORCH_EXT_BUNDLE"), options=["--cpus=1"]) as container:
+    variant = ("--variant", "torch_ext-bf16")
+    with serving(image(arch), arch, setting("TORCH_EXT_BUNDLE"), *variant, options=["--cpus=1"]) as container:
         print(f"{arch} healthy after {container.wait_until_healthy(300):.0f} s")
         yield arch, container
         exit_code, seconds = container.stop(40)
@@ -113,6 +114,7 @@ def test_what_it_says_of_itself(server: tuple[str, Container]) -> None:
     started = re.search(r"variant=(\S+) threads=(\d+) isa=(\S+)", container.logs())
     assert started is not None, container.logs()
     assert started[1] == "torch_ext-bf16"
+    assert "(by --variant)" in container.logs()
     assert started[2] == "1", "the container's CPU quota is 1"
     if arch == "arm64":
         assert started[3] == "neon_i8mm", "the emulated CPU has bf16 and i8mm"
@@ -142,11 +144,26 @@ def test_wrong_requests_get_an_answer(server: tuple[str, Container]) -> None:
 def test_arm64_without_bf16(fp32: list[list[float]]) -> None:
     """Graviton2's cores. On older ones (cortex-a72) the kernels run, but importing torch's own builds fails."""
     options = ["--env=QEMU_CPU=neoverse-n1"]
-    with serving(image("arm64"), "arm64", setting("TORCH_EXT_BUNDLE"), options=options) as container:
+    variant = ("--variant", "torch_ext-bf16")
+    with serving(image("arm64"), "arm64", setting("TORCH_EXT_BUNDLE"), *variant, options=options) as container:
         container.wait_until_healthy(300)
-        assert "isa=neon_dotprod\n" in container.logs() + "\n"
+        assert "isa=neon_dotprod " in container.logs()
         vectors = container.post("/embed", {"inputs": TEXTS[:3]})["embeddings"]
     assert min(map(cosine, vectors, fp32)) >= 0.9995
+
+
+def test_without_a_variant_it_measures(fp32: list[list[float]]) -> None:
+    """Hardened as it is: a file system that is read only, and a user without a home."""
+    with serving(image("amd64"), "amd64", setting("TORCH_EXT_BUNDLE"), options=["--cpus=1"]) as container:
+        container.wait_until_healthy(120)
+        status, body = container.get("/info")
+        info = json.loads(body)
+        assert status == 200
+        assert info["chosen_by"] == "measurement", container.logs()
+        assert info["variant"] in {item["variant"] for item in info["candidates"]}
+        assert f"variant={info['variant']} " in container.logs()
+        assert min(map(cosine, embeddings(container), fp32)) >= 0.95
+        assert container.stop(40)[0] == 0
 
 
 def test_arm64_onnx_int8(fp32: list[list[float]], tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from deploy.server.choice import Choice
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,12 +47,12 @@ def pid_of(host: str) -> int:
 
 def test_server_is_stopped_whatever_happens(demo: ModuleType, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SERVER]
-    with demo.serving(command, tmp_path / "log") as host:
-        first = pid_of(host)
+    with demo.serving(command, tmp_path / "log") as started:
+        first = pid_of(started.host)
         assert alive(first)
     assert not alive(first)
-    with pytest.raises(KeyboardInterrupt), demo.serving(command, tmp_path / "log") as host:  # noqa: PT012
-        second = pid_of(host)
+    with pytest.raises(KeyboardInterrupt), demo.serving(command, tmp_path / "log") as started:  # noqa: PT012
+        second = pid_of(started.host)
         raise KeyboardInterrupt
     assert not alive(second)
 
@@ -68,8 +70,9 @@ def test_a_signal_leaves_nothing_running(tmp_path: Path, number: int) -> None:
         f"sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
         "import demo, pathlib\n"
         "def run(arguments):\n"
-        f"    with demo.serving([sys.executable, '-c', {SERVER!r}], pathlib.Path({str(tmp_path / 'log')!r})) as host:\n"
-        "        print(host, flush=True)\n"
+        f"    log = pathlib.Path({str(tmp_path / 'log')!r})\n"
+        f"    with demo.serving([sys.executable, '-c', {SERVER!r}], log) as started:\n"
+        "        print(started.host, flush=True)\n"
         "        signal.pause()\n"
         "demo.demo = run\n"
         "sys.argv = ['demo']\n"
@@ -103,6 +106,37 @@ def test_table_compares_with_the_baseline(demo: ModuleType) -> None:
     assert header.split() == ["variant", "size", "accuracy", "against", "fp32", "texts/s", "gain", "p50", "p95"]
     assert first.split()[-8:] == ["the", "reference", "40.0", "1.0x", "10", "ms", "21", "ms"]
     assert second.split() == ["onnx-int8", "22.9", "MB", "cosine", "0.99", "100.0", "2.5x", "10", "ms", "21", "ms"]
+
+
+def test_table_marks_the_variant_that_the_server_took(demo: ModuleType) -> None:
+    rows = [
+        demo.Row(demo.BASELINE, 90_900_000, "the reference", measured(40)),
+        demo.Row("torch_ext-bf16", 45_200_000, "cosine 1", measured(100), chosen=True),
+        demo.Row("onnx-int8", 22_900_000, "cosine 0.99", measured(104)),
+    ]
+    assert [line.split("  ")[0] for line in demo.table(rows)] == [
+        "variant",
+        demo.BASELINE,
+        "torch_ext-bf16 *",
+        "onnx-int8",
+    ]
+    assert demo.faster_than_chosen(rows) == "", "within noise"
+    rows[2] = demo.Row("onnx-int8", 22_900_000, "cosine 0.99", measured(120))
+    assert demo.faster_than_chosen(rows) == "onnx-int8"
+    assert demo.faster_than_chosen(rows[:1]) == ""
+
+
+def test_start_line_is_that_of_the_server(demo: ModuleType) -> None:
+    choice = Choice(
+        "onnx-int8", "measurement", {"onnx-int8": 82.9, "b": 58.4}, {"c": "its bound is missed (min 1 < 2)"}
+    )
+    line = (
+        f"serving name (feature-extraction) on http://127.0.0.1:80 variant=onnx-int8 threads=2 isa=x-1.2 ({choice})\n"
+    )
+    started = demo.read_start(f"a warning\n{line}more\n")
+    assert started == demo.Started("http://127.0.0.1:80", "onnx-int8", str(choice))
+    assert demo.read_start(line[:-1]) is None, "the line is not complete"
+    assert demo.read_start("serving folder on http://127.0.0.1:80\n") == demo.Started("http://127.0.0.1:80")
 
 
 def test_only_what_others_compute_counts_as_theirs(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

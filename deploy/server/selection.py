@@ -1,0 +1,112 @@
+"""From `--variant` to the variant that is served: named, or the only one, or found by a measurement, new or kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..bundle import BundleError, Manifest
+from .choice import AUTO, Choice, candidates, fastest
+from .speed_cache import SpeedCache, fingerprint
+
+if TYPE_CHECKING:
+    from .measure import Measurement
+
+__all__ = ["Selection"]
+
+
+class Selection:
+    """Which variant of a bundle is served.
+
+    Attributes:
+        names: Variants that may be loaded: the one that is known already, or all candidates.
+    """
+
+    def __init__(self, manifest: Manifest, requested: str, threads: int, cache_folder: Path | None) -> None:
+        """Decides as far as that takes no time.
+
+        Args:
+            manifest: The bundle.
+            requested: Name of a variant, or `AUTO`.
+            threads: Threads of the engine.
+            cache_folder: Where measurements are kept, or None.
+
+        Raises:
+            BundleError: No such variant, or none that can be served.
+        """
+        self._manifest = manifest
+        self._threads = threads
+        self._choice: Choice | None = None
+        self._measurement: Measurement | None = None
+        self._cache: SpeedCache | None = None
+        self._left_out: dict[str, str] = {}
+        if requested != AUTO:
+            self.names = [manifest.variant(requested).name]
+            self._choice = Choice(requested, "option")
+            return
+        self.names, self._left_out = candidates(manifest)
+        if not self.names:
+            raise self._none(self._left_out)
+        if len(self.names) == 1:
+            self._choice = Choice(self.names[0], "only", {}, self._left_out)
+            return
+        self._cache = SpeedCache(cache_folder, fingerprint(manifest, self.names, threads))
+        if (kept := self._cache.load()) is not None:
+            speeds, failed = kept
+            self._choice = self._best("cache", speeds, failed)
+            self.names = [self._choice.variant]
+
+    def prepare(self, max_batch_tokens: int, vocab_size: int, limit_s: float) -> None:
+        """Makes ready to measure, if there is anything to measure, so that `cancel` works from now on.
+
+        Args:
+            max_batch_tokens: Largest batch that engines prepare for.
+            vocab_size: Token ids are below it.
+            limit_s: Most time for the measurement.
+        """
+        if self._choice is None:
+            from .measure import Job, Measurement
+
+            job = Job(str(self._manifest.root), tuple(self.names), self._threads, max_batch_tokens, vocab_size)
+            self._measurement = Measurement(job, limit_s)
+
+    def cancel(self) -> None:
+        """Ends a measurement; `decide` raises `LoadCancelled` then. On any thread."""
+        if self._measurement is not None:
+            self._measurement.cancel()
+
+    def decide(self) -> Choice:
+        """The choice, after a measurement if it takes one; `prepare` was called.
+
+        Raises:
+            LoadCancelled: `cancel` was called.
+            BundleError: No variant runs on this machine.
+        """
+        if self._choice is None:
+            assert self._measurement is not None
+            outcome = self._measurement.run()
+            left_out = {**outcome.failed, **outcome.unmeasured}
+            if outcome.texts_per_s:
+                self._choice = self._best("measurement", outcome.texts_per_s, left_out)
+                if outcome.lasting and self._cache is not None:
+                    self._cache.save(outcome.texts_per_s, left_out)
+            elif outcome.unmeasured:
+                first, *_ = outcome.unmeasured
+                del left_out[first]
+                self._choice = Choice(first, "default", {}, {**self._left_out, **left_out})
+            else:
+                raise self._none({**self._left_out, **left_out})
+        return self._choice
+
+    def _best(self, by: str, speeds: Mapping[str, float], left_out: Mapping[str, str]) -> Choice:
+        accuracies = {name: self._manifest.variants[name].accuracy for name in speeds}
+        ranked = dict(sorted(speeds.items(), key=lambda item: -item[1]))
+        return Choice(fastest(speeds, accuracies), by, ranked, {**self._left_out, **left_out})
+
+    def _none(self, left_out: Mapping[str, str]) -> BundleError:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        return BundleError(
+            f"{self._manifest.root}: expected a variant that runs here and keeps its bound, found none ({reasons}); "
+            "install what is missing, export the model again, or name one by --variant"
+        )
