@@ -190,6 +190,32 @@ def test_one_op_equals_op_by_op(spec: EncoderSpec, generator: torch.Generator) -
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "int8"])
+def test_threads_that_share_a_batch_out_give_the_same(
+    generator: torch.Generator, dtype: torch_ext.encoder.Dtype
+) -> None:
+    """Enough texts for each thread to take some of them alone, in uneven parts; the result is that of one thread."""
+    spec = dataclasses.replace(SPEC, max_positions=60)
+    encoder = Encoder(spec, make_weights(spec, generator), dtype)
+    lengths = torch.randint(1, spec.max_positions + 1, (150,), generator=generator).tolist()
+    ids, bounds, types = batch(generator, lengths)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = encoder(ids, bounds, types)
+        assert expected.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
+        for count in (2, 3, 4):
+            torch.set_num_threads(count)
+            for _ in range(3):
+                actual = encoder(ids, bounds, types)
+                # Kernels for few rows may add in another order than those for many.
+                assert cosine(actual, expected) > 0.9999
+                rows = F.cosine_similarity(actual.double(), expected.double(), dim=-1)
+                assert float(rows.min()) > 0.999
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_batch_in_groups_equals_its_texts(generator: torch.Generator) -> None:
     """More tokens than one group takes: a group's memory is bounded, and nothing is lost between two."""
     spec = dataclasses.replace(SPEC, intermediate_size=4096, num_layers=1)
