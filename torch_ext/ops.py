@@ -343,6 +343,7 @@ def embed_layer_norm(
     bias: Tensor,
     eps: float,
     position_offset: int,
+    padding_id: int = -1,
 ) -> Tensor:
     """The embedding layer of a BERT: word, position and token type rows, added up and normalized.
 
@@ -358,6 +359,8 @@ def embed_layer_norm(
         bias: fp32 ``[H]``.
         eps: added to the variance.
         position_offset: 0 for BERT, ``padding_idx + 1`` for RoBERTa.
+        padding_id: -1 for BERT; ``padding_idx`` for RoBERTa, which counts positions over tokens with other ids: tokens
+            with this one take row ``position_offset - 1``.
 
     Returns:
         ``[T, H]`` in the dtype of the tables.
@@ -370,7 +373,17 @@ def embed_layer_norm(
     return cast(
         Tensor,
         torch.ops.torch_ext.embed_layer_norm(
-            input_ids, cu_seqlens, token_type_ids, word, position, token_type, weight, bias, eps, position_offset
+            input_ids,
+            cu_seqlens,
+            token_type_ids,
+            word,
+            position,
+            token_type,
+            weight,
+            bias,
+            eps,
+            position_offset,
+            padding_id,
         ),
     )
 
@@ -678,6 +691,7 @@ def _(
     bias: Tensor,
     eps: float,
     position_offset: int,
+    padding_id: int = -1,
 ) -> Tensor:
     _check_inference_only(
         "embed_layer_norm", word=word, position=position, token_type=token_type, weight=weight, bias=bias

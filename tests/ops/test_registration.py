@@ -80,6 +80,7 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
             ((ids, bounds, None, *tables[:2], None, *norm, 1e-5, 0), {}),
             ((ids, bounds, None, tables[0], None, None, *norm, 1e-5, 0), {}),
             ((ids, bounds, ids % 2, *(table.to(bf16) for table in tables), *norm, 1e-5, 2), {}),
+            ((ids, bounds, None, *tables[:2], None, *norm, 1e-5, 2, 4), {}),
         ],
         "pool": [((rand(5, 8), bounds, "mean", True), {}), ((rand(5, 8, dtype=bf16), bounds, "max", False), {})],
     }

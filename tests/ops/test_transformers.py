@@ -98,7 +98,7 @@ def make(kind: str, name: str, **more: Any) -> nn.Module:
 
 
 def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    # Ids from 10: none of them is a padding token, which transformers treats apart.
+    # Ids from 10: none of them is a padding token, which some models do not count; see test_padding_tokens_in_a_text.
     return torch.randint(10, 100, (sum(LENGTHS),), generator=generator), reference.cu_seqlens(LENGTHS)
 
 
@@ -137,6 +137,49 @@ def test_encoder(name: str, generator: torch.Generator) -> None:
     rounded(ids.repeat(2)[:longest], reference.cu_seqlens([longest]))
     with pytest.raises(ValueError, match="truncate"):
         rounded(ids.repeat(2)[: longest + 1], reference.cu_seqlens([longest + 1]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_tokens_in_a_text(name: str, generator: torch.Generator, tmp_path: Any) -> None:
+    """Models of RoBERTa's kind count positions over the other tokens, and give padding a position of its own."""
+    model = make("Model", name)
+    padding = 1 if name == "mpnet" else model.config.pad_token_id
+    p, texts = padding, []
+    for kind in ("in the middle", "at the start", "at the end", "nothing else", "one"):
+        text = torch.randint(10, 100, (12,), generator=generator).tolist()
+        texts.append({
+            "in the middle": [*text[:3], p, *text[3:5], p, p, *text[5:]],
+            "at the start": [p, p, *text],
+            "at the end": [*text, p],
+            "nothing else": [p] * 7,
+            "one": [p],
+        }[kind])  # fmt: skip
+    longest = Encoder.from_transformers(model).spec.max_positions
+    texts.append([p if place % 3 == 0 else 10 + place for place in range(longest)])
+    ids, bounds = torch.tensor(sum(texts, [])), reference.cu_seqlens([len(text) for text in texts])
+    with torch.inference_mode():
+        # A literal padding token in a text is attended to.
+        outputs = [model(torch.tensor([text]), attention_mask=torch.ones(1, len(text))) for text in texts]
+    expected = torch.cat([output.last_hidden_state[0] for output in outputs])
+    exact = Encoder.from_transformers(model, "fp32")
+    torch.testing.assert_close(exact(ids, bounds), expected, rtol=1e-4, atol=1e-4)
+    for dtype, bound in (("bf16", 0.999), ("int8", 0.99)):
+        encoder = Encoder.from_transformers(model, dtype)
+        hidden = encoder(ids, bounds)
+        assert cosines(hidden, expected).min() > bound
+        encoder.save(tmp_path / dtype)
+        again = Encoder.load(tmp_path / dtype, dtype)
+        assert again.spec == encoder.spec
+        assert torch.equal(again(ids, bounds), hidden)
+    counted = {"Roberta", "XLMRoberta", "Camembert", "MPNet"}
+    assert exact.spec.padding_id == (padding if CONFIGS[name][0] in counted else -1)
+
+
+def test_a_model_that_counts_from_padding_needs_it() -> None:
+    model = make("Model", "roberta")
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="expected pad_token_id of a roberta configuration"):
+        Encoder.from_transformers(model)
 
 
 @pytest.mark.parametrize("name", ["mpnet", "modernbert"])

@@ -316,8 +316,9 @@ class Encoder(_Weighted[EncoderSpec]):
         """Run a batch of texts.
 
         Args:
-            input_ids: i64 ``[T]``, the tokens of all texts, one text after the other, special tokens included. Every
-                token has a position, also a padding token within a text (which RoBERTa of transformers does not count).
+            input_ids: i64 ``[T]``, the tokens of all texts, one text after the other, special tokens included. A
+                padding token within a text is a token like any other, but with ``spec.padding_id`` (RoBERTa, XLM-R,
+                CamemBERT, MPNet) it is not counted in positions, as in transformers.
             cu_seqlens: i32 ``[B + 1]``; starts at 0, ends at T; text ``b`` is tokens ``cu_seqlens[b]`` to
                 ``cu_seqlens[b + 1]``, at least one and at most ``spec.max_positions``.
             token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
@@ -464,6 +465,7 @@ class Encoder(_Weighted[EncoderSpec]):
             tensors["embeddings.norm.bias"],
             spec.layer_norm_eps,
             spec.position_offset,
+            spec.padding_id,
         )
         if spec.embedding_size:
             observe("embeddings.projection", result)

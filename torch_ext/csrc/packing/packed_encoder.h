@@ -54,7 +54,9 @@ struct EncoderHeader {
   uint32_t embedding_size, vocab_size, type_vocab_size, max_positions;
   uint32_t position_offset, window, global_every, bias_reach;
   float layer_norm_eps;
-  uint8_t activation, norm_first, gated_ffn, reserved[9];
+  uint8_t activation, norm_first, gated_ffn, reserved[1];
+  int32_t padding_id;  ///< tokens with this id have no position: they take row position_offset - 1; -1: all have one
+  uint8_t reserved_end[4];
   uint64_t checksum;  ///< of what comes before it, and of the table of sections
 };
 static_assert(sizeof(EncoderHeader) == 96);
@@ -64,6 +66,6 @@ struct Section {
 };
 
 constexpr char kEncoderMagic[8] = {'T', 'X', 'E', 'N', 'C', 'O', 'D', 'R'};
-constexpr uint32_t kEncoderVersion = 2;
+constexpr uint32_t kEncoderVersion = 3;
 
 }  // namespace torch_ext
