@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torch_ext.quantize import check_inputs
+
 __all__ = [
     "ACTIVATIONS",
     "POOLING_MODES",
@@ -102,15 +104,18 @@ def pack_linear_weight_int8(weight: Tensor, scale: Tensor | None = None) -> Tens
 
     Args:
         weight: fp32 or bf16 ``[N, K]``, finite, to be quantized by the largest magnitude of each row; or i8 ``[N, K]``,
-            already quantized.
+            already quantized. K is at most 133,144, so that sums fit into 32 bits.
         scale: fp32 ``[N]``, with an i8 weight only.
 
     Returns:
         An opaque tensor with ``shape[0] == N``, to be passed to :func:`linear`; valid on this kind of CPU only.
 
     Raises:
+        ValueError: K is too large.
         RuntimeError: a shape, dtype or value does not fit, a tensor is not on the CPU, or requires grad.
     """
+    if weight.dim() == 2:
+        check_inputs("pack_linear_weight_int8", weight.shape[1])
     return cast(Tensor, torch.ops.torch_ext.pack_linear_weight_int8(weight, scale))
 
 

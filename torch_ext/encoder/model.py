@@ -31,7 +31,7 @@ from torch_ext.encoder.spec import (
     scale_name,
 )
 from torch_ext.patterns import select
-from torch_ext.quantize import quantize_weight
+from torch_ext.quantize import check_inputs, quantize_weight
 
 __all__ = ["Encoder", "Head", "LayerWeights"]
 
@@ -103,8 +103,9 @@ class _Weighted(Generic[Spec]):
                 as ``"layers.0.ffn.down"``; ``"layers.0"`` means all in that layer.
 
         Raises:
-            ValueError: ``dtype`` is not known, a name, shape or dtype is wrong, or ``keep_bf16`` names no linear layer,
-                or one that is quantized already.
+            ValueError: ``dtype`` is not known, a name, shape or dtype is wrong, ``keep_bf16`` names no linear layer, or
+                one that is quantized already, or a layer has too many inputs for int8
+                (:data:`torch_ext.quantize.MAX_INT8_INPUTS`).
         """
         self.spec = spec
         self.dtype = check_dtype(dtype)
@@ -129,6 +130,10 @@ class _Weighted(Generic[Spec]):
         if quantized.intersection(kept):
             names = ", ".join(sorted(quantized.intersection(kept)))
             raise ValueError(f"{kind}: cannot keep {names} in bf16, being quantized already: start from other weights")
+        if self.dtype == "int8":
+            for name in layers:
+                if name not in kept:
+                    check_inputs(f"{kind}: {name}", self.spec.shapes()[f"{name}.weight"][1])
         return kept
 
     def _is_int8(self, name: str) -> bool:
