@@ -297,6 +297,11 @@ def optimize(
     they are. A layer that is used in several places stays one layer. A weight that is tied to an embedding is packed
     for the linear layer, while the embedding keeps its own, unrounded.
 
+    int8 is coarser here than in an :class:`torch_ext.Encoder`, which balances the channels that layers read: the norms
+    of a model feed residuals, too, and stay as they are. The shortest texts show it: single words of all-MiniLM-L6-v2
+    have a cosine of at least 0.979 to fp32, in an Encoder 0.992, and 0.993 if the layers that read a norm stay in bf16
+    (``keep_bf16=["*.attention.self.*", "*.intermediate.dense"]``).
+
     With ``accuracy``, layers that int8 would do too much damage to are found and stay in bf16: the sample is run
     through the model as it is, and then, if int8 in all layers misses the accuracy, once for each layer; see
     :func:`torch_ext.sensitivity.choose_layers`. That takes memory for a second and a third copy of the weights.

@@ -156,7 +156,7 @@ def test_padding_tokens_in_a_text(name: str, generator: torch.Generator, tmp_pat
         }[kind])  # fmt: skip
     longest = Encoder.from_transformers(model).spec.max_positions
     texts.append([p if place % 3 == 0 else 10 + place for place in range(longest)])
-    ids, bounds = torch.tensor(sum(texts, [])), reference.cu_seqlens([len(text) for text in texts])
+    ids, bounds = torch.cat(list(map(torch.tensor, texts))), reference.cu_seqlens([len(text) for text in texts])
     with torch.inference_mode():
         # A literal padding token in a text is attended to.
         outputs = [model(torch.tensor([text]), attention_mask=torch.ones(1, len(text))) for text in texts]
@@ -386,6 +386,45 @@ def test_int8_of_the_real_model_on_real_text(minilm: tuple[nn.Module, Any]) -> N
     assert similarity.min() >= 0.99, similarity.min()
     assert similarity.mean() >= 0.996, similarity.mean()
     assert similarity.mean() < 0.99999  # It is int8.
+
+
+SHORTEST = ["", "a", "no", "cat", "hello", "quota", ".", "?", "42", "the", "Wi-Fi", "OK!", "New York", "e=mc2"]
+SCRIPTS = [
+    "\u4f60\u597d",
+    "\u4eca\u5929\u5929\u6c14\u5f88\u597d",
+    "\u0645\u0631\u062d\u0628\u0627",
+    "\u043f\u0440\u0438\u0432\u0435\u0442",
+    "\u3053\u3093\u306b\u3061\u306f",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+    "\U0001f600",
+    "\U0001f44d\U0001f44d",
+    "na\u00efve caf\u00e9",
+]
+"""Chinese, Arabic, Russian, Japanese, Thai, emoji, French."""
+
+
+def test_int8_of_the_shortest_texts_and_of_other_scripts(minilm: tuple[nn.Module, Any]) -> None:
+    """What README says of int8: without balanced channels it is coarser, unless what reads a norm stays in bf16."""
+    torch.set_num_threads(1)
+    model, tokenizer = minilm
+    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in (*SHORTEST, *SCRIPTS)]
+
+    def embed(run: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return torch.stack([run(row[None]).last_hidden_state[0].float().mean(0) for row in ids])
+
+    expected = embed(model)
+    encoder = Encoder.from_transformers(model, "int8")
+    bounds = reference.cu_seqlens([len(row) for row in ids])
+    norm_readers = ["*.attention.self.*", "*.intermediate.dense"]
+    for actual, words, scripts in (
+        (torch_ext.pool(encoder(torch.cat(ids), bounds), bounds), 0.99, 0.995),
+        (embed(torch_ext.optimize(copy.deepcopy(model), "int8", keep_bf16=norm_readers)), 0.99, 0.995),
+        (embed(torch_ext.optimize(copy.deepcopy(model), "int8")), 0.97, 0.985),
+    ):
+        similarity = cosines(actual, expected)
+        assert similarity[: len(SHORTEST)].min() > words, similarity
+        assert similarity[len(SHORTEST) :].min() > scripts, similarity
 
 
 def test_real_model_on_real_text(minilm: tuple[nn.Module, Any], seed: int) -> None:
