@@ -40,22 +40,22 @@ def _pairs(cu_seqlens: Tensor, tokens: int, window: int | None = None) -> int:
     return total
 
 
-@register_flop_formula(_ops.linear)  # type: ignore[untyped-decorator]
+@register_flop_formula(_ops.linear)
 def _(x: Sequence[int], packed: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * prod(x) * packed[0]
 
 
-@register_flop_formula([_ops.matmul, _ops.bmm])  # type: ignore[untyped-decorator]
+@register_flop_formula([_ops.matmul, _ops.bmm])
 def _(a: Sequence[int], b: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
     return 2 * prod(out_shape) * a[-1]
 
 
-@register_flop_formula(_ops.addmm)  # type: ignore[untyped-decorator]
+@register_flop_formula(_ops.addmm)
 def _(bias: Sequence[int], a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * prod(a) * b[1]
 
 
-@register_flop_formula(_ops.varlen_attention, get_raw=True)  # type: ignore[untyped-decorator]
+@register_flop_formula(_ops.varlen_attention, get_raw=True)
 def _(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -68,7 +68,7 @@ def _(
     return 4 * _pairs(cu_seqlens, qkv.shape[0], window) * (qkv.shape[1] // 3)
 
 
-@register_flop_formula(_ops.encoder_forward, get_raw=True)  # type: ignore[untyped-decorator]
+@register_flop_formula(_ops.encoder_forward, get_raw=True)
 def _(input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor, **_: Any) -> int:
     if not _has_data(packed):
         return 0  # Its sizes are in its data.

@@ -453,11 +453,11 @@ def _fake(name: str) -> Callable[[_Kernel], _Kernel]:
 def _check(condition: bool | torch.SymBool, message: str) -> None:
     """Raise RuntimeError unless the condition holds.
 
-    A condition on sizes that are only known when a compiled program runs (tokens that a mask chose, columns of an unpacked
-    weight) becomes a check at run time: it must come here as it is, without ``and``, ``or``, ``not`` and ``in``, which
-    would decide it.
+    A condition on sizes that are known only when a compiled program runs (tokens that a mask chose, columns of an
+    unpacked weight) becomes a check at run time. It must be passed as it is: ``and``, ``or``, ``not`` and ``in`` would
+    decide it while tracing.
     """
-    torch._check(condition, lambda: message)
+    torch._check(condition, lambda: message)  # type: ignore[no-untyped-call]
 
 
 def _check_shape(message: str, shape: Sequence[int], *expected: int) -> None:

@@ -169,8 +169,9 @@ def test_every_size_may_be_symbolic(generator: torch.Generator, sizes: list[tupl
         for rows, inputs, outputs in sizes:
             width, bounds = 2 * inputs, reference.cu_seqlens([1, rows - 1])
             x, norm = torch.randn(rows, width, generator=generator), torch.randn(width, generator=generator)
-            up, down = (torch.randn(n, width, generator=generator) for n in (6 * outputs, width))
-            arguments = (x, bounds, pack(up), pack(torch.randn(width, 2 * outputs, generator=generator)), norm)
+            up = torch.randn(6 * outputs, width, generator=generator)
+            down = torch.randn(width, 2 * outputs, generator=generator)
+            arguments = (x, bounds, pack(up), pack(down), norm)
             torch.testing.assert_close(compiled(*arguments), block(*arguments))
 
 

@@ -18,8 +18,8 @@ __all__ = ["has_part", "read", "stored_dtype", "write"]
 FORMAT = "torch-ext-encoder"
 FORMAT_VERSION = 1
 
-# Architectures whose positions are counted over tokens other than padding. Files from before padding_id was a field have
-# padding one row before the first token, too, and its id is the number of that row.
+# Architectures whose positions are counted over tokens other than padding. In files from before padding_id was a field
+# it is the row before the first token's.
 _COUNTED_WITHOUT_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 Spec = TypeVar("Spec", EncoderSpec, HeadSpec)

@@ -107,8 +107,8 @@ class EncoderSpec:
         )
         if self.padding_id < -1 or (self.padding_id >= 0 and not self.position_offset):
             raise ValueError(
-                "EncoderSpec: expected padding_id -1, or an id and position_offset of at least 1 (padding takes the row "
-                f"before), got {self.padding_id} and {self.position_offset}"
+                "EncoderSpec: expected padding_id -1, or an id and position_offset of at least 1, whose row before is "
+                f"that of padding, got {self.padding_id} and {self.position_offset}"
             )
         if self.hidden_size % self.num_heads:
             raise ValueError(f"EncoderSpec: num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
