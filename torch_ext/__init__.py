@@ -93,6 +93,7 @@ except ImportError:
     if not any("torch_ext.doctor" in argument for argument in sys.orig_argv):
         raise
 else:
+    import torch_ext.flops  # noqa: F401 (registers what FlopCounterMode counts)
     from torch_ext.accelerate import Acceleration, accelerate
     from torch_ext.encoder import Encoder, EncoderSpec, Head, HeadSpec
     from torch_ext.nn import PackedLinear, optimize

@@ -8,12 +8,14 @@ Sequences are concatenated without padding: ``cu_seqlens`` is i32 ``[B + 1]``, s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from torch_ext.quantize import check_inputs
 
 __all__ = [
     "ACTIVATIONS",
@@ -102,15 +104,19 @@ def pack_linear_weight_int8(weight: Tensor, scale: Tensor | None = None) -> Tens
 
     Args:
         weight: fp32 or bf16 ``[N, K]``, finite, to be quantized by the largest magnitude of each row; or i8 ``[N, K]``,
-            already quantized.
+            already quantized. K is at most 133,144, so that sums fit into 32 bits.
         scale: fp32 ``[N]``, with an i8 weight only.
 
     Returns:
         An opaque tensor with ``shape[0] == N``, to be passed to :func:`linear`; valid on this kind of CPU only.
 
     Raises:
+        ValueError: K is too large.
         RuntimeError: a shape, dtype or value does not fit, a tensor is not on the CPU, or requires grad.
     """
+    # Compiled, K may be a number that no guard can look at; the op checks it, too.
+    if weight.dim() == 2 and not torch.compiler.is_compiling():
+        check_inputs("pack_linear_weight_int8", weight.shape[1])
     return cast(Tensor, torch.ops.torch_ext.pack_linear_weight_int8(weight, scale))
 
 
@@ -343,6 +349,7 @@ def embed_layer_norm(
     bias: Tensor,
     eps: float,
     position_offset: int,
+    padding_id: int = -1,
 ) -> Tensor:
     """The embedding layer of a BERT: word, position and token type rows, added up and normalized.
 
@@ -358,6 +365,8 @@ def embed_layer_norm(
         bias: fp32 ``[H]``.
         eps: added to the variance.
         position_offset: 0 for BERT, ``padding_idx + 1`` for RoBERTa.
+        padding_id: -1 for BERT; ``padding_idx`` for RoBERTa, which counts positions over tokens with other ids: tokens
+            with this one take row ``position_offset - 1``.
 
     Returns:
         ``[T, H]`` in the dtype of the tables.
@@ -370,7 +379,17 @@ def embed_layer_norm(
     return cast(
         Tensor,
         torch.ops.torch_ext.embed_layer_norm(
-            input_ids, cu_seqlens, token_type_ids, word, position, token_type, weight, bias, eps, position_offset
+            input_ids,
+            cu_seqlens,
+            token_type_ids,
+            word,
+            position,
+            token_type,
+            weight,
+            bias,
+            eps,
+            position_offset,
+            padding_id,
         ),
     )
 
@@ -436,9 +455,21 @@ def _fake(name: str) -> Callable[[_Kernel], _Kernel]:
     return register
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)
+def _check(condition: bool | torch.SymBool, message: str) -> None:
+    """Raise RuntimeError unless the condition holds.
+
+    A condition on sizes that are known only when a compiled program runs (tokens that a mask chose, columns of an
+    unpacked weight) becomes a check at run time. It must be passed as it is: ``and``, ``or``, ``not`` and ``in`` would
+    decide it while tracing.
+    """
+    torch._check(condition, lambda: message)  # type: ignore[no-untyped-call]
+
+
+def _check_shape(message: str, shape: Sequence[int], *expected: int) -> None:
+    """Raise RuntimeError unless a shape is the expected one."""
+    _check(len(shape) == len(expected), message)
+    for have, want in zip(shape, expected, strict=True):
+        _check(have == want, message)
 
 
 def refuse_derivatives(op: str, *tensors: Tensor | None) -> None:
@@ -561,15 +592,11 @@ def _(
     _check(activation in ACTIVATIONS, f"linear: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     _check(out_dtype is None or out_dtype in _FLOATS, f"linear: expected out_dtype fp32 or bf16, got {out_dtype}")
     rows = packed.shape[0]
-    _check(
-        bias is None or (bias.dim() == 1 and bias.shape[0] == rows),
-        f"linear: expected bias [{rows}], got {list(bias.shape) if bias is not None else None}",
-    )
+    if bias is not None:
+        _check_shape(f"linear: expected bias [{rows}], got {list(bias.shape)}", bias.shape, rows)
     shape = (*x.shape[:-1], rows)
-    _check(
-        residual is None or residual.shape == shape,
-        f"linear: expected residual {list(shape)}, got {list(residual.shape) if residual is not None else None}",
-    )
+    if residual is not None:
+        _check_shape(f"linear: expected residual {list(shape)}, got {list(residual.shape)}", residual.shape, *shape)
     return x.new_empty(shape, dtype=out_dtype or x.dtype)
 
 
@@ -596,10 +623,10 @@ def _(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
 @_fake("bmm")
 def _(a: Tensor, b: Tensor) -> Tensor:
     _check_operands("bmm", a, b)
-    _check(
-        a.dim() == 3 and b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1],
-        f"bmm: expected a [B, M, K] and b [B, K, N], got {list(a.shape)} and {list(b.shape)}",
-    )
+    message = f"bmm: expected a [B, M, K] and b [B, K, N], got {list(a.shape)} and {list(b.shape)}"
+    _check(a.dim() == 3 and b.dim() == 3, message)
+    _check(a.shape[0] == b.shape[0], message)
+    _check(a.shape[2] == b.shape[1], message)
     return a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
 
 
@@ -608,16 +635,14 @@ def _(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> 
     _check_operands("addmm", a, b)
     _check_inference_only("addmm", bias=bias)
     _check(bias.dtype == a.dtype, f"addmm: expected bias of the dtype of a and b, got {bias.dtype} and {a.dtype}")
-    _check(
-        a.dim() == 2 and b.dim() == 2 and a.shape[1] == b.shape[0],
-        f"addmm: expected a [M, K] and b [K, N], got {list(a.shape)} and {list(b.shape)}",
-    )
+    message = f"addmm: expected a [M, K] and b [K, N], got {list(a.shape)} and {list(b.shape)}"
+    _check(a.dim() == 2 and b.dim() == 2, message)
+    _check(a.shape[1] == b.shape[0], message)
     shape = (a.shape[0], b.shape[1])
-    _check(
-        bias.dim() <= 2
-        and all(have in (1, want) for have, want in zip(reversed(bias.shape), reversed(shape), strict=False)),
-        f"addmm: expected bias that broadcasts to {list(shape)}, got {list(bias.shape)}",
-    )
+    message = f"addmm: expected bias that broadcasts to {list(shape)}, got {list(bias.shape)}"
+    _check(bias.dim() <= 2, message)
+    for have, want in zip(reversed(bias.shape), reversed(shape), strict=False):
+        _check((have == want) | (have == 1), message)
     return a.new_empty(shape)
 
 
@@ -632,15 +657,16 @@ def _(
 ) -> Tensor:
     _check_inference_only("varlen_attention", qkv=qkv, relative_bias=relative_bias)
     _check(window is None or window >= 0, f"varlen_attention: expected window of at least 0, got {window}")
-    _check(
-        relative_bias is None or (relative_bias.dim() == 2 and relative_bias.shape[0] == num_heads),
-        f"varlen_attention: expected relative_bias [{num_heads}, 2 * R + 1], got another shape",
-    )
+    if relative_bias is not None:
+        message = f"varlen_attention: expected relative_bias [{num_heads}, 2 * R + 1], got another shape"
+        _check(relative_bias.dim() == 2, message)
+        _check(relative_bias.shape[0] == num_heads, message)
     _check(qkv.dim() == 2, f"varlen_attention: expected qkv [T, 3 * H], got {qkv.dim()} dimensions")
-    _check(
-        num_heads > 0 and qkv.shape[1] % (3 * num_heads) == 0,
-        f"varlen_attention: expected qkv [T, 3 * H] with H a multiple of num_heads={num_heads}, got {list(qkv.shape)}",
+    message = (
+        f"varlen_attention: expected qkv [T, 3 * H] with H a multiple of num_heads={num_heads}, got {list(qkv.shape)}"
     )
+    _check(num_heads > 0, message)
+    _check(qkv.shape[1] % (3 * num_heads) == 0, message)
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
 
 
@@ -668,10 +694,11 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
 @_fake("rotary_embedding")
 def _(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, cos_sin: Tensor) -> Tensor:
     _check_inference_only("rotary_embedding", qkv=qkv, cos_sin=cos_sin)
-    _check(
-        qkv.dim() == 2 and num_heads > 0 and qkv.shape[1] % (6 * num_heads) == 0,
-        f"rotary_embedding: expected qkv [T, 3 * H] with H / num_heads even, got {list(qkv.shape)}, {num_heads} heads",
+    message = (
+        f"rotary_embedding: expected qkv [T, 3 * H] with H / num_heads even, got {list(qkv.shape)}, {num_heads} heads"
     )
+    _check(qkv.dim() == 2 and num_heads > 0, message)
+    _check(qkv.shape[1] % (6 * num_heads) == 0, message)
     return qkv.new_empty(qkv.shape)
 
 
@@ -679,7 +706,8 @@ def _(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, cos_sin: Tensor) -> Tenso
 def _(x: Tensor, activation: str) -> Tensor:
     _check_inference_only("gate", x=x)
     _check(activation in ACTIVATIONS, f"gate: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    _check(x.dim() == 2 and x.shape[1] % 2 == 0, f"gate: expected x [T, 2 * I], got {list(x.shape)}")
+    _check(x.dim() == 2, f"gate: expected x [T, 2 * I], got {list(x.shape)}")
+    _check(x.shape[1] % 2 == 0, f"gate: expected x [T, 2 * I], got {list(x.shape)}")
     return x.new_empty((x.shape[0], x.shape[1] // 2))
 
 
@@ -695,6 +723,7 @@ def _(
     bias: Tensor,
     eps: float,
     position_offset: int,
+    padding_id: int = -1,
 ) -> Tensor:
     _check_inference_only(
         "embed_layer_norm", word=word, position=position, token_type=token_type, weight=weight, bias=bias

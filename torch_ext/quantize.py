@@ -5,7 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize_weight", "quantize_weight"]
+__all__ = ["MAX_INT8_INPUTS", "check_inputs", "dequantize_weight", "quantize_weight"]
+
+MAX_INT8_INPUTS = (2**31 - 1) // 127**2
+"""The widest input of an int8 layer, K: sums of as many products fit into 32 bits whatever the numbers are."""
+
+
+def check_inputs(what: str, inputs: int) -> None:
+    """Raise unless sums of products over an input of this width fit into 32 bits.
+
+    Args:
+        what: whose input it is; begins the message of the error.
+        inputs: K.
+
+    Raises:
+        ValueError: they might not.
+    """
+    if inputs > MAX_INT8_INPUTS:
+        raise ValueError(
+            f"{what}: expected a weight [N, K] with K at most {MAX_INT8_INPUTS} for int8, got K={inputs}, whose sums "
+            "may not fit into 32 bits: leave this layer in bf16"
+        )
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,15 +35,16 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     what :func:`dequantize_weight` gives in fp32 gives the same ``q`` and scales again.
 
     Args:
-        weight: fp32 or bf16 ``[N, K]``, finite, on the CPU.
+        weight: fp32 or bf16 ``[N, K]``, finite, on the CPU, with K at most :data:`MAX_INT8_INPUTS`.
 
     Returns:
         ``q``, i8 ``[N, K]`` from -127 to 127, and ``scale``, fp32 ``[N]``; row ``j`` of the weight is about
         ``scale[j] * q[j]``.
 
     Raises:
-        ValueError: a number is not finite.
+        ValueError: a number is not finite, or K is too large.
     """
+    check_inputs("quantize_weight", weight.shape[1])
     wide = weight.detach().to(torch.float32)
     largest = wide.abs().amax(dim=1)
     if not bool(torch.isfinite(largest).all()):

@@ -101,10 +101,22 @@ TORCH_EXT_TEST(s8_rows_that_are_not_finite_or_tiny_keep_to_themselves) {
         const float* const scales = scales_of(g, packed.data(), mr, k);
         EXPECT(std::isfinite(scales[0]), "a row beside one with NaN has scale %g", static_cast<double>(scales[0]));
         EXPECT(std::isnan(scales[1]), "a row with NaN has scale %g", static_cast<double>(scales[1]));
-        EXPECT(scales[2] == 0.0f, "a row of at most 1e-38 has scale %g", static_cast<double>(scales[2]));
-        source.set(1, at, INFINITY);
+        for (size_t p = 0; p < k; ++p) {
+          const int q = stored_value(g, packed.data(), mr, 2, p);
+          EXPECT(q == 0, "a row of at most 1e-38 has %d at %zu", q, p);
+        }
+        source.set(1, at, at % 2 ? INFINITY : -INFINITY);
+        source.set(1, k - 1 - at, -source.get(1, at));
         pack(path, Packer::kLhs, type, 3, mr, k, source.data(), source.ld, packed.data());
-        EXPECT(std::isinf(scales[1]), "a row with infinity has scale %g", static_cast<double>(scales[1]));
+        EXPECT(std::isfinite(scales[0]), "a row beside one with infinity has scale %g", static_cast<double>(scales[0]));
+        EXPECT(std::isinf(scales[1]) && scales[1] > 0.0f, "a row with infinity has scale %g",
+               static_cast<double>(scales[1]));
+        for (size_t p = 0; p < padded_depth(g, k); ++p) {
+          const float x = p < k ? source.get(1, p) : 0.0f;
+          const int q = stored_value(g, packed.data(), mr, 1, p);
+          EXPECT(q == (std::isinf(x) ? (x > 0.0f ? 127 : -127) : 0), "%g beside infinity is %d", static_cast<double>(x),
+                 q);
+        }
       }
     }
   }
@@ -168,7 +180,7 @@ TORCH_EXT_TEST(s8_ukernels_add_exactly) {
         check_ukernel(path, path.kernel->ukernels[i], steps, false);
         check_ukernel(path, path.kernel->ukernels[i], steps, true);
       }
-      // The largest depth that pack_linear_weight_int8 takes.
+      // The largest depth that pack_linear_weight_int8 takes: one product more does not fit into an s32.
       if (!options().quick) {
         check_ukernel(path, path.kernel->ukernels[i], 133144 / path.kernel->k_step, true);
       }
@@ -238,6 +250,50 @@ void check_product(const GemmPath& path, size_t m, size_t n, size_t k, size_t in
       const double bound = epilogue_bound(activation, z, 3 * kRoundF32 * std::fabs(product), y, r, out_type);
       EXPECT(within(static_cast<double>(out.get(i, j)), y + r, bound), "(%zu, %zu): %.9g, expected %.9g +- %.2g", i, j,
              static_cast<double>(out.get(i, j)), y + r, bound);
+    }
+  }
+}
+
+TORCH_EXT_TEST(s8_products_of_infinities_are_those_of_fp32) {
+  for (const GemmPath& path : s8_paths()) {
+    const GemmKernel& g = *path.kernel;
+    const size_t m = g.max_mr() + 1, n = g.nr + 3, k = 41;
+    std::vector<int8_t> q(n * k);
+    const std::vector<float> scales(n, 0.25f);
+    for (size_t i = 0; i < q.size(); ++i) q[i] = static_cast<int8_t>(static_cast<int>(i % 5) - 2);
+    const GuardedBytes payload(packed_payload_bytes(g, n, k));
+    pack_weight_panels_s8(g, n, k, q.data(), scales.data(), payload.data(), 0, g.panels(n));
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      context("%s from %s", path.name().c_str(), dtype_name(type));
+      Matrix x(type, m, k), out(DType::kF32, m, n);
+      x.fill(random_source());
+      // Every second row has an infinity, each at another place; the last one has NaN.
+      for (size_t i = 0; i < m; i += 2) x.set(i, (i * 7) % k, i % 4 ? -INFINITY : INFINITY);
+      x.set(m - 1, k - 1, NAN);
+      GemmProblem problem;
+      problem.m = m;
+      problem.n = n;
+      problem.k = k;
+      problem.lhs = x.data();
+      problem.ld_lhs = x.ld;
+      problem.lhs_type = type;
+      problem.panels = payload.data();
+      problem.epilogue.out = out.data();
+      problem.epilogue.ld_out = out.ld;
+      problem.epilogue.out_type = DType::kF32;
+      const GemmPlan plan = plan_gemm(g, m, n, k, 1);
+      for (size_t task = 0; task < plan.tasks(); ++task) run_gemm_task(g, *path.vec, problem, plan, task);
+      for (size_t i = 0; i < m; ++i) {
+        for (size_t j = 0; j < n; ++j) {
+          const float y = out.get(i, j);
+          double exact = 0;
+          for (size_t p = 0; p < k; ++p) exact += static_cast<double>(x.get(i, p)) * q[j * k + p];
+          const bool right = std::isnan(exact)   ? std::isnan(y)
+                             : std::isinf(exact) ? static_cast<double>(y) == exact
+                                                 : std::isfinite(y);
+          EXPECT(right, "(%zu, %zu): %g, in fp32 %g", i, j, static_cast<double>(y), exact);
+        }
+      }
     }
   }
 }

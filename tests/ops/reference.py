@@ -255,12 +255,16 @@ def embed_layer_norm(
     bias: Tensor,
     eps: float,
     position_offset: int,
+    padding_id: int = -1,
 ) -> Bounded:
     """The reference of ``embed_layer_norm``."""
     lengths = cu_seqlens.diff().tolist()
     rows = torch.cat([torch.arange(length) for length in lengths] or [torch.empty(0, dtype=torch.int64)])
     parts = [word.double()[input_ids]]
     if position is not None:
+        if padding_id >= 0 and lengths:
+            counted = [text != padding_id for text in input_ids.split(lengths)]
+            rows = torch.cat([text.cumsum(0) * text - 1 for text in counted])
         parts.append(position.double()[rows + position_offset])
     if token_type is not None:
         parts.append(token_type.double()[torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids])

@@ -103,7 +103,9 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
     for begin, end in itertools.pairwise(bounds.tolist()):
         x = w["embeddings.word"][ids[begin:end]]
         if spec.absolute_positions:
-            x = x + w["embeddings.position"][torch.arange(end - begin) + spec.position_offset]
+            # With all tokens counted: 0, 1, 2 ... As transformers does it: padding has the row before the first one's.
+            counted = ids[begin:end] != spec.padding_id
+            x = x + w["embeddings.position"][(counted.cumsum(0) * counted - 1) + spec.position_offset]
         if spec.type_vocab_size:
             x = x + w["embeddings.token_type"][types[begin:end]]
         x = norm(x, "embeddings.norm")
@@ -131,6 +133,7 @@ SPECS = [
     dataclasses.replace(SPEC, activation="gelu_tanh", hidden_size=36, intermediate_size=13),
     dataclasses.replace(SPEC, embedding_size=20),
     dataclasses.replace(SPEC, relative_attention_buckets=8, relative_attention_max_distance=6, position_offset=2),
+    dataclasses.replace(SPEC, position_offset=2, padding_id=1),
     dataclasses.replace(SPEC, norm_first=True, activation="relu"),
     dataclasses.replace(SPEC, gated_ffn=True, activation="silu"),
     dataclasses.replace(SPEC, rotary_theta=50.0, absolute_positions=False),
@@ -160,6 +163,8 @@ SPECS = [
 def test_equals_plain_pytorch(spec: EncoderSpec, generator: torch.Generator) -> None:
     weights = make_weights(spec, generator)
     ids, bounds, types = batch(generator)
+    if spec.padding_id >= 0:
+        ids[::4] = spec.padding_id
     if spec.type_vocab_size < 2:
         types = torch.zeros_like(types)
     expected = run_plain(spec, weights, ids, bounds, types)
@@ -371,6 +376,8 @@ def test_construction_errors(generator: torch.Generator) -> None:
         ("relative_attention_buckets divisible by 4.*got 6 and 128", {"relative_attention_buckets": 6}),
         ("got 8 and 2", {"relative_attention_buckets": 8, "relative_attention_max_distance": 2}),
         ("norm_first_attention=False means nothing without norm_first", {"norm_first_attention": False}),
+        ("expected padding_id -1, or an id and position_offset of at least 1", {"padding_id": 0}),
+        ("expected padding_id -1, or an id and position_offset of at least 1", {"padding_id": -2}),
         ("gated_ffn of type bool, got 1", {"gated_ffn": 1}),
         ("vocab_size of type int, got '50'", {"vocab_size": "50"}),
         ("vocab_size of type int, got True", {"vocab_size": True}),
@@ -503,6 +510,45 @@ def test_files_from_before_a_field_existed_mean_bert(generator: torch.Generator,
     loaded = Head.load(path)
     assert loaded is not None
     assert loaded.spec == HEAD
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "xlm-roberta", "camembert", "mpnet"])
+def test_files_from_before_padding_was_told_apart_know_it(
+    generator: torch.Generator, tmp_path: Path, architecture: str
+) -> None:
+    spec = dataclasses.replace(SPEC, architecture=architecture, position_offset=2, padding_id=1)
+    encoder = Encoder(spec, make_weights(spec, generator))
+    fields = dataclasses.asdict(spec)
+    del fields["padding_id"]
+    metadata = {"format": "torch-ext-encoder", "format_version": "1", "dtype": "bf16", "encoder": json.dumps(fields)}
+    save_file(encoder.weights(), tmp_path / "old", metadata)
+    assert Encoder.load(tmp_path / "old").spec == spec
+    # What says that it counts all tokens does so.
+    counting = Encoder(dataclasses.replace(spec, padding_id=-1), encoder.weights())
+    counting.save(tmp_path / "new")
+    assert Encoder.load(tmp_path / "new").spec == counting.spec
+
+
+def test_padding_is_not_counted_wherever_threads_begin(generator: torch.Generator) -> None:
+    """Threads start in the middle of texts and of batches in several groups."""
+    spec = dataclasses.replace(SPEC, hidden_size=512, num_layers=1, max_positions=400, position_offset=5, padding_id=4)
+    encoder = Encoder(spec, make_weights(spec, generator))
+    lengths = [400, 1, 0, 37, 399, 2, 300]
+    bounds = reference.cu_seqlens(lengths)
+    ids = torch.randint(0, 8, (sum(lengths),), generator=generator)
+    threads = torch.get_num_threads()
+    expected = []
+    for count in (1, 7):
+        torch.set_num_threads(count)
+        w = encoder._tensors
+        tables = w["embeddings.word"], w["embeddings.position"], w["embeddings.token_type"]
+        norm = w["embeddings.norm.weight"], w["embeddings.norm.bias"]
+        arguments = (ids, bounds, None, *tables, *norm, 1e-12, 5, 4)
+        reference.embed_layer_norm(*arguments).check(torch_ext.embed_layer_norm(*arguments), f"{count} threads")
+        assert w["embeddings.position"].shape[0] == 405
+        expected.append(torch_ext.encoder_forward(ids, bounds, None, encoder._packed))
+    torch.set_num_threads(threads)
+    assert cosine(*expected) > 0.9999
 
 
 def test_save_errors(generator: torch.Generator, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch_ext
 from tests.ops.test_encoder import HEAD, SPEC, SPECS, batch, cosine, make_weights, run_plain
 from torch_ext import Encoder, EncoderSpec, Head, PackedLinear
 from torch_ext.encoder.spec import is_matrix
-from torch_ext.quantize import dequantize_weight, quantize_weight
+from torch_ext.quantize import MAX_INT8_INPUTS, dequantize_weight, quantize_weight
 from torch_ext.sensitivity import (
     MOST_UNITS,
     AccuracyError,
@@ -265,6 +265,83 @@ def test_compiled_encoder_equals_eager(generator: torch.Generator) -> None:
         assert cosine(compiled(ids, bounds, types), encoder(ids, bounds, types)) > 0.9999
 
 
+# --- sums of 32 bits ---
+
+
+def test_the_widest_input_is_summed_exactly() -> None:
+    """127^2 times 133,144 is the last to fit below 2^31."""
+    assert MAX_INT8_INPUTS == 133144
+    weight, x = torch.full((2, MAX_INT8_INPUTS), 0.01), torch.ones(1, MAX_INT8_INPUTS)
+    weight[1] = -0.01
+    expected = torch.tensor([[1331.44, -1331.44]])
+    for packed in (
+        torch_ext.pack_linear_weight_int8(weight),
+        torch_ext.pack_linear_weight_int8(*quantize_weight(weight)),
+    ):
+        torch.testing.assert_close(torch_ext.linear(x, packed), expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(torch_ext.linear(-x, packed), -expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(PackedLinear(weight, dtype="int8")(x), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("inputs", [MAX_INT8_INPUTS + 1, 133152, 140000])
+def test_inputs_too_wide_are_refused_before_anything_changes(inputs: int, generator: torch.Generator) -> None:
+    weight = torch.full((1, inputs), 0.01)
+    linear = nn.Linear(inputs, 1)
+    model = nn.Sequential(nn.Linear(4, 4), linear)
+    spec = dataclasses.replace(SPEC, intermediate_size=inputs, num_layers=1)
+    weights = make_weights(spec, generator)
+    too_wide = f"K at most 133144 for int8, got K={inputs}.*leave this layer in bf16"
+    calls: list[Callable[[], object]] = [
+        lambda: torch_ext.pack_linear_weight_int8(weight),
+        lambda: torch_ext.pack_linear_weight_int8(weight.char(), torch.ones(1)),
+        lambda: quantize_weight(weight),
+        lambda: PackedLinear(weight, dtype="int8"),
+        lambda: PackedLinear.from_linear(linear, "int8"),
+        lambda: Encoder(spec, weights, "int8"),
+        lambda: torch_ext.optimize(model, "int8"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=too_wide):
+            call()
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    torch_ext.optimize(model, "int8", keep_bf16="1")
+    assert [layer.dtype for layer in model] == ["int8", "bf16"]
+    assert Encoder(spec, weights, "int8", "*.down").kept_bf16 == ("layers.0.ffn.down",)
+
+
+# --- numbers that are not finite ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinity_gives_what_fp32_gives(dtype: torch.dtype, generator: torch.Generator) -> None:
+    for inputs in (1, 7, 48, 131):
+        weight = torch.randn(21, inputs, generator=generator)
+        weight[:, ::3] = weight[:, ::3].round()  # Zeros among them: infinity times zero is NaN.
+        packed = torch_ext.pack_linear_weight_int8(weight)
+        exact = dequantize_weight(*torch_ext.unpack_linear_weight_int8(packed))
+        x = torch.randn(2 * inputs + 2, inputs, generator=generator).to(dtype)
+        for place in range(inputs):
+            x[2 * place, place] = torch.inf if place % 2 else -torch.inf
+        x[-1, inputs // 2] = torch.nan
+        result = torch_ext.linear(x, packed)
+        expected = F.linear(x.float(), exact)
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.equal(result.isposinf(), expected.isposinf())
+        assert torch.equal(result.isneginf(), expected.isneginf())
+        # Rows beside those are as they would be without them.
+        finite = x[1:-1:2].contiguous()
+        torch.testing.assert_close(result[1:-1:2], torch_ext.linear(finite, packed), rtol=2.0**-7, atol=0)
+
+
+def test_infinities_of_one_sign_add_up() -> None:
+    weight = torch.tensor([[1.0, 2.0, 0.5, -1.0], [-1.0, -2.0, 0.5, 1.0]])
+    packed = torch_ext.pack_linear_weight_int8(weight)
+    x = torch.tensor([[torch.inf, torch.inf, 3.0, 4.0], [torch.inf, 1.0, 3.0, -torch.inf]])
+    assert torch.equal(torch_ext.linear(x, packed), torch.tensor([[torch.inf, -torch.inf]] * 2))
+
+
 # --- PackedLinear and optimize() ---
 
 
@@ -333,6 +410,51 @@ def test_optimize(generator: torch.Generator) -> None:
     broken = {**state, "first.weight": torch.full((48, 32), torch.nan)}
     with pytest.raises(RuntimeError, match=r"first\.weight: cannot quantize a weight to int8: row 0"):
         other.load_state_dict(broken)
+
+
+def test_another_dtype_of_packed_layers_is_refused(generator: torch.Generator) -> None:
+    x = torch.randn(9, 32, generator=generator)
+    bf16, int8 = torch_ext.optimize(Net()), torch_ext.optimize(Net(), "int8")
+    mixed = torch_ext.optimize(Net(), "int8", keep_bf16="second")
+    partly = torch_ext.optimize(Net(), skip="third")
+    layer = torch_ext.optimize(nn.Linear(3, 3))
+    sample = {"accuracy": 0.9, "sample": [x]}
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], str]] = [
+        (bf16, ("int8",), {}, r"first and 2 more layers: expected int8 .*got bf16: .*in skip or keep_bf16"),
+        (bf16, ("int8",), {"skip": "first"}, "second and 1 more layers: expected int8"),
+        (bf16, ("int8",), {"keep_bf16": ["first", "second"]}, "optimize: third: expected int8"),
+        (bf16, ("int8",), sample, "expected int8"),
+        (int8, ("bf16",), {}, r"first and 2 more layers: expected bf16 .*got int8: .*in skip$"),
+        (int8, (), {}, "expected bf16"),
+        (int8, ("int8",), {"keep_bf16": "second"}, "optimize: second: expected bf16"),
+        (mixed, ("int8",), {}, "optimize: second: expected int8"),
+        (mixed, ("bf16",), {}, "first and 1 more layers: expected bf16"),
+        (partly, ("int8",), {}, "first and 1 more layers: expected int8"),
+        (layer, ("int8",), {}, "the model: expected int8"),
+    ]
+    for model, arguments, options, match in calls:
+        before, expected = list(model.modules()), None if model is layer else model(x)
+        with pytest.raises(ValueError, match=match):
+            torch_ext.optimize(model, *arguments, **options)
+        assert all(a is b for a, b in zip(before, model.modules(), strict=True))
+        assert expected is None or torch.equal(model(x), expected)
+    assert type(partly.third) is nn.Linear
+
+
+def test_packed_layers_may_stay_what_they_are() -> None:
+    for model, arguments, options, expected in (
+        (torch_ext.optimize(Net()), ("bf16",), {}, ["bf16"] * 3),
+        (torch_ext.optimize(Net(), "int8"), ("int8",), {}, ["int8"] * 3),
+        (torch_ext.optimize(Net(), "int8", keep_bf16="second"), ("int8",), {"keep_bf16": "second"}, None),
+        (torch_ext.optimize(Net(), skip="third"), ("bf16",), {}, ["bf16"] * 3),
+        (torch_ext.optimize(Net(), skip="third"), ("int8",), {"skip": ["first", "second"]}, ["bf16", "bf16", "int8"]),
+        (torch_ext.optimize(Net(), skip="third"), ("int8",), {"keep_bf16": ["fi*", "se*"]}, ["bf16", "bf16", "int8"]),
+        (torch_ext.optimize(Net(), "int8", skip="third"), (), {"skip": ["first", "second"]}, ["int8", "int8", "bf16"]),
+    ):  # fmt: skip
+        before = [layer for layer in model.children() if isinstance(layer, PackedLinear)]
+        assert torch_ext.optimize(model, *arguments, **options) is model
+        assert [layer.dtype for layer in model.children()] == (expected or ["int8", "bf16", "int8"])
+        assert all(layer in list(model.children()) for layer in before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

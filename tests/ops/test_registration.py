@@ -84,6 +84,7 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
             ((ids, bounds, None, *tables[:2], None, *norm, 1e-5, 0), {}),
             ((ids, bounds, None, tables[0], None, None, *norm, 1e-5, 0), {}),
             ((ids, bounds, ids % 2, *(table.to(bf16) for table in tables), *norm, 1e-5, 2), {}),
+            ((ids, bounds, None, *tables[:2], None, *norm, 1e-5, 2, 4), {}),
         ],
         "pool": [((rand(5, 8), bounds, "mean", True), {}), ((rand(5, 8, dtype=bf16), bounds, "max", False), {})],
     }
@@ -152,6 +153,62 @@ def test_compiled_function_equals_eager(generator: torch.Generator, dynamic: boo
     for lengths in ([3, 2], [7, 1, 1]):
         x, bounds = torch.randn(sum(lengths), 24, generator=generator), reference.cu_seqlens(lengths)
         torch.testing.assert_close(compiled(x, bounds), function(x, bounds), rtol=1e-4, atol=1e-5)
+
+
+SIZES = [(5, 8, 12), (6, 10, 14), (7, 6, 6), (4, 1, 2)]
+"""Rows, inputs and outputs, in one order and in the other: what is a symbol depends on what comes first."""
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("sizes", [SIZES, SIZES[::-1]])
+def test_every_size_may_be_symbolic(generator: torch.Generator, sizes: list[tuple[int, int, int]]) -> None:
+    def block(x: Tensor, bounds: Tensor, up: Tensor, down: Tensor, norm: Tensor) -> Tensor:
+        attended = torch_ext.varlen_attention(torch_ext.linear(x, up), bounds, 2)
+        hidden = torch_ext.add_layer_norm(torch_ext.linear(attended, down, norm), x, norm, norm, 1e-5)
+        product = torch_ext.addmm(norm, torch_ext.matmul(hidden, hidden.T), hidden)
+        return torch_ext.pool(torch_ext.gate(torch.cat((product, x), 1), "gelu"), bounds)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for pack in (torch_ext.pack_linear_weight, torch_ext.pack_linear_weight_int8):
+        for rows, inputs, outputs in sizes:
+            width, bounds = 2 * inputs, reference.cu_seqlens([1, rows - 1])
+            x, norm = torch.randn(rows, width, generator=generator), torch.randn(width, generator=generator)
+            up = torch.randn(6 * outputs, width, generator=generator)
+            down = torch.randn(width, 2 * outputs, generator=generator)
+            arguments = (x, bounds, pack(up), pack(down), norm)
+            torch.testing.assert_close(compiled(*arguments), block(*arguments))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sizes_that_only_data_tells(generator: torch.Generator, dynamic: bool) -> None:
+    """Tokens that a mask chose, and the columns of an unpacked weight: no guard can look at them."""
+
+    def linear(x: Tensor, packed: Tensor, mask: Tensor) -> Tensor:
+        tokens = x[mask]
+        hidden = torch_ext.linear(tokens, packed, None, "gelu", None, torch_ext.linear(tokens, packed))
+        return torch_ext.add_rms_norm(hidden, None, hidden.new_ones(hidden.shape[1]), 1e-5)
+
+    def products(x: Tensor, packed: Tensor, mask: Tensor) -> Tensor:
+        places, weight = mask.nonzero()[:, 0], torch_ext.unpack_linear_weight(packed).T
+        tokens, bias = x.bfloat16()[places], x.bfloat16()[places, :1]
+        product = torch_ext.matmul(x.bfloat16(), weight)[places] + torch_ext.addmm(bias, tokens, weight)
+        return product + torch_ext.addmm(product, tokens, weight)
+
+    def again(x: Tensor, packed: Tensor, mask: Tensor) -> Tensor:
+        weight = torch_ext.unpack_linear_weight(packed)
+        quantized = torch_ext.unpack_linear_weight_int8(torch_ext.pack_linear_weight_int8(weight))
+        return torch_ext.linear(x, torch_ext.pack_linear_weight_int8(*quantized))
+
+    for function in (linear, products, again):
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+            for rows, inputs, outputs in SIZES[:2]:
+                x = torch.randn(rows, inputs, generator=generator)
+                packed = torch_ext.pack_linear_weight(torch.randn(outputs, inputs, generator=generator))
+                mask = torch.arange(rows) % 3 != 0
+                torch.testing.assert_close(compiled(x, packed, mask), function(x, packed, mask))
 
 
 @pytest.mark.compile

@@ -182,9 +182,13 @@ def test_embed_layer_norm(generator: torch.Generator, dtype: torch.dtype) -> Non
         tokens, bounds = sum(lengths), reference.cu_seqlens(lengths)
         ids = torch.randint(0, 50, (tokens,), generator=generator)
         types = torch.randint(0, 3, (tokens,), generator=generator)
+        padding = -1
+        if offset:
+            padding = 7
+            ids[torch.rand(tokens, generator=generator) < 0.3] = padding
         for token_type_ids, token_type in ((None, None), (None, tensors["token_type"]), (types, tensors["token_type"])):
             arguments = (ids, bounds, token_type_ids, tensors["word"], tensors["position"], token_type)
-            arguments += (tensors["weight"], tensors["bias"], 1e-12, offset)
+            arguments += (tensors["weight"], tensors["bias"], 1e-12, offset, padding)
             actual = torch_ext.embed_layer_norm(*arguments)
             assert actual.dtype == dtype
             reference.embed_layer_norm(*arguments).check(actual, f"{width} {lengths} {offset}")
@@ -216,6 +220,8 @@ def test_embed_layer_norm_errors(generator: torch.Generator) -> None:
         ("truncate it", {"position_offset": 18}),
         ("expected position_offset from 0 to the 20 rows", {"position_offset": -1}),
         ("expected position_offset from 0 to the 20 rows", {"position_offset": 2**62}),
+        ("expected padding_id -1, or an id and position_offset of at least 1", {"padding_id": 0}),
+        ("expected padding_id -1, or an id and position_offset of at least 1", {"padding_id": -2}),
         ("position", {"position": torch.ones(20, 7)}),
         ("position", {"position": tensors["position"].bfloat16()}),
         ("cu_seqlens to end", {"cu_seqlens": reference.cu_seqlens([2, 2])}),

@@ -98,7 +98,7 @@ def make(kind: str, name: str, **more: Any) -> nn.Module:
 
 
 def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    # Ids from 10: none of them is a padding token, which transformers treats apart.
+    # Ids from 10: none of them is a padding token, which some models do not count; see test_padding_tokens_in_a_text.
     return torch.randint(10, 100, (sum(LENGTHS),), generator=generator), reference.cu_seqlens(LENGTHS)
 
 
@@ -137,6 +137,49 @@ def test_encoder(name: str, generator: torch.Generator) -> None:
     rounded(ids.repeat(2)[:longest], reference.cu_seqlens([longest]))
     with pytest.raises(ValueError, match="truncate"):
         rounded(ids.repeat(2)[: longest + 1], reference.cu_seqlens([longest + 1]))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_tokens_in_a_text(name: str, generator: torch.Generator, tmp_path: Any) -> None:
+    """Models of RoBERTa's kind count positions over the other tokens, and give padding a position of its own."""
+    model = make("Model", name)
+    padding = 1 if name == "mpnet" else model.config.pad_token_id
+    p, texts = padding, []
+    for kind in ("in the middle", "at the start", "at the end", "nothing else", "one"):
+        text = torch.randint(10, 100, (12,), generator=generator).tolist()
+        texts.append({
+            "in the middle": [*text[:3], p, *text[3:5], p, p, *text[5:]],
+            "at the start": [p, p, *text],
+            "at the end": [*text, p],
+            "nothing else": [p] * 7,
+            "one": [p],
+        }[kind])  # fmt: skip
+    longest = Encoder.from_transformers(model).spec.max_positions
+    texts.append([p if place % 3 == 0 else 10 + place for place in range(longest)])
+    ids, bounds = torch.cat(list(map(torch.tensor, texts))), reference.cu_seqlens([len(text) for text in texts])
+    with torch.inference_mode():
+        # A literal padding token in a text is attended to.
+        outputs = [model(torch.tensor([text]), attention_mask=torch.ones(1, len(text))) for text in texts]
+    expected = torch.cat([output.last_hidden_state[0] for output in outputs])
+    exact = Encoder.from_transformers(model, "fp32")
+    torch.testing.assert_close(exact(ids, bounds), expected, rtol=1e-4, atol=1e-4)
+    for dtype, bound in (("bf16", 0.999), ("int8", 0.99)):
+        encoder = Encoder.from_transformers(model, dtype)
+        hidden = encoder(ids, bounds)
+        assert cosines(hidden, expected).min() > bound
+        encoder.save(tmp_path / dtype)
+        again = Encoder.load(tmp_path / dtype, dtype)
+        assert again.spec == encoder.spec
+        assert torch.equal(again(ids, bounds), hidden)
+    counted = {"Roberta", "XLMRoberta", "Camembert", "MPNet"}
+    assert exact.spec.padding_id == (padding if CONFIGS[name][0] in counted else -1)
+
+
+def test_a_model_that_counts_from_padding_needs_it() -> None:
+    model = make("Model", "roberta")
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="expected pad_token_id of a roberta configuration"):
+        Encoder.from_transformers(model)
 
 
 @pytest.mark.parametrize("name", ["mpnet", "modernbert"])
@@ -343,6 +386,45 @@ def test_int8_of_the_real_model_on_real_text(minilm: tuple[nn.Module, Any]) -> N
     assert similarity.min() >= 0.99, similarity.min()
     assert similarity.mean() >= 0.996, similarity.mean()
     assert similarity.mean() < 0.99999  # It is int8.
+
+
+SHORTEST = ["", "a", "no", "cat", "hello", "quota", ".", "?", "42", "the", "Wi-Fi", "OK!", "New York", "e=mc2"]
+SCRIPTS = [
+    "\u4f60\u597d",
+    "\u4eca\u5929\u5929\u6c14\u5f88\u597d",
+    "\u0645\u0631\u062d\u0628\u0627",
+    "\u043f\u0440\u0438\u0432\u0435\u0442",
+    "\u3053\u3093\u306b\u3061\u306f",
+    "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+    "\U0001f600",
+    "\U0001f44d\U0001f44d",
+    "na\u00efve caf\u00e9",
+]
+"""Chinese, Arabic, Russian, Japanese, Thai, emoji, French."""
+
+
+def test_int8_of_the_shortest_texts_and_of_other_scripts(minilm: tuple[nn.Module, Any]) -> None:
+    """What README says of int8: without balanced channels it is coarser, unless what reads a norm stays in bf16."""
+    torch.set_num_threads(1)
+    model, tokenizer = minilm
+    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in (*SHORTEST, *SCRIPTS)]
+
+    def embed(run: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return torch.stack([run(row[None]).last_hidden_state[0].float().mean(0) for row in ids])
+
+    expected = embed(model)
+    encoder = Encoder.from_transformers(model, "int8")
+    bounds = reference.cu_seqlens([len(row) for row in ids])
+    norm_readers = ["*.attention.self.*", "*.intermediate.dense"]
+    for actual, words, scripts in (
+        (torch_ext.pool(encoder(torch.cat(ids), bounds), bounds), 0.99, 0.995),
+        (embed(torch_ext.optimize(copy.deepcopy(model), "int8", keep_bf16=norm_readers)), 0.99, 0.995),
+        (embed(torch_ext.optimize(copy.deepcopy(model), "int8")), 0.97, 0.985),
+    ):
+        similarity = cosines(actual, expected)
+        assert similarity[: len(SHORTEST)].min() > words, similarity
+        assert similarity[len(SHORTEST) :].min() > scripts, similarity
 
 
 def test_real_model_on_real_text(minilm: tuple[nn.Module, Any], seed: int) -> None:

@@ -200,12 +200,13 @@ class Run {
     T* const out = model_.projection.packed ? shared_ : hidden_;
     clear_tail(out, e);
     parallel_rows(e, [&](size_t begin, size_t end) {
-      for_each_position(batch_.cu_seqlens, batch_.sequences, begin, end, [&](size_t t, size_t place) {
-        const size_t position = place + h_.position_offset;
+      const auto embed_token = [&](size_t t, size_t position) {
         const size_t type = batch_.type_ids ? static_cast<size_t>(batch_.type_ids[t]) : 0;
         layer_norm(e, row_of(model_.word, static_cast<size_t>(batch_.ids[t]), e), row_of(model_.position, position, e),
                    row_of(model_.token_type, type, e), model_.embedding_norm, out + t * e);
-      });
+      };
+      for_each_position_row(batch_.cu_seqlens, batch_.sequences, begin, end, h_.position_offset, batch_.ids,
+                            h_.padding_id, embed_token);
     });
     if (!model_.projection.packed) return;
     const T* const projected = linear(model_.projection, out, Activation::kNone, hidden_, nullptr);

@@ -24,12 +24,13 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
   m.def("gate(Tensor x, str activation) -> Tensor");
   m.def(
       "embed_layer_norm(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor word, Tensor? position, "
-      "Tensor? token_type, Tensor weight, Tensor bias, float eps, int position_offset) -> Tensor");
+      "Tensor? token_type, Tensor weight, Tensor bias, float eps, int position_offset, "
+      "int padding_id=-1) -> Tensor");
   m.def("pool(Tensor hidden, Tensor cu_seqlens, str mode, bool normalize) -> Tensor");
   m.def(
       "_pack_encoder(Tensor[] weights, *, int hidden_size, int num_layers, int num_heads, int intermediate_size, "
-      "str activation, float layer_norm_eps, int max_positions, int position_offset, int window, int global_every, "
-      "bool norm_first, bool gated_ffn) -> Tensor");
+      "str activation, float layer_norm_eps, int max_positions, int position_offset, int padding_id, int window, "
+      "int global_every, bool norm_first, bool gated_ffn) -> Tensor");
   m.def("_encoder_sections(Tensor packed) -> Tensor");
   m.def(
       "encoder_forward(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor packed, bool fp32=False) "

@@ -22,4 +22,24 @@ void for_each_position(const int32_t* cu_seqlens, size_t sequences, size_t begin
   }
 }
 
+/// fn(token, row) as above, with the row of a table of positions that the token takes: `offset` for the first token of a
+/// sequence, offset + 1 for the next. Tokens whose id is `padding_id` are not counted and take row offset - 1; a negative
+/// `padding_id` is no token's.
+template <typename F>
+void for_each_position_row(const int32_t* cu_seqlens, size_t sequences, size_t begin, size_t end, size_t offset,
+                           const int64_t* ids, int64_t padding_id, const F& fn) {
+  if (padding_id < 0) {
+    return for_each_position(cu_seqlens, sequences, begin, end, [&](size_t t, size_t place) { fn(t, place + offset); });
+  }
+  size_t counted = 0;
+  for_each_position(cu_seqlens, sequences, begin, end, [&](size_t t, size_t place) {
+    if (t == begin) {
+      counted = place - static_cast<size_t>(std::count(ids + t - place, ids + t, padding_id));
+    } else if (place == 0) {
+      counted = 0;
+    }
+    fn(t, ids[t] == padding_id ? offset - 1 : offset + counted++);
+  });
+}
+
 }  // namespace torch_ext

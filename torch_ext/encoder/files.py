@@ -18,6 +18,10 @@ __all__ = ["has_part", "read", "stored_dtype", "write"]
 FORMAT = "torch-ext-encoder"
 FORMAT_VERSION = 1
 
+# Architectures whose positions are counted over tokens other than padding. In files from before padding_id was a field
+# it is the row before the first token's.
+_COUNTED_WITHOUT_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
+
 Spec = TypeVar("Spec", EncoderSpec, HeadSpec)
 
 
@@ -102,6 +106,8 @@ def read(path: Path, part: str, spec_type: type[Spec], dtype: str) -> tuple[Spec
         unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(spec_type)})
         if unknown:
             raise ValueError(f"this torch_ext does not know its fields {unknown}: update torch-ext")
+        if fields.get("architecture") in _COUNTED_WITHOUT_PADDING:
+            fields.setdefault("padding_id", fields["position_offset"] - 1)
         spec = spec_type(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has no valid specification of the {part}: {error}") from error

@@ -81,7 +81,9 @@ class _Architecture:
         optional_biases: whether biases may be absent; they are taken for zero.
         fields: what the configuration calls fields of the specification, where it differs from BERT's. A number
             instead of a name is the value itself.
-        position_offset: row of the position table that the first token takes.
+        padding_index: of models that count positions over tokens other than padding: the id of padding, and the row
+            of the position table that it takes; the first token takes the next one. None: all tokens are counted, from
+            row 0.
         more: further fields of the specification.
         options: options that must have one value, further to ``_OPTIONS``.
     """
@@ -103,7 +105,7 @@ class _Architecture:
     final_norm: str | None = None
     optional_biases: bool = False
     fields: Mapping[str, str | float] = dataclasses.field(default_factory=dict)
-    position_offset: Callable[[Any], int] = lambda config: 0
+    padding_index: Callable[[Any], int] | None = None
     more: Callable[[Any], dict[str, Any]] = lambda config: {}
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -117,6 +119,16 @@ def _get(config: Any, name: str) -> Any:
     if not hasattr(config, name):
         raise ValueError(f"unsupported configuration: expected a {config.model_type} configuration with {name}")
     return getattr(config, name)
+
+
+def _padding_id(config: Any) -> int:
+    value = _get(config, "pad_token_id")
+    if value is None:
+        raise ValueError(
+            f"unsupported configuration: expected pad_token_id of a {config.model_type} configuration, where positions "
+            "are counted from, got None"
+        )
+    return int(value)
 
 
 def _half_window(config: Any) -> int:
@@ -166,7 +178,7 @@ _ROBERTA = dataclasses.replace(
             extra=("lm_head.bias",),
         ),
     },
-    position_offset=lambda config: int(config.pad_token_id) + 1,
+    padding_index=lambda config: _padding_id(config),
 )
 
 _DISTILBERT = _Architecture(
@@ -221,7 +233,7 @@ _MPNET = _Architecture(
     token_type=None,
     relative_bias="encoder.relative_attention_bias",
     # The model's code fixes its padding index, the number of buckets and their reach, whatever the configuration says.
-    position_offset=lambda config: 2,
+    padding_index=lambda config: 1,
     more=lambda config: {"relative_attention_buckets": 32, "relative_attention_max_distance": 128},
     options={"relative_attention_num_buckets": 32},
 )
@@ -351,8 +363,10 @@ def read_encoder(model: nn.Module) -> tuple[EncoderSpec, dict[str, Tensor]]:
     base = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)
     source = _Source(model, dict(base.state_dict()), f"{config.model_type} encoder", names.optional_biases)
     weights = {"embeddings.word": source.take(f"{names.word}.weight")}
+    padding = -1 if names.padding_index is None else names.padding_index(config)
     fields: dict[str, Any] = {
-        "position_offset": names.position_offset(config),
+        "position_offset": padding + 1,
+        "padding_id": padding,
         "vocab_size": weights["embeddings.word"].shape[0],
         "type_vocab_size": 0,
     }

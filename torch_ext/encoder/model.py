@@ -30,7 +30,7 @@ from torch_ext.encoder.spec import (
     scale_name,
 )
 from torch_ext.patterns import select
-from torch_ext.quantize import quantize_weight
+from torch_ext.quantize import check_inputs, quantize_weight
 
 __all__ = ["Encoder", "Head", "LayerWeights"]
 
@@ -95,8 +95,9 @@ class _Weighted(Generic[Spec]):
                 as ``"layers.0.ffn.down"``; ``"layers.0"`` means all in that layer.
 
         Raises:
-            ValueError: ``dtype`` is not known, a name, shape or dtype is wrong, or ``keep_bf16`` names no linear layer,
-                or one that is quantized already.
+            ValueError: ``dtype`` is not known, a name, shape or dtype is wrong, ``keep_bf16`` names no linear layer, or
+                one that is quantized already, or a layer has too many inputs for int8
+                (:data:`torch_ext.quantize.MAX_INT8_INPUTS`).
         """
         self.spec = spec
         self.dtype = check_dtype(dtype)
@@ -121,6 +122,10 @@ class _Weighted(Generic[Spec]):
         if quantized.intersection(kept):
             names = ", ".join(sorted(quantized.intersection(kept)))
             raise ValueError(f"{kind}: cannot keep {names} in bf16, being quantized already: start from other weights")
+        if self.dtype == "int8":
+            for name in layers:
+                if name not in kept:
+                    check_inputs(f"{kind}: {name}", self.spec.shapes()[f"{name}.weight"][1])
         return kept
 
     def _is_int8(self, name: str) -> bool:
@@ -304,8 +309,9 @@ class Encoder(_Weighted[EncoderSpec]):
         """Run a batch of texts.
 
         Args:
-            input_ids: i64 ``[T]``, the tokens of all texts, one text after the other, special tokens included. Every
-                token has a position, also a padding token within a text (which RoBERTa of transformers does not count).
+            input_ids: i64 ``[T]``, the tokens of all texts, one text after the other, special tokens included. A
+                padding token within a text is a token like any other, but with ``spec.padding_id`` (RoBERTa, XLM-R,
+                CamemBERT, MPNet) it is not counted in positions, as in transformers.
             cu_seqlens: i32 ``[B + 1]``; starts at 0, ends at T; text ``b`` is tokens ``cu_seqlens[b]`` to
                 ``cu_seqlens[b + 1]``, at least one and at most ``spec.max_positions``.
             token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
@@ -450,6 +456,7 @@ class Encoder(_Weighted[EncoderSpec]):
             tensors["embeddings.norm.bias"],
             spec.layer_norm_eps,
             spec.position_offset,
+            spec.padding_id,
         )
         if spec.embedding_size:
             observe("embeddings.projection", result)

@@ -68,6 +68,7 @@ def pack_encoder(
         layer_norm_eps=spec.layer_norm_eps,
         max_positions=spec.max_positions,
         position_offset=spec.position_offset,
+        padding_id=spec.padding_id,
         window=spec.window,
         global_every=spec.global_every,
         norm_first=spec.norm_first,

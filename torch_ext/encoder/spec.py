@@ -64,6 +64,8 @@ class EncoderSpec:
             that of the embeddings.
         gated_ffn: the first matrix of the feed-forward part is ``[2 I, H]``, and the second reads
             ``activation(a) * b`` for its halves ``a`` and ``b``.
+        padding_id: tokens with this id are not counted in positions: they take row ``position_offset - 1`` of the
+            position table, and the token after them the row that they would have had. -1: every token has a position.
     """
 
     architecture: str
@@ -88,6 +90,7 @@ class EncoderSpec:
     norm_first: bool = False
     norm_first_attention: bool = True
     gated_ffn: bool = False
+    padding_id: int = -1
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -102,6 +105,11 @@ class EncoderSpec:
             0,
             *("position_offset", "type_vocab_size", "embedding_size", "window", "rotary_theta", "rotary_theta_local"),
         )
+        if self.padding_id < -1 or (self.padding_id >= 0 and not self.position_offset):
+            raise ValueError(
+                "EncoderSpec: expected padding_id -1, or an id and position_offset of at least 1, whose row before is "
+                f"that of padding, got {self.padding_id} and {self.position_offset}"
+            )
         if self.hidden_size % self.num_heads:
             raise ValueError(f"EncoderSpec: num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
         if self.rotary_theta and self.hidden_size // self.num_heads % 2:

@@ -167,7 +167,8 @@ EncoderModel read_encoder(const char* op, const Tensor& packed) {
   const bool sound = known_type && h.num_heads > 0 && width % h.num_heads == 0 && h.activation < kActivationCount &&
                      m.word && m.embedding_norm.weight && m.embedding_norm.bias &&
                      (e == width || m.projection.packed) &&
-                     (!h.norm_first || (m.final_norm.weight && m.final_norm.bias)) && (h.global_every || !h.window);
+                     (!h.norm_first || (m.final_norm.weight && m.final_norm.bias)) && (h.global_every || !h.window) &&
+                     (h.padding_id < 0 || h.position_offset > 0);
   STD_TORCH_CHECK(sound, op, ": the packed encoder is damaged: something that every encoder has is missing");
   m.layers.resize(h.num_layers);
   for (size_t i = 0; i < h.num_layers; ++i) {
@@ -194,8 +195,8 @@ EncoderModel read_encoder(const char* op, const Tensor& packed) {
 
 Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int64_t num_layers, int64_t num_heads,
                     int64_t intermediate_size, const std::string& activation, double layer_norm_eps,
-                    int64_t max_positions, int64_t position_offset, int64_t window, int64_t global_every,
-                    bool norm_first, bool gated_ffn) {
+                    int64_t max_positions, int64_t position_offset, int64_t padding_id, int64_t window,
+                    int64_t global_every, bool norm_first, bool gated_ffn) {
   const char* const op = "pack_encoder";
   constexpr int64_t kLargest = int64_t{1} << 30;
   for (const int64_t x : {hidden_size, num_layers, num_heads, intermediate_size, max_positions, global_every}) {
@@ -203,6 +204,9 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   }
   STD_TORCH_CHECK(position_offset >= 0 && position_offset < kLargest && window >= 0 && window < kLargest, op,
                   ": expected position_offset and window of at least 0, got ", position_offset, " and ", window);
+  STD_TORCH_CHECK(padding_id >= -1 && padding_id < kLargest && (padding_id < 0 || position_offset >= 1), op,
+                  ": expected padding_id -1, or an id and position_offset of at least 1, got ", padding_id, " and ",
+                  position_offset);
   STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == kEncoderSections + num_layers * kLayerSections, op,
                   ": expected ", kEncoderSections + num_layers * kLayerSections, " weights for ", num_layers,
                   " layers, got ", weights.size());
@@ -247,6 +251,7 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   h.type_vocab_size = types.numel() ? static_cast<uint32_t>(types.size(0)) : 0;
   h.max_positions = static_cast<uint32_t>(max_positions);
   h.position_offset = static_cast<uint32_t>(position_offset);
+  h.padding_id = static_cast<int32_t>(padding_id);
   h.window = static_cast<uint32_t>(window);
   h.global_every = static_cast<uint32_t>(global_every);
   h.bias_reach = bias.numel() ? static_cast<uint32_t>(bias.size(1) / 2) : 0;

@@ -36,14 +36,14 @@ Tensor gate(const Tensor& x, const std::string& activation);
 Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,
                         const Tensor& word, const std::optional<Tensor>& position,
                         const std::optional<Tensor>& token_type, const Tensor& weight, const Tensor& bias, double eps,
-                        int64_t position_offset);
+                        int64_t position_offset, int64_t padding_id);
 Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& mode, bool normalize);
 /// Everything that an encoder's forward pass reads, as one byte tensor [hidden_size, bytes / hidden_size]. `weights` are
 /// in the order of packing/packed_encoder.h, empty ones for what the model has not got.
 Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int64_t num_layers, int64_t num_heads,
                     int64_t intermediate_size, const std::string& activation, double layer_norm_eps,
-                    int64_t max_positions, int64_t position_offset, int64_t window, int64_t global_every,
-                    bool norm_first, bool gated_ffn);
+                    int64_t max_positions, int64_t position_offset, int64_t padding_id, int64_t window,
+                    int64_t global_every, bool norm_first, bool gated_ffn);
 /// Where the sections of a packed encoder are: i64 [sections, 2], offset and bytes.
 Tensor encoder_sections(const Tensor& packed);
 Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,

@@ -143,7 +143,7 @@ Tensor gate(const Tensor& x, const std::string& activation) {
 Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,
                         const Tensor& word, const std::optional<Tensor>& position,
                         const std::optional<Tensor>& token_type, const Tensor& weight, const Tensor& bias, double eps,
-                        int64_t position_offset) {
+                        int64_t position_offset, int64_t padding_id) {
   const char* const op = "embed_layer_norm";
   check_cpu(op, "word", word);
   const DType type = float_type(op, "word", word);
@@ -158,6 +158,10 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
   STD_TORCH_CHECK(!position || (position_offset >= 0 && position_offset <= position->size(0)), op,
                   ": expected position_offset from 0 to the ", position ? position->size(0) : 0,
                   " rows of position, got ", position_offset);
+  STD_TORCH_CHECK(padding_id >= -1 && (padding_id < 0 || !position || position_offset >= 1), op,
+                  ": expected padding_id -1, or an id and position_offset of at least 1, whose row before is that of "
+                  "padding, got ",
+                  padding_id, " and ", position_offset);
   STD_TORCH_CHECK(!position || static_cast<int64_t>(sequences.longest) <= position->size(0) - position_offset, op,
                   ": a sequence of ", sequences.longest, " tokens is longer than the ",
                   position ? position->size(0) - position_offset : 0, " positions of the model; truncate it");
@@ -177,14 +181,14 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
   char* const op_out = static_cast<char*>(out.mutable_data_ptr());
   const size_t row_bytes = static_cast<size_t>(width) * dtype_bytes(type);
   torch::stable::parallel_for(0, tokens, row_grain(width), [&](int64_t begin, int64_t end) {
-    const auto embed = [&](size_t t, size_t place) {
+    const auto embed = [&](size_t t, size_t row) {
       const char* const type_row = types ? row_of(*types, type_id ? type_id[t] : 0, width, type) : nullptr;
-      const char* const position_row =
-          positions ? row_of(*positions, static_cast<int64_t>(place) + position_offset, width, type) : nullptr;
+      const char* const position_row = positions ? row_of(*positions, static_cast<int64_t>(row), width, type) : nullptr;
       vec.sum_layer_norm_row(static_cast<size_t>(width), row_of(words, id[t], width, type), position_row, type_row,
                              nullptr, wp, bp, static_cast<float>(eps), op_out + t * row_bytes, type);
     };
-    for_each_position(sequences.offsets, sequences.count, static_cast<size_t>(begin), static_cast<size_t>(end), embed);
+    for_each_position_row(sequences.offsets, sequences.count, static_cast<size_t>(begin), static_cast<size_t>(end),
+                          static_cast<size_t>(position_offset), id, padding_id, embed);
   });
   return out;
 }

@@ -55,8 +55,9 @@ struct EncoderHeader {
   uint32_t position_offset, window, global_every, bias_reach;
   float layer_norm_eps;
   uint8_t activation, norm_first, gated_ffn;
-  uint8_t type;  ///< DType of activations and tables: kBF16, or kF32 for an encoder of fp32 weights
-  uint8_t reserved[8];
+  uint8_t type;        ///< DType of activations and tables: kBF16, or kF32 for an encoder of fp32 weights
+  int32_t padding_id;  ///< tokens with this id have no position: they take row position_offset - 1; -1: all have one
+  uint8_t reserved[4];
   uint64_t checksum;  ///< of what comes before it, and of the table of sections
 };
 static_assert(sizeof(EncoderHeader) == 96);

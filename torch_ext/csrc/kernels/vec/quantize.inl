@@ -1,7 +1,7 @@
 // Rows quantized to s8 while they are packed, for the kernels of s8. Needs simd.inl.
 //
 // A row x is stored as q = round(x / scale) with scale = max |x| / 127, so that -127 <= q <= 127 and no value clips; a
-// weight's column in the same way, once. The product is exact in s32 for k up to 2^31 / 127^2 = 133,152.
+// weight's column in the same way, once. The product is exact in s32 for k up to (2^31 - 1) / 127^2 = 133,144.
 //
 // Layout s8p<R>x<kr>, used by blocks (R = mr) and panels (R = nr): for every group of kr products, the rows one after
 // the other. Shown for R = 12, kr = 8:
@@ -20,36 +20,60 @@ typedef int8_t vb __attribute__((vector_size(TORCH_EXT_VEC_WIDTH)));
 /// The largest magnitude of a row, NaN if it holds one: without their sign, floats are ordered like integers, and NaN
 /// comes after infinity.
 static float largest_magnitude(const float* s, size_t k) {
-  vi m = {};
+  vi m = {}, second = {};
   size_t p = 0;
-  for (; p + kWidth <= k; p += kWidth) {
+  for (; p + 2 * kWidth <= k; p += 2 * kWidth) {
+    const vi a = as_int(load(s + p)) & 0x7fffffff, b = as_int(load(s + p + kWidth)) & 0x7fffffff;
+    m = (a > m) ? a : m;
+    second = (b > second) ? b : second;
+  }
+  m = (second > m) ? second : m;
+  if (p + kWidth <= k) {
     const vi bits = as_int(load(s + p)) & 0x7fffffff;
     m = (bits > m) ? bits : m;
+    p += kWidth;
   }
   if (p < k) {
     const vi bits = as_int(get_n(s + p, k - p)) & 0x7fffffff;
     m = (bits > m) ? bits : m;
   }
+#if defined(TORCH_EXT_VEC_NEON)
+  const int32_t largest = vmaxvq_s32((int32x4_t)m);
+#else
   int32_t lanes[kWidth], largest = 0;
   __builtin_memcpy(lanes, &m, sizeof m);
   for (size_t i = 0; i < kWidth; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+#endif
   float result;
   __builtin_memcpy(&result, &largest, sizeof result);
   return result;
 }
 
-static float largest_magnitude(const uint16_t* s, size_t k) {
-  vhh m = {};
-  size_t p = 0;
-  for (; p + 2 * kWidth <= k; p += 2 * kWidth) {
-    vhh bits;
-    __builtin_memcpy(&bits, s + p, sizeof bits);
-    bits &= 0x7fff;
+TORCH_EXT_INLINE vhh magnitudes(const uint16_t* s) {
+  vhh bits;
+  __builtin_memcpy(&bits, s, sizeof bits);
+  return bits & 0x7fff;
+}
+
+TORCH_EXT_INLINE vhh larger(vhh a, vhh b) {
 #if defined(TORCH_EXT_VEC_NEON)
-    m = (vhh)vmaxq_u16((uint16x8_t)m, (uint16x8_t)bits);
+  return (vhh)vmaxq_u16((uint16x8_t)a, (uint16x8_t)b);
 #else
-    m = (bits > m) ? bits : m;
+  return (b > a) ? b : a;
 #endif
+}
+
+static float largest_magnitude(const uint16_t* s, size_t k) {
+  vhh m = {}, second = {};
+  size_t p = 0;
+  for (; p + 4 * kWidth <= k; p += 4 * kWidth) {
+    m = larger(m, magnitudes(s + p));
+    second = larger(second, magnitudes(s + p + 2 * kWidth));
+  }
+  m = larger(m, second);
+  if (p + 2 * kWidth <= k) {
+    m = larger(m, magnitudes(s + p));
+    p += 2 * kWidth;
   }
   uint32_t largest = 0;
   for (; p < k; ++p) {
@@ -74,10 +98,10 @@ struct RowScale {
   float scale, inverse;
 };
 
-/// A row whose magnitudes have no reciprocal (below 3e-37) counts as zero.
+/// Of a row with this largest magnitude. One whose magnitudes have no reciprocal (below 3e-37) counts as zero. The
+/// reciprocal of infinity is 0.
 TORCH_EXT_INLINE RowScale row_scale(float largest) {
-  if (largest < 4e-37f) return {0.0f, 0.0f};
-  return {largest * (1.0f / 127.0f), 127.0f / largest};
+  return {largest * (1.0f / 127.0f), largest < 4e-37f ? 0.0f : 127.0f / largest};
 }
 
 // Elements quantized at a time, and the bytes of their quantized values in order.
@@ -135,6 +159,22 @@ TORCH_EXT_INLINE void store_two_groups(int8x16_t q, size_t stride, int8_t* d) {
 }
 #endif
 
+/// Completes packed rows of infinite scale, whose elements are 0 so far: infinite ones become +-127. Products are then
+/// those of fp32, infinite, or NaN where an infinity meets a weight of 0. (Where several infinities meet, their sum
+/// decides.)
+template <typename Src, size_t kGroup, uint8_t kFlip>
+__attribute__((noinline, cold)) static void mark_infinities(size_t rows, size_t k, const Src* s, size_t ld,
+                                                            size_t stride, const float* scales, int8_t* d) {
+  for (size_t i = 0; i < rows; ++i) {
+    if (!__builtin_isinf(scales[i])) continue;
+    for (size_t p = 0; p < k; ++p) {
+      const float x = get_n(s + i * ld + p, 1)[0];
+      if (!__builtin_isinf(x)) continue;
+      d[i * kGroup + p / kGroup * stride + p % kGroup] = static_cast<int8_t>((x > 0.0f ? 127 : -127) ^ kFlip);
+    }
+  }
+}
+
 /// PackRowsFn of layout s8p<block_rows>x<kGroup>; k is padded to a multiple of kStep. Bytes are stored with `kFlip`
 /// exclusive-or: 0x80 adds 128, for instructions that take unsigned rows.
 template <typename Src, size_t kGroup, size_t kStep, uint8_t kFlip>
@@ -142,13 +182,15 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
   const size_t padded = (k + kStep - 1) / kStep * kStep, stride = block_rows * kGroup;
   int8_t* const d = static_cast<int8_t*>(dst);
   float* const scales = reinterpret_cast<float*>(d + block_rows * padded);
+  float worst = 0.0f;
   for (size_t i = 0; i < block_rows; ++i) {
     int8_t* out = d + i * kGroup;
     size_t p = 0;
-    scales[i] = 0.0f;
     if (i < rows) {
       const Src* const s = static_cast<const Src*>(src) + i * ld;
-      const RowScale row = row_scale(largest_magnitude(s, k));
+      const float largest = largest_magnitude(s, k);
+      worst = largest > worst ? largest : worst;
+      const RowScale row = row_scale(largest);
       const float inverse = row.inverse;
       scales[i] = row.scale;
       for (; p + kQuantized <= k; p += kQuantized) {
@@ -171,8 +213,13 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
         out += groups * stride;
         p += groups * kGroup;
       }
+    } else {
+      scales[i] = 0.0f;
     }
     for (; p < padded; p += kGroup, out += stride) __builtin_memset(out, kFlip, kGroup);
+  }
+  if (__builtin_isinf(worst)) {
+    mark_infinities<Src, kGroup, kFlip>(rows, k, static_cast<const Src*>(src), ld, stride, scales, d);
   }
 }
 

@@ -133,12 +133,31 @@ TORCH_EXT_INLINE __m128i quantize_crossed(const Src* s, float inverse) {
 /// Twice a0 a1 + a2 a3, of both halves, in lanes of s32.
 TORCH_EXT_INLINE __m128i row_term(__m128i q) { return _mm_madd_epi16(q, _mm_shuffle_epi32(q, 0xb1)); }
 
+/// Completes packed rows of infinite scale: see mark_infinities() of quantize.inl.
+template <typename Src>
+__attribute__((noinline, cold)) void mark_infinities_crossed(size_t rows, size_t k, const Src* s, size_t ld,
+                                                             size_t stride, const float* scales, int16_t* d,
+                                                             int32_t* terms) {
+  const auto place = [&](size_t i, size_t p) { return i * kStep + p / 4 * stride + p % 2 * 2 + p % 4 / 2; };
+  for (size_t i = 0; i < rows; ++i) {
+    if (!__builtin_isinf(scales[i])) continue;
+    uint32_t term = 0;
+    for (size_t p = 0; p < k; ++p) {
+      const float x = get_n(s + i * ld + p, 1)[0];
+      d[place(i, p)] = !__builtin_isinf(x) ? 0 : x > 0.0f ? 127 : -127;
+      if (p % 2) term += static_cast<uint32_t>(d[place(i, p - 1)] * d[place(i, p)]);
+    }
+    terms[i] = static_cast<int32_t>(term);
+  }
+}
+
 template <typename Src>
 void pack_rows_crossed(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst) {
   const size_t padded = (k + kStep - 1) / kStep * kStep, stride = block_rows * kStep;
   int16_t* const d = static_cast<int16_t*>(dst);
   float* const scales = reinterpret_cast<float*>(d + block_rows * padded);
   int32_t* const terms = reinterpret_cast<int32_t*>(scales + block_rows);
+  float worst = 0.0f;
   for (size_t i = 0; i < block_rows; ++i) {
     int16_t* out = d + i * kStep;
     size_t p = 0;
@@ -146,7 +165,9 @@ void pack_rows_crossed(size_t rows, size_t block_rows, size_t k, const void* src
     scales[i] = 0.0f;
     if (i < rows) {
       const Src* const s = static_cast<const Src*>(src) + i * ld;
-      const RowScale scale = row_scale(largest_magnitude(s, k));
+      const float largest = largest_magnitude(s, k);
+      worst = largest > worst ? largest : worst;
+      const RowScale scale = row_scale(largest);
       scales[i] = scale.scale;
       for (; p + 8 <= k; p += 8, out += 2 * stride) {
         const __m128i q = quantize_crossed(s + p, scale.inverse);
@@ -168,6 +189,9 @@ void pack_rows_crossed(size_t rows, size_t block_rows, size_t k, const void* src
     // Lanes 0 and 2: each term is in two lanes.
     terms[i] = static_cast<int32_t>(static_cast<uint32_t>(_mm_cvtsi128_si32(sums)) +
                                     static_cast<uint32_t>(_mm_extract_epi32(sums, 2)));
+  }
+  if (__builtin_isinf(worst)) {
+    mark_infinities_crossed(rows, k, static_cast<const Src*>(src), ld, stride, scales, d, terms);
   }
 }
 

@@ -1,0 +1,85 @@
+"""What :class:`torch.utils.flop_counter.FlopCounterMode` counts for our ops: products and sums, as for PyTorch's own.
+
+Importing this registers the formulas. Like PyTorch's they leave out what is done element by element.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+__all__: list[str] = []
+
+_ops = torch.ops.torch_ext
+
+# EncoderHeader of csrc/packing/packed_encoder.h, up to gated_ffn.
+_HEADER = struct.Struct("=8sIIQ12IfBBB")
+
+
+def _has_data(tensor: Tensor) -> bool:
+    """Whether its values can be read: those of fake and meta tensors cannot."""
+    return type(tensor) is Tensor and not tensor.is_meta
+
+
+def _pairs(cu_seqlens: Tensor, tokens: int, window: int | None = None) -> int:
+    """Pairs of tokens that see each other; without data, as if all were one sequence."""
+    bounds = cu_seqlens.tolist() if _has_data(cu_seqlens) else [0, tokens]
+    total = 0
+    for begin, end in itertools.pairwise(bounds):
+        length = end - begin
+        reach = length if window is None else min(window, length)
+        # All of them, less two triangles of those too far away.
+        total += length**2 - max(0, length - reach - 1) * max(0, length - reach)
+    return total
+
+
+@register_flop_formula(_ops.linear)
+def _(x: Sequence[int], packed: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * packed[0]
+
+
+@register_flop_formula([_ops.matmul, _ops.bmm])
+def _(a: Sequence[int], b: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    return 2 * prod(out_shape) * a[-1]
+
+
+@register_flop_formula(_ops.addmm)
+def _(bias: Sequence[int], a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * prod(a) * b[1]
+
+
+@register_flop_formula(_ops.varlen_attention, get_raw=True)
+def _(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    window: int | None = None,
+    relative_bias: Tensor | None = None,
+    **_: Any,
+) -> int:
+    return 4 * _pairs(cu_seqlens, qkv.shape[0], window) * (qkv.shape[1] // 3)
+
+
+@register_flop_formula(_ops.encoder_forward, get_raw=True)
+def _(input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor, **_: Any) -> int:
+    if not _has_data(packed):
+        return 0  # Its sizes are in its data.
+    fields = _HEADER.unpack(bytes(packed.flatten()[: _HEADER.size].tolist()))
+    hidden, layers, _heads, wide, embedded = fields[4:9]
+    window, global_every = fields[13:15]
+    gated = fields[-1]
+    tokens = input_ids.shape[0]
+    weights = layers * (4 * hidden**2 + (3 if gated else 2) * hidden * wide)
+    if embedded != hidden:
+        weights += embedded * hidden
+    local = sum(bool(window and index % global_every) for index in range(layers))
+    pairs = (layers - local) * _pairs(cu_seqlens, tokens) + local * _pairs(cu_seqlens, tokens, window)
+    return int(2 * tokens * weights + 4 * pairs * hidden)
