@@ -280,12 +280,12 @@ def _print_table(manifest: Manifest) -> None:
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         print("  ".join(cells))
-    speeds = [variant.speed for variant in manifest.variants.values() if variant.speed is not None]
+    threads = next((variant.speed.threads for variant in manifest.variants.values() if variant.speed is not None), None)
     texts = manifest.verification
     print(f"against transformers fp32 on {texts['texts']} texts: {texts['source']}, ", end="")
     print(f"{texts['mean_tokens']} tokens on average", end="")
-    if speeds:
+    if threads is not None:
         baseline = texts["reference_texts_per_s"]
         print(f"; it runs {baseline:.0f} texts/s", end="") if baseline else None
-        print(f"\ntexts/s: a quick measurement here, {speeds[0].threads} threads of {speeds[0].cpu}", end="")
-    print()
+    speed = "" if threads is None else f"; texts/s: a quick measurement, {threads} threads"
+    print(f"\nmeasured on {manifest.machine}{speed}")
