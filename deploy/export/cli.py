@@ -48,9 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, or id on the Hugging Face hub")
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, type=Path, help="folder to write")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, type=_folder, help="folder to write")
     parser.add_argument(
-        "--force", action="store_true", help="replace DIR if it is not empty (the old one stays on failure)"
+        "--force",
+        action="store_true",
+        help="replace DIR if it is a bundle with nothing else in it (the old one stays on failure)",
     )
     parser.add_argument("--task", choices=TASKS, help="default: from the model's files")
     parser.add_argument(
@@ -100,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("--debug", action="store_true", help="print tracebacks")
     return parser
+
+
+def _folder(text: str) -> Path:
+    if not text:  # Path would make the current directory of it.
+        raise argparse.ArgumentTypeError("expected a folder, got an empty string")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

@@ -65,7 +65,7 @@ class Options:
         max_texts: How many texts at most.
         threads: Threads to measure with; None: all that this process may use.
         speed_s: Seconds of measuring per variant; 0 measures no speed.
-        force: Whether a target with contents is replaced.
+        force: Whether a bundle that is there is replaced.
         accuracy: Mean cosine to fp32 that torch_ext-int8 has to reach, besides its bounds.
     """
 
