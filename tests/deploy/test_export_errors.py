@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -491,48 +492,75 @@ def test_interrupt_in_the_middle(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def start(model: Path, target: Path) -> subprocess.Popen[str]:
-    """Starts an export and waits until it has a model to write."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deploy", "export", str(model), "-o", str(target), "--force", "--speed-seconds", "60"],
+# Imports once what takes seconds, and runs an export to every target in a process of its own.
+LAUNCHER = """
+import os, sys
+from transformers import AutoModel, AutoTokenizer
+from deploy.export.cli import main
+model, texts, *targets = sys.argv[1:]
+options = ["--force", "--variants", "torch-fp32", "--texts", texts, "--speed-seconds", "600"]
+processes = []
+for target in targets:
+    process = os.fork()
+    if process == 0:
+        code = main([model, "-o", target, *options])
+        sys.stderr.flush()
+        os._exit(code)
+    processes.append(process)
+print(*processes, flush=True)
+print(*(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
+"""
+
+
+@contextlib.contextmanager
+def exports(model: Path, texts: Path, *targets: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Starts an export to each target; a launcher, and the process of each once it has a model to write."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *map(str, (model, texts, *targets))],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    assert process.stderr is not None
-    deadline = time.monotonic() + 120
-    hidden = lambda: [path for path in target.parent.iterdir() if path.name.startswith(".torch-ext-export-")]  # noqa: E731
-    while time.monotonic() < deadline and process.poll() is None:
-        if any((path / "tokenizer.json").is_file() for path in hidden()):
-            return process
-        time.sleep(0.05)
-    process.kill()
-    raise AssertionError(process.communicate()[1])
+    assert launcher.stdout is not None
+    processes = [int(word) for word in launcher.stdout.readline().split()]
+    try:
+        deadline = time.monotonic() + 120
+        while not all(any(target.parent.glob(".torch-ext-export-*/tokenizer.json")) for target in targets):
+            assert launcher.poll() is None, launcher.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield launcher, processes
+    finally:
+        if launcher.poll() is None:  # It waits for them: their numbers are still theirs.
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        launcher.communicate(timeout=60)
 
 
 def test_terminated_and_killed_exports(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    old = old_bundle(target, old=b"old bundle")
-    process = start(tiny_model(), target)
-    process.send_signal(signal.SIGTERM)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"error: stopped by SIGTERM; nothing was written to {target}" in printed
-    assert contents(tmp_path) == {f"out/{name}": data for name, data in old.items()}
-    assert len(list(tmp_path.iterdir())) == 1
+    terminated, killed = tmp_path / "terminated" / "out", tmp_path / "killed" / "out"
+    old = old_bundle(terminated, old=b"old bundle")
+    assert old_bundle(killed, old=b"old bundle") == old
+    (tmp_path / "texts.txt").write_text("Return the value.\n", encoding="utf-8")
+    with exports(tiny_model(), tmp_path / "texts.txt", terminated, killed) as (launcher, processes):
+        for process, number in zip(processes, (signal.SIGTERM, signal.SIGKILL), strict=True):
+            os.kill(process, number)
+        codes, printed = launcher.communicate(timeout=60)
+    assert codes.split() == [str(128 + signal.SIGTERM), str(-signal.SIGKILL)]
+    assert f"error: stopped by SIGTERM; nothing was written to {terminated}" in printed
+    assert contents(terminated.parent) == {f"out/{name}": data for name, data in old.items()}
+    assert len(list(terminated.parent.iterdir())) == 1
 
     # Nobody can clean up behind SIGKILL, but the target is as it was, and the next export cleans up.
-    process = start(tiny_model(), target)
-    process.kill()
-    process.communicate(timeout=60)
-    assert contents(target) == old
-    assert len(list(tmp_path.iterdir())) == 2
-    assert main([str(tiny_model()), "-o", str(target), "--force", *QUICK]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert "old" not in contents(target)
-    load_manifest(target, verify=True)
+    assert contents(killed) == old
+    assert len(list(killed.parent.iterdir())) == 2
+    assert main([str(tiny_model()), "-o", str(killed), "--force", *QUICK[:-1], "torch-fp32"]) == 0
+    assert [path.name for path in killed.parent.iterdir()] == ["out"]
+    assert "old" not in contents(killed)
+    load_manifest(killed, verify=True)
 
 
 # All or nothing
