@@ -9,13 +9,14 @@ import itertools
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from deploy.export.machine import cpu_name
 
 __all__ = [
     "RESULTS",
@@ -36,37 +37,7 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Arm's part numbers of server cores (MIDR_EL1); the kernel gives no names on aarch64.
-_ARM_CORES = {
-    "0xd08": "Cortex-A72",
-    "0xd0c": "Neoverse N1",
-    "0xd40": "Neoverse V1",
-    "0xd49": "Neoverse N2",
-    "0xd4f": "Neoverse V2",
-    "0xd83": "Neoverse V3AE",
-    "0xd84": "Neoverse V3",
-    "0xd8e": "Neoverse N3",
-}
 _COLOURS = ("#0b6e4f", "#c8553d", "#588b8b", "#f28f3b", "#30638e", "#8d6a9f", "#6c757d", "#d1b000", "#a44a3f")
-
-
-def cpu_name(cpuinfo: str | None = None) -> str:
-    """Name of the CPU.
-
-    Args:
-        cpuinfo: content of /proc/cpuinfo; None reads it.
-    """
-    if cpuinfo is None:
-        path = Path("/proc/cpuinfo")
-        cpuinfo = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    if match := re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE):
-        return match[1].strip()
-    implementer = re.search(r"^CPU implementer\s*:\s*(\w+)", cpuinfo, re.MULTILINE)
-    part = re.search(r"^CPU part\s*:\s*(\w+)", cpuinfo, re.MULTILINE)
-    if implementer and part:
-        known = _ARM_CORES.get(part[1]) if implementer[1] == "0x41" else None
-        return known or f"{platform.machine()} (implementer {implementer[1]}, part {part[1]})"
-    return platform.machine()
 
 
 def commit(root: Path = ROOT) -> str:

@@ -32,6 +32,7 @@ __all__ = [
     "Accuracy",
     "BundleError",
     "FileEntry",
+    "Machine",
     "Manifest",
     "ModelInfo",
     "Pooling",
@@ -41,6 +42,7 @@ __all__ = [
     "VariantKind",
     "file_entry",
     "load_manifest",
+    "owned_files",
     "write_manifest",
 ]
 
@@ -135,6 +137,26 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where the figures of a manifest were measured.
+
+    Attributes:
+        cpu: Name of the CPU.
+        architecture: As `platform.machine` spells it.
+        instruction_sets: What it has of the instructions that kernels for bf16 and int8 use, in the kernel's names:
+            `avx2`, `avx512_vnni`, `i8mm`.
+    """
+
+    cpu: str
+    architecture: str
+    instruction_sets: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Such as `AMD EPYC (x86_64: avx2 fma)`."""
+        return f"{self.cpu} ({self.architecture}: {' '.join(self.instruction_sets) or 'none that matter'})"
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """A variant compared with transformers in fp32 on real text.
 
@@ -189,6 +211,8 @@ class Variant:
         quantization: What was measured to find the layers that int8 would damage too much: `kept_bf16`, names of those
             that stayed in bf16; `layers`, the damage of each; mean and min cosine with all in `int8`, all in `bf16`,
             and as `chosen`. Empty for a variant that is not quantized in this way.
+        kernels: What computed `accuracy` and `speed`: the instruction set that torch_ext chose, or ONNX Runtime's
+            version and how it multiplies int8. None in bundles that were written before this field existed.
     """
 
     name: str
@@ -200,6 +224,7 @@ class Variant:
     speed: Speed | None = None
     extra_files: tuple[str, ...] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    kernels: str | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +245,8 @@ class Manifest:
         files: What every file has to be, by name.
         variants: Variants by name.
         verification: How accuracy was measured: `texts`, `source`, `mean_tokens`.
+        machine: Where accuracy and speed of every variant were measured; None in bundles that were written before this
+            field existed.
     """
 
     root: Path
@@ -235,6 +262,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     variants: Mapping[str, Variant]
     verification: Mapping[str, Any] = field(default_factory=dict)
+    machine: Machine | None = None
 
     def path(self, name: str) -> Path:
         """Path of a file of the bundle; `name` has to be listed in `files`."""
@@ -286,6 +314,8 @@ class Manifest:
             }
             if value.quantization:
                 result["quantization"] = dict(value.quantization)
+            if value.kernels is not None:
+                result["kernels"] = value.kernels
             if value.speed is not None:
                 result["speed"] = {
                     "texts_per_s": value.speed.texts_per_s,
@@ -296,7 +326,7 @@ class Manifest:
             return result
 
         pooling = self.pooling
-        return {
+        result: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "model": {
@@ -320,6 +350,13 @@ class Manifest:
             },
             "variants": {name: variant(value) for name, value in self.variants.items()},
         }
+        if self.machine is not None:
+            result["machine"] = {
+                "cpu": self.machine.cpu,
+                "architecture": self.machine.architecture,
+                "instruction_sets": list(self.machine.instruction_sets),
+            }
+        return result
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -356,21 +393,8 @@ def write_manifest(manifest: Manifest) -> Path:
     return path
 
 
-def load_manifest(folder: str | Path, verify: bool = True, variants: Collection[str] | None = None) -> Manifest:
-    """Reads and checks a bundle.
-
-    Args:
-        folder: Folder of the bundle.
-        verify: Also compares the SHA-256 of every file that is needed (about 1 s per GB). Existence and size are always
-            checked.
-        variants: Names of the variants that will be used; only their files, the tokenizer and the config have to be
-            there. None: every file of the manifest has to be there.
-
-    Raises:
-        BundleError: Not a bundle, a newer format, a field that is missing or wrong, a file name that leads out of the
-            folder, or a file that is missing or differs from the manifest.
-    """
-    root = Path(folder)
+def _read_json(root: Path) -> Any:
+    """The content of a folder's manifest, unchecked."""
     path = root / MANIFEST_FILE
     if not root.is_dir():
         kind = "a file" if root.exists() else "no such folder"
@@ -387,7 +411,43 @@ def load_manifest(folder: str | Path, verify: bool = True, variants: Collection[
         if isinstance(error, BundleError):
             raise
         raise BundleError(f"{path}: expected JSON in UTF-8 ({error}); export the model again") from error
-    manifest = _parse(root, value)
+    return value
+
+
+def owned_files(folder: Path) -> frozenset[str]:
+    """Names of the files that a bundle's manifest owns, its own included; what else the folder holds is somebody's.
+
+    Neither the files nor the rest of the manifest are checked: a damaged bundle, or one of another version, owns its
+    files, too.
+
+    Args:
+        folder: Folder of the bundle.
+
+    Raises:
+        BundleError: The folder is not a bundle, or the manifest names files outside of it.
+    """
+    top = _Reader(str(folder / MANIFEST_FILE), _read_json(folder))
+    _check_format(top)
+    files = top.child("files")
+    return frozenset({MANIFEST_FILE, *(_check_file_name(files.where, name) for name in files.value)})
+
+
+def load_manifest(folder: str | Path, verify: bool = True, variants: Collection[str] | None = None) -> Manifest:
+    """Reads and checks a bundle.
+
+    Args:
+        folder: Folder of the bundle.
+        verify: Also compares the SHA-256 of every file that is needed (about 1 s per GB). Existence and size are always
+            checked.
+        variants: Names of the variants that will be used; only their files, the tokenizer and the config have to be
+            there. None: every file of the manifest has to be there.
+
+    Raises:
+        BundleError: Not a bundle, a newer format, a field that is missing or wrong, a file name that leads out of the
+            folder, or a file that is missing or differs from the manifest.
+    """
+    root = Path(folder)
+    manifest = _parse(root, _read_json(root))
 
     needed = set(manifest.files)
     if variants is not None:
@@ -498,11 +558,15 @@ def _check_file_name(where: str, name: str) -> str:
     return name
 
 
-def _parse(root: Path, value: Any) -> Manifest:
-    top = _Reader(str(root / MANIFEST_FILE), value)
+def _check_format(top: _Reader) -> None:
     found = top.value.get("format")
     if found != FORMAT:
         raise BundleError(f"{top.where}: expected format {FORMAT!r}, got {found!r}; this is not a bundle")
+
+
+def _parse(root: Path, value: Any) -> Manifest:
+    top = _Reader(str(root / MANIFEST_FILE), value)
+    _check_format(top)
     version = top.count("format_version", 1)
     if version != FORMAT_VERSION:
         raise BundleError(
@@ -558,6 +622,11 @@ def _parse(root: Path, value: Any) -> Manifest:
     if not variants:
         raise BundleError(f"{described.where}: expected at least one variant")
 
+    machine: Machine | None = None
+    if top.value.get("machine") is not None:
+        reader = top.child("machine")
+        machine = Machine(reader.string("cpu"), reader.string("architecture"), reader.strings("instruction_sets"))
+
     versions = top.child("created_with")
     return Manifest(
         root=root,
@@ -573,6 +642,7 @@ def _parse(root: Path, value: Any) -> Manifest:
         files=files,
         variants=variants,
         verification=top.child("verification", optional=True).value,
+        machine=machine,
     )
 
 
@@ -606,4 +676,5 @@ def _parse_variant(name: str, reader: _Reader, files: Mapping[str, FileEntry]) -
         else None,
         extra_files=extra,
         quantization=reader.child("quantization", optional=True).value,
+        kernels=reader.get("kernels", str, optional=True),
     )

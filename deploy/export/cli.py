@@ -48,9 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, or id on the Hugging Face hub")
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, type=Path, help="folder to write")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, type=_folder, help="folder to write")
     parser.add_argument(
-        "--force", action="store_true", help="replace DIR if it is not empty (the old one stays on failure)"
+        "--force",
+        action="store_true",
+        help="replace DIR if it is a bundle with nothing else in it (the old one stays on failure)",
     )
     parser.add_argument("--task", choices=TASKS, help="default: from the model's files")
     parser.add_argument(
@@ -100,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("--debug", action="store_true", help="print tracebacks")
     return parser
+
+
+def _folder(text: str) -> Path:
+    if not text:  # Path would make the current directory of it.
+        raise argparse.ArgumentTypeError("expected a folder, got an empty string")
+    return Path(text)
 
 
 def _positive(text: str) -> int:
@@ -280,12 +288,12 @@ def _print_table(manifest: Manifest) -> None:
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         print("  ".join(cells))
-    speeds = [variant.speed for variant in manifest.variants.values() if variant.speed is not None]
+    threads = next((variant.speed.threads for variant in manifest.variants.values() if variant.speed is not None), None)
     texts = manifest.verification
     print(f"against transformers fp32 on {texts['texts']} texts: {texts['source']}, ", end="")
     print(f"{texts['mean_tokens']} tokens on average", end="")
-    if speeds:
+    if threads is not None:
         baseline = texts["reference_texts_per_s"]
         print(f"; it runs {baseline:.0f} texts/s", end="") if baseline else None
-        print(f"\ntexts/s: a quick measurement here, {speeds[0].threads} threads of {speeds[0].cpu}", end="")
-    print()
+    speed = "" if threads is None else f"; texts/s: a quick measurement, {threads} threads"
+    print(f"\nmeasured on {manifest.machine}{speed}")

@@ -1,24 +1,72 @@
-"""What this machine is, for the labels on measured speeds."""
+"""What this machine is, for the labels on what was measured."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
+import re
 from pathlib import Path
 
-__all__ = ["available_memory_bytes", "cpu_name", "usable_cpus"]
+from deploy.bundle import Machine
+
+__all__ = ["available_memory_bytes", "cpu_name", "machine", "usable_cpus"]
+
+# Arm's part numbers of server cores (MIDR_EL1); the kernel gives no names on aarch64.
+_ARM_CORES = {
+    "0xd08": "Cortex-A72",
+    "0xd0c": "Neoverse N1",
+    "0xd40": "Neoverse V1",
+    "0xd49": "Neoverse N2",
+    "0xd4f": "Neoverse V2",
+    "0xd83": "Neoverse V3AE",
+    "0xd84": "Neoverse V3",
+    "0xd8e": "Neoverse N3",
+}
+
+_INSTRUCTION_SETS = (
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2", "svebf16", "svei8mm"),
+)
+"""Those that kernels for bf16 and int8 ask for, as /proc/cpuinfo spells them: x86-64, then aarch64."""
 
 
-def cpu_name() -> str:
-    """The CPU as the kernel names it, or its architecture where it does not (ARM)."""
+def _cpuinfo() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        pass
+        return ""
+
+
+def cpu_name(cpuinfo: str | None = None) -> str:
+    """Name of the CPU: the kernel's, or by its part number on aarch64, or its architecture where neither is known.
+
+    Args:
+        cpuinfo: Content of /proc/cpuinfo; None reads it.
+    """
+    if cpuinfo is None:
+        cpuinfo = _cpuinfo()
+    if match := re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE):
+        return match[1].strip()
+    implementer = re.search(r"^CPU implementer\s*:\s*(\w+)", cpuinfo, re.MULTILINE)
+    part = re.search(r"^CPU part\s*:\s*(\w+)", cpuinfo, re.MULTILINE)
+    if implementer and part:
+        known = _ARM_CORES.get(part[1]) if implementer[1] == "0x41" else None
+        return known or f"{platform.machine()} (implementer {implementer[1]}, part {part[1]})"
     return platform.machine()
+
+
+def machine(cpuinfo: str | None = None) -> Machine:
+    """This machine, for a manifest.
+
+    Args:
+        cpuinfo: Content of /proc/cpuinfo; None reads it.
+    """
+    if cpuinfo is None:
+        cpuinfo = _cpuinfo()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    words = set(found[1].split()) if found else set()
+    return Machine(cpu_name(cpuinfo), platform.machine(), tuple(name for name in _INSTRUCTION_SETS if name in words))
 
 
 def usable_cpus() -> int:

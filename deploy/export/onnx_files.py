@@ -17,6 +17,7 @@ import numpy as np
 
 from deploy.export.engines import Batch
 from deploy.export.errors import ExportError
+from deploy.onnx_session import session_options
 
 __all__ = ["export_fp32", "quantize_int8", "sensitive_nodes"]
 
@@ -108,7 +109,7 @@ def _weight_bytes(path: Path) -> int:
     return path.stat().st_size + sum(item.stat().st_size for item in path.parent.glob("model.onnx_data"))
 
 
-def sensitive_nodes(path: Path, batch: Batch, pad_id: int) -> list[str]:
+def sensitive_nodes(path: Path, batch: Batch, pad_id: int, threads: int) -> list[str]:
     """Products with weights, those first whose input loses most by 8 bits.
 
     The input of every product is recorded on real text. With one scale per tensor, an outlier widens the step for all
@@ -118,6 +119,7 @@ def sensitive_nodes(path: Path, batch: Batch, pad_id: int) -> list[str]:
         path: The fp32 model.
         batch: A few texts.
         pad_id: Padding id.
+        threads: Threads of the session.
 
     Returns:
         Names of nodes.
@@ -136,7 +138,7 @@ def sensitive_nodes(path: Path, batch: Batch, pad_id: int) -> list[str]:
     try:
         onnx.save(model, probe, save_as_external_data=model.ByteSize() > _EXTERNAL_FROM_BYTES)
         del model
-        session = onnxruntime.InferenceSession(str(probe), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(probe), session_options(threads), providers=["CPUExecutionProvider"])
         ids, mask = batch.padded(pad_id)
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         names = {item.name for item in session.get_inputs()}

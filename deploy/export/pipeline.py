@@ -25,6 +25,7 @@ from deploy.bundle import (
     SpecialToken,
     Speed,
     Variant,
+    VariantKind,
     file_entry,
     load_manifest,
     write_manifest,
@@ -33,10 +34,11 @@ from deploy.export.accuracy import Comparison, Result, default_bounds, make_comp
 from deploy.export.engines import Batch, Engine, OnnxEngine, TorchExtEngine, TransformersEngine, batches
 from deploy.export.errors import ExportError, first_line, is_disk_full
 from deploy.export.int8 import BoundMissed, choose_encoder
-from deploy.export.machine import available_memory_bytes, cpu_name, usable_cpus
+from deploy.export.machine import available_memory_bytes, cpu_name, machine, usable_cpus
 from deploy.export.progress import Progress, megabytes, quiet_libraries
 from deploy.export.source import Source
 from deploy.export.staging import Staging
+from deploy.onnx_session import kernels
 
 if TYPE_CHECKING:
     from torch_ext import Encoder, Head
@@ -63,7 +65,7 @@ class Options:
         max_texts: How many texts at most.
         threads: Threads to measure with; None: all that this process may use.
         speed_s: Seconds of measuring per variant; 0 measures no speed.
-        force: Whether a target with contents is replaced.
+        force: Whether a bundle that is there is replaced.
         accuracy: Mean cosine to fp32 that torch_ext-int8 has to reach, besides its bounds.
     """
 
@@ -590,7 +592,7 @@ def _make_int8(
         with progress.step(f"write and verify onnx-int8{title}", again=share > 0) as said:
             if share:
                 if ranked is None:
-                    ranked = sensitive_nodes(fp32, work[len(work) // 2], tokens.pad_id)
+                    ranked = sensitive_nodes(fp32, work[len(work) // 2], tokens.pad_id, threads)
                 kept = ranked[: max(1, round(share * len(ranked)))]
             for path in _files_of(folder, "onnx-int8"):
                 path.unlink(missing_ok=True)
@@ -609,6 +611,15 @@ def _make_int8(
     assert first is not None
     _refuse("onnx-int8", first, options.variants)
     raise AssertionError("a result that missed its bound is refused")
+
+
+def _kernels(kind: VariantKind) -> str:
+    """What computed the figures of a variant on this machine."""
+    if kind.engine == "onnxruntime":
+        return kernels(kind.dtype)
+    from torch_ext import isa_report
+
+    return str(isa_report()["isa"])
 
 
 def _manifest(
@@ -640,6 +651,7 @@ def _manifest(
             quantization=report.to_json()
             if report is not None and kind.file == VARIANTS["torch_ext-int8"].file
             else {},
+            kernels=_kernels(kind),
         )
     return Manifest(
         root=folder,
@@ -654,4 +666,5 @@ def _manifest(
         special_tokens=tokens.special,
         files=files,
         variants=variants,
+        machine=machine(),
     )

@@ -39,6 +39,7 @@ def folder(tmp_path: Path) -> Path:
             bundle.Accuracy("cosine", 0.999, 0.99, 8, {"mean": 0.985}, {"length_error": 0.0}),
             bundle.Speed(12.5, 2, "some CPU", 32) if name == "onnx-int8" else None,
             quantization={"kept_bf16": ["layers.0.ffn.up"], "layers": []} if name == "onnx-int8" else {},
+            kernels="onnxruntime-1.32.0, u8 by s8" if name == "onnx-int8" else "onnxruntime-1.32.0",
         )
 
     bundle.write_manifest(
@@ -56,6 +57,7 @@ def folder(tmp_path: Path) -> Path:
             files=files,
             variants={name: variant(name) for name in ("onnx-int8", "onnx-fp32")},
             verification={"texts": 8},
+            machine=bundle.Machine("some CPU", "x86_64", ("avx2", "fma")),
         )
     )
     return root
@@ -77,6 +79,8 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert manifest.variant("onnx-int8").quantization["kept_bf16"] == ["layers.0.ffn.up"]
     assert manifest.variant("onnx-fp32").quantization == {}
     assert manifest.path("model.onnx").is_file()
+    assert str(manifest.machine) == "some CPU (x86_64: avx2 fma)"
+    assert manifest.variant("onnx-int8").kernels == "onnxruntime-1.32.0, u8 by s8"
 
 
 def test_fields_of_a_later_minor_change_are_ignored(folder: Path) -> None:
@@ -89,9 +93,15 @@ def test_bundles_of_before_are_read(folder: Path) -> None:
     """Without variants that exist today, and without fields that are optional."""
     change(folder, lambda value: value["variants"]["onnx-int8"].pop("quantization"))
     change(folder, lambda value: value["variants"]["onnx-fp32"].pop("extra_files"))
+    change(folder, lambda value: value["variants"]["onnx-fp32"].pop("kernels"))
+    change(folder, lambda value: value.pop("machine"))
     manifest = load_manifest(folder)
     assert list(manifest.variants) == ["onnx-int8", "onnx-fp32"]
     assert manifest.variant("onnx-int8").quantization == {}
+    assert (manifest.machine, manifest.variant("onnx-fp32").kernels) == (None, None)
+    assert manifest.to_json() == json.loads((folder / "manifest.json").read_text(encoding="utf-8")) | {
+        "variants": manifest.to_json()["variants"]
+    }
     with pytest.raises(BundleError, match="no variant 'torch_ext-int8' in this bundle; choose one of onnx-int8, onnx-"):
         manifest.variant("torch_ext-int8")
 
@@ -116,6 +126,10 @@ def test_bundles_of_before_are_read(folder: Path) -> None:
         (lambda v: v["variants"]["onnx-fp32"].update(engine="exec"), "engine: expected one of torch_ext"),
         (lambda v: v["variants"]["onnx-fp32"].update(file="other.onnx"), "not listed in files"),
         (lambda v: v["variants"]["onnx-fp32"]["accuracy"].update(mean=None), "accuracy.mean: expected an integer or"),
+        (lambda v: v["machine"].pop("cpu"), "machine.cpu: expected a string, got nothing"),
+        (lambda v: v["machine"].update(instruction_sets="avx2"), "instruction_sets: expected an array, got a string"),
+        (lambda v: v.update(machine="a fast one"), "machine: expected an object, got a string"),
+        (lambda v: v["variants"]["onnx-fp32"].update(kernels=3), "kernels: expected a string, got an integer"),
         (lambda v: v["files"].pop("tokenizer.json"), "expected an entry for tokenizer.json"),
         (lambda v: v["files"]["model.onnx"].update(sha256="F" * 64), "sha256: expected 64 hexadecimal digits"),
         (lambda v: v["files"]["model.onnx"].update(bytes=-1), "bytes: expected at least 0, got -1"),
@@ -209,6 +223,26 @@ def test_a_manifest_that_would_not_be_read_is_not_written(folder: Path) -> None:
     with pytest.raises(BundleError, match="finite"):
         bundle.write_manifest(broken)
     assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_files_that_a_manifest_owns(folder: Path) -> None:
+    """Also of a bundle that cannot be loaded: one that is damaged, or of another version."""
+    owned = {"manifest.json", "tokenizer.json", "config.json", "model.onnx", "model_int8.onnx"}
+    (folder / "notes.txt").write_bytes(b"mine")
+    assert bundle.owned_files(folder) == owned
+    (folder / "model.onnx").unlink()
+    change(folder, lambda value: value.update(format_version=7, variants=[]))
+    assert bundle.owned_files(folder) == owned
+    change(folder, lambda value: value["files"].update({"../notes.txt": {}}))
+    with pytest.raises(BundleError, match="expected the plain name of a file"):
+        bundle.owned_files(folder)
+    for content in ('{"files": {"notes.txt": {}}}', '{"format": "torch-ext-bundle"}', '["notes.txt"]', "{"):
+        (folder / "manifest.json").write_text(content, encoding="utf-8")
+        with pytest.raises(BundleError, match=r"manifest\.json"):
+            bundle.owned_files(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(BundleError, match="not a bundle"):
+        bundle.owned_files(folder)
 
 
 def test_reading_needs_the_standard_library_only() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 
 from deploy.__main__ import main as deploy_main
-from deploy.bundle import VARIANTS, load_manifest
+from deploy.bundle import FORMAT, VARIANTS, load_manifest
 from deploy.export import pipeline, staging
 from deploy.export.cli import main
 from deploy.export.errors import ExportError, first_line, is_disk_full
@@ -31,6 +33,16 @@ Capture = pytest.CaptureFixture[str]
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def old_bundle(folder: Path, **files: bytes) -> dict[str, bytes]:
+    """Makes a folder with a manifest that owns `files`, and returns its contents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {"format": FORMAT, "format_version": 1, "files": {name: {} for name in files}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return contents(folder)
 
 
 def fails(capsys: Capture, arguments: list[str], message: str, code: int = 2) -> None:
@@ -114,14 +126,136 @@ def test_targets_that_are_taken(tiny_model: Callable[..., Path], tmp_path: Path,
     full = tmp_path / "full"
     full.mkdir()
     (full / "notes.txt").write_bytes(b"mine")
-    fails(capsys, [model, "-o", str(full)], r"not empty \(notes.txt...\); pass --force to replace it")
+    fails(capsys, [model, "-o", str(full)], r"the folder holds notes\.txt and is not a bundle, and only bundles are ")
     assert contents(tmp_path) == {"file": b"mine", "full/notes.txt": b"mine"}
+    old_bundle(tmp_path / "full", **{"notes.txt": b"theirs"})
+    fails(
+        capsys, [model, "-o", str(full)], "a bundle is there already; pass --force to replace it, or choose another f"
+    )
+    (tmp_path / "loop").symlink_to("loop")
+    fails(capsys, [model, "-o", str(tmp_path / "loop")], "the symbolic link leads to itself")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    fails(capsys, [model, "-o", str(tmp_path / "link"), "--force"], "pipe: expected a folder to write, found a file")
+
+
+def make_thesis(folder: Path) -> None:
+    (folder / "thesis.txt").write_bytes(b"years of work")
+
+
+def make_manifest_of_another_tool(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"name": "an extension", "files": {"thesis.txt": {}}}', encoding="utf-8")
+    make_thesis(folder)
+
+
+def make_damaged_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(b'{"format": "torch-ext-bundle"')
+    make_thesis(folder)
+
+
+def make_bundle_with_notes(folder: Path) -> None:
+    old_bundle(folder, **{"model.onnx": b"old"})
+    make_thesis(folder)
+
+
+def make_bundle_with_a_folder(folder: Path) -> None:
+    old_bundle(folder, **{"model.onnx": b"old"})
+    (folder / "model.onnx").unlink()
+    (folder / "model.onnx").mkdir()
+    make_thesis(folder / "model.onnx")
+
+
+def make_folder_with_a_folder(folder: Path) -> None:
+    (folder / "lost+found").mkdir()
+    make_thesis(folder / "lost+found")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_thesis, r"the folder holds thesis\.txt and is not a bundle, and only bundles are replaced; .*yourself"),
+        (make_manifest_of_another_tool, "holds manifest.json, thesis.txt and is not a bundle.* got None"),
+        (make_damaged_manifest, "holds manifest.json, thesis.txt and is not a bundle.*expected JSON"),
+        (make_folder_with_a_folder, r"holds lost\+found and is not a bundle"),
+        (make_bundle_with_notes, r"besides a bundle the folder holds thesis\.txt, which would be lost; move that"),
+        (make_bundle_with_a_folder, r"besides a bundle the folder holds model\.onnx, which would be lost"),
+    ],
+)
+def test_force_replaces_bundles_only(
+    make: Callable[[Path], None], message: str, tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    make(target)
+    before = contents(tmp_path)
+    (tmp_path / "link").symlink_to("out")
+    for path in (target, tmp_path / "link"):
+        fails(capsys, [str(tiny_model()), "-o", str(path), "--force", *QUICK], message)
+    (tmp_path / "link").unlink()
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_and_links(tmp_path: Path) -> None:
+    """A link to a bundle stays and leads to the new one; files that a bundle links to are not its own."""
+    elsewhere = tmp_path / "elsewhere.onnx"
+    elsewhere.write_bytes(b"mine")
+    old_bundle(tmp_path / "real", data=b"old", **{"model.onnx": b"old"})
+    (tmp_path / "real" / "model.onnx").unlink()
+    (tmp_path / "real" / "model.onnx").symlink_to(elsewhere)
+    (tmp_path / "link").symlink_to("real")
+    with Staging(check_target(tmp_path / "link", True), True) as stage:
+        fill(stage, "new")
+        stage.commit("manifest.json")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "real") == new_bundle("new")
+    assert elsewhere.read_bytes() == b"mine"
+    (tmp_path / "dangling").symlink_to("made")
+    assert check_target(tmp_path / "dangling", False) == tmp_path / "made"
+
+
+def test_the_root_and_an_empty_name(capsys: Capture) -> None:
+    for force in (False, True):
+        with pytest.raises(ExportError, match="refuses to replace a folder that holds"):
+            check_target(Path("/"), force)
+    assert main(["model", "-o", ""]) == 2
+    assert "argument -o/--output: expected a folder, got an empty string" in capsys.readouterr().err
+
+
+def test_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one is filled and stays the one that the shell stands in; another is refused."""
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    with Staging(check_target(Path("."), False), False) as stage:
+        fill(stage, "new")
+        stage.commit("manifest.json")
+    assert contents(tmp_path) == new_bundle("new")
+    assert tmp_path.stat().st_ino == inode
+    with pytest.raises(ExportError, match="refuses to replace a folder that holds"):
+        check_target(Path("."), True)
+
+
+def test_neither_home_nor_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with a user of its own; an export needs neither."""
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def gone() -> Path:
+        raise FileNotFoundError("gone")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr(Path, "cwd", gone)
+    old_bundle(tmp_path / "out")
+    assert check_target(tmp_path / "out", True) == tmp_path / "out"
 
 
 def test_force_never_replaces_what_is_in_use(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = shutil.copytree(tiny_model(), tmp_path / "above" / "model")
+    for folder in (model, model.parent, tmp_path):  # Not even where a manifest owns it all.
+        old_bundle(folder)
     before = contents(tmp_path)
     fails(capsys, [str(model), "-o", str(model), "--force"], "refuses to replace a folder that holds")
     fails(capsys, [str(model), "-o", str(model.parent), "--force"], "refuses to replace a folder that holds")
@@ -277,13 +411,12 @@ def test_disk_that_fills_up(
     name: str, tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_bytes(b"old bundle")
+    old = old_bundle(target, old=b"old bundle")
     monkeypatch.setattr(f"deploy.export.pipeline.{name}", full_disk)
     fails(
         capsys, [str(tiny_model()), "-o", str(target), "--force", *QUICK], "the disk is full .*nothing was left there"
     )
-    assert contents(tmp_path) == {"out/old": b"old bundle"}
+    assert contents(tmp_path) == {f"out/{name}": data for name, data in old.items()}
 
 
 @pytest.fixture
@@ -350,67 +483,97 @@ def test_interrupt_in_the_middle(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_bytes(b"old bundle")
+    old = old_bundle(target, old=b"old bundle")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr("deploy.export.pipeline.write_manifest", lambda _: signal.raise_signal(signal.SIGINT))
     message = "stopped by SIGINT; nothing was written to"
     fails(capsys, [str(tiny_model()), "-o", str(target), "--force", *QUICK], message, 128 + signal.SIGINT)
-    assert contents(tmp_path) == {"out/old": b"old bundle"}
+    assert contents(tmp_path) == {f"out/{name}": data for name, data in old.items()}
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def start(model: Path, target: Path) -> subprocess.Popen[str]:
-    """Starts an export and waits until it has a model to write."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deploy", "export", str(model), "-o", str(target), "--force", "--speed-seconds", "60"],
+# Imports once what takes seconds, and runs an export to every target in a process of its own.
+LAUNCHER = """
+import os, sys
+from transformers import AutoModel, AutoTokenizer
+from deploy.export.cli import main
+model, texts, *targets = sys.argv[1:]
+options = ["--force", "--variants", "torch-fp32", "--texts", texts, "--speed-seconds", "600"]
+processes = []
+for target in targets:
+    process = os.fork()
+    if process == 0:
+        code = main([model, "-o", target, *options])
+        sys.stderr.flush()
+        os._exit(code)
+    processes.append(process)
+print(*processes, flush=True)
+print(*(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
+"""
+
+
+@contextlib.contextmanager
+def exports(model: Path, texts: Path, *targets: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Starts an export to each target; a launcher, and the process of each once it has a model to write."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *map(str, (model, texts, *targets))],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    assert process.stderr is not None
-    deadline = time.monotonic() + 120
-    hidden = lambda: [path for path in target.parent.iterdir() if path.name.startswith(".torch-ext-export-")]  # noqa: E731
-    while time.monotonic() < deadline and process.poll() is None:
-        if any((path / "tokenizer.json").is_file() for path in hidden()):
-            return process
-        time.sleep(0.05)
-    process.kill()
-    raise AssertionError(process.communicate()[1])
+    assert launcher.stdout is not None
+    processes = [int(word) for word in launcher.stdout.readline().split()]
+    try:
+        deadline = time.monotonic() + 120
+        while not all(any(target.parent.glob(".torch-ext-export-*/tokenizer.json")) for target in targets):
+            assert launcher.poll() is None, launcher.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield launcher, processes
+    finally:
+        if launcher.poll() is None:  # It waits for them: their numbers are still theirs.
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        launcher.communicate(timeout=60)
 
 
 def test_terminated_and_killed_exports(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_bytes(b"old bundle")
-    process = start(tiny_model(), target)
-    process.send_signal(signal.SIGTERM)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"error: stopped by SIGTERM; nothing was written to {target}" in printed
-    assert contents(tmp_path) == {"out/old": b"old bundle"}
-    assert len(list(tmp_path.iterdir())) == 1
+    terminated, killed = tmp_path / "terminated" / "out", tmp_path / "killed" / "out"
+    old = old_bundle(terminated, old=b"old bundle")
+    assert old_bundle(killed, old=b"old bundle") == old
+    (tmp_path / "texts.txt").write_text("Return the value.\n", encoding="utf-8")
+    with exports(tiny_model(), tmp_path / "texts.txt", terminated, killed) as (launcher, processes):
+        for process, number in zip(processes, (signal.SIGTERM, signal.SIGKILL), strict=True):
+            os.kill(process, number)
+        codes, printed = launcher.communicate(timeout=60)
+    assert codes.split() == [str(128 + signal.SIGTERM), str(-signal.SIGKILL)]
+    assert f"error: stopped by SIGTERM; nothing was written to {terminated}" in printed
+    assert contents(terminated.parent) == {f"out/{name}": data for name, data in old.items()}
+    assert len(list(terminated.parent.iterdir())) == 1
 
     # Nobody can clean up behind SIGKILL, but the target is as it was, and the next export cleans up.
-    process = start(tiny_model(), target)
-    process.kill()
-    process.communicate(timeout=60)
-    assert contents(target) == {"old": b"old bundle"}
-    assert len(list(tmp_path.iterdir())) == 2
-    assert main([str(tiny_model()), "-o", str(target), "--force", *QUICK]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert "old" not in contents(target)
-    load_manifest(target, verify=True)
+    assert contents(killed) == old
+    assert len(list(killed.parent.iterdir())) == 2
+    assert main([str(tiny_model()), "-o", str(killed), "--force", *QUICK[:-1], "torch-fp32"]) == 0
+    assert [path.name for path in killed.parent.iterdir()] == ["out"]
+    assert "old" not in contents(killed)
+    load_manifest(killed, verify=True)
 
 
 # All or nothing
 
 
 def fill(stage: Staging, text: str) -> None:
-    (stage.path / "manifest.json").write_text(text, encoding="utf-8")
-    (stage.path / "data").write_text(text, encoding="utf-8")
+    old_bundle(stage.path, data=text.encode())
+
+
+def new_bundle(text: str) -> dict[str, bytes]:
+    """What `fill` makes."""
+    manifest = {"format": FORMAT, "format_version": 1, "files": {"data": {}}}
+    return {"data": text.encode(), "manifest.json": json.dumps(manifest).encode()}
 
 
 @pytest.mark.parametrize("way", ["swap", "two renames", "inside"])
@@ -428,7 +591,7 @@ def test_replacing(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             fill(stage, f"new {number}")
             assert (stage.path.parent == target) == (way == "inside")
             stage.commit("manifest.json")
-        assert contents(target) == {"manifest.json": f"new {number}".encode(), "data": f"new {number}".encode()}
+        assert contents(target) == new_bundle(f"new {number}")
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (target.stat().st_ino == inode) == (way == "inside")
 
@@ -447,9 +610,7 @@ def raises_broken(call: Callable[[], None]) -> bool:
 def test_failures_while_replacing(way: str, broken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever rename fails, the old folder is back as it was."""
     target = tmp_path / "out"
-    target.mkdir()
-    for name in ("manifest.json", "older"):
-        (target / name).write_bytes(b"old")
+    old = old_bundle(target, older=b"old")
     if way == "two renames":
         monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
     if way == "inside":
@@ -468,9 +629,76 @@ def test_failures_while_replacing(way: str, broken: int, tmp_path: Path, monkeyp
         failed = raises_broken(lambda: stage.commit("manifest.json"))
     expected = {"swap": 1, "two renames": 3, "inside": 4}[way]  # Renames of a commit that succeeds.
     assert failed == (broken <= expected)
-    old, new = {"manifest.json": b"old", "older": b"old"}, {"manifest.json": b"new", "data": b"new"}
-    assert contents(tmp_path / "out") == (old if failed else new)
+    assert contents(tmp_path / "out") == (old if failed else new_bundle("new"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: whatever would be cleaned up fails with it, too."""
+
+
+@pytest.mark.parametrize(
+    ("way", "moved"),
+    # The first of three renames is one that would do if the target were empty. Five files: three old, two new.
+    [*(("two renames", moved) for moved in (1, 2, 3)), *(("inside", moved) for moved in range(6))],
+)
+def test_killed_while_replacing(way: str, moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next export finds the old bundle, or the new one where the last move was done, and nothing is left over."""
+    target = tmp_path / "out"
+    old = old_bundle(target, data=b"old", older=b"old")
+    neighbour = old_bundle(tmp_path / "out-2")  # Its hidden folders begin with the same letters.
+    rename, calls = os.rename, []
+
+    def dying(first: Any, second: Any) -> None:
+        calls.append(second)
+        if len(calls) > moved:
+            raise Killed
+        rename(first, second)
+
+    with monkeypatch.context() as patch:
+        if way == "two renames":
+            patch.setattr(staging, "_exchange", lambda first, second: False)
+        else:
+            patch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+        dead = Staging(check_target(target, True), True)
+        with dead:
+            fill(dead, "new")
+            with patch.context() as killing:
+                killing.setattr(os, "rename", dying)
+                try:
+                    dead.commit("manifest.json")
+                except Killed:
+                    killing.setattr(shutil, "rmtree", lambda *_, **__: None)
+                    dead.__exit__()
+                    dead.path = tmp_path / "nothing"
+        complete = moved == {"two renames": 3, "inside": 5}[way]
+        with pytest.raises(ExportError, match="a bundle is there already"):
+            check_target(target, False)
+        assert {name: data for name, data in contents(target).items() if not name.startswith(".")} == (
+            new_bundle("new") if complete else old
+        )
+        with Staging(check_target(target, True), True) as stage:
+            fill(stage, "newer")
+            stage.commit("manifest.json")
+    assert contents(target) == new_bundle("newer")
+    assert contents(tmp_path / "out-2") == neighbour
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-2"]
+
+
+@pytest.mark.parametrize("way", ["swap", "inside"])
+def test_what_appears_in_a_bundle_during_an_export_is_kept(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    old = old_bundle(target, older=b"old")
+    if way == "inside":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    with Staging(check_target(target, True), True) as stage:
+        fill(stage, "new")
+        (target / "theirs").write_bytes(b"theirs")
+        with pytest.raises(ExportError, match="besides a bundle the folder holds theirs, which would be lost"):
+            stage.commit("manifest.json")
+    assert contents(tmp_path) == {f"out/{name}": data for name, data in {**old, "theirs": b"theirs"}.items()}
 
 
 def test_nothing_is_made_without_commit(tmp_path: Path) -> None:
@@ -482,7 +710,7 @@ def test_nothing_is_made_without_commit(tmp_path: Path) -> None:
         fill(stage, "whole")
         assert not target.exists()
         stage.commit("manifest.json")
-    assert contents(target) == {"manifest.json": b"whole", "data": b"whole"}
+    assert contents(target) == new_bundle("whole")
 
 
 @pytest.mark.parametrize("mounted", [False, True])
@@ -510,7 +738,7 @@ def test_exports_at_the_same_time_leave_each_other_alone(tmp_path: Path) -> None
             second.commit("manifest.json")
         with pytest.raises(ExportError, match="something else was written there"):
             first.commit("manifest.json")
-    assert contents(tmp_path) == {"out/manifest.json": b"second", "out/data": b"second"}
+    assert contents(tmp_path / "out") == new_bundle("second")
 
 
 def test_links_are_followed(tmp_path: Path) -> None:
