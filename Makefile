@@ -128,7 +128,7 @@ format: $(VENV)/.dev ## rewrite Python and C++ as lint wants them
 	@bash scripts/lint.sh --fix
 
 .PHONY: ci
-ci: ## everything that CI checks, images and arm64 included (up to 90 minutes)
+ci: ## everything that CI checks, images and arm64 included (up to 50 minutes)
 	@bash .ci/run
 
 # --- For releases ---
