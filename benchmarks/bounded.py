@@ -26,12 +26,12 @@ class Stopped:
     Attributes:
         after_s: seconds that it had; it needs more.
         why: for the table.
-        crashed: whether it ended the process by itself, so that ``after_s`` bounds nothing.
+        texts: that it did not embed in this time; 0: it bounds nothing, because the candidate crashed, say.
     """
 
     after_s: float
     why: str
-    crashed: bool = False
+    texts: int = 0
 
 
 class Guard:
@@ -45,9 +45,15 @@ class Guard:
         self._pipe = None if descriptor is None else os.fdopen(descriptor, "w", encoding="utf-8")
 
     @contextlib.contextmanager
-    def limit(self, name: str, seconds: float) -> Iterator[None]:
-        """The block runs this candidate, and this process is killed if it takes longer than so many seconds."""
-        self._send({"name": name, "limit_s": seconds})
+    def limit(self, name: str, seconds: float, texts: int = 0) -> Iterator[None]:
+        """The block runs this candidate, and this process is killed if it takes longer than so many seconds.
+
+        Args:
+            name: of the candidate.
+            seconds: the limit.
+            texts: that the block embeds, if a process that is killed says how slow the candidate is.
+        """
+        self._send({"name": name, "limit_s": seconds, "texts": texts})
         yield
         self._send({})
 
@@ -74,15 +80,15 @@ def supervise(command: Callable[[int, Mapping[str, Stopped]], Sequence[str]]) ->
         finally:
             os.close(writing)
         try:
-            name, limit_s = _watch(reading)
+            name, limit_s, texts = _watch(reading)
             if name is not None and limit_s is not None:
-                stopped[name] = Stopped(limit_s, f"too slow: > {limit_s:.3g} s")
+                stopped[name] = Stopped(limit_s, f"too slow: > {limit_s:.3g} s", texts)
                 print(f"{name}: stopped after {limit_s:.3g} s; starting again without it", flush=True)
                 continue
             code = process.wait()
             if name is None or code >= 0 or name in stopped:
                 return code if code >= 0 else 128 - code
-            stopped[name] = Stopped(0, f"ended the process by signal {-code}", crashed=True)
+            stopped[name] = Stopped(0, f"ended the process by signal {-code}")
             print(f"{name}: {stopped[name].why}; starting again without it", flush=True)
         finally:
             os.close(reading)
@@ -90,26 +96,27 @@ def supervise(command: Callable[[int, Mapping[str, Stopped]], Sequence[str]]) ->
             process.wait()
 
 
-def _watch(descriptor: int) -> tuple[str | None, float | None]:
+def _watch(descriptor: int) -> tuple[str | None, float | None, int]:
     """Reads until the pipe is closed, or a limit is over.
 
     Returns:
-        The candidate that was running at the end, and its limit if that was over.
+        The candidate that was running at the end, its limit if that was over, and its number of texts.
     """
     pending = b""
     name: str | None = None
-    limit_s = 0.0
+    limit_s, texts = 0.0, 0
     begun = time.monotonic()
     while True:
         left_s = None if name is None else limit_s - (time.monotonic() - begun)
         if left_s is not None and left_s <= 0:
-            return name, limit_s
+            return name, limit_s, texts
         if not select.select([descriptor], [], [], left_s)[0]:
             continue
         read = os.read(descriptor, 1 << 16)
         if not read:
-            return name, None
+            return name, None, texts
         *lines, pending = (pending + read).split(b"\n")
         if lines:
             message = json.loads(lines[-1])
-            name, limit_s, begun = message.get("name"), message.get("limit_s", 0.0), time.monotonic()
+            name, begun = message.get("name"), time.monotonic()
+            limit_s, texts = message.get("limit_s", 0.0), message.get("texts", 0)
