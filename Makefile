@@ -78,10 +78,10 @@ doctor: $(VENV)/.demo $(VENV)/.built ## what this machine can do, and what is se
 # --- For developers ---
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 8 minutes); .ci/run has those of images too
+test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 6 minutes on 2 cores); .ci/run has those of images too
 	@tests="not engine"; case "$$PWD" in *' '*) tests="$$tests and not compile"; \
 	  echo "note: torch.compile cannot link in a folder with a space in its name; its tests are left out" >&2;; esac; \
-	$(PY) -m pytest -m "$$tests" $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile -m "$$tests" $(ARGS)
 
 .PHONY: nightly
 nightly: $(VENV)/.dev ## kernels on 10,000 random shapes, with address and undefined-behaviour sanitizers, and emulated (an hour)
@@ -128,7 +128,7 @@ format: $(VENV)/.dev ## rewrite Python and C++ as lint wants them
 	@bash scripts/lint.sh --fix
 
 .PHONY: ci
-ci: ## everything that CI checks, images and arm64 included (up to 90 minutes)
+ci: ## everything that CI checks, images and arm64 included (up to 50 minutes)
 	@bash .ci/run
 
 # --- For releases ---

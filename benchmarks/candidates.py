@@ -7,10 +7,11 @@ not timed, `run` computes embeddings from that, pooling and norm included.
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,37 @@ import torch
 from torch.nn import functional as F
 
 import torch_ext
+from benchmarks.bounded import Guard
+from benchmarks.timing import interleaved
 
-__all__ = ["ONNX_INT8", "OURS", "OURS_INT8", "PYTORCH_BF16", "PYTORCH_FP32", "Candidate", "load"]
+__all__ = [
+    "ONNX_FP32",
+    "ONNX_INT8",
+    "OURS",
+    "OURS_FP32",
+    "OURS_INT8",
+    "PYTORCH_BF16",
+    "PYTORCH_FP32",
+    "TRIAL_S",
+    "Candidate",
+    "load",
+]
 
-OURS, OURS_INT8 = "torch_ext bf16", "torch_ext int8"
+OURS, OURS_INT8, OURS_FP32 = "torch_ext bf16", "torch_ext int8", "torch_ext fp32"
 PYTORCH_BF16, PYTORCH_FP32, PYTORCH_COMPILE = "PyTorch bf16", "PyTorch fp32", "PyTorch bf16, compile"
 ONNX_FP32, ONNX_INT8, ONNX_BF16 = "ONNX Runtime fp32", "ONNX Runtime int8", "ONNX Runtime bf16 fast math"
+# What may fail without an end to the benchmark.
+OPTIONAL = (OURS_INT8, PYTORCH_COMPILE)
 
 Ids = Sequence[Sequence[int]]
+
+# A candidate is stopped if it takes longer to load, and if one short text does.
+LOAD_S = 60.0
+TRIAL_S = 20.0
+# How long torch.compile may take.
+COMPILE_S = 120.0
+# PyTorch's bf16 counts as emulated if it takes so many times as long as its fp32.
+EMULATED = 3
 
 
 class Candidate:
@@ -117,16 +141,17 @@ class PyTorch(Candidate):
 
 
 class OnnxRuntime(Candidate):
-    """ONNX Runtime on what `deploy export` makes."""
+    """ONNX Runtime on what `deploy export` makes, with its default kernels: without VNNI, int8 products saturate."""
 
     def __init__(self, name: str, path: Path, threads: int, pad_id: int, fast_math: bool = False) -> None:
         import onnxruntime
 
-        from deploy.onnx_session import session_options
-
         self.name = name
         self._pad_id = pad_id
-        options = session_options(threads)
+        options = onnxruntime.SessionOptions()  # not the server's, which make int8 exact
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
         if fast_math:
             options.add_session_config_entry("mlas.enable_gemm_fastmath_arm64_bfloat16", "1")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -146,8 +171,16 @@ class OnnxRuntime(Candidate):
         return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
 
 
-def load(model: Any, folder: Path, threads: int, pad_id: int, compiled: bool) -> tuple[list[Candidate], dict[str, str]]:
-    """All candidates that there can be on this machine.
+def load(
+    model: Any,
+    folder: Path,
+    threads: int,
+    pad_id: int,
+    compiled: bool,
+    guard: Guard | None = None,
+    left_out: Mapping[str, str] | None = None,
+) -> tuple[list[Candidate], dict[str, str]]:
+    """All candidates that there can be on this machine. Each has embedded one short text when this returns.
 
     Args:
         model: of transformers, fp32, in evaluation mode.
@@ -155,6 +188,8 @@ def load(model: Any, folder: Path, threads: int, pad_id: int, compiled: bool) ->
         threads: of every candidate.
         pad_id: token that fills shorter texts up.
         compiled: whether torch.compile takes part.
+        guard: stops a candidate that does not finish that text.
+        left_out: candidates not to try, and why.
 
     Returns:
         The candidates, and why each of the others is left out.
@@ -162,36 +197,68 @@ def load(model: Any, folder: Path, threads: int, pad_id: int, compiled: bool) ->
     from deploy.export.onnx_files import export_fp32, quantize_int8
 
     torch.set_num_threads(threads)
-    found: list[Candidate] = [TorchExt(OURS, model, "bf16")]
-    left_out: dict[str, str] = {}
-    try:
-        found.append(TorchExt(OURS_INT8, model, "int8"))
-    except ValueError as error:
-        left_out[OURS_INT8] = str(error)
-    found.append(PyTorch(PYTORCH_BF16, model, torch.bfloat16, pad_id))
-    found.append(PyTorch(PYTORCH_FP32, model, torch.float32, pad_id))
-    if compiled:
-        candidate = PyTorch(PYTORCH_COMPILE, model, torch.bfloat16, pad_id, compiled=True)
-        begun = time.perf_counter()
+    guard = guard or Guard()
+    left_out = dict(left_out or {})
+    found: list[Candidate] = []
+
+    def add(name: str, make: Callable[[], Candidate], limit_s: float = TRIAL_S, shapes: Any = ((1, 16),)) -> None:
+        if name in left_out:
+            return
         try:
-            with torch.inference_mode(), warnings.catch_warnings():
+            with guard.limit(name, LOAD_S):
+                candidate = make()
+            with (
+                guard.limit(name, limit_s, sum(texts for texts, _ in shapes)),
+                torch.inference_mode(),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
-                for shape in ((3, 7), (1, 5), (2, 1)):
-                    candidate.embed([[pad_id + 1] * shape[1]] * shape[0])
-            print(f"torch.compile took {time.perf_counter() - begun:.0f} s", flush=True)
-            found.append(candidate)
+                for texts, tokens in shapes:
+                    candidate.embed([[pad_id + 1] * tokens] * texts)
         except Exception as error:  # Compilers fail in many ways; the others can be measured without.
-            left_out[PYTORCH_COMPILE] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            left_out[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            if name not in OPTIONAL:
+                raise
+        else:
+            found.append(candidate)
+
+    for name, dtype in ((OURS, "bf16"), (OURS_INT8, "int8"), (OURS_FP32, "fp32")):
+        add(name, lambda name=name, dtype=dtype: TorchExt(name, model, dtype))  # type: ignore[misc]
+    add(PYTORCH_BF16, lambda: PyTorch(PYTORCH_BF16, model, torch.bfloat16, pad_id))
+    add(PYTORCH_FP32, lambda: PyTorch(PYTORCH_FP32, model, torch.float32, pad_id))
+    if not compiled:
+        left_out.setdefault(PYTORCH_COMPILE, "not asked for (--compile)")
+    elif PYTORCH_BF16 in left_out or _is_emulated(found, pad_id):
+        left_out.setdefault(PYTORCH_COMPILE, "PyTorch's products in bf16 are emulated on this CPU, compiled or not")
     else:
-        left_out[PYTORCH_COMPILE] = "not asked for (--compile)"
+        begun = time.perf_counter()
+        add(
+            PYTORCH_COMPILE,
+            lambda: PyTorch(PYTORCH_COMPILE, model, torch.bfloat16, pad_id, compiled=True),
+            COMPILE_S,
+            ((3, 7), (1, 5), (2, 1)),
+        )
+        print(f"torch.compile took {time.perf_counter() - begun:.0f} s", flush=True)
 
     fp32, int8 = folder / "model.onnx", folder / "model_int8.onnx"
     export_fp32(copy.deepcopy(model), "feature-extraction", folder / "work", fp32)
     quantize_int8(fp32, int8, folder / "work", model.config)
-    found.append(OnnxRuntime(ONNX_FP32, fp32, threads, pad_id))
-    found.append(OnnxRuntime(ONNX_INT8, int8, threads, pad_id))
+    add(ONNX_FP32, lambda: OnnxRuntime(ONNX_FP32, fp32, threads, pad_id))
+    add(ONNX_INT8, lambda: OnnxRuntime(ONNX_INT8, int8, threads, pad_id))
     if platform.machine() == "aarch64":
-        found.append(OnnxRuntime(ONNX_BF16, fp32, threads, pad_id, fast_math=True))
+        add(ONNX_BF16, lambda: OnnxRuntime(ONNX_BF16, fp32, threads, pad_id, fast_math=True))
     else:
         left_out[ONNX_BF16] = f"for aarch64 only, this is {platform.machine()}"
     return found, left_out
+
+
+def _is_emulated(candidates: Sequence[Candidate], pad_id: int) -> bool:
+    """Whether PyTorch's bf16 is many times slower than its fp32."""
+    took_s = {}
+    for candidate in candidates:
+        if candidate.name in (PYTORCH_BF16, PYTORCH_FP32):
+            batch = candidate.prepare([[pad_id + 1] * 64])
+            with torch.inference_mode():
+                found = interleaved({"": lambda candidate=candidate, batch=batch: candidate.run(batch)}, 2)
+            took_s[candidate.name] = found[""].least_s
+    return took_s.get(PYTORCH_BF16, 0.0) > EMULATED * took_s.get(PYTORCH_FP32, math.inf)

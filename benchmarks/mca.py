@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,28 @@ def find_compilers() -> dict[str, str]:
     return found
 
 
-def disassemble(compiler: str, source: Path) -> str:
-    """Compile one source for aarch64 and return the disassembly of the object.
+def _run(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def disassemble(object_file: Path) -> str:
+    """The disassembly of an object for aarch64.
+
+    Raises:
+        RuntimeError: the command failed; the message holds its output.
+        FileNotFoundError: there is no objdump for aarch64.
+    """
+    objdump = find_tool("aarch64-linux-gnu-objdump", "llvm-objdump-19", "llvm-objdump")
+    if objdump is None:
+        raise FileNotFoundError("no objdump for aarch64: install binutils-aarch64-linux-gnu")
+    return _run([objdump, "-d", "-C", "--no-show-raw-insn", str(object_file)])
+
+
+def compile_and_disassemble(compiler: str, source: Path) -> str:
+    """Compile one source of the kernels for aarch64 and return the disassembly of the object.
 
     Args:
         compiler: command of the compiler, flags allowed.
@@ -170,19 +191,10 @@ def disassemble(compiler: str, source: Path) -> str:
         RuntimeError: a command failed; the message holds its output.
         FileNotFoundError: there is no objdump for aarch64.
     """
-    objdump = find_tool("aarch64-linux-gnu-objdump", "llvm-objdump-19", "llvm-objdump")
-    if objdump is None:
-        raise FileNotFoundError("no objdump for aarch64: install binutils-aarch64-linux-gnu")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "kernel.o"
-        for command in (
-            [*shlex.split(compiler), *FLAGS, f"-I{CSRC}", "-c", str(source), "-o", str(made)],
-            [objdump, "-d", "-C", "--no-show-raw-insn", str(made)],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
-    return done.stdout
+        _run([*shlex.split(compiler), *FLAGS, f"-I{CSRC}", "-c", str(source), "-o", str(made)])
+        return disassemble(made)
 
 
 def functions(disassembly: str) -> dict[str, list[Instruction]]:
@@ -234,7 +246,11 @@ def inner_loop(kernel: str, body: list[Instruction]) -> Loop:
 def kernel_loops(compiler: str) -> list[Loop]:
     """The inner loop of every aarch64 micro-kernel as a compiler makes it."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        listings = list(pool.map(lambda source: disassemble(compiler, CSRC / source), SOURCES))
+        return loops_of(pool.map(lambda source: compile_and_disassemble(compiler, CSRC / source), SOURCES))
+
+
+def loops_of(listings: Iterable[str]) -> list[Loop]:
+    """The inner loop of every aarch64 micro-kernel in some disassemblies."""
     loops = []
     for listing in listings:
         for function, body in functions(listing).items():

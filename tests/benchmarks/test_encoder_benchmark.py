@@ -6,14 +6,18 @@ import copy
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import encoder, timing
+from benchmarks import bounded, candidates, encoder, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = [5, 1, 9, 3, 3, 12, 2]
@@ -55,6 +59,17 @@ def test_latencies_discard_the_warm_up() -> None:
     assert all(len(found.samples_s) == 6 for found in times.values())
 
 
+def test_a_call_without_time_has_one_sample() -> None:
+    calls: list[str] = []
+    ways = {name: lambda name=name: calls.append(name) for name in "ab"}
+    found = timing.interleaved(ways, 4, limit_s=1e-12)
+    assert [len(times.samples_s) for times in found.values()] == [1, 1]
+    calls.clear()
+    found = timing.latencies(ways, 4, block=3, warm_up=2, limit_s=1e-12)
+    assert [len(times.samples_s) for times in found.values()] == [1, 1]
+    assert "".join(calls) == "ab" + "ab"  # what a call takes, and the sample
+
+
 def test_percentiles() -> None:
     times = timing.Times([float(n) for n in range(100, 0, -1)])
     assert times.percentile_s(95) == 96
@@ -62,39 +77,162 @@ def test_percentiles() -> None:
     assert times.least_s == 1
 
 
+class Fake(candidates.Candidate):
+    """Embeds every text as its length, and sleeps for every token."""
+
+    def __init__(self, name: str, token_s: float = 0.0) -> None:
+        self.name = name
+        self.token_s = token_s
+        self.calls = 0
+
+    def prepare(self, ids: candidates.Ids) -> list[int]:
+        return [len(text) for text in ids]
+
+    def run(self, batch: list[int]) -> np.ndarray:
+        self.calls += 1
+        time.sleep(self.token_s * sum(batch))
+        rows = np.array([[1.0, length] for length in batch], np.float32)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def texts(count: int) -> list[list[int]]:
+    return [[1] * (1 + number % 7) for number in range(count)]
+
+
+def test_a_slow_candidate_is_bounded() -> None:
+    ids = texts(60)  # 235 tokens
+    fakes = [Fake(candidates.OURS), Fake(candidates.PYTORCH_FP32), Fake(candidates.PYTORCH_BF16, token_s=0.01)]
+    rows = encoder.measure_throughput(fakes, ids, 2, quick=False, sweep_s=0.3, passes_s=0.6)
+    by_name = {row["name"]: row for row in rows}
+    slow = by_name[candidates.PYTORCH_BF16]
+    assert re.fullmatch(r"too slow: > \d+ s for 60 texts \(\d+ done\)", slow["bounded"])
+    # A pass takes 2.35 s and more, and was stopped before its end: the bound is above what it can do.
+    assert slow["at_most_texts_per_s"] > 60 / 2.35
+    assert fakes[2].calls < 200
+    assert "texts_per_s" not in slow
+    for row in (by_name[candidates.OURS], by_name[candidates.PYTORCH_FP32]):
+        assert row["cosine_min"] == pytest.approx(1)
+        assert row["texts"] == 60
+    cells = encoder.encoder_cells(slow)
+    assert cells[0] == candidates.PYTORCH_BF16
+    assert str(cells[2]).startswith("< ")
+    assert str(cells[4]).startswith("< ")
+
+
+def test_a_slow_machine_gets_fewer_texts() -> None:
+    fakes = [Fake(candidates.OURS, 1e-4), Fake(candidates.PYTORCH_FP32, 1e-4)]
+    rows = encoder.measure_throughput(fakes, texts(1024), 2, quick=True, sweep_s=0.2, passes_s=0.4)
+    assert {row["texts"] for row in rows} <= {64, 128, 256, 512}
+
+
+def test_a_batch_that_would_take_too_long_is_not_tried() -> None:
+    slow = Fake("slow", token_s=0.001)
+    tried = [
+        encoder.Setting(1, "texts", False),
+        encoder.Setting(32, "texts", True),
+        encoder.Setting(128, "texts", True),
+    ]
+    work = encoder.best_setting(slow, texts(128), tried, budget_s=0.1, token_s=0.001)
+    assert work.setting.size == 1
+
+
+WATCHED = """
+import sys, time
+from benchmarks.bounded import Guard
+guard, left_out = Guard(int(sys.argv[1])), sys.argv[2]
+with guard.limit("quick", 100):
+    pass
+for name in ("hangs", "crashes"):
+    if name not in left_out:
+        with guard.limit(name, 0.2, texts=3):
+            if name == "crashes":
+                import os
+                os.abort()
+            time.sleep(1000)
+print("left out:", left_out)
+sys.exit(3)
+"""
+
+
+def test_a_candidate_that_hangs_or_crashes_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+    seen: list[dict[str, bounded.Stopped]] = []
+
+    def command(descriptor: int, stopped: Mapping[str, bounded.Stopped]) -> list[str]:
+        seen.append(dict(stopped))
+        return [sys.executable, "-c", WATCHED, str(descriptor), " ".join(stopped)]
+
+    assert bounded.supervise(command) == 3
+    assert [sorted(stopped) for stopped in seen] == [[], ["hangs"], ["crashes", "hangs"]]
+    assert seen[-1]["hangs"] == bounded.Stopped(0.2, "too slow: > 0.2 s", texts=3)
+    assert seen[-1]["crashes"].texts == 0
+    assert "ended the process by signal 6" in seen[-1]["crashes"].why
+    assert "left out: hangs crashes" in capfd.readouterr().out
+
+
+def test_a_process_that_ends_by_itself_is_not_started_again() -> None:
+    runs: list[int] = []
+
+    def command(descriptor: int, stopped: Mapping[str, bounded.Stopped]) -> list[str]:
+        runs.append(descriptor)
+        return [sys.executable, "-c", "import os; os.abort()"]
+
+    assert bounded.supervise(command) == 128 + signal.SIGABRT
+    assert len(runs) == 1
+
+
 KEPT: dict[str, Any] = {
+    "machine": {"isa": {"isa": "avx512_bf16"}},
     "encoder": [
         {"name": "torch_ext bf16", "ratio": 1.0},
         {"name": "PyTorch bf16", "ratio": 0.5},
         {"name": "PyTorch fp32", "ratio": 0.25},
         {"name": "ONNX Runtime int8", "ratio": 0.8},
     ],
-    "latency": [{"name": "torch_ext bf16", "ratio": 0.5}, {"name": "PyTorch bf16", "ratio": 1.0}],
+    "latency": [{"name": "torch_ext bf16", "median_ms": 0.5}, {"name": "PyTorch bf16", "median_ms": 1.0}],
     "linear": [{"shape": "16x16x16", "name": "torch_ext bf16", "speedup": 0.6}],
     "int8_accuracy": {"texts": 2000, "cosine_mean": 0.997, "cosine_min": 0.991},
 }
+KEPT_AVX2: dict[str, Any] = KEPT | {
+    "machine": {"isa": {"isa": "avx2"}},
+    "encoder": [
+        {"name": "torch_ext bf16", "ratio": 1.0},
+        {"name": "torch_ext int8", "ratio": 1.2},
+        {"name": "PyTorch bf16", "ratio": 0.1, "bounded": "too slow: > 9 s"},
+        {"name": "PyTorch fp32", "ratio": 0.8},
+        {"name": "ONNX Runtime fp32", "ratio": 0.7},
+        {"name": "ONNX Runtime int8", "ratio": 0.9},
+    ],
+}
 
 
-def test_bars_that_are_kept() -> None:
-    bars = encoder.bars(KEPT)
-    assert len(bars) == 7
+@pytest.mark.parametrize(("data", "count"), [(KEPT, 7), (KEPT_AVX2, 4)], ids=["avx512_bf16", "avx2"])
+def test_bars_that_are_kept(data: dict[str, Any], count: int) -> None:
+    bars = encoder.bars(data)
+    assert len(bars) == count
     assert all(bar.passed for bar in bars), [bar.line() for bar in bars]
 
 
 @pytest.mark.parametrize(
-    ("part", "index", "key", "value"),
+    ("kept", "part", "index", "key", "value"),
     [
-        ("encoder", 1, "ratio", 0.6),
-        ("encoder", 2, "ratio", 0.3),
-        ("encoder", 3, "ratio", 0.9),
-        ("latency", 0, "ratio", 0.7),
-        ("linear", 0, "speedup", 0.4),
-        ("int8_accuracy", None, "cosine_mean", 0.995),
-        ("int8_accuracy", None, "cosine_min", 0.98),
+        (KEPT, "encoder", 1, "ratio", 0.6),
+        (KEPT, "encoder", 2, "ratio", 0.3),
+        (KEPT, "encoder", 3, "ratio", 0.9),
+        (KEPT, "latency", 0, "median_ms", 0.7),
+        (KEPT, "linear", 0, "speedup", 0.4),
+        (KEPT, "int8_accuracy", None, "cosine_mean", 0.995),
+        (KEPT, "int8_accuracy", None, "cosine_min", 0.98),
+        (KEPT_AVX2, "encoder", 1, "ratio", 1.1),
+        (KEPT_AVX2, "encoder", 4, "ratio", 0.85),
+        (KEPT_AVX2, "encoder", 5, "ratio", 1.0),
+        (KEPT_AVX2, "int8_accuracy", None, "cosine_min", 0.98),
+        # What was stopped keeps no bar, and a peer without a bound decides nothing.
+        (KEPT_AVX2, "encoder", 1, "bounded", "too slow: > 9 s"),
+        (KEPT_AVX2, "encoder", 5, "ratio", None),
     ],
 )
-def test_each_bar_can_be_missed(part: str, index: int | None, key: str, value: float) -> None:
-    data = copy.deepcopy(KEPT)
+def test_each_bar_can_be_missed(kept: dict[str, Any], part: str, index: int | None, key: str, value: Any) -> None:
+    data = copy.deepcopy(kept)
     (data[part] if index is None else data[part][index])[key] = value
     assert sum(not bar.passed for bar in encoder.bars(data)) == 1
 
@@ -135,17 +273,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_short_run(tiny_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/encoder.py", "--quick", "--model", str(tiny_model), "--threads", "1"]
-    command += ["--output", str(tmp_path), "--texts", "24", "--accuracy-texts", "24"]
+    # Time enough, so that a busy machine leaves nothing out.
+    command += ["--output", str(tmp_path), "--texts", "24", "--accuracy-texts", "24", "--budget-s", "10000"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     stem = f"encoder-{os.uname().machine}"
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.{kind}" for kind in ("md", "json", "svg", "png")}
     data = json.loads((tmp_path / f"{stem}.json").read_text())
     names = [row["name"] for row in data["encoder"]]
-    assert {"torch_ext bf16", "PyTorch bf16", "PyTorch fp32", "ONNX Runtime fp32", "ONNX Runtime int8"} <= set(names)
-    # All of them embed the same texts; how exactly is the business of other tests.
+    assert {"torch_ext bf16", "torch_ext int8", "torch_ext fp32"} <= set(names)
+    assert {"PyTorch bf16", "PyTorch fp32", "ONNX Runtime fp32", "ONNX Runtime int8"} <= set(names)
+    # All of them embed the same texts; how exactly is the business of other tests. Products of ONNX Runtime's int8
+    # saturate on some CPUs.
     for row in data["encoder"]:
-        assert row["cosine_min"] > 0.9, row
+        assert row["cosine_min"] > (0.5 if row["name"] == "ONNX Runtime int8" else 0.9), row
     assert [row["name"] for row in data["latency"]] == names
     assert "PyTorch bf16, compile" in data["left_out"]
     assert data["machine"]["commit"]
@@ -153,6 +294,6 @@ def test_short_run(tiny_model: Path, tmp_path: Path) -> None:
     assert data["threads"] == 1
     assert data["texts"]["count"] == 24
     text = (tmp_path / f"{stem}.md").read_text()
-    assert re.search(r"^(pass|FAIL)  latency, torch_ext bf16 / PyTorch bf16: ", text, re.MULTILINE)
+    assert re.search(r"^(pass|FAIL)  texts/s, torch_ext bf16 / ", text, re.MULTILINE)
     for name in (*names, *data["left_out"]):
         assert name in text

@@ -15,6 +15,8 @@ Objects are kept in ``build/csrc-tests`` under a hash of everything that went in
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -23,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +128,7 @@ def _make(target: Path, command: list[str]) -> Path:
 
 
 def build(variant: str) -> Path:
-    """Compile and link what has changed.
+    """Compile and link what has changed. One process builds a variant, others wait for it.
 
     Args:
         variant: a key of ``VARIANTS``.
@@ -137,9 +140,38 @@ def build(variant: str) -> Path:
         RuntimeError: the compiler failed; the message holds its output.
         FileNotFoundError: there is no compiler of that name, or no source.
     """
-    v = VARIANTS[variant]
+    with _locked(variant) as folder:
+        return _build(VARIANTS[variant], folder)
+
+
+def compile_sources(variant: str, sources: Sequence[Path]) -> list[Path]:
+    """Compile some sources as a variant has them, those that have changed.
+
+    Args:
+        variant: a key of ``VARIANTS``.
+        sources: .cpp files of torch_ext/csrc or tests/csrc.
+
+    Returns:
+        The objects, in the order of the sources.
+
+    Raises:
+        RuntimeError: the compiler failed; the message holds its output.
+    """
+    with _locked(variant) as folder:
+        return _compile(VARIANTS[variant], folder, sources)
+
+
+@contextlib.contextmanager
+def _locked(variant: str) -> Iterator[Path]:
+    """The folder of a variant, for this process alone: others wait, and find what it has made."""
     folder = BUILD / variant
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
+def _compile(v: Variant, folder: Path, sources: Sequence[Path]) -> list[Path]:
     kernel_headers, test_headers = _headers(CSRC), _headers(TESTS)
 
     def compile_one(source: Path) -> Path:
@@ -165,11 +197,15 @@ def build(variant: str) -> Path:
         )
         return _make(folder / f"{source.stem}-{key}.o", command)
 
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def _build(v: Variant, folder: Path) -> Path:
     sources = kernel_sources() + sorted(TESTS.glob("*.cpp"))
     # The largest first, so that no long one is left over at the end.
     sources.sort(key=lambda path: (CSRC / "kernels" not in path.parents, -path.stat().st_size))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = sorted(pool.map(compile_one, sources))
+    objects = sorted(_compile(v, folder, sources))
     key = _digest([path.name.encode() for path in objects] + [" ".join(v.link_flags).encode()])
     program = _make(
         folder / f"kernel_tests-{key}",

@@ -26,6 +26,8 @@ CSRC = ROOT / "torch_ext" / "csrc"
 MAX, SVE256 = "max", "max,sve256=on"
 CPUS = (MAX, SVE256, "neoverse-n1", "cortex-a72")
 CPUS_WITH_BF16 = {MAX, SVE256}
+# Variants of build.py whose objects are looked at.
+VARIANTS_OF = {"gcc": "aarch64", "clang": "aarch64-clang"}
 
 
 def _load(name: str, path: Path) -> ModuleType:
@@ -213,7 +215,9 @@ def loops(compiler: str) -> tuple[mca.Loop, ...]:
     compilers = mca.find_compilers()
     if compiler not in compilers:
         pytest.skip(f"no {compiler} for aarch64: install g++-aarch64-linux-gnu and clang-19")
-    return tuple(mca.kernel_loops(compilers[compiler]))
+    # gcc's objects are those of the tests under emulation; both are compiled as they are shipped.
+    objects = build.compile_sources(VARIANTS_OF[compiler], [CSRC / source for source in mca.SOURCES])
+    return tuple(mca.loops_of(map(mca.disassemble, objects)))
 
 
 @pytest.mark.emulator

@@ -38,6 +38,7 @@ SUFFIXES = {
 }
 
 ModelMaker = Callable[..., Path]
+FolderMaker = Callable[[str, Callable[[Path], object]], Path]
 
 
 def word_piece_vocabulary(words: int = 400) -> list[str]:
@@ -133,20 +134,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def tiny_bundle(tiny_model: ModelMaker, shared_folder: FolderMaker) -> Callable[[str, str], Path]:
     """Exports small random models, each once: `tiny_bundle(model_type, task)` gives a bundle not to be changed."""
-    made: dict[tuple[str, str], Path] = {}
 
     def make(model_type: str = "bert", task: str = "feature-extraction") -> Path:
-        if (model_type, task) not in made:
+        name = f"tiny-{model_type}-{task}"
+
+        def export(folder: Path) -> None:
             from deploy.export.cli import main
 
-            target = tmp_path_factory.mktemp("bundles") / f"tiny-{model_type}-{task}"
             model = tiny_model(model_type, task)
-            arguments = [str(model), "-o", str(target), "--max-texts", "24", "--speed-seconds", "0", "--quiet"]
-            assert main([*arguments, "--name", target.name]) == 0
-            made[model_type, task] = target
-        return made[model_type, task]
+            arguments = [str(model), "-o", str(folder / name), "--max-texts", "24", "--speed-seconds", "0", "--quiet"]
+            folder.mkdir(exist_ok=True)
+            assert main([*arguments, "--name", name]) == 0
+
+        return shared_folder(name, export) / name
 
     return make
 
@@ -160,12 +162,14 @@ def minilm_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def minilm_bundle(minilm_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def minilm_bundle(minilm_model: Path, shared_folder: FolderMaker) -> Path:
     """The real all-MiniLM-L6-v2, exported once in a session; not to be changed."""
-    from deploy.export.cli import main
 
-    target = tmp_path_factory.mktemp("minilm") / "bundle"
-    arguments = [str(minilm_model), "-o", str(target), "--name", "all-MiniLM-L6-v2"]
-    # Every engine runs every text twice: to verify, and to measure one round.
-    assert main([*arguments, "--max-texts", "8", "--speed-seconds", "0.01", "--quiet"]) == 0
-    return target
+    def export(folder: Path) -> None:
+        from deploy.export.cli import main
+
+        folder.mkdir(exist_ok=True)
+        arguments = [str(minilm_model), "-o", str(folder / "bundle"), "--name", "all-MiniLM-L6-v2"]
+        assert main([*arguments, "--max-texts", "8", "--speed-seconds", "0.01", "--quiet"]) == 0
+
+    return shared_folder("minilm", export) / "bundle"

@@ -60,7 +60,7 @@ def locust(tmp_path: Path) -> Callable[..., Run]:
             *("--csv", str(folder / "out"), "--html", str(folder / "report.html"), *texts, *arguments),
         )
         try:
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=120)
         finally:
             process.kill()
         return Run(process.returncode, output, folder)

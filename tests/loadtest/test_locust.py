@@ -142,7 +142,7 @@ def test_other_endpoints(locust: Locust, stub: Stub) -> None:
 def test_server_not_running() -> None:
     host = f"http://127.0.0.1:{free_port()}"
     process = start_locust("--host", host, "--headless", "-u", "1", "-t", "5s", *OWN_TEXTS)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert f"loadtest: no answer from {host}/ready" in output
     assert "Is the server running, and is --host right?" in output
@@ -161,7 +161,7 @@ def test_impossible_settings_are_refused(stub: Stub) -> None:
     def refused(arguments: list[str]) -> tuple[int, str]:
         arguments = [stub.host if argument == "HOST" else argument for argument in arguments]
         process = start_locust("--headless", "-u", "1", "-t", "3s", *OWN_TEXTS, *arguments)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
         return process.returncode, output
 
     results = together(*(partial(refused, arguments) for arguments in IMPOSSIBLE.values()))
@@ -210,7 +210,7 @@ def judged_by_master(stub: Stub, tmp_path: Path, limit_ms: str, code: int) -> No
     )
     processes = [master, *workers]
     try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -239,7 +239,7 @@ def test_interrupt_still_gives_a_verdict(stub: Stub) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     try:
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         process.kill()
         raise

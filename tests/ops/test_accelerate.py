@@ -458,8 +458,8 @@ def test_others_run_while_torch_computes(product: Callable[[Tensor, Tensor], Ten
         thread = threading.Thread(target=tick)
         thread.start()
         try:
-            size, elapsed_s = 128, 0.0
-            while elapsed_s < 0.2:
+            size, elapsed_s, counted = 128, 0.0, 0
+            while elapsed_s < 1 and counted <= 10:
                 size *= 2
                 x = torch.ones(size, size)
                 ticks, start = 0, time.monotonic()
@@ -468,7 +468,7 @@ def test_others_run_while_torch_computes(product: Callable[[Tensor, Tensor], Ten
         finally:
             stop = True
             thread.join()
-    # Up to 200 on a free machine; with the lock held, those of the moments before and after.
+    # Up to 1,000 in a second; with the lock held, those of the moments before and after, however long it takes.
     assert counted > 10
 
 
