@@ -52,6 +52,7 @@ std::vector<std::string> paths_of(const GemmPath& path) {
   for (size_t i = 0; i < path.kernel->ukernel_count; ++i) names.emplace_back(path.kernel->ukernels[i].name);
   for (const char* const use : kUses) names.push_back(use_path(path, use));
   if (path.kernel->softmax_pack) names.push_back(path.name() + ": softmax_pack");
+  if (path.kernel->wide) names.push_back(use_path(path, "gemm wide"));
   return names;
 }
 
@@ -59,7 +60,11 @@ std::vector<std::string> s8_paths_of(const GemmPath& path) {
   std::vector<std::string> names;
   for (const DType t : kTypes) names.push_back(packer_path(path, Packer::kLhs, t));
   for (size_t i = 0; i < path.kernel->ukernel_count; ++i) names.emplace_back(path.kernel->ukernels[i].name);
+  for (size_t i = 0; path.kernel->wide && i < path.kernel->ukernel_count; ++i) {
+    names.emplace_back(path.kernel->wide->ukernels[i].name);
+  }
   for (const char* const use : {"gemm", "gemm random"}) names.push_back(use_path(path, use));
+  if (path.kernel->wide) names.push_back(use_path(path, "gemm wide"));
   return names;
 }
 
@@ -229,8 +234,10 @@ void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const vo
   const GemmKernel* family = nullptr;
   for (const std::vector<GemmPath>* const all : {&all_gemm_paths(), &all_s8_paths()}) {
     for (const GemmPath& path : *all) {
-      const UKernel* const first = path.kernel->ukernels;
-      if (&ukernel >= first && &ukernel < first + path.kernel->ukernel_count) family = path.kernel;
+      for (const UKernel* const first :
+           {path.kernel->ukernels, path.kernel->wide ? path.kernel->wide->ukernels : nullptr}) {
+        if (first && &ukernel >= first && &ukernel < first + path.kernel->ukernel_count) family = path.kernel;
+      }
     }
   }
   const GemmSession session(*family);

@@ -177,6 +177,7 @@ void check_product(const GemmPath& path, const Case& c, const char* use = "gemm"
   product.run();
   product.expect_right();
   cover_use(path, use);
+  if (path.kernel->wide && c.m >= 2 * path.kernel->max_mr()) cover_use(path, "gemm wide");
 }
 
 /// Goes through the combinations of types and epilogue one after the other.
@@ -355,6 +356,7 @@ void check_grid(const GemmPath& path, size_t m, size_t n, size_t k, const GemmPl
   g.ukernels = ukernels.data();
   g.pack_lhs_f32 = g.pack_lhs_bf16 = pack_nothing;
   g.begin = g.end = nullptr;  // instructions that this CPU may lack
+  g.wide = nullptr;
   VecKernels vec = *path.vec;
   for (auto& store : vec.store_tile) store = count_stores;
   std::vector<uint8_t> stored(m * n);

@@ -123,9 +123,9 @@ TORCH_EXT_TEST(s8_rows_that_are_not_finite_or_tiny_keep_to_themselves) {
 }
 
 /// Sums must be equal, bit by bit: scales are powers of two.
-void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool extreme) {
+void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool extreme, bool wide = false) {
   const GemmKernel& g = *path.kernel;
-  context("%s, %zu steps%s", u.name, steps, extreme ? ", extreme" : "");
+  context("%s, %zu steps%s%s", u.name, steps, extreme ? ", extreme" : "", wide ? ", wide" : "");
   const size_t k = steps * g.k_step, ld_tile = g.nr + 4;
   std::vector<int> lhs(u.mr * k);
   std::vector<int8_t> rhs(g.nr * k);
@@ -157,7 +157,13 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool ex
   const Guarded<float> tile(u.mr * ld_tile - 4);
   constexpr float kUntouched = 12345.0f;
   std::fill(tile.get(), tile.get() + u.mr * ld_tile - 4, kUntouched);
-  run_ukernel(u, steps, block.data(), panel.data(), tile.get(), ld_tile);
+  if (wide) {
+    const GuardedBytes wide_panel(g.wide_panel_bytes(k));
+    g.wide->widen(steps, panel.data(), wide_panel.data());
+    run_ukernel(g.wide->ukernels[&u - g.ukernels], steps, block.data(), wide_panel.data(), tile.get(), ld_tile);
+  } else {
+    run_ukernel(u, steps, block.data(), panel.data(), tile.get(), ld_tile);
+  }
   for (size_t i = 0; i < u.mr; ++i) {
     for (size_t j = 0; j < g.nr; ++j) {
       int64_t sum = 0;
@@ -179,6 +185,7 @@ TORCH_EXT_TEST(s8_ukernels_add_exactly) {
         if (options().quick && steps > 192) continue;
         check_ukernel(path, path.kernel->ukernels[i], steps, false);
         check_ukernel(path, path.kernel->ukernels[i], steps, true);
+        if (path.kernel->wide) check_ukernel(path, path.kernel->ukernels[i], steps, steps % 2, true);
       }
       // The largest depth that pack_linear_weight_int8 takes: one product more does not fit into an s32.
       if (!options().quick) {
@@ -232,6 +239,7 @@ void check_product(const GemmPath& path, size_t m, size_t n, size_t k, size_t in
   for (size_t task = plan.tasks(); task-- > 0;) run_gemm_task(g, *path.vec, problem, plan, task);
   out.expect_gaps_untouched();
   cover_use(path, use);
+  if (g.wide && m >= 2 * g.max_mr()) cover_use(path, "gemm wide");
 
   // What the rows are quantized to is the packer's affair, tested above.
   for (size_t i = 0; i < m; ++i) {

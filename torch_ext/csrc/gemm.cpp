@@ -88,14 +88,22 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
       block += mr * row_bytes;
       row += valid;
     }
+    // Widening a panel costs about what multiplying one row with it does, and saves a tenth to a fifth of every row.
+    char* const wide = kernel.wide && chunk_end - chunk >= 2 * main_rows
+                           ? static_cast<char*>(thread_scratch(ScratchSlot::kWidePanel, kernel.wide_panel_bytes(k)))
+                           : nullptr;
     for (size_t panel = panels.begin; panel < panels.end; ++panel) {
       const size_t column = panel * nr, columns = std::min(nr, problem.n - column);
-      const char* const rhs = weight + panel * panel_bytes;
+      const char* rhs = weight + panel * panel_bytes;
+      if (wide) {
+        kernel.wide->widen(steps, rhs, wide);
+        rhs = wide;
+      }
       block = packed;
       for (size_t row = chunk; row < chunk_end;) {
         const UKernel& ukernel = kernel.ukernel_for(std::min(main_rows, chunk_end - row));
         const size_t valid = std::min(ukernel.mr, chunk_end - row);
-        ukernel.run(steps, block, rhs, tile, nr);
+        (wide ? kernel.wide->ukernels[&ukernel - kernel.ukernels] : ukernel).run(steps, block, rhs, tile, nr);
         store(tile, nr, valid, columns, problem.epilogue, row, column);
         block += ukernel.mr * row_bytes;
         row += valid;

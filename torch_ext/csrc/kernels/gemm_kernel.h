@@ -83,6 +83,13 @@ using SoftmaxPackFn = void (*)(size_t rows, size_t block_rows, size_t n, float s
 /// column's sums. `q` holds the k products of the column.
 using ColumnTermFn = int32_t (*)(const int8_t* q, size_t k);
 
+/// A panel in another form, which takes more memory and less work: what many rows are multiplied with.
+struct WidePanels {
+  DType type;               ///< element type of the panel's products
+  const UKernel* ukernels;  ///< for the same numbers of rows as the family's
+  void (*widen)(size_t steps, const void* panel, void* wide);
+};
+
 struct GemmKernel {
   const char* name;            ///< family, also the layout's name: type, p, nr x kr
   uint32_t required_features;  ///< bits of cpu_features.h that its micro-kernels and packers need
@@ -104,6 +111,7 @@ struct GemmKernel {
   ColumnTermFn column_term = nullptr;
   /// The element of a panel that holds product p of column j; null: ((p / kr) * nr + j) * kr + p % kr.
   size_t (*panel_place)(size_t j, size_t p) = nullptr;
+  const WidePanels* wide = nullptr;      ///< null: no other form
   SoftmaxPackFn softmax_pack = nullptr;  ///< null: attention takes softmax_row and pack_lhs_f32
   /// Called on a thread before micro-kernels run there, and after; null: there is nothing to do.
   void (*begin)() = nullptr;
@@ -116,6 +124,9 @@ struct GemmKernel {
   }
   size_t rhs_panel_bytes(size_t k) const {
     return nr * (steps(k) * k_step * dtype_bytes(rhs_type) + column_extra_bytes);
+  }
+  size_t wide_panel_bytes(size_t k) const {
+    return nr * (steps(k) * k_step * dtype_bytes(wide->type) + column_extra_bytes);
   }
   size_t max_mr() const { return ukernels[ukernel_count - 1].mr; }
   size_t panel_index(size_t j, size_t p) const {

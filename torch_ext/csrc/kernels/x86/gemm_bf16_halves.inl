@@ -9,6 +9,8 @@
 //
 //   element (j, p) lies at  p * 16 + j % 8 * 2 + j / 8
 //
+// Many rows are multiplied with the panel in fp32, by the micro-kernels of that family.
+//
 // Worked example: column 11, product 2 -> 2 * 16 + 3 * 2 + 1 = 39.
 
 // Register use of six rows: 12 accumulators, 2 vectors of columns, 1 element of a row, 1 mask.
@@ -165,6 +167,20 @@ static constexpr UKernel kUKernelsHalves[] = {
     {"gemm_f32_f32_bf16p16x1_6x16_avx2_fma", 6, ukernel_halves<6>},
 };
 
+/// The panel in fp32, as kFamilyF32 has it.
+static void widen_halves(size_t steps, const void* panel, void* wide) {
+  const uint16_t* from = static_cast<const uint16_t*>(panel);
+  float* to = static_cast<float*>(wide);
+  for (size_t p = 0; p < steps * kKStep; ++p, from += kNr, to += kNr) {
+    vu words;
+    __builtin_memcpy(&words, from, sizeof words);
+    store(to, (vf)(words << 16));
+    store(to + kHalf, (vf)(words & 0xffff0000u));
+  }
+}
+
+static constexpr WidePanels kWideHalves = {.type = DType::kF32, .ukernels = kUKernelsF32, .widen = widen_halves};
+
 static constexpr GemmKernel kFamilyBf16Halves = {
     .name = "bf16p16x1",
     .required_features = TORCH_EXT_VEC_FEATURES,
@@ -183,4 +199,5 @@ static constexpr GemmKernel kFamilyBf16Halves = {
     .ukernels = kUKernelsHalves,
     .ukernel_count = 4,
     .panel_place = place_in_halves,
+    .wide = &kWideHalves,
 };

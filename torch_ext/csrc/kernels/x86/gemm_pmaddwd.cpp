@@ -1,4 +1,4 @@
-// Micro-kernels gemm_f32_qs8dx_qs8cxp16x4_{1,2,4}x16_avx2_pmaddwd: exact products of s8 on AVX2.
+// Micro-kernels gemm_f32_qs8dx_qs8cxp16x4_{1,2,4,5}x16_avx2_pmaddwd and ..._wide: exact products of s8 on AVX2.
 //
 // VPMADDUBSW, AVX2's product of bytes, saturates. VPMADDWD is exact, but widens to 16 bits what has 8: 16 products for the
 // multiplier's time of 32. So one of its products does the work of two, by S. Winograd's identity for inner products
@@ -22,9 +22,12 @@
 //
 // Worked example: column 11, product 6 -> 64 + 32 + 0 + 6 + 1 = 103.
 //
-// Registers of four rows: ymm0..ymm7 accumulators, four panel vectors, four for one row's operands and sums. In assembly,
-// since GCC 12 spills accumulators otherwise. One step of four rows: 4 VPMOVSXBW, 8 VPBROADCASTD, 16 VPADDW, 8 VPMADDWD,
-// 8 VPADDD for 256 products.
+// Many rows are multiplied with a panel whose products were widened to 16 bits once: same order, twice the bytes.
+//
+// Registers of five rows: ten accumulators; a wide panel's two vectors of even products, and four for one row's operands
+// and sums; else four panel vectors and two of a row. In assembly, since GCC 12 spills accumulators otherwise. One step of
+// five rows, wide: 2 loads, 10 VPBROADCASTD, 20 VPADDW (10 with an operand in memory), 10 VPMADDWD, 10 VPADDD for 320
+// products.
 #include "kernels/families.h"
 
 #if defined(__x86_64__)
@@ -53,13 +56,36 @@ constexpr size_t kStep = 4;
 
 // ---- micro-kernels ------------------------------------------------------------------------------------------------
 
-TORCH_EXT_INLINE __m256i widen_panel(const int8_t* p) {
+TORCH_EXT_INLINE __m256i widen_half(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-/// acc += products of one row's four elements at `a` with both vectors of columns.
+/// acc += products of one row's four elements at `a` with both vectors of columns, all in registers.
 TORCH_EXT_INLINE void multiply_row(const int16_t* a, __m256i even0, __m256i odd0, __m256i even1, __m256i odd1,
                                    __m256i& acc0, __m256i& acc1) {
+  __m256i x, y;
+  __asm__(
+      "vpbroadcastd %[even], %[x]\n\t"
+      "vpbroadcastd %[odd], %[y]\n\t"
+      "vpaddw %[odd0], %[x], %[x]\n\t"
+      "vpaddw %[even0], %[y], %[y]\n\t"
+      "vpmaddwd %[x], %[y], %[x]\n\t"
+      "vpaddd %[x], %[acc0], %[acc0]\n\t"
+      "vpbroadcastd %[even], %[x]\n\t"
+      "vpbroadcastd %[odd], %[y]\n\t"
+      "vpaddw %[odd1], %[x], %[x]\n\t"
+      "vpaddw %[even1], %[y], %[y]\n\t"
+      "vpmaddwd %[x], %[y], %[x]\n\t"
+      "vpaddd %[x], %[acc1], %[acc1]"
+      : [acc0] "+x"(acc0), [acc1] "+x"(acc1), [x] "=&x"(x), [y] "=&x"(y)
+      : [even] "m"(*reinterpret_cast<const int32_t (*)[1]>(a)),
+        [odd] "m"(*reinterpret_cast<const int32_t (*)[1]>(a + 2)), [even0] "x"(even0), [odd0] "x"(odd0),
+        [even1] "x"(even1), [odd1] "x"(odd1));
+}
+
+/// The same with the odd products of a wide panel read from memory: fewer registers, fewer instructions to issue.
+TORCH_EXT_INLINE void multiply_row_wide(const int16_t* a, __m256i even0, __m256i even1, const int16_t* panel,
+                                        __m256i& acc0, __m256i& acc1) {
   __m256i x, y, u, v;
   __asm__(
       "vpbroadcastd %[even], %[x]\n\t"
@@ -73,21 +99,29 @@ TORCH_EXT_INLINE void multiply_row(const int16_t* a, __m256i even0, __m256i odd0
       "vpaddd %[u], %[acc0], %[acc0]\n\t"
       "vpaddd %[x], %[acc1], %[acc1]"
       : [acc0] "+x"(acc0), [acc1] "+x"(acc1), [x] "=&x"(x), [y] "=&x"(y), [u] "=&x"(u), [v] "=&x"(v)
-      : [even] "m"(*reinterpret_cast<const int32_t (*)[1]>(a)),
-        [odd] "m"(*reinterpret_cast<const int32_t (*)[1]>(a + 2)), [even0] "x"(even0), [odd0] "x"(odd0),
-        [even1] "x"(even1), [odd1] "x"(odd1));
+      :
+      [even] "m"(*reinterpret_cast<const int32_t (*)[1]>(a)), [odd] "m"(*reinterpret_cast<const int32_t (*)[1]>(a + 2)),
+      [odd0] "m"(*reinterpret_cast<const __m256i(*)[1]>(panel + 16)),
+      [odd1] "m"(*reinterpret_cast<const __m256i(*)[1]>(panel + 48)), [even0] "x"(even0), [even1] "x"(even1));
 }
 
-template <size_t kMr>
+template <typename Element, size_t kMr>
 void crossed_tile(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
   const int16_t* lhs = static_cast<const int16_t*>(lhs_block);
-  const int8_t* rhs = static_cast<const int8_t*>(rhs_panel);
+  const Element* rhs = static_cast<const Element*>(rhs_panel);
   __m256i acc[kMr][2] = {};
   for (size_t s = 0; s < steps; ++s) {
-    const __m256i even0 = widen_panel(rhs), odd0 = widen_panel(rhs + 16);
-    const __m256i even1 = widen_panel(rhs + 32), odd1 = widen_panel(rhs + 48);
-#pragma GCC unroll 4
-    for (size_t i = 0; i < kMr; ++i) multiply_row(lhs + i * kStep, even0, odd0, even1, odd1, acc[i][0], acc[i][1]);
+    if constexpr (sizeof(Element) == sizeof(int8_t)) {
+      const __m256i even0 = widen_half(rhs), odd0 = widen_half(rhs + 16);
+      const __m256i even1 = widen_half(rhs + 32), odd1 = widen_half(rhs + 48);
+#pragma GCC unroll 5
+      for (size_t i = 0; i < kMr; ++i) multiply_row(lhs + i * kStep, even0, odd0, even1, odd1, acc[i][0], acc[i][1]);
+    } else {
+      const __m256i even0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rhs));
+      const __m256i even1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rhs + 32));
+#pragma GCC unroll 5
+      for (size_t i = 0; i < kMr; ++i) multiply_row_wide(lhs + i * kStep, even0, even1, rhs, acc[i][0], acc[i][1]);
+    }
     lhs += kMr * kStep;
     rhs += kNr * kStep;
   }
@@ -100,13 +134,23 @@ void crossed_tile(size_t steps, const void* lhs_block, const void* rhs_panel, fl
     vi terms;
     __builtin_memcpy(&terms, column_terms + v * kWidth, sizeof terms);
     const vf columns = load(column_scales + v * kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (size_t i = 0; i < kMr; ++i) {
       // Unsigned, since differences wrap.
       const vu sum = (vu)acc[i][v] - (vu)terms - static_cast<uint32_t>(row_terms[i]);
       store(tile + i * ld_tile + v * kWidth, __builtin_convertvector((vi)sum, vf) * columns * row_scales[i]);
     }
   }
+}
+
+/// The panel with its products in 16 bits.
+void widen_crossed(size_t steps, const void* panel, void* wide) {
+  const int8_t* from = static_cast<const int8_t*>(panel);
+  int16_t* to = static_cast<int16_t*>(wide);
+  for (size_t i = 0; i < steps * kNr * kStep; i += 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), widen_half(from + i));
+  }
+  __builtin_memcpy(to + steps * kNr * kStep, from + steps * kNr * kStep, kNr * (sizeof(float) + sizeof(int32_t)));
 }
 
 // ---- packing ------------------------------------------------------------------------------------------------------
@@ -196,10 +240,20 @@ void pack_rows_crossed(size_t rows, size_t block_rows, size_t k, const void* src
 }
 
 constexpr UKernel kUKernels[] = {
-    {"gemm_f32_qs8dx_qs8cxp16x4_1x16_avx2_pmaddwd", 1, crossed_tile<1>},
-    {"gemm_f32_qs8dx_qs8cxp16x4_2x16_avx2_pmaddwd", 2, crossed_tile<2>},
-    {"gemm_f32_qs8dx_qs8cxp16x4_4x16_avx2_pmaddwd", 4, crossed_tile<4>},
+    {"gemm_f32_qs8dx_qs8cxp16x4_1x16_avx2_pmaddwd", 1, crossed_tile<int8_t, 1>},
+    {"gemm_f32_qs8dx_qs8cxp16x4_2x16_avx2_pmaddwd", 2, crossed_tile<int8_t, 2>},
+    {"gemm_f32_qs8dx_qs8cxp16x4_4x16_avx2_pmaddwd", 4, crossed_tile<int8_t, 4>},
+    {"gemm_f32_qs8dx_qs8cxp16x4_5x16_avx2_pmaddwd", 5, crossed_tile<int8_t, 5>},
 };
+
+constexpr UKernel kWideUKernels[] = {
+    {"gemm_f32_qs8dx_qs8cxp16x4_1x16_avx2_pmaddwd_wide", 1, crossed_tile<int16_t, 1>},
+    {"gemm_f32_qs8dx_qs8cxp16x4_2x16_avx2_pmaddwd_wide", 2, crossed_tile<int16_t, 2>},
+    {"gemm_f32_qs8dx_qs8cxp16x4_4x16_avx2_pmaddwd_wide", 4, crossed_tile<int16_t, 4>},
+    {"gemm_f32_qs8dx_qs8cxp16x4_5x16_avx2_pmaddwd_wide", 5, crossed_tile<int16_t, 5>},
+};
+
+constexpr WidePanels kWide = {.type = DType::kS16, .ukernels = kWideUKernels, .widen = widen_crossed};
 
 constexpr GemmKernel kFamily = {
     .name = "qs8cxp16x4",
@@ -213,11 +267,12 @@ constexpr GemmKernel kFamily = {
     .pack_lhs_f32 = pack_rows_crossed<float>,
     .pack_lhs_bf16 = pack_rows_crossed<uint16_t>,
     .ukernels = kUKernels,
-    .ukernel_count = 3,
+    .ukernel_count = 4,
     .row_extra_bytes = sizeof(float) + sizeof(int32_t),
     .column_extra_bytes = sizeof(float) + sizeof(int32_t),
     .column_term = column_term,
     .panel_place = place_in_panel,
+    .wide = &kWide,
 };
 
 }  // namespace
