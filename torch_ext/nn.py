@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import copyreg
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from torch_ext.ops import refuse_derivatives
 from torch_ext.patterns import as_patterns, matches
 from torch_ext.quantize import check_inputs, dequantize_weight, quantize_weight
+from torch_ext.read_only import ReadOnlyTensor
 from torch_ext.sensitivity import Report, Sample, Similarity, choose_layers, output_rows, similarity
 
 __all__ = ["PackedLinear", "Skip", "optimize"]
@@ -25,29 +30,82 @@ _unpack = torch.ops.torch_ext.unpack_linear_weight.default
 _pack_int8 = torch.ops.torch_ext.pack_linear_weight_int8.default
 _unpack_int8 = torch.ops.torch_ext.unpack_linear_weight_int8.default
 
+_fingerprint = torch.ops.torch_ext._weight_fingerprint.default
+
+# What the op takes, and what a layer can be made of.
 _FLOATS = (torch.float32, torch.bfloat16)
+_WEIGHT_DTYPES = (*_FLOATS, torch.float16)
 
 PackedDtype = Literal["bf16", "int8"]
 _DTYPES: tuple[str, ...] = ("bf16", "int8")
+
+_ADVICE = (
+    "a torch_ext.PackedLinear computes with a packed copy of its weight and bias, which the write would not reach. "
+    "Change the model before torch_ext.optimize() (merge adapters there, too), call the layer's load_state_dict(), or "
+    "write into a copy: tensor.clone()"
+)
+
+
+def _unpacked(packed: Tensor, columns: int, dtype: torch.dtype, is_int8: bool) -> Tensor:
+    """The weight ``[N, columns]`` that was packed, in ``dtype``."""
+    unpacked: Tensor = dequantize_weight(*_unpack_int8(packed)) if is_int8 else _unpack(packed)
+    return unpacked.to(dtype)
+
+
+def _unpacked_for(layer: weakref.ref[PackedLinear], *args: Any) -> Tensor:
+    """The same, for a layer, which is to hold it no longer than whoever reads it."""
+    owner = layer()
+    if owner is not None:
+        owner._unread = None
+    return _unpacked(*args)
+
+
+# The same as an op whose shapes are known while torch.compile traces: what reads only dtype or shape of a weight then
+# leaves nothing in the compiled code.
+_library = torch.library.Library("torch_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
+_schema = "_layer_weight(Tensor packed, int columns, ScalarType dtype, bool is_int8) -> Tensor"
+_library.define(_schema)  # type: ignore[no-untyped-call]
+_library.impl("_layer_weight", _unpacked, "CPU")  # type: ignore[no-untyped-call]
+
+
+def _fake_layer_weight(packed: Tensor, columns: int, dtype: torch.dtype, is_int8: bool) -> Tensor:
+    return packed.new_empty((packed.shape[0], columns), dtype=dtype)
+
+
+torch.library.register_fake("torch_ext::_layer_weight", _fake_layer_weight, lib=_library)
+_layer_weight = torch.ops.torch_ext._layer_weight.default
 
 
 class PackedLinear(nn.Module):
     """Stands for an :class:`torch.nn.Linear` in inference: bf16 products or int8 ones, fp32 sums, fp32 bias.
 
-    It has no parameters. The packed weight belongs to this kind of CPU, and whatever leaves the process is unpacked:
-    ``state_dict()`` has ``weight`` and ``bias`` under the names and in the dtypes of the layer that was replaced, so
-    that an ``nn.Linear`` can load them; the values of ``weight`` are what the layer computes with, the bf16 rounding
-    of what it was or, in int8, ``scale * q``. ``load_state_dict()`` packs again, into the same ``dtype``: of an fp32
-    layer exactly what was there; of a bf16 layer in int8 with one more rounding, since bf16 cannot hold ``scale * q``.
-    Copies and pickles are exact in every case. ``model.float()``, ``.bfloat16()`` and ``.half()`` leave the layer as it
-    is; moving it off the CPU is an error.
+    It has no parameters, except tied ones (see below). The packed weight belongs to this kind of CPU; ``state_dict()``,
+    copies and pickles hold unpacked weights. ``state_dict()`` has ``weight`` and ``bias`` under the names and in the
+    dtypes of the layer that was replaced, so that an ``nn.Linear`` can load them; the values of ``weight`` are what the
+    layer computes with, the bf16 rounding of what it was or, in int8, ``scale * q``. ``load_state_dict()`` packs again,
+    into the same ``dtype``: of an fp32 layer exactly what was there; of a bf16 or fp16 layer in int8 with one more
+    rounding, since they cannot hold ``scale * q``. Copies and pickles are exact in every case. A process that is
+    started by spawn or forkserver gets the packed weights themselves, in shared memory.
+
+    ``weight``, ``bias`` and their values in ``state_dict()`` are read-only: a write into one raises RuntimeError, see
+    :class:`torch_ext.read_only.ReadOnlyTensor`. Only what reads their values unpacks the weight.
+
+    Inputs are fp32, bf16, fp16 or fp64, and outputs have their dtype; under ``torch.autocast`` outputs have autocast's,
+    as those of an ``nn.Linear``. Products and sums are the same for all: fp16 and fp64 are converted to fp32 before,
+    and from fp32 after. ``model.float()``, ``.bfloat16()``, ``.half()`` and ``.double()`` leave the packed weight as it
+    is, and change the dtype that ``weight``, ``bias`` and ``state_dict()`` have; moving it off the CPU is an error.
+
+    A weight or bias that is tied to a parameter of another module stays tied: the parameter is also a parameter of
+    this layer, and ``state_dict()`` has it, unrounded, so that ``save_pretrained()`` finds it tied. After a write to
+    the parameter, the next call packs it again (a call of compiled code does not).
 
     Args:
-        weight: fp32 or bf16 ``[N, K]`` on the CPU.
-        bias: fp32 or bf16 ``[N]``, or None.
+        weight: fp32, bf16 or fp16 ``[N, K]`` on the CPU.
+        bias: fp32, bf16 or fp16 ``[N]``, or None.
         packed: the weight as it was packed before into ``dtype``, to be shared.
         dtype: ``"bf16"``; or ``"int8"``: weights with one scale for each output, rows of the input quantized by their
             largest magnitude while they are read.
+        tied: by ``"weight"`` and ``"bias"``, the parameter that it is, if other modules have it too.
 
     Attributes:
         in_features: K.
@@ -55,7 +113,7 @@ class PackedLinear(nn.Module):
         dtype: ``"bf16"`` or ``"int8"``, of products.
 
     Raises:
-        TypeError: a tensor is neither fp32 nor bf16.
+        TypeError: a tensor is neither fp32 nor bf16 nor fp16.
         ValueError: a shape does not fit, a tensor is not on the CPU, ``dtype`` is not known, or a weight for int8 is
             not finite.
     """
@@ -70,6 +128,7 @@ class PackedLinear(nn.Module):
         bias: Tensor | None = None,
         packed: Tensor | None = None,
         dtype: PackedDtype = "bf16",
+        tied: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         super().__init__()
         _check_dtype("PackedLinear", dtype)
@@ -86,6 +145,15 @@ class PackedLinear(nn.Module):
         self._bias = None if bias is None else _as_bias(bias)
         self._weight_dtype = weight.dtype
         self._bias_dtype = None if bias is None else bias.dtype
+        # What `weight` returned, unless its values were read since.
+        self._unread: ReadOnlyTensor | None = None
+        # Registered without assignment, which goes by the properties of the same names.
+        self._parameters.update(tied or {})
+        self._tied_states = {name: _state(parameter) for name, parameter in self._tied.items()}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ForkingPickler.register(cls, _reduce_for_process)
 
     @classmethod
     def from_linear(cls, module: nn.Linear, dtype: PackedDtype = "bf16") -> PackedLinear:
@@ -102,9 +170,26 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight ``[N, K]`` that it computes with, in its original dtype; unpacked anew at every access."""
-        unpacked: Tensor = dequantize_weight(*_unpack_int8(self._packed)) if self._is_int8 else _unpack(self._packed)
-        return unpacked.to(self._weight_dtype)
+        """The weight ``[N, K]`` that it computes with, in its original dtype, read-only.
+
+        It is unpacked when its values are read, and kept while the returned tensor lives.
+        """
+        columns, dtype, is_int8 = self.in_features, self._weight_dtype, self._is_int8
+        if torch.compiler.is_compiling():
+            result: Tensor = _layer_weight(self._packed, columns, dtype, is_int8)
+            return result
+        self._follow_ties()
+        unread = self._unread
+        if unread is None or unread.dtype is not dtype or not unread.is_from(self._packed):
+            make = functools.partial(_unpacked_for, weakref.ref(self), self._packed, columns, dtype, is_int8)
+            unread = ReadOnlyTensor(make, (self.out_features, columns), dtype, _ADVICE, self._packed)
+            self._unread = unread
+        return unread
+
+    @property
+    def _tied(self) -> dict[str, nn.Parameter]:
+        """By ``"weight"`` and ``"bias"``, the parameters of other modules that this one is tied to."""
+        return {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
 
     @property
     def _is_int8(self) -> bool:
@@ -112,25 +197,39 @@ class PackedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias ``[N]`` in its original dtype, or None."""
-        return None if self._bias is None else self._bias.to(self._bias_dtype)
+        """The bias ``[N]`` in its original dtype, read-only; the parameter that it is tied to, if it is; or None."""
+        if self._bias is None or self._bias_dtype is None:
+            return None
+        if torch.compiler.is_compiling():
+            return self._bias.to(self._bias_dtype)
+        if "bias" in self._parameters:
+            return self._parameters["bias"]
+        make = functools.partial(self._bias.to, self._bias_dtype, copy=True)
+        return ReadOnlyTensor(make, (self.out_features,), self._bias_dtype, _ADVICE, self._bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
+            # What is there already may be assigned: transformers ties weights again, peft sets a layer's own weight.
+            if value is self._tied.get(name, self) or self._is_own(name, value):
+                return
             raise RuntimeError(
                 f"PackedLinear: {name} cannot be assigned, since it is packed: change the model before "
                 "torch_ext.optimize(), or use load_state_dict()"
             )
         super().__setattr__(name, value)
 
+    def _is_own(self, name: str, value: object) -> bool:
+        """Whether a value is what ``weight`` or ``bias`` returned, and would return again."""
+        return isinstance(value, ReadOnlyTensor) and value.is_from(self._packed if name == "weight" else self._bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``.
 
         Args:
-            x: fp32 or bf16 ``[..., K]``.
+            x: fp32, bf16, fp16 or fp64 ``[..., K]``; fp16 and fp64 are converted to fp32.
 
         Returns:
-            ``[..., N]`` in the dtype of ``x``.
+            ``[..., N]`` in the dtype of ``x``; under autocast in that of autocast, unless ``x`` is fp64.
 
         Raises:
             RuntimeError: ``x`` requires grad while gradients are enabled, or its shape or dtype does not fit.
@@ -141,8 +240,32 @@ class PackedLinear(nn.Module):
                 "call the model under torch.inference_mode() or torch.no_grad(), or train the original model"
             )
         refuse_derivatives("PackedLinear", x)
-        result: Tensor = _linear(x, self._packed, self._bias)
-        return result
+        if not torch.compiler.is_compiling() and self._parameters:
+            self._follow_ties()
+        dtype = out_dtype = x.dtype
+        if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
+            out_dtype = torch.get_autocast_dtype("cpu")
+        if dtype not in _FLOATS and x.is_floating_point():
+            x = x.float()
+        if out_dtype in _FLOATS:
+            result: Tensor = _linear(x, self._packed, self._bias, "none", out_dtype)
+            return result
+        if not x.is_floating_point():
+            raise RuntimeError(f"PackedLinear: expected x of fp32, bf16, fp16 or fp64, got {dtype}")
+        wide: Tensor = _linear(x, self._packed, self._bias, "none", torch.float32)
+        return wide.to(out_dtype)
+
+    def _follow_ties(self) -> None:
+        """Pack anew what is tied to a parameter that was written to since."""
+        for name, parameter in self._tied.items():
+            state = _state(parameter)
+            if state == self._tied_states.get(name):
+                continue
+            if name == "weight":
+                self._packed = _pack_as(self.dtype, parameter.detach())
+            else:
+                self._bias = _as_bias(parameter)
+            self._tied_states[name] = state
 
     def extra_repr(self) -> str:
         """What print() shows in the parentheses."""
@@ -151,18 +274,25 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # Called by to(), float(), cuda() and their like with what they do to a tensor.
-        device = fn(torch.empty(0)).device
-        if device.type != "cpu":
+        weight = fn(torch.empty(0, dtype=self._weight_dtype))
+        if weight.device.type != "cpu":
             raise RuntimeError(
-                f"PackedLinear: cannot move to {device}: packed weights are for the CPU. Move the original model, "
-                "before torch_ext.optimize()"
+                f"PackedLinear: cannot move to {weight.device}: packed weights are for the CPU. Move the original "
+                "model, before torch_ext.optimize()"
             )
+        if weight.is_floating_point():
+            self._weight_dtype = weight.dtype
+            if self._bias_dtype is not None:
+                self._bias_dtype = fn(torch.empty(0, dtype=self._bias_dtype)).dtype
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight
-        if self._bias is not None:
-            destination[prefix + "bias"] = self.bias
+        for name in ("weight",) if self._bias is None else ("weight", "bias"):
+            tied = self._tied.get(name)
+            if tied is None:
+                destination[prefix + name] = getattr(self, name)
+            else:
+                destination[prefix + name] = tied if keep_vars else tied.detach()
 
     def _load_from_state_dict(
         self,
@@ -192,35 +322,68 @@ class PackedLinear(nn.Module):
                 )
             else:
                 found[name] = tensor.detach()
-        if "weight" in found:
-            weight = found["weight"]
+        for name, tensor in found.items():
+            tied = self._tied.get(name)
+            if tied is not None and local_metadata.get("assign_to_params_buffers", False):
+                # The parameters of the other modules are replaced: like an nn.Linear, it is tied to none of them now.
+                del self._parameters[name]
+            elif tied is not None:
+                # As with layers that share a parameter: the last one that is loaded counts.
+                with torch.no_grad():
+                    tensor = tied.copy_(tensor).detach()
+                self._tied_states[name] = _state(tied)
+            if name == "bias":
+                self._bias = _as_bias(tensor)
+                continue
             try:
-                self._packed = _pack_as(self.dtype, weight if weight.dtype in _FLOATS else weight.float())
+                self._packed = _pack_as(self.dtype, tensor)
             except ValueError as error:
                 error_msgs.append(f"{prefix}weight: {error}")
-        if "bias" in found:
-            self._bias = _as_bias(found["bias"])
         if strict:
             known = {prefix + name for name in names}
             unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        state = self._state()
         state["_packed"] = _unpack_int8(self._packed) if self._is_int8 else _unpack(self._packed)
         return state
 
+    def _state(self) -> dict[str, Any]:
+        """The attributes that copies have, too: not what belongs to these objects, at these addresses."""
+        self._follow_ties()
+        return {name: value for name, value in self.__dict__.items() if name not in ("_tied_states", "_unread")}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        unpacked = state["_packed"]  # Of int8, the weight and its scales.
-        packed = _pack_int8(*unpacked) if isinstance(unpacked, tuple) else _pack(unpacked)
+        packed = state["_packed"]
+        if isinstance(packed, tuple):  # int8: the weight and its scales.
+            packed = _pack_int8(*packed)
+        elif packed.dtype != torch.uint8:  # Else it comes from another process on this machine.
+            packed = _pack(packed)
         super().__setstate__({"dtype": "bf16", **state, "_packed": packed})  # type: ignore[no-untyped-call]
+        self._tied_states = {name: _state(parameter) for name, parameter in self._tied.items()}
+        self._unread = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         result = type(self).__new__(type(self))
         memo[id(self)] = result
         # Nothing writes into a packed weight (load_state_dict puts a new one in its place): a copy may share it.
-        for name, value in self.__dict__.items():
+        for name, value in self._state().items():
             result.__dict__[name] = value if name == "_packed" else copy.deepcopy(value, memo)
+        result._unread = None
+        result._tied_states = {name: _state(parameter) for name, parameter in result._tied.items()}
         return result
+
+
+def _reduce_for_process(layer: PackedLinear) -> tuple[Any, ...]:
+    """How a layer is sent to another process on this machine: packed, as it is, in shared memory.
+
+    The tensors in what spawn and forkserver send must live until the process has started, since the new process gets
+    their file descriptors; those that ``__getstate__`` unpacks would not.
+    """
+    return copyreg.__newobj__, (type(layer),), layer._state()  # type: ignore[attr-defined]
+
+
+ForkingPickler.register(PackedLinear, _reduce_for_process)
 
 
 def _check_dtype(what: str, dtype: str) -> None:
@@ -229,7 +392,8 @@ def _check_dtype(what: str, dtype: str) -> None:
 
 
 def _pack_as(dtype: PackedDtype, weight: Tensor) -> Tensor:
-    """Pack fp32 or bf16 ``[N, K]``."""
+    """Pack ``[N, K]`` of any floating-point dtype."""
+    weight = weight if weight.dtype in _FLOATS else weight.float()
     packed: Tensor = _pack_int8(*quantize_weight(weight)) if dtype == "int8" else _pack(weight.contiguous())
     return packed
 
@@ -239,8 +403,20 @@ def _as_bias(bias: Tensor) -> Tensor:
     return bias.detach().to(torch.float32, copy=True).contiguous()
 
 
+def _state(parameter: Tensor) -> tuple[object, ...]:
+    """What changes when a parameter is written to: its memory, version, and some of its elements.
+
+    The elements are for writes through ``parameter.data``, which have no version.
+    """
+    version = 0 if parameter.is_inference() else parameter._version
+    bits = 0
+    if parameter.is_contiguous() and parameter.numel() and parameter.element_size() > 1:
+        bits = _fingerprint(parameter.detach().view(parameter.shape[0], -1).view(torch.bfloat16))
+    return parameter.data_ptr(), version, parameter.dtype, bits
+
+
 def _check_tensors(what: str, *tensors: Tensor | None) -> None:
-    """Raise unless all are fp32 or bf16 on the CPU."""
+    """Raise unless all are fp32, bf16 or fp16 on the CPU."""
     for tensor in tensors:
         if tensor is None:
             continue
@@ -249,16 +425,18 @@ def _check_tensors(what: str, *tensors: Tensor | None) -> None:
                 f"{what}: expected tensors on the CPU, got {tensor.device}: "
                 + ("load the weights first" if tensor.device.type == "meta" else "call model.cpu() first")
             )
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{what}: expected fp32 or bf16, got {tensor.dtype}: call model.float() first")
+        if tensor.dtype not in _WEIGHT_DTYPES:
+            raise TypeError(f"{what}: expected fp32, bf16 or fp16, got {tensor.dtype}: call model.float() first")
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it does what nn.Linear does: no subclass, no parametrization, no forward of its own; and is not empty."""
+    # accelerate leaves nn.Linear's own behind when it takes its hooks off.
+    own = module.__dict__.get("forward")
     return (
         type(module) is nn.Linear
         and set(module._parameters) == {"weight", "bias"}
-        and "forward" not in module.__dict__
+        and (own is None or getattr(own, "__func__", None) is nn.Linear.forward)
         and module.weight.numel() > 0
     )
 
@@ -295,20 +473,24 @@ def optimize(
     dtype of layers that are packed already is refused, since their original weights are gone. Only plain ``nn.Linear``
     is swapped: subclasses, such as the output projection of ``nn.MultiheadAttention``, and parametrized layers stay as
     they are. A layer that is used in several places stays one layer. A weight that is tied to an embedding is packed
-    for the linear layer, while the embedding keeps its own, unrounded.
+    for the linear layer, while the embedding keeps its own, unrounded; what is saved is that one,
+    tied as before.
 
     int8 is coarser here than in an :class:`torch_ext.Encoder`, which balances the channels that layers read: the norms
     of a model feed residuals, too, and stay as they are. The shortest texts show it: single words of all-MiniLM-L6-v2
     have a cosine of at least 0.979 to fp32, in an Encoder 0.992, and 0.993 if the layers that read a norm stay in bf16
     (``keep_bf16=["*.attention.self.*", "*.intermediate.dense"]``).
 
+    Inputs and outputs may be fp32, bf16, fp16 or fp64, also after ``model.half()`` and its like and under
+    ``torch.autocast``. Weights of the linear layers cannot be written to: see :class:`PackedLinear`.
+
     With ``accuracy``, layers that int8 would do too much damage to are found and stay in bf16: the sample is run
     through the model as it is, and then, if int8 in all layers misses the accuracy, once for each layer; see
     :func:`torch_ext.sensitivity.choose_layers`. That takes memory for a second and a third copy of the weights.
 
     Args:
-        model: the model, its parameters fp32 or bf16 on the CPU. If it is itself an ``nn.Linear``, it cannot be swapped
-            in place: use what is returned.
+        model: the model, its parameters fp32, bf16 or fp16 on the CPU. If it is itself an ``nn.Linear``, it cannot be
+            swapped in place: use what is returned.
         dtype: what products are computed in: ``"bf16"`` or ``"int8"``.
         skip: layers to leave alone: a name or ``fnmatch`` pattern, several of them, or a function of name and layer. A
             pattern that matches a module's name leaves out all layers in that module.
@@ -326,9 +508,10 @@ def optimize(
     Raises:
         ValueError: ``dtype`` is not known, the model has no ``nn.Linear``, a pattern in ``skip`` or ``keep_bf16``
             matches none, options do not go together, a weight is not on the CPU, a layer is packed in another dtype
-            already, or a weight for int8 is not finite or has more than
+            already, accelerate has put hooks on a layer (offloading), or a weight for int8 is not finite or has more than
             :data:`torch_ext.quantize.MAX_INT8_INPUTS` inputs. The model is unchanged then.
-        TypeError: ``model`` is not a module, or a weight is neither fp32 nor bf16. The model is unchanged then.
+        TypeError: ``model`` is not a module, or a weight is neither fp32 nor bf16 nor fp16. The model is unchanged
+            then.
         torch_ext.sensitivity.AccuracyError: a ValueError; not even bf16 is as accurate. The model is unchanged then.
 
     Example:
@@ -361,6 +544,16 @@ def optimize(
                 bf16.add(id(module))
             if skipped(name, module):
                 kept.add(id(module))
+        elif type(module) is nn.Linear and hasattr(module, "_hf_hook"):
+            seen = True
+            in_bf16(name, module)
+            if not skipped(name, module):
+                raise ValueError(
+                    f"optimize: {name or 'the model'} has a hook of accelerate, which moves or offloads its weights "
+                    "for each call, while a packed layer keeps them in memory, on the CPU: load the model without "
+                    "device_map and offloading, or take the hooks off before: "
+                    "accelerate.hooks.remove_hook_from_submodules(model)"
+                )
         elif _is_plain(module):
             seen = True
             if in_bf16(name, module):
@@ -420,6 +613,14 @@ class _Swap:
             if id(module) not in self.ids.values():
                 self.ids[name] = id(module)
         self._made: dict[tuple[int, PackedDtype], PackedLinear] = {}
+        # By id, the parameters of all modules that stay: a linear layer may be tied to one.
+        self._others = {
+            id(parameter): parameter
+            for part in model.modules()
+            if id(part) not in self.ids.values()
+            for parameter in part._parameters.values()
+            if parameter is not None
+        }
         # By parameter and dtype: layers that share a parameter share the packed weight.
         self._packed: dict[tuple[int, PackedDtype], Tensor] = {}
         # torch's fused path reads the weights of the layers instead of calling them: what turns it off.
@@ -459,7 +660,8 @@ class _Swap:
         key = id(module), dtype
         if key not in self._made:
             weight = id(module.weight), dtype
-            result = PackedLinear(module.weight, module.bias, self._packed.get(weight), dtype)
+            tied = {name: self._others[id(own)] for name, own in module._parameters.items() if id(own) in self._others}
+            result = PackedLinear(module.weight, module.bias, self._packed.get(weight), dtype, tied)
             self._packed[weight] = result._packed
             for name in (
                 "_forward_hooks",

@@ -270,9 +270,13 @@ def test_optimized_model_can_be_read() -> None:
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_bf16_model_can_be_read() -> None:
-    model = make("Model", "bert").bfloat16()
-    assert Encoder.from_transformers(model).dtype == "bf16"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_dtypes_can_be_read(dtype: torch.dtype) -> None:
+    model = make("ForSequenceClassification", "bert").to(dtype)
+    for part in (Encoder, Head):
+        expected = part.from_transformers(copy.deepcopy(model).float(), "fp32").weights()
+        actual = part.from_transformers(model, "fp32").weights()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
 
 
 def test_refusals() -> None:
@@ -338,6 +342,77 @@ def test_optimized_model_is_saved_like_the_original(tmp_path: Any) -> None:
         logits = copy.deepcopy(model)(ids).logits
         assert torch.equal(logits, model(ids).logits)
         assert cosines(loaded.eval()(ids).logits, logits).min() > 0.999
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_tied_model_is_saved_tied(name: str, dtype: torch_ext.nn.PackedDtype, tmp_path: Any) -> None:
+    model = make("ForMaskedLM", name)
+    ids = torch.arange(10, 20).unsqueeze(0)
+    names = list(model.state_dict())
+    torch_ext.optimize(model, dtype)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    model.tie_weights()
+    with torch.inference_mode():
+        logits = model(ids).logits
+        assert cosines(loaded.eval()(ids).logits, logits).min() > 0.99
+        # Packed again, it is the same model.
+        assert torch.equal(torch_ext.optimize(loaded, dtype)(ids).logits, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_optimized_model_in_every_dtype(dtype: torch.dtype, generator: torch.Generator) -> None:
+    model = make("ForSequenceClassification", "bert")
+    ids = torch.randint(10, 100, (2, 17), generator=generator)
+    names = [name for name, _ in model.named_modules()]
+    with torch.inference_mode():
+        expected = model(ids).logits
+        before = torch_ext.optimize(copy.deepcopy(model).to(dtype) if dtype != torch.float64 else model)
+        after = torch_ext.optimize(model).to(dtype)
+        for optimized in (before.to(dtype), after):
+            assert (optimized.dtype, optimized.device) == (dtype, torch.device("cpu"))
+            assert [name for name, _ in optimized.named_modules()] == names
+            assert {parameter.dtype for _, parameter in optimized.named_parameters()} == {dtype}
+            assert optimized.get_submodule("bert.pooler.dense").weight.dtype == dtype
+            logits = optimized(ids).logits
+            assert logits.dtype == dtype
+            assert cosines(logits, expected).min() > 0.999
+        for autocast in (torch.float16, torch.bfloat16) if dtype == torch.float32 else ():
+            with torch.autocast("cpu", autocast):
+                assert cosines(after(ids).logits, expected).min() > 0.99
+
+
+def t5() -> nn.Module:
+    """An encoder whose code reads `wo.weight.dtype` in each call."""
+    options = {"vocab_size": 100, "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 2, "num_heads": 4}
+    return transformers.T5EncoderModel(transformers.T5Config(**options)).eval()
+
+
+def test_t5_unpacks_nothing(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    model = t5()
+    ids = torch.randint(1, 100, (2, 9), generator=generator)
+    with torch.inference_mode():
+        expected = model(ids).last_hidden_state
+        torch_ext.optimize(model)
+        monkeypatch.setattr(torch_ext.nn, "_unpack", lambda packed: pytest.fail("a weight is unpacked"))
+        assert cosines(model(ids).last_hidden_state, expected).min() > 0.999
+
+
+@pytest.mark.compile
+def test_compiled_t5(generator: torch.Generator) -> None:
+    model = torch_ext.optimize(t5()).half()
+    ids = torch.randint(1, 100, (2, 9), generator=generator)
+    with torch.inference_mode():
+        expected = model(ids).last_hidden_state
+        actual = torch.compile(model, fullgraph=True)(ids).last_hidden_state
+    assert actual.dtype == expected.dtype == torch.float16
+    assert cosines(actual, expected).min() > 0.999
 
 
 @pytest.mark.compile

@@ -338,7 +338,9 @@ class _Source:
         if name not in self.weights:
             raise ValueError(f"{self._owner} has no {name}: is it a plain {self._what}?")
         self.taken.add(name)
-        return self.weights[name]
+        weight = self.weights[name]
+        # Encoders are made of fp32 and bf16.
+        return weight.float() if weight.dtype in (torch.float16, torch.float64) else weight
 
     def pair(self, to: str, *names: str) -> dict[str, Tensor]:
         """Weight and bias of a linear layer or a norm, or of several that become one."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -188,11 +191,44 @@ class _Weighted(Generic[Spec]):
                 result[name] = tensor
         return result
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ForkingPickler.register(cls, _reduce_for_process)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"spec": self.spec, "dtype": self.dtype, "weights": self.weights(), "keep_bf16": self.kept_bf16}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "packed" in state:
+            self._unflatten(state["packed"])
+            return
         self.__init__(state["spec"], state["weights"], state["dtype"], state.get("keep_bf16", ()))  # type: ignore[misc]
+
+    def _flatten(self) -> dict[str, Any]:
+        """The attributes as they are, each tensor that is a view of another one described instead."""
+        return dict(self.__dict__)
+
+    def _unflatten(self, attributes: dict[str, Any]) -> None:
+        """Take over what :meth:`_flatten` returned."""
+        self.__dict__.update(attributes)
+
+
+def _reduce_for_process(weighted: _Weighted[Any]) -> tuple[Any, ...]:
+    """How an object is sent to another process on this machine: packed, as it is, in shared memory.
+
+    The tensors in what spawn and forkserver send must live until the process has started, since the new process gets
+    their file descriptors, and no two may share memory, since a descriptor may be sent once. What ``__getstate__``
+    unpacks would not do.
+    """
+    return copyreg.__newobj__, (type(weighted),), {"packed": weighted._flatten()}  # type: ignore[attr-defined]
+
+
+class _View(NamedTuple):
+    """A part of a packed encoder."""
+
+    offset_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class LayerWeights(NamedTuple):
@@ -221,7 +257,8 @@ class Encoder(_Weighted[EncoderSpec]):
     """A BERT-family encoder that computes on tokens only, never on padding.
 
     Made by :meth:`from_transformers` or :meth:`load`, and immutable: threads may share it. The weights in use are
-    packed for this kind of CPU; what is saved or pickled is unpacked.
+    packed for this kind of CPU; what is saved or pickled is unpacked. A process that is started by spawn or forkserver
+    gets the packed weights, in shared memory.
 
     Attributes:
         spec: what it computes.
@@ -252,6 +289,30 @@ class Encoder(_Weighted[EncoderSpec]):
         )
         self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(spec.num_layers))
 
+    def _flatten(self) -> dict[str, Any]:
+        attributes = super()._flatten()
+        del attributes["_layers"]
+        if self._packed is not None:
+            begin, size = self._packed.data_ptr(), self._packed.nbytes
+            attributes["_tensors"] = {
+                name: _View(tensor.data_ptr() - begin, tensor.dtype, tuple(tensor.shape))
+                if tensor.nbytes and begin <= tensor.data_ptr() < begin + size
+                else tensor
+                for name, tensor in self._tensors.items()
+            }
+        return attributes
+
+    def _unflatten(self, attributes: dict[str, Any]) -> None:
+        super()._unflatten(attributes)
+        if self._packed is not None:
+            flat = self._packed.view(-1)
+            parts: dict[str, Tensor | _View] = dict(self._tensors)
+            for name, part in parts.items():
+                if isinstance(part, _View):
+                    end = part.offset_bytes + math.prod(part.shape) * part.dtype.itemsize
+                    self._tensors[name] = flat[part.offset_bytes : end].view(part.dtype).view(part.shape)
+        self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(self.spec.num_layers))
+
     def _layer_weights(self, prefix: str) -> LayerWeights:
         return LayerWeights(*(self._tensors.get(f"{prefix}.{name}") for name in LAYER_PARTS))  # type: ignore[arg-type]
 
@@ -261,8 +322,8 @@ class Encoder(_Weighted[EncoderSpec]):
 
         Args:
             model: of an architecture in :data:`torch_ext.encoder.ARCHITECTURES`, such as ``BertModel``, or a model
-                with a head on top of one (the head is left behind; see :class:`Head`), fp32 or bf16 on the CPU. One
-                that :func:`torch_ext.optimize` has been over will do, too.
+                with a head on top of one (the head is left behind; see :class:`Head`), fp32, bf16, fp16 or fp64 on the
+                CPU. One that :func:`torch_ext.optimize` has been over will do, too.
             dtype: ``"bf16"``, ``"fp32"`` or ``"int8"``.
             keep_bf16: linear layers of an int8 encoder to leave in bf16: names, or ``fnmatch`` patterns of names, such
                 as ``"layers.0.ffn.down"``; ``"layers.0"`` means all in that layer. The layers of a model are named by
