@@ -148,10 +148,9 @@ class OnnxRuntime(Candidate):
 
         self.name = name
         self._pad_id = pad_id
-        options = onnxruntime.SessionOptions()  # not the server's, which make int8 exact
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        from deploy.onnx_session import session_options
+
+        options = session_options(threads, exact=False)  # the server's make int8 exact
         if fast_math:
             options.add_session_config_entry("mlas.enable_gemm_fastmath_arm64_bfloat16", "1")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

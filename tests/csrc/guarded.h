@@ -80,13 +80,13 @@ class Matrix {
 
   void* data() const { return bytes_.data(); }
   float get(size_t i, size_t j) const {
-    return type == DType::kF32 ? bytes_.as<float>()[i * ld + j] : bf16_to_f32(bytes_.as<uint16_t>()[i * ld + j]);
+    return type == DType::kF32 ? bytes_.as<float>()[i * ld + j] : bf16_to_f32(bytes_.as<bf16>()[i * ld + j]);
   }
   void set(size_t i, size_t j, float x) {
     if (type == DType::kF32) {
       bytes_.as<float>()[i * ld + j] = x;
     } else {
-      bytes_.as<uint16_t>()[i * ld + j] = reference_bf16(x);
+      bytes_.as<bf16>()[i * ld + j] = reference_bf16(x);
     }
   }
   void fill(Random& random, float center = 0.0f, float spread = 1.0f) {

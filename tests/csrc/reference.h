@@ -23,18 +23,18 @@ inline float float_from_bits(uint32_t u) {
   return x;
 }
 
-inline float bf16_to_f32(uint16_t h) { return float_from_bits(static_cast<uint32_t>(h) << 16); }
+inline float bf16_to_f32(bf16 h) { return float_from_bits(static_cast<uint32_t>(h.bits) << 16); }
 
-inline bool bf16_is_nan(uint16_t h) { return (h & 0x7f80) == 0x7f80 && (h & 0x7f) != 0; }
+inline bool bf16_is_nan(bf16 h) { return (h.bits & 0x7f80) == 0x7f80 && (h.bits & 0x7f) != 0; }
 
 /// The nearest bf16; of two that are as near, the one whose last bit is zero; NaN for NaN.
-inline uint16_t reference_bf16(float x) {
-  if (std::isnan(x)) return 0x7fc0;
+inline bf16 reference_bf16(float x) {
+  if (std::isnan(x)) return {0x7fc0};
   const uint32_t u = float_bits(x), low = u & 0xffff;
   const uint16_t down = static_cast<uint16_t>(u >> 16);  // towards zero
-  if (low < 0x8000) return down;
-  if (low > 0x8000) return static_cast<uint16_t>(down + 1);
-  return static_cast<uint16_t>(down + (down & 1));
+  if (low < 0x8000) return {down};
+  if (low > 0x8000) return {static_cast<uint16_t>(down + 1)};
+  return {static_cast<uint16_t>(down + (down & 1))};
 }
 
 /// x as a kernel sees it that keeps its operands in `t`.

@@ -18,8 +18,8 @@ void check_direct(size_t rows, size_t k, size_t n, bool transposed, size_t first
   lhs.fill(random_source());
   rhs.fill(random_source());
   const Guarded<float> tile(rows * cols);
-  direct_product(rows, k, static_cast<const float*>(lhs.data()), lhs.ld, static_cast<const uint16_t*>(rhs.data()),
-                 rhs.ld, transposed, first, cols, tile.get());
+  direct_product(rows, k, static_cast<const float*>(lhs.data()), lhs.ld, static_cast<const bf16*>(rhs.data()), rhs.ld,
+                 transposed, first, cols, tile.get());
   for (size_t i = 0; i < rows; ++i) {
     for (size_t j = 0; j < cols; ++j) {
       double sum = 0, sum_abs = 0;

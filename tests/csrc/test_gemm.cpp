@@ -27,7 +27,7 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps) {
     if (t == DType::kF32) {
       bytes.as<float>()[at] = x;
     } else {
-      bytes.as<uint16_t>()[at] = reference_bf16(x);
+      bytes.as<bf16>()[at] = reference_bf16(x);
     }
   };
   for (size_t p = 0; p < k; ++p) {

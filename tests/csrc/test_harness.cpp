@@ -41,15 +41,16 @@ TORCH_EXT_TEST(memory_faults_right_after_its_end) {
 }
 
 TORCH_EXT_TEST(rounding_of_the_reference_is_right) {
-  EXPECT(reference_bf16(1.0f) == 0x3f80, "1 is 0x%04x", reference_bf16(1.0f));
-  EXPECT(reference_bf16(0x1.01p0f) == 0x3f80, "the tie 1 + 2^-8 goes to 0x%04x, not to even",
-         reference_bf16(0x1.01p0f));
-  EXPECT(reference_bf16(0x1.03p0f) == 0x3f82, "the tie 1 + 3 * 2^-8 goes to 0x%04x", reference_bf16(0x1.03p0f));
-  EXPECT(reference_bf16(0x1.010002p0f) == 0x3f81, "above the tie: 0x%04x", reference_bf16(0x1.010002p0f));
-  EXPECT(reference_bf16(-0x1.00fffep0f) == 0xbf80, "below the tie: 0x%04x", reference_bf16(-0x1.00fffep0f));
-  EXPECT(reference_bf16(0x1.fffffep127f) == 0x7f80, "the largest: 0x%04x", reference_bf16(0x1.fffffep127f));
-  EXPECT(bf16_is_nan(reference_bf16(NAN)), "NaN is 0x%04x", reference_bf16(NAN));
-  EXPECT(bf16_to_f32(0x4049) == 3.140625f, "0x4049 is %g", static_cast<double>(bf16_to_f32(0x4049)));
+  EXPECT(reference_bf16(1.0f).bits == 0x3f80, "1 is 0x%04x", reference_bf16(1.0f).bits);
+  EXPECT(reference_bf16(0x1.01p0f).bits == 0x3f80, "the tie 1 + 2^-8 goes to 0x%04x, not to even",
+         reference_bf16(0x1.01p0f).bits);
+  EXPECT(reference_bf16(0x1.03p0f).bits == 0x3f82, "the tie 1 + 3 * 2^-8 goes to 0x%04x",
+         reference_bf16(0x1.03p0f).bits);
+  EXPECT(reference_bf16(0x1.010002p0f).bits == 0x3f81, "above the tie: 0x%04x", reference_bf16(0x1.010002p0f).bits);
+  EXPECT(reference_bf16(-0x1.00fffep0f).bits == 0xbf80, "below the tie: 0x%04x", reference_bf16(-0x1.00fffep0f).bits);
+  EXPECT(reference_bf16(0x1.fffffep127f).bits == 0x7f80, "the largest: 0x%04x", reference_bf16(0x1.fffffep127f).bits);
+  EXPECT(bf16_is_nan(reference_bf16(NAN)), "NaN is 0x%04x", reference_bf16(NAN).bits);
+  EXPECT(bf16_to_f32({0x4049}) == 3.140625f, "0x4049 is %g", static_cast<double>(bf16_to_f32({0x4049})));
 }
 
 TORCH_EXT_TEST(bounds_refuse_what_is_wrong) {

@@ -13,10 +13,10 @@ namespace torch_ext::test {
 namespace {
 
 uint32_t packed_bits(DType t, const void* data, size_t at) {
-  return t == DType::kF32 ? static_cast<const uint32_t*>(data)[at] : static_cast<const uint16_t*>(data)[at];
+  return t == DType::kF32 ? static_cast<const uint32_t*>(data)[at] : static_cast<const bf16*>(data)[at].bits;
 }
 
-uint32_t expected_bits(DType t, float x) { return t == DType::kF32 ? float_bits(x) : reference_bf16(x); }
+uint32_t expected_bits(DType t, float x) { return t == DType::kF32 ? float_bits(x) : reference_bf16(x).bits; }
 
 /// Packs `rows` of `block_rows` rows (columns, for kRhsKxn) of random numbers and compares every element of the result.
 void check_packer(const GemmPath& path, Packer packer, DType source_type, size_t rows, size_t block_rows, size_t k,
@@ -177,12 +177,12 @@ TORCH_EXT_TEST(unpack_returns_the_bf16_rounding_of_what_was_packed) {
           const size_t half = g.panels(n) / 2;
           pack_weight_panels(g, n, k, weight.data(), type, weight.ld, payload.data(), 0, half);
           pack_weight_panels(g, n, k, weight.data(), type, weight.ld, payload.data(), half, g.panels(n));
-          const Guarded<uint16_t> unpacked(n * k);
+          const Guarded<bf16> unpacked(n * k);
           unpack_weight(g, n, k, payload.data(), unpacked.get());
           for (size_t i = 0; i < n * k; ++i) {
             const float x = weight.get(i / k, i % k);
             EXPECT(unpacked[i] == reference_bf16(x), "(%zu, %zu): 0x%04x, expected 0x%04x (%g)", i / k, i % k,
-                   unpacked[i], reference_bf16(x), static_cast<double>(x));
+                   unpacked[i].bits, reference_bf16(x).bits, static_cast<double>(x));
           }
         }
       }
@@ -210,7 +210,7 @@ TORCH_EXT_TEST(packing_keeps_nan_and_infinity) {
           pack(path, packer, DType::kF32, rows, rows, k, source.data(), source.ld, packed.data());
           const size_t at = lhs ? block_index(g, rows, g.steps(k), i, p) : panel_index(g, i, p);
           const uint32_t got = packed_bits(type, packed.data(), at);
-          const float value = type == DType::kF32 ? float_from_bits(got) : bf16_to_f32(static_cast<uint16_t>(got));
+          const float value = type == DType::kF32 ? float_from_bits(got) : bf16_to_f32({static_cast<uint16_t>(got)});
           const float expected = float_from_bits(bits);
           EXPECT(std::isnan(expected) ? std::isnan(value) : value == expected, "became 0x%x", got);
         }

@@ -89,7 +89,7 @@ void activate(const VecKernels& vec, Activation a, std::vector<float>& x) {
 std::vector<float> sweep() {
   std::vector<float> x;
   for (uint32_t h = 0; h < 0x10000; ++h) {
-    const float f = bf16_to_f32(static_cast<uint16_t>(h));
+    const float f = bf16_to_f32({static_cast<uint16_t>(h)});
     if (std::isfinite(f)) x.push_back(f);
   }
   const size_t count = options().quick ? 10000 : 600000;
@@ -131,7 +131,7 @@ TORCH_EXT_TEST(gelu_for_bf16_is_within_its_own_bound) {
   std::erase_if(x, [](float v) { return v > 3.38e38f; });  // bf16 ends there
   for (const VecKernels* const vec : vec_paths()) {
     context("%s", vec->name);
-    const Guarded<uint16_t> y(x.size());
+    const Guarded<bf16> y(x.size());
     Epilogue ep;
     ep.out = y.get();
     ep.ld_out = x.size();
@@ -198,7 +198,7 @@ TORCH_EXT_TEST(bf16_rounds_to_nearest_even_exactly) {
       for (size_t first = 0; first < x.size(); first += length) {
         const size_t n = std::min(length, x.size() - first);
         const Guarded<float> in(n);
-        const Guarded<uint16_t> out(n);
+        const Guarded<bf16> out(n);
         std::memcpy(in.get(), &x[first], n * sizeof(float));
         context("%s, %zu numbers from 0x%08x", vec->name, n, x[first]);
         constexpr float kOne = 1.0f;
@@ -207,13 +207,13 @@ TORCH_EXT_TEST(bf16_rounds_to_nearest_even_exactly) {
           const uint32_t bits = x[first + i];
           const float value = float_from_bits(bits);
           if (std::isnan(value)) {
-            EXPECT(bf16_is_nan(out[i]), "NaN 0x%08x became 0x%04x", bits, out[i]);
+            EXPECT(bf16_is_nan(out[i]), "NaN 0x%08x became 0x%04x", bits, out[i].bits);
             continue;
           }
-          const uint16_t expected = flushes && std::fpclassify(value) == FP_SUBNORMAL
-                                        ? static_cast<uint16_t>(bits >> 16 & 0x8000)
-                                        : reference_bf16(value);
-          EXPECT(out[i] == expected, "0x%08x became 0x%04x, expected 0x%04x", bits, out[i], expected);
+          const bf16 expected = flushes && std::fpclassify(value) == FP_SUBNORMAL
+                                    ? bf16{static_cast<uint16_t>(bits >> 16 & 0x8000)}
+                                    : reference_bf16(value);
+          EXPECT(out[i] == expected, "0x%08x became 0x%04x, expected 0x%04x", bits, out[i].bits, expected.bits);
         }
       }
     }
@@ -273,7 +273,7 @@ TORCH_EXT_TEST(softmax_pack_is_right_for_every_length) {
           double sum = 0;
           for (size_t p = 0; p < g.steps(n) * g.k_step; ++p) {
             const double y = p < n ? expected[i][p] : 0.0;
-            const double got = bf16_to_f32(block.as<uint16_t>()[block_index(g, mr, g.steps(n), i, p)]);
+            const double got = bf16_to_f32(block.as<bf16>()[block_index(g, mr, g.steps(n), i, p)]);
             // The exponent's own rounding: 20 times the scale, in fp32, twice.
             const double bound = (kExp2ToBf16 + kRoundBf16 + 80 * static_cast<double>(scale) * kRoundF32) * y + 2e-38;
             EXPECT(within(got, y, bound), "(%zu, %zu): %g, expected %g", i, p, got, y);

@@ -11,14 +11,14 @@ typedef float v4f __attribute__((vector_size(16)));
 typedef uint32_t v4u __attribute__((vector_size(16)));
 typedef uint16_t v4h __attribute__((vector_size(8)));
 
-inline v4f widen4(const uint16_t* p) {
+inline v4f widen4(const bf16* p) {
   v4h h;
   __builtin_memcpy(&h, p, sizeof h);
   return (v4f)(__builtin_convertvector(h, v4u) << 16);
 }
 
-inline float widen1(uint16_t x) {
-  const uint32_t u = static_cast<uint32_t>(x) << 16;
+inline float widen1(bf16 x) {
+  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
   float f;
   __builtin_memcpy(&f, &u, sizeof f);
   return f;
@@ -36,8 +36,7 @@ inline float sum4(v4f v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 // `kCols` columns that lie along memory: dot products, four partial sums each.
 template <size_t kRows, size_t kCols>
-void dot_columns(size_t k, const float* lhs, size_t ld_lhs, const uint16_t* rhs, size_t ld, float* tile,
-                 size_t ld_tile) {
+void dot_columns(size_t k, const float* lhs, size_t ld_lhs, const bf16* rhs, size_t ld, float* tile, size_t ld_tile) {
   v4f acc[kRows][kCols] = {};
   size_t p = 0;
   for (; p + 4 <= k; p += 4) {
@@ -61,7 +60,7 @@ void dot_columns(size_t k, const float* lhs, size_t ld_lhs, const uint16_t* rhs,
 }
 
 template <size_t kRows>
-void dot_all(size_t k, const float* lhs, size_t ld_lhs, const uint16_t* rhs, size_t ld, size_t cols, float* tile) {
+void dot_all(size_t k, const float* lhs, size_t ld_lhs, const bf16* rhs, size_t ld, size_t cols, float* tile) {
   size_t j = 0;
   for (; j + 4 <= cols; j += 4) dot_columns<kRows, 4>(k, lhs, ld_lhs, rhs + j * ld, ld, tile + j, cols);
   for (; j < cols; ++j) dot_columns<kRows, 1>(k, lhs, ld_lhs, rhs + j * ld, ld, tile + j, cols);
@@ -70,7 +69,7 @@ void dot_all(size_t k, const float* lhs, size_t ld_lhs, const uint16_t* rhs, siz
 // `kSteps` rows of the right-hand side, each read from left to right and added to all columns: the prefetchers follow
 // that many streams, and the tile is loaded and stored once for each kSteps products.
 template <size_t kRows, size_t kSteps>
-void add_steps(const float* lhs, size_t ld_lhs, const uint16_t* rhs, size_t ld, size_t cols, float* tile) {
+void add_steps(const float* lhs, size_t ld_lhs, const bf16* rhs, size_t ld, size_t cols, float* tile) {
   constexpr size_t kVectors = kRows <= 2 ? 4 : 2;
   size_t j = 0;
   for (; j + 4 * kVectors <= cols; j += 4 * kVectors) {
@@ -105,7 +104,7 @@ void add_steps(const float* lhs, size_t ld_lhs, const uint16_t* rhs, size_t ld, 
 }
 
 template <size_t kRows>
-void add_all(size_t k, const float* lhs, size_t ld_lhs, const uint16_t* rhs, size_t ld, size_t cols, float* tile) {
+void add_all(size_t k, const float* lhs, size_t ld_lhs, const bf16* rhs, size_t ld, size_t cols, float* tile) {
   std::fill(tile, tile + kRows * cols, 0.0f);
   size_t p = 0;
   for (; p + 8 <= k; p += 8) add_steps<kRows, 8>(lhs + p, ld_lhs, rhs + p * ld, ld, cols, tile);
@@ -114,9 +113,9 @@ void add_all(size_t k, const float* lhs, size_t ld_lhs, const uint16_t* rhs, siz
 
 }  // namespace
 
-void direct_product(size_t rows, size_t k, const float* lhs, size_t ld_lhs, const uint16_t* rhs, size_t ld,
-                    bool transposed, size_t first, size_t cols, float* tile) {
-  using Run = void (*)(size_t, const float*, size_t, const uint16_t*, size_t, size_t, float*);
+void direct_product(size_t rows, size_t k, const float* lhs, size_t ld_lhs, const bf16* rhs, size_t ld, bool transposed,
+                    size_t first, size_t cols, float* tile) {
+  using Run = void (*)(size_t, const float*, size_t, const bf16*, size_t, size_t, float*);
   static constexpr Run kDot[kMaxDirectRows] = {dot_all<1>, dot_all<2>, dot_all<3>, dot_all<4>};
   static constexpr Run kAdd[kMaxDirectRows] = {add_all<1>, add_all<2>, add_all<3>, add_all<4>};
   if (transposed) {

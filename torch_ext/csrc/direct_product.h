@@ -25,7 +25,7 @@ inline bool direct_product_wins(const GemmKernel& kernel, size_t rows) {
 ///
 /// lhs: f32 [rows, k], rows `ld_lhs` apart. rhs: bf16; element (p, j) lies at p * ld + j, or at j * ld + p if
 /// `transposed`. tile: f32, rows `cols` apart. Reads nothing past the last element.
-void direct_product(size_t rows, size_t k, const float* lhs, size_t ld_lhs, const uint16_t* rhs, size_t ld,
-                    bool transposed, size_t first, size_t cols, float* tile);
+void direct_product(size_t rows, size_t k, const float* lhs, size_t ld_lhs, const bf16* rhs, size_t ld, bool transposed,
+                    size_t first, size_t cols, float* tile);
 
 }  // namespace torch_ext

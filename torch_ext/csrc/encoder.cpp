@@ -29,9 +29,6 @@ size_t shared_width(const EncoderHeader& h) {
   return std::max({4 * size_t{h.hidden_size}, wide, size_t{h.embedding_size}});
 }
 
-template <typename T>
-constexpr DType kTypeOf = sizeof(T) == sizeof(float) ? DType::kF32 : DType::kBF16;
-
 /// One group of sequences through all layers; T is the type of activations and tables.
 template <typename T>
 class Run {
@@ -102,7 +99,7 @@ class Run {
   }
 
  private:
-  static constexpr DType kType = kTypeOf<T>;
+  static constexpr DType kType = dtype_of<T>;
 
   void clear_tail(T* part, size_t width) const {
     if (rows_ > tokens_) std::memset(part + tokens_ * width, 0, (rows_ - tokens_) * width * sizeof(T));
@@ -286,7 +283,7 @@ class OneThread : public EncoderHost {
     for (size_t i = 0; i < tasks; ++i) task(context, i);
   }
   size_t preferred_rows(size_t tokens) const override { return tokens; }
-  const uint16_t* foreign_linear(const Matrix&, const uint16_t*, size_t, Activation) override { return nullptr; }
+  const bf16* foreign_linear(const Matrix&, const bf16*, size_t, Activation) override { return nullptr; }
 };
 
 size_t sequence_start(const EncoderBatch& batch, size_t sequence) {
@@ -388,8 +385,9 @@ std::vector<SequenceRange> share_sequences(const EncoderModel& model, const Enco
     shares.push_back({first, s + 1});
     first = s + 1;
   }
-  std::stable_sort(shares.begin(), shares.end(), [&](const SequenceRange& a, const SequenceRange& b) {
-    return tokens_of(batch, a) > tokens_of(batch, b);
+  std::sort(shares.begin(), shares.end(), [&](const SequenceRange& a, const SequenceRange& b) {
+    const size_t left = tokens_of(batch, a), right = tokens_of(batch, b);
+    return left != right ? left > right : a.first < b.first;
   });
   // When the last thread would be done, each taking the next part as soon as it is free.
   std::vector<size_t> load(threads, 0);
@@ -404,7 +402,7 @@ void run_encoder(const EncoderModel& model, const EncoderBatch& batch, const Dis
   if (DType{model.header.type} == DType::kF32) {
     run_encoder_as(model, batch, dispatch, host, static_cast<float*>(out));
   } else {
-    run_encoder_as(model, batch, dispatch, host, static_cast<uint16_t*>(out));
+    run_encoder_as(model, batch, dispatch, host, static_cast<bf16*>(out));
   }
 }
 

@@ -69,8 +69,7 @@ class EncoderHost {
 
   /// act(x W^T + bias) for a matrix of a bf16 encoder in a layout that is not of a kernel of ours. x bf16 [rows, k]; the
   /// result, bf16 [rows, n], is valid until the next call but one. Never called within `parallel`.
-  virtual const uint16_t* foreign_linear(const Matrix& matrix, const uint16_t* x, size_t rows,
-                                         Activation activation) = 0;
+  virtual const bf16* foreign_linear(const Matrix& matrix, const bf16* x, size_t rows, Activation activation) = 0;
 };
 
 /// A part of a batch: sequences [first, last).

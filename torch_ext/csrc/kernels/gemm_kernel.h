@@ -21,25 +21,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace torch_ext {
-
-/// Element types of matrices in memory. Values are stored in headers of packed weights: append only.
-/// kS16 holds values of s8 in packed blocks alone.
-enum class DType : uint8_t { kF32 = 0, kBF16 = 1, kS8 = 2, kS16 = 3 };
-
-/// Bytes of one element.
-constexpr size_t dtype_bytes(DType t) {
-  switch (t) {
-    case DType::kF32:
-      return 4;
-    case DType::kBF16:
-    case DType::kS16:
-      return 2;
-    case DType::kS8:
-      break;
-  }
-  return 1;
-}
 
 /// How a packed weight lies in memory. Values are stored in headers of packed weights: append only.
 enum class Layout : uint32_t {

@@ -48,7 +48,7 @@ class TorchHost : public EncoderHost {
     return fills_up_ ? static_cast<size_t>(torch_ext::preferred_rows(static_cast<int64_t>(tokens))) : tokens;
   }
 
-  const uint16_t* foreign_linear(const Matrix& matrix, const uint16_t* x, size_t rows, Activation activation) override {
+  const bf16* foreign_linear(const Matrix& matrix, const bf16* x, size_t rows, Activation activation) override {
     const auto m = static_cast<int64_t>(rows), n = static_cast<int64_t>(matrix.n());
     const Tensor input = view_of(x, {m, static_cast<int64_t>(matrix.k())}, ScalarType::BFloat16);
     const Tensor bias = view_of(matrix.bias, {n}, ScalarType::Float);
@@ -59,7 +59,7 @@ class TorchHost : public EncoderHost {
     } else {
       held_[next_] = linear_plain(input, packed, bias, activation);
     }
-    return static_cast<const uint16_t*>(held_[next_]->const_data_ptr());
+    return static_cast<const bf16*>(held_[next_]->const_data_ptr());
   }
 
  private:

@@ -99,10 +99,10 @@ Tensor linear_onednn(const LinearCall& call, const Packed& packed) {
   const int64_t rows = onednn_preferred_rows(call.m);
   if (rows != call.m) {
     const Tensor filled = new_tensor(x, {rows, call.k}, ScalarType::BFloat16);
-    const size_t bytes = static_cast<size_t>(call.m * call.k) * sizeof(uint16_t);
+    const size_t bytes = static_cast<size_t>(call.m * call.k) * sizeof(bf16);
     char* const data = static_cast<char*>(filled.mutable_data_ptr());
     std::memcpy(data, x.const_data_ptr(), bytes);
-    std::memset(data + bytes, 0, static_cast<size_t>(rows * call.k) * sizeof(uint16_t) - bytes);
+    std::memset(data + bytes, 0, static_cast<size_t>(rows * call.k) * sizeof(bf16) - bytes);
     x = filled;
   }
   const Tensor weight = opaque_view(packed);

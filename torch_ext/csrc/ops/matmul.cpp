@@ -157,7 +157,7 @@ struct Product {
   std::vector<size_t> ends;  ///< past the last item of each right-hand side
 };
 
-constexpr size_t kElement = sizeof(uint16_t);
+constexpr size_t kElement = sizeof(bf16);
 
 Epilogue offset_epilogue(const Epilogue& ep, size_t elements) {
   Epilogue at = ep;
@@ -179,8 +179,8 @@ void run_direct(const Product& p, const VecKernels& vec, const Epilogue& ep, siz
     float* const lhs = static_cast<float*>(thread_scratch(ScratchSlot::kLhs, p.m * ld * sizeof(float)));
     float* const tile = static_cast<float*>(thread_scratch(ScratchSlot::kRhs, p.m * (last - first) * sizeof(float)));
     widener.pack_lhs_bf16(p.m, p.m, p.k, p.lhs + item.lhs * int64_t{kElement}, p.ld_lhs, lhs);
-    direct_product(p.m, p.k, lhs, ld, reinterpret_cast<const uint16_t*>(p.rhs) + item.rhs, p.ld_rhs, p.transposed,
-                   first, last - first, tile);
+    direct_product(p.m, p.k, lhs, ld, reinterpret_cast<const bf16*>(p.rhs) + item.rhs, p.ld_rhs, p.transposed, first,
+                   last - first, tile);
     vec.store_tile[static_cast<size_t>(Activation::kNone)](tile, last - first, p.m, last - first,
                                                            offset_epilogue(ep, item.out), 0, first);
   });

@@ -1,5 +1,5 @@
 // Layout bf16p<R>x4 and its packers, for every kernel on BFMMLA. Included by them inside a target region with bf16 and an
-// anonymous namespace, after <arm_neon.h>.
+// anonymous namespace, after simd.inl.
 //
 // Panels (R = nr) and blocks (R = mr) have, for every step of four products, the rows one after the other, four products
 // each, so that two neighbouring rows are one operand of 128 bits, and four one of 256.
@@ -15,7 +15,7 @@
 
 constexpr size_t kKr = 4;
 
-inline uint16x8_t load_eight(const uint16_t* p) { return vld1q_u16(p); }
+inline uint16x8_t load_eight(const bf16* p) { return vld1q_u16(as_words(p)); }
 
 inline uint16x8_t load_eight(const float* p) {
   const bfloat16x8_t low = vcvtq_low_bf16_f32(vld1q_f32(p));
@@ -43,9 +43,9 @@ template <typename T>
 void pack_rows(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst) {
   const size_t step_stride = block_rows * kKr;
   for (size_t i = 0; i < block_rows; i += 2) {
-    uint16_t* d = static_cast<uint16_t*>(dst) + i * kKr;
+    bf16* d = static_cast<bf16*>(dst) + i * kKr;
     if (i >= rows) {
-      for (size_t p = 0; p < k; p += kKr, d += step_stride) vst1q_u16(d, vdupq_n_u16(0));
+      for (size_t p = 0; p < k; p += kKr, d += step_stride) vst1q_u16(as_words(d), vdupq_n_u16(0));
       continue;
     }
     const T* const r0 = static_cast<const T*>(src) + i * ld;
@@ -56,26 +56,26 @@ void pack_rows(size_t rows, size_t block_rows, size_t k, const void* src, size_t
     size_t p = 0;
     for (; p + 8 <= k; p += 8, d += 2 * step_stride) {
       const uint16x8_t a = load_eight(r0 + p), b = vandq_u16(load_eight(r1 + p), keep);
-      vst1q_u16(d, low_halves(a, b));
-      vst1q_u16(d + step_stride, high_halves(a, b));
+      vst1q_u16(as_words(d), low_halves(a, b));
+      vst1q_u16(as_words(d + step_stride), high_halves(a, b));
     }
     if (p < k) {
       const uint16x8_t a = load_some(r0 + p, k - p), b = vandq_u16(load_some(r1 + p, k - p), keep);
-      vst1q_u16(d, low_halves(a, b));
-      if (k - p > kKr) vst1q_u16(d + step_stride, high_halves(a, b));
+      vst1q_u16(as_words(d), low_halves(a, b));
+      if (k - p > kKr) vst1q_u16(as_words(d + step_stride), high_halves(a, b));
     }
   }
 }
 
 // Eight columns of four products, one product from each row, become four operands.
-inline void store_columns(uint16x8_t r0, uint16x8_t r1, uint16x8_t r2, uint16x8_t r3, size_t pairs, uint16_t* d) {
+inline void store_columns(uint16x8_t r0, uint16x8_t r1, uint16x8_t r2, uint16x8_t r3, size_t pairs, bf16* d) {
   const uint16x8_t a = vzip1q_u16(r0, r2), b = vzip1q_u16(r1, r3);
-  vst1q_u16(d, vzip1q_u16(a, b));
-  vst1q_u16(d + 8, vzip2q_u16(a, b));
+  vst1q_u16(as_words(d), vzip1q_u16(a, b));
+  vst1q_u16(as_words(d + 8), vzip2q_u16(a, b));
   if (pairs > 2) {
     const uint16x8_t c = vzip2q_u16(r0, r2), e = vzip2q_u16(r1, r3);
-    vst1q_u16(d + 16, vzip1q_u16(c, e));
-    vst1q_u16(d + 24, vzip2q_u16(c, e));
+    vst1q_u16(as_words(d + 16), vzip1q_u16(c, e));
+    vst1q_u16(as_words(d + 24), vzip2q_u16(c, e));
   }
 }
 
@@ -83,7 +83,7 @@ inline void store_columns(uint16x8_t r0, uint16x8_t r1, uint16x8_t r2, uint16x8_
 template <typename T, size_t kNr>
 void pack_cols(size_t cols, size_t k, const void* src, size_t ld, void* dst) {
   const T* const s = static_cast<const T*>(src);
-  uint16_t* d = static_cast<uint16_t*>(dst);
+  bf16* d = static_cast<bf16*>(dst);
   const uint16x8_t zero = vdupq_n_u16(0);
   for (size_t p = 0; p < k; p += kKr, d += kNr * kKr) {
     for (size_t j = 0; j < kNr; j += 8) {

@@ -81,7 +81,7 @@ template <size_t kMr>
 __attribute__((optimize("no-schedule-insns")))
 #endif
 static void ukernel_bf16(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
-  multiply_tile<kMr, RowsPanel<uint16_t>>(steps, lhs_block, rhs_panel, tile, ld_tile);
+  multiply_tile<kMr, RowsPanel<bf16>>(steps, lhs_block, rhs_panel, tile, ld_tile);
 }
 
 // ---- packing ----------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ TORCH_EXT_INLINE v4f get_four(const float* p) {
   return v;
 }
 
-TORCH_EXT_INLINE v4f get_four(const uint16_t* p) {
+TORCH_EXT_INLINE v4f get_four(const bf16* p) {
   v4h h;
   __builtin_memcpy(&h, p, sizeof h);
   return (v4f)(__builtin_convertvector(h, v4u) << 16);
@@ -122,7 +122,7 @@ TORCH_EXT_INLINE v4f get_four(const uint16_t* p) {
 
 TORCH_EXT_INLINE void put_four(float* p, v4f v) { __builtin_memcpy(p, &v, sizeof v); }
 
-TORCH_EXT_INLINE void put_four(uint16_t* p, v4f v) {
+TORCH_EXT_INLINE void put_four(bf16* p, v4f v) {
   const v4u u = (v4u)v;
   const v4u rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const v4u is_number = (v4u)(v == v);
@@ -131,18 +131,18 @@ TORCH_EXT_INLINE void put_four(uint16_t* p, v4f v) {
 }
 
 TORCH_EXT_INLINE float widen_one(float x) { return x; }
-TORCH_EXT_INLINE float widen_one(uint16_t x) {
-  const uint32_t u = static_cast<uint32_t>(x) << 16;
+TORCH_EXT_INLINE float widen_one(bf16 x) {
+  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
   float f;
   __builtin_memcpy(&f, &u, sizeof f);
   return f;
 }
 
 TORCH_EXT_INLINE void put_one(float* p, float x) { *p = x; }
-TORCH_EXT_INLINE void put_one(uint16_t* p, float x) {
-  uint16_t lanes[4];
+TORCH_EXT_INLINE void put_one(bf16* p, float x) {
+  bf16 lanes[4];
   put_four(lanes, v4f{x, x, x, x});
-  *p = lanes[0];
+  __builtin_memcpy(p, lanes, sizeof *p);
 }
 
 // Source [n, k]: columns of the panel are rows of the source. Four rows by four products are transposed at a time.
@@ -221,11 +221,11 @@ static constexpr GemmKernel kFamilyF32 = {
     .lhs_type = DType::kF32,
     .rhs_type = DType::kF32,
     .pack_lhs_f32 = pack_rows_f32<float>,
-    .pack_lhs_bf16 = pack_rows_f32<uint16_t>,
+    .pack_lhs_bf16 = pack_rows_f32<bf16>,
     .pack_rhs_nxk_f32 = pack_panel_nxk<float, float>,
-    .pack_rhs_nxk_bf16 = pack_panel_nxk<uint16_t, float>,
+    .pack_rhs_nxk_bf16 = pack_panel_nxk<bf16, float>,
     .pack_rhs_kxn_f32 = pack_panel_kxn<float, float>,
-    .pack_rhs_kxn_bf16 = pack_panel_kxn<uint16_t, float>,
+    .pack_rhs_kxn_bf16 = pack_panel_kxn<bf16, float>,
     .ukernels = kUKernelsF32,
     .ukernel_count = 4,
 };
@@ -240,11 +240,11 @@ static constexpr GemmKernel kFamilyBf16 = {
     .lhs_type = DType::kF32,
     .rhs_type = DType::kBF16,
     .pack_lhs_f32 = pack_rows_f32<float>,
-    .pack_lhs_bf16 = pack_rows_f32<uint16_t>,
-    .pack_rhs_nxk_f32 = pack_panel_nxk<float, uint16_t>,
-    .pack_rhs_nxk_bf16 = pack_panel_nxk<uint16_t, uint16_t>,
-    .pack_rhs_kxn_f32 = pack_panel_kxn<float, uint16_t>,
-    .pack_rhs_kxn_bf16 = pack_panel_kxn<uint16_t, uint16_t>,
+    .pack_lhs_bf16 = pack_rows_f32<bf16>,
+    .pack_rhs_nxk_f32 = pack_panel_nxk<float, bf16>,
+    .pack_rhs_nxk_bf16 = pack_panel_nxk<bf16, bf16>,
+    .pack_rhs_kxn_f32 = pack_panel_kxn<float, bf16>,
+    .pack_rhs_kxn_bf16 = pack_panel_kxn<bf16, bf16>,
     .ukernels = kUKernelsBf16,
     .ukernel_count = 4,
 };

@@ -49,7 +49,7 @@ static float largest_magnitude(const float* s, size_t k) {
   return result;
 }
 
-TORCH_EXT_INLINE vhh magnitudes(const uint16_t* s) {
+TORCH_EXT_INLINE vhh magnitudes(const bf16* s) {
   vhh bits;
   __builtin_memcpy(&bits, s, sizeof bits);
   return bits & 0x7fff;
@@ -63,7 +63,7 @@ TORCH_EXT_INLINE vhh larger(vhh a, vhh b) {
 #endif
 }
 
-static float largest_magnitude(const uint16_t* s, size_t k) {
+static float largest_magnitude(const bf16* s, size_t k) {
   vhh m = {}, second = {};
   size_t p = 0;
   for (; p + 4 * kWidth <= k; p += 4 * kWidth) {
@@ -77,7 +77,7 @@ static float largest_magnitude(const uint16_t* s, size_t k) {
   }
   uint32_t largest = 0;
   for (; p < k; ++p) {
-    const uint32_t bits = s[p] & 0x7fffu;
+    const uint32_t bits = s[p].bits & 0x7fffu;
     largest = bits > largest ? bits : largest;
   }
 #if defined(TORCH_EXT_VEC_NEON)
@@ -122,8 +122,8 @@ TORCH_EXT_INLINE Quantized quantize(const float* s, float inverse) {
                 quantize_four(load(s + 8), inverse), quantize_four(load(s + 12), inverse));
 }
 
-TORCH_EXT_INLINE Quantized quantize(const uint16_t* s, float inverse) {
-  const uint16x8_t a = vld1q_u16(s), b = vld1q_u16(s + 8);
+TORCH_EXT_INLINE Quantized quantize(const bf16* s, float inverse) {
+  const uint16x8_t a = vld1q_u16(as_words(s)), b = vld1q_u16(as_words(s + 8));
   return narrow(quantize_four((vf)vshll_n_u16(vget_low_u16(a), 16), inverse),
                 quantize_four((vf)vshll_high_n_u16(a, 16), inverse),
                 quantize_four((vf)vshll_n_u16(vget_low_u16(b), 16), inverse),
@@ -244,7 +244,7 @@ constexpr GemmKernel s8_family(const char* name, uint32_t required_features, siz
       .lhs_type = DType::kS8,
       .rhs_type = DType::kS8,
       .pack_lhs_f32 = pack_rows_s8<float, kGroup, kStep, kFlip>,
-      .pack_lhs_bf16 = pack_rows_s8<uint16_t, kGroup, kStep, kFlip>,
+      .pack_lhs_bf16 = pack_rows_s8<bf16, kGroup, kStep, kFlip>,
       .ukernels = ukernels,
       .ukernel_count = ukernel_count,
       .row_extra_bytes = sizeof(float),

@@ -8,10 +8,10 @@ TORCH_EXT_INLINE vf relu(vf x) { return max_nan(splat(0.0f), x); }
 // `Out` is what the result is rounded to.
 template <Activation kAct, typename Out>
 TORCH_EXT_INLINE vf activate(vf x) {
-#define TORCH_EXT_CASE(enumerator, name, f32, bf16)                \
-  if constexpr (kAct == Activation::enumerator) {                  \
-    if constexpr (sizeof(Out) == sizeof(uint16_t)) return bf16(x); \
-    return f32(x);                                                 \
+#define TORCH_EXT_CASE(enumerator, name, to_f32, to_bf16)       \
+  if constexpr (kAct == Activation::enumerator) {               \
+    if constexpr (std::is_same_v<Out, bf16>) return to_bf16(x); \
+    return to_f32(x);                                           \
   }
   TORCH_EXT_ACTIVATIONS(TORCH_EXT_CASE)
 #undef TORCH_EXT_CASE
@@ -111,7 +111,7 @@ static void store_tile_to(const float* tile, size_t ld_tile, size_t rows, size_t
   } else if (ep.residual_type == DType::kF32) {
     store_tile_as<kAct, Out, float>(tile, ld_tile, rows, cols, ep, row0, col0);
   } else {
-    store_tile_as<kAct, Out, uint16_t>(tile, ld_tile, rows, cols, ep, row0, col0);
+    store_tile_as<kAct, Out, bf16>(tile, ld_tile, rows, cols, ep, row0, col0);
   }
 }
 
@@ -121,7 +121,7 @@ static void store_tile(const float* tile, size_t ld_tile, size_t rows, size_t co
   if (ep.out_type == DType::kF32) {
     store_tile_to<kAct, float>(tile, ld_tile, rows, cols, ep, row0, col0);
   } else {
-    store_tile_to<kAct, uint16_t>(tile, ld_tile, rows, cols, ep, row0, col0);
+    store_tile_to<kAct, bf16>(tile, ld_tile, rows, cols, ep, row0, col0);
   }
 }
 
@@ -162,7 +162,7 @@ static void scale_rows(size_t rows, size_t n, const float* s, size_t ld, const f
   if (out_type == DType::kF32) {
     scale_rows_as(rows, n, s, ld, factors, static_cast<float*>(out), ld_out);
   } else {
-    scale_rows_as(rows, n, s, ld, factors, static_cast<uint16_t*>(out), ld_out);
+    scale_rows_as(rows, n, s, ld, factors, static_cast<bf16*>(out), ld_out);
   }
 }
 
@@ -280,8 +280,8 @@ static void sum_norm_row(size_t n, const void* a, const void* b, const void* c, 
     sum_norm_typed<kCenter>(n, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<const float*>(c),
                             b_scale, weight, bias, eps, static_cast<float*>(out));
   } else {
-    sum_norm_typed<kCenter>(n, static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b),
-                            static_cast<const uint16_t*>(c), b_scale, weight, bias, eps, static_cast<uint16_t*>(out));
+    sum_norm_typed<kCenter>(n, static_cast<const bf16*>(a), static_cast<const bf16*>(b), static_cast<const bf16*>(c),
+                            b_scale, weight, bias, eps, static_cast<bf16*>(out));
   }
 }
 
@@ -322,7 +322,7 @@ static void rotate_row(size_t heads, size_t head_size, const float* cos, const f
   if (t == DType::kF32) {
     rotate_row_as(heads, head_size, cos, sin, static_cast<const float*>(x), static_cast<float*>(out));
   } else {
-    rotate_row_as(heads, head_size, cos, sin, static_cast<const uint16_t*>(x), static_cast<uint16_t*>(out));
+    rotate_row_as(heads, head_size, cos, sin, static_cast<const bf16*>(x), static_cast<bf16*>(out));
   }
 }
 
@@ -340,8 +340,7 @@ static void gate_row(size_t n, const void* x, const void* gate, void* out, DType
   if (t == DType::kF32) {
     gate_row_as<kAct>(n, static_cast<const float*>(x), static_cast<const float*>(gate), static_cast<float*>(out));
   } else {
-    gate_row_as<kAct>(n, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(gate),
-                      static_cast<uint16_t*>(out));
+    gate_row_as<kAct>(n, static_cast<const bf16*>(x), static_cast<const bf16*>(gate), static_cast<bf16*>(out));
   }
 }
 
@@ -356,7 +355,7 @@ static void add_row(size_t n, const void* a, const void* b, void* out, DType t) 
   if (t == DType::kF32) {
     add_row_as(n, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<float*>(out));
   } else {
-    add_row_as(n, static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), static_cast<uint16_t*>(out));
+    add_row_as(n, static_cast<const bf16*>(a), static_cast<const bf16*>(b), static_cast<bf16*>(out));
   }
 }
 
@@ -380,7 +379,7 @@ static void fold_row(size_t n, const void* x, DType t, float* acc) {
   if (t == DType::kF32) {
     fold_row_as<kMax>(n, static_cast<const float*>(x), acc);
   } else {
-    fold_row_as<kMax>(n, static_cast<const uint16_t*>(x), acc);
+    fold_row_as<kMax>(n, static_cast<const bf16*>(x), acc);
   }
 }
 

@@ -60,9 +60,13 @@ TORCH_EXT_INLINE vf max_or_nan(vf a, vf b) {
   return (a == a) ? m : a;
 }
 
-TORCH_EXT_INLINE vf load_bf16(const uint16_t* p) {
+/// The words of bf16 elements, for intrinsics that take them.
+TORCH_EXT_INLINE const uint16_t* as_words(const bf16* p) { return reinterpret_cast<const uint16_t*>(p); }
+TORCH_EXT_INLINE uint16_t* as_words(bf16* p) { return reinterpret_cast<uint16_t*>(p); }
+
+TORCH_EXT_INLINE vf load_bf16(const bf16* p) {
 #if defined(TORCH_EXT_VEC_NEON)
-  return (vf)vshll_n_u16(vld1_u16(p), 16);
+  return (vf)vshll_n_u16(vld1_u16(as_words(p)), 16);
 #else
   vh h;
   __builtin_memcpy(&h, p, sizeof h);
@@ -71,7 +75,7 @@ TORCH_EXT_INLINE vf load_bf16(const uint16_t* p) {
 }
 
 /// Rounds to nearest even; NaN stays NaN. AVX-512's instruction takes subnormal numbers for zero.
-TORCH_EXT_INLINE void store_bf16(uint16_t* p, vf v) {
+TORCH_EXT_INLINE void store_bf16(bf16* p, vf v) {
 #if defined(TORCH_EXT_VEC_NEON_BF16)
   const bfloat16x4_t h = vcvt_bf16_f32((float32x4_t)v);
   __builtin_memcpy(p, &h, sizeof h);
@@ -140,29 +144,27 @@ TORCH_EXT_INLINE vf mask_lanes(vf v, size_t n) {
   return inside ? v : splat(-__builtin_inff());
 }
 
-/// Loads and stores of type T (float or uint16_t for bf16), whole vectors and the first n < kWidth elements.
+/// Loads and stores of type T (float or bf16), whole vectors and the first n < kWidth elements.
 template <typename T>
 struct Io;
 
 template <>
 struct Io<float> {
-  static constexpr DType kType = DType::kF32;
   TORCH_EXT_INLINE vf get(const float* p) { return load(p); }
   TORCH_EXT_INLINE void put(float* p, vf v) { store(p, v); }
 };
 
 template <>
-struct Io<uint16_t> {
-  static constexpr DType kType = DType::kBF16;
-  TORCH_EXT_INLINE vf get(const uint16_t* p) { return load_bf16(p); }
-  TORCH_EXT_INLINE void put(uint16_t* p, vf v) { store_bf16(p, v); }
+struct Io<bf16> {
+  TORCH_EXT_INLINE vf get(const bf16* p) { return load_bf16(p); }
+  TORCH_EXT_INLINE void put(bf16* p, vf v) { store_bf16(p, v); }
 };
 
 /// Two vectors to one place: one store where a register holds both.
 template <typename T>
 TORCH_EXT_INLINE void put_two(T* p, vf a, vf b) {
 #if defined(TORCH_EXT_VEC_NEON_BF16)
-  if constexpr (sizeof(T) == sizeof(uint16_t)) {
+  if constexpr (std::is_same_v<T, bf16>) {
     const bfloat16x8_t low = vcvtq_low_bf16_f32((float32x4_t)a);
     return vst1q_bf16(reinterpret_cast<bfloat16_t*>(p), vcvtq_high_bf16_f32(low, (float32x4_t)b));
   }

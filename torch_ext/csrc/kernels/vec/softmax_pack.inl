@@ -9,7 +9,7 @@ TORCH_EXT_INLINE float scale_to_base_2(float scale) {
 
 #if defined(TORCH_EXT_VEC_NEON)
 
-TORCH_EXT_INLINE void store_pair(uint16_t* d, vf x, vf y) {
+TORCH_EXT_INLINE void store_pair(bf16* d, vf x, vf y) {
   const bfloat16x8_t low = vcvtq_low_bf16_f32((float32x4_t)x);
   vst1q_bf16(reinterpret_cast<bfloat16_t*>(d), vcvtq_high_bf16_f32(low, (float32x4_t)y));
 }
@@ -20,9 +20,9 @@ static void softmax_pack_pairs(size_t rows, size_t block_rows, size_t n, float s
   const size_t last = (n - 1) / 4 * 4, stride = block_rows * 4;
   const float c = scale_to_base_2(scale);
   for (size_t i = 0; i < block_rows; i += 2) {
-    uint16_t* d = static_cast<uint16_t*>(block) + i * 4;
+    bf16* d = static_cast<bf16*>(block) + i * 4;
     if (i >= rows) {
-      for (size_t j = 0; j <= last; j += 4, d += stride) vst1q_u16(d, vdupq_n_u16(0));
+      for (size_t j = 0; j <= last; j += 4, d += stride) vst1q_u16(as_words(d), vdupq_n_u16(0));
       continue;
     }
     // A lone last row is its own partner, whose results nobody reads.
@@ -53,15 +53,15 @@ static void softmax_pack_pairs(size_t rows, size_t block_rows, size_t n, float s
 
 // Blocks of x86/gemm_dot_bf16.inl: element (i, p) lies at  ((p / kStep) * block_rows + i) * kStep + p % kStep.
 template <size_t kStep>
-TORCH_EXT_INLINE void store_step_part(uint16_t* row, size_t stride, size_t j, size_t whole, vf x) {
-  uint16_t* const d = row + j / kStep * stride + j % kStep;
+TORCH_EXT_INLINE void store_step_part(bf16* row, size_t stride, size_t j, size_t whole, vf x) {
+  bf16* const d = row + j / kStep * stride + j % kStep;
   if constexpr (kStep >= kWidth) {
     store_bf16(d, x);
   } else {
-    uint16_t lanes[kWidth];
+    bf16 lanes[kWidth];
     store_bf16(lanes, x);
     for (size_t p = 0; p < kWidth && j + p < whole; p += kStep) {
-      __builtin_memcpy(d + p / kStep * stride, lanes + p, kStep * sizeof(uint16_t));
+      __builtin_memcpy(d + p / kStep * stride, lanes + p, kStep * sizeof(bf16));
     }
   }
 }
@@ -73,14 +73,14 @@ static void softmax_pack_steps(size_t rows, size_t block_rows, size_t n, float s
   const size_t last = (n - 1) / kWidth * kWidth, whole = (n + kStep - 1) / kStep * kStep;
   const size_t stride = block_rows * kStep;
   const float c = scale_to_base_2(scale);
-  uint16_t* const d = static_cast<uint16_t*>(block);
+  bf16* const d = static_cast<bf16*>(block);
   // Two rows at a time, so that one computes while the other waits for its largest score.
   for (size_t i = 0; i < rows; i += 2) {
     const bool pair = i + 1 < rows;
     const float* const a = s + i * ld;
     const float* const b = pair ? a + ld : a;
-    uint16_t* const to_a = d + i * kStep;
-    uint16_t* const to_b = pair ? to_a + kStep : to_a;
+    bf16* const to_a = d + i * kStep;
+    bf16* const to_b = pair ? to_a + kStep : to_a;
     const vf rest_a = mask_lanes(load(a + last), n - last), rest_b = mask_lanes(load(b + last), n - last);
     vf max_a = rest_a, max_b = rest_b;
     for (size_t j = 0; j < last; j += kWidth) {
@@ -108,7 +108,7 @@ static void softmax_pack_steps(size_t rows, size_t block_rows, size_t n, float s
   }
   for (size_t i = rows; i < block_rows; ++i) {
     for (size_t j = 0; j < whole; j += kStep) {
-      __builtin_memset(d + i * kStep + j * block_rows, 0, kStep * sizeof(uint16_t));
+      __builtin_memset(d + i * kStep + j * block_rows, 0, kStep * sizeof(bf16));
     }
   }
 }

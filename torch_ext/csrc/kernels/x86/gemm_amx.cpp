@@ -81,10 +81,10 @@ static void end_tiles() {
 
 template <bool kTwoRowTiles>
 static void ukernel_tiles(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
-  const uint16_t* lhs = static_cast<const uint16_t*>(lhs_block);
-  const uint16_t* rhs = static_cast<const uint16_t*>(rhs_panel);
+  const bf16* lhs = static_cast<const bf16*>(lhs_block);
+  const bf16* rhs = static_cast<const bf16*>(rhs_panel);
   constexpr size_t kMr = kTwoRowTiles ? 32 : 16;
-  constexpr size_t kLhsBytes = kDotStep * sizeof(uint16_t), kRhsBytes = 2 * kDotNr * sizeof(uint16_t);
+  constexpr size_t kLhsBytes = kDotStep * sizeof(bf16), kRhsBytes = 2 * kDotNr * sizeof(bf16);
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kTwoRowTiles) {

@@ -41,7 +41,7 @@ TORCH_EXT_INLINE void multiply_add_row(const float* a, const float* a3, size_t s
 }
 
 template <size_t kMr, size_t kOffset>
-TORCH_EXT_INLINE void multiply_add_rows(const float* a, const float* a3, size_t stride, const uint16_t* rhs,
+TORCH_EXT_INLINE void multiply_add_rows(const float* a, const float* a3, size_t stride, const bf16* rhs,
                                         __m256i high_half, __m256 (&acc)[kMr][2]) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rhs + kOffset / sizeof(float) * kNr));
   const __m256 low = (__m256)_mm256_slli_epi32(words, 16), high = (__m256)_mm256_and_si256(words, high_half);
@@ -55,7 +55,7 @@ TORCH_EXT_INLINE void multiply_add_rows(const float* a, const float* a3, size_t 
 
 template <size_t kMr>
 static void ukernel_halves(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
-  const uint16_t* rhs = static_cast<const uint16_t*>(rhs_panel);
+  const bf16* rhs = static_cast<const bf16*>(rhs_panel);
   const size_t ld = steps * kKStep, stride = ld * sizeof(float);
   const float *a = static_cast<const float*>(lhs_block), *a3 = a + 3 * ld;
   const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
@@ -79,13 +79,13 @@ static void ukernel_halves(size_t steps, const void* lhs_block, const void* rhs_
 static size_t place_in_halves(size_t j, size_t p) { return p * kNr + j % kHalf * 2 + j / kHalf; }
 
 // The bits of kWidth elements rounded to bf16, in the low halves of words.
-TORCH_EXT_INLINE vu bf16_words(const uint16_t* s) {
+TORCH_EXT_INLINE vu bf16_words(const bf16* s) {
   vh h;
   __builtin_memcpy(&h, s, sizeof h);
   return __builtin_convertvector(h, vu);
 }
 TORCH_EXT_INLINE vu bf16_words(const float* s) {
-  uint16_t rounded[kWidth];
+  bf16 rounded[kWidth];
   store_bf16(rounded, load(s));
   return bf16_words(rounded);
 }
@@ -101,7 +101,7 @@ TORCH_EXT_INLINE vu some_bf16_words(const Src* s, size_t n) {
 template <typename Src>
 static void pack_panel_kxn_halves(size_t cols, size_t k, const void* src, size_t ld, void* dst) {
   const size_t padded = (k + kKStep - 1) / kKStep * kKStep;
-  uint16_t* d = static_cast<uint16_t*>(dst);
+  bf16* d = static_cast<bf16*>(dst);
   for (size_t p = 0; p < padded; ++p, d += kNr) {
     vu words = {};
     if (p < k) {
@@ -117,16 +117,14 @@ static void pack_panel_kxn_halves(size_t cols, size_t k, const void* src, size_t
   }
 }
 
-typedef uint16_t v8h __attribute__((vector_size(16)));
-
-TORCH_EXT_INLINE v4u get_words(const uint16_t* low, const uint16_t* high) {
+TORCH_EXT_INLINE v4u get_words(const bf16* low, const bf16* high) {
   v4h a, b;
   __builtin_memcpy(&a, low, sizeof a);
   __builtin_memcpy(&b, high, sizeof b);
   return __builtin_convertvector(a, v4u) | __builtin_convertvector(b, v4u) << 16;
 }
 TORCH_EXT_INLINE v4u get_words(const float* low, const float* high) {
-  uint16_t a[4], b[4];
+  bf16 a[4], b[4];
   put_four(a, get_four(low));
   put_four(b, get_four(high));
   return get_words(a, b);
@@ -137,7 +135,7 @@ TORCH_EXT_INLINE v4u get_words(const float* low, const float* high) {
 template <typename Src>
 static void pack_panel_nxk_halves(size_t cols, size_t block_cols, size_t k, const void* src, size_t ld, void* dst) {
   const Src* const s = static_cast<const Src*>(src);
-  uint16_t* const d = static_cast<uint16_t*>(dst);
+  bf16* const d = static_cast<bf16*>(dst);
   const size_t padded = (k + kKStep - 1) / kKStep * kKStep;
   const size_t whole = cols == block_cols ? k / 4 * 4 : 0;
   for (size_t j = 0; j < kHalf; j += 4) {
@@ -169,7 +167,7 @@ static constexpr UKernel kUKernelsHalves[] = {
 
 /// The panel in fp32, as kFamilyF32 has it.
 static void widen_halves(size_t steps, const void* panel, void* wide) {
-  const uint16_t* from = static_cast<const uint16_t*>(panel);
+  const bf16* from = static_cast<const bf16*>(panel);
   float* to = static_cast<float*>(wide);
   for (size_t p = 0; p < steps * kKStep; ++p, from += kNr, to += kNr) {
     vu words;
@@ -191,11 +189,11 @@ static constexpr GemmKernel kFamilyBf16Halves = {
     .lhs_type = DType::kF32,
     .rhs_type = DType::kBF16,
     .pack_lhs_f32 = pack_rows_f32<float>,
-    .pack_lhs_bf16 = pack_rows_f32<uint16_t>,
+    .pack_lhs_bf16 = pack_rows_f32<bf16>,
     .pack_rhs_nxk_f32 = pack_panel_nxk_halves<float>,
-    .pack_rhs_nxk_bf16 = pack_panel_nxk_halves<uint16_t>,
+    .pack_rhs_nxk_bf16 = pack_panel_nxk_halves<bf16>,
     .pack_rhs_kxn_f32 = pack_panel_kxn_halves<float>,
-    .pack_rhs_kxn_bf16 = pack_panel_kxn_halves<uint16_t>,
+    .pack_rhs_kxn_bf16 = pack_panel_kxn_halves<bf16>,
     .ukernels = kUKernelsHalves,
     .ukernel_count = 4,
     .panel_place = place_in_halves,

@@ -15,8 +15,8 @@ static_assert(kDotNr == kNr);
 
 template <size_t kMr>
 static void ukernel_dot(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
-  const uint16_t* lhs = static_cast<const uint16_t*>(lhs_block);
-  const uint16_t* rhs = static_cast<const uint16_t*>(rhs_panel);
+  const bf16* lhs = static_cast<const bf16*>(lhs_block);
+  const bf16* rhs = static_cast<const bf16*>(rhs_panel);
   __m512 acc[kMr][2] = {};
   for (size_t s = 0; s < steps; ++s) {
     for (size_t p = 0; p < kDotStep; p += 2) {
@@ -42,8 +42,8 @@ static void ukernel_dot(size_t steps, const void* lhs_block, const void* rhs_pan
 
 // The parts of kDotStep products that a row consists of. bf16 is moved, not converted, so that NaN and subnormal numbers
 // stay what they are.
-TORCH_EXT_INLINE void copy_step(const uint16_t* s, uint16_t* d) { __builtin_memcpy(d, s, kDotStep * sizeof(uint16_t)); }
-TORCH_EXT_INLINE void copy_step(const float* s, uint16_t* d) {
+TORCH_EXT_INLINE void copy_step(const bf16* s, bf16* d) { __builtin_memcpy(d, s, kDotStep * sizeof(bf16)); }
+TORCH_EXT_INLINE void copy_step(const float* s, bf16* d) {
   if constexpr (kDotStep < kWidth) {
     put_n(d, get_n(s, kDotStep), kDotStep);
   } else {
@@ -55,9 +55,9 @@ template <typename Src>
 static void pack_rows_dot(size_t rows, size_t block_rows, size_t k, const void* src, size_t ld, void* dst) {
   const size_t stride = block_rows * kDotStep;
   for (size_t i = 0; i < block_rows; ++i) {
-    uint16_t* d = static_cast<uint16_t*>(dst) + i * kDotStep;
+    bf16* d = static_cast<bf16*>(dst) + i * kDotStep;
     if (i >= rows) {
-      for (size_t p = 0; p < k; p += kDotStep, d += stride) __builtin_memset(d, 0, kDotStep * sizeof(uint16_t));
+      for (size_t p = 0; p < k; p += kDotStep, d += stride) __builtin_memset(d, 0, kDotStep * sizeof(bf16));
       continue;
     }
     const Src* const s = static_cast<const Src*>(src) + i * ld;
@@ -71,9 +71,9 @@ static void pack_rows_dot(size_t rows, size_t block_rows, size_t k, const void* 
   }
 }
 
-TORCH_EXT_INLINE uint16_t narrow_one(uint16_t x) { return x; }
-TORCH_EXT_INLINE uint16_t narrow_one(float x) {
-  uint16_t h;
+TORCH_EXT_INLINE bf16 narrow_one(bf16 x) { return x; }
+TORCH_EXT_INLINE bf16 narrow_one(float x) {
+  bf16 h;
   put_one(&h, x);
   return h;
 }
@@ -81,24 +81,24 @@ TORCH_EXT_INLINE uint16_t narrow_one(float x) {
 // Source [n, k]: two products of a column lie side by side already. Pairs of bf16 are moved as if they were fp32.
 template <typename Src>
 static void pack_panel_nxk_dot(size_t cols, size_t block_cols, size_t k, const void* src, size_t ld, void* dst) {
-  if constexpr (sizeof(Src) == sizeof(uint16_t)) {
+  if constexpr (std::is_same_v<Src, bf16>) {
     if (k % 2 == 0 && ld % 2 == 0) {
       pack_panel_nxk<float, float>(cols, block_cols, k / 2, src, ld / 2, dst);
       const size_t written = (k / 2 + kKStep - 1) / kKStep * kKStep * 2;
       const size_t padded = (k + kDotStep - 1) / kDotStep * kDotStep;
       if (written < padded) {
-        __builtin_memset(static_cast<uint16_t*>(dst) + written * block_cols, 0,
-                         (padded - written) * block_cols * sizeof(uint16_t));
+        __builtin_memset(static_cast<bf16*>(dst) + written * block_cols, 0,
+                         (padded - written) * block_cols * sizeof(bf16));
       }
       return;
     }
   }
   const Src* const s = static_cast<const Src*>(src);
-  uint16_t* const d = static_cast<uint16_t*>(dst);
+  bf16* const d = static_cast<bf16*>(dst);
   const size_t padded = (k + kDotStep - 1) / kDotStep * kDotStep;
   for (size_t j = 0; j < block_cols; ++j) {
     for (size_t p = 0; p < padded; ++p) {
-      d[(p / 2 * block_cols + j) * 2 + p % 2] = j < cols && p < k ? narrow_one(s[j * ld + p]) : uint16_t{0};
+      d[(p / 2 * block_cols + j) * 2 + p % 2] = j < cols && p < k ? narrow_one(s[j * ld + p]) : bf16{0};
     }
   }
 }
@@ -107,14 +107,14 @@ static void pack_panel_nxk_dot(size_t cols, size_t block_cols, size_t k, const v
 template <typename Src>
 TORCH_EXT_INLINE vu get_low_halves(const Src* s, size_t left) {
   vh h = {};
-  if constexpr (sizeof(Src) == sizeof(uint16_t)) {
+  if constexpr (std::is_same_v<Src, bf16>) {
     if (left >= kWidth) {
       __builtin_memcpy(&h, s, sizeof h);
     } else {
-      __builtin_memcpy(&h, s, left * sizeof(uint16_t));
+      __builtin_memcpy(&h, s, left * sizeof(bf16));
     }
   } else {
-    uint16_t lanes[kWidth];
+    bf16 lanes[kWidth];
     store_bf16(lanes, left < kWidth ? get_n(s, left) : load(s));
     __builtin_memcpy(&h, lanes, sizeof h);
   }
@@ -131,7 +131,7 @@ static void pack_panel_kxn_dot(size_t cols, size_t k, const void* src, size_t ld
       vu pairs = {};
       if (left && p < k) pairs = get_low_halves(s + p * ld + j, left);
       if (left && p + 1 < k) pairs |= get_low_halves(s + (p + 1) * ld + j, left) << 16;
-      __builtin_memcpy(static_cast<uint16_t*>(dst) + p * kDotNr + 2 * j, &pairs, sizeof pairs);
+      __builtin_memcpy(static_cast<bf16*>(dst) + p * kDotNr + 2 * j, &pairs, sizeof pairs);
     }
   }
 }
@@ -148,11 +148,11 @@ static constexpr GemmKernel dot_family(uint32_t required_features, const UKernel
       .lhs_type = DType::kBF16,
       .rhs_type = DType::kBF16,
       .pack_lhs_f32 = pack_rows_dot<float>,
-      .pack_lhs_bf16 = pack_rows_dot<uint16_t>,
+      .pack_lhs_bf16 = pack_rows_dot<bf16>,
       .pack_rhs_nxk_f32 = pack_panel_nxk_dot<float>,
-      .pack_rhs_nxk_bf16 = pack_panel_nxk_dot<uint16_t>,
+      .pack_rhs_nxk_bf16 = pack_panel_nxk_dot<bf16>,
       .pack_rhs_kxn_f32 = pack_panel_kxn_dot<float>,
-      .pack_rhs_kxn_bf16 = pack_panel_kxn_dot<uint16_t>,
+      .pack_rhs_kxn_bf16 = pack_panel_kxn_dot<bf16>,
       .ukernels = ukernels,
       .ukernel_count = ukernel_count,
       .softmax_pack = softmax_pack_steps<kDotStep>,
