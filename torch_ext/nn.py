@@ -508,8 +508,8 @@ def optimize(
     Raises:
         ValueError: ``dtype`` is not known, the model has no ``nn.Linear``, a pattern in ``skip`` or ``keep_bf16``
             matches none, options do not go together, a weight is not on the CPU, a layer is packed in another dtype
-            already, accelerate has put hooks on a layer (offloading), or a weight for int8 is not finite or has more than
-            :data:`torch_ext.quantize.MAX_INT8_INPUTS` inputs. The model is unchanged then.
+            already, accelerate has put hooks on a layer (offloading), or a weight for int8 is not finite or has more
+            than :data:`torch_ext.quantize.MAX_INT8_INPUTS` inputs. The model is unchanged then.
         TypeError: ``model`` is not a module, or a weight is neither fp32 nor bf16 nor fp16. The model is unchanged
             then.
         torch_ext.sensitivity.AccuracyError: a ValueError; not even bf16 is as accurate. The model is unchanged then.
