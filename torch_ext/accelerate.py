@@ -295,7 +295,7 @@ def accelerate() -> Acceleration:
 
     ``F.linear`` (so ``nn.Linear``) runs on :func:`torch_ext.linear` everywhere. ``torch.matmul``, ``@``, ``torch.mm``,
     ``torch.bmm`` and ``torch.addmm`` run on theirs where torch_ext has kernels of its own: on aarch64, and on x86-64
-    with AMX or AVX-512 BF16 (``isa_report()["linear"] == "torch_ext"``).
+    with AVX2 or more (``isa_report()["linear"] == "torch_ext"``).
 
     Everything else goes to PyTorch as before: other dtypes, devices and layouts, tensor subclasses, operands that
     require grad while gradients are enabled, ``backward()``, autocast, ``torch.func`` and forward derivatives (though
