@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "cpu_features.h"
 #include "gemm.h"
 #include "rows.h"
 
@@ -14,7 +15,7 @@ namespace {
 
 // Activations of one part of a layer, per thread, that a group of sequences may take: they are to stay in the caches
 // that the next part reads them from, while a larger group reads the weights less often.
-constexpr size_t kGroupBytes = size_t{4} << 20;
+size_t group_bytes() { return 4 * second_level_cache_bytes(); }
 
 // Tokens that are worth reading the weights for: at 128, a weight that comes from beyond the second-level cache costs a few
 // percent of the products that it is used for.
@@ -79,17 +80,20 @@ class Run {
     embed();
     const T* x = hidden_;
     if (h_.norm_first && layers[0].attention_norm.weight) {
-      norm_rows({nullptr, nullptr, layers[0].attention_norm, normed_}, hidden_);
+      norm_rows({.norm = layers[0].attention_norm, .normed = normed_}, hidden_);
       x = normed_;
     }
     for (size_t i = 0; i < layers.size(); ++i) {
       const EncoderLayer& layer = layers[i];
       const bool last = i + 1 == layers.size();
-      RowStep after_attention = {hidden_, nullptr, layer.attention_norm, hidden_};
-      RowStep after_ffn = {hidden_, nullptr, layer.ffn_norm, last ? out_ : hidden_};
+      RowStep after_attention = {.residual = hidden_, .norm = layer.attention_norm, .normed = hidden_};
+      RowStep after_ffn = {.residual = hidden_, .norm = layer.ffn_norm, .normed = last ? out_ : hidden_};
       if (h_.norm_first) {
-        after_attention = {hidden_, hidden_, layer.ffn_norm, normed_};
-        after_ffn = {hidden_, hidden_, last ? model_.final_norm : layers[i + 1].attention_norm, last ? out_ : normed_};
+        after_attention = {.residual = hidden_, .sum = hidden_, .norm = layer.ffn_norm, .normed = normed_};
+        after_ffn = {.residual = hidden_,
+                     .sum = hidden_,
+                     .norm = last ? model_.final_norm : layers[i + 1].attention_norm,
+                     .normed = last ? out_ : normed_};
       }
       attend(layer, x, after_attention);
       x = after_attention.normed;
@@ -169,7 +173,7 @@ class Run {
       problem.epilogue.residual_type = kType;
       problem.epilogue.ld_residual = problem.n;
       out = rest.sum;
-      rest = {nullptr, nullptr, rest.norm, rest.normed};
+      rest = {.norm = rest.norm, .normed = rest.normed};
     }
     problem.epilogue.out = out;
     problem.epilogue.ld_out = problem.n;
@@ -303,7 +307,7 @@ bool on_own_kernels(const EncoderModel& model, const Dispatch& dispatch) {
 
 // Most tokens of a group on one thread.
 size_t group_limit(const EncoderModel& model) {
-  return std::max<size_t>(1, kGroupBytes / (shared_width(model.header) * dtype_bytes(DType{model.header.type})));
+  return std::max<size_t>(1, group_bytes() / (shared_width(model.header) * dtype_bytes(DType{model.header.type})));
 }
 
 template <typename T>

@@ -119,7 +119,9 @@ class Sections {
   const void* table(size_t index, uint64_t rows, uint64_t width) const {
     return get(index, rows * width * dtype_bytes(type_));
   }
-  Norm norm(size_t index, uint64_t width) const { return {floats(index, width), floats(index + 1, width), nullptr}; }
+  Norm norm(size_t index, uint64_t width) const {
+    return {.weight = floats(index, width), .bias = floats(index + 1, width)};
+  }
   // The matrix in section `index` and its bias in the next one.
   Matrix matrix(size_t index, uint64_t n, uint64_t k) const {
     const char* const data = get(index, table_[index].bytes);

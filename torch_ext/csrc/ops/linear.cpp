@@ -189,7 +189,16 @@ Tensor unpack_from(const char* op, const GemmKernel& kernel, const Packed& packe
 
 Tensor linear_plain(const Tensor& x, const Packed& packed, const Tensor& bias, Activation activation) {
   const auto n = static_cast<int64_t>(packed.header.n), k = static_cast<int64_t>(packed.header.k);
-  return linear_torch({x, x.size(0), n, k, k, bias, std::nullopt, activation, DType::kBF16}, packed);
+  const LinearCall call{.x = x,
+                        .m = x.size(0),
+                        .n = n,
+                        .k = k,
+                        .ld = k,
+                        .bias = bias,
+                        .residual = std::nullopt,
+                        .activation = activation,
+                        .out_type = DType::kBF16};
+  return linear_torch(call, packed);
 }
 
 int64_t preferred_rows(int64_t rows) {
@@ -344,7 +353,15 @@ Tensor linear(const Tensor& x, const Tensor& packed_tensor, const std::optional<
   sizes.back() = n;
   const IntHeaderOnlyArrayRef out_sizes(sizes.data(), sizes.size());
 
-  LinearCall call{x, m, n, k, k, bias, std::nullopt, parse_activation("linear", activation), x_type};
+  LinearCall call{.x = x,
+                  .m = m,
+                  .n = n,
+                  .k = k,
+                  .ld = k,
+                  .bias = bias,
+                  .residual = std::nullopt,
+                  .activation = parse_activation("linear", activation),
+                  .out_type = x_type};
   if (out_dtype) call.out_type = *out_dtype == ScalarType::Float ? DType::kF32 : DType::kBF16;
   if (residual) {
     check_cpu(op, "residual", *residual);

@@ -65,9 +65,22 @@ struct Matrices {
 Matrices as_matrices(const Tensor& t, bool left) {
   const int64_t dim = t.dim();
   if (dim == 1) {
-    return left ? Matrices{t, {}, {}, 1, t.size(0), 0, t.stride(0)} : Matrices{t, {}, {}, t.size(0), 1, t.stride(0), 0};
+    const int64_t size = t.size(0), stride = t.stride(0);
+    return {.tensor = t,
+            .batch = {},
+            .batch_strides = {},
+            .rows = left ? 1 : size,
+            .cols = left ? size : 1,
+            .row_stride = left ? 0 : stride,
+            .col_stride = left ? stride : 0};
   }
-  Matrices m{t, {}, {}, t.size(dim - 2), t.size(dim - 1), t.stride(dim - 2), t.stride(dim - 1)};
+  Matrices m{.tensor = t,
+             .batch = {},
+             .batch_strides = {},
+             .rows = t.size(dim - 2),
+             .cols = t.size(dim - 1),
+             .row_stride = t.stride(dim - 2),
+             .col_stride = t.stride(dim - 1)};
   for (int64_t i = 0; i + 2 < dim; ++i) {
     m.batch.push_back(t.size(i));
     m.batch_strides.push_back(t.stride(i));
@@ -272,16 +285,18 @@ void multiply_own(Matrices left, const Matrices& right, const Sizes& batch, cons
   const bool one_right = std::all_of(right.batch.begin(), right.batch.end(), [](int64_t size) { return size == 1; });
   if (one_right && fold_batch(left)) items.clear();
   const bool transposed = is_transposed(right);
-  Product p{static_cast<size_t>(left.rows),
-            static_cast<size_t>(right.cols),
-            static_cast<size_t>(left.cols),
-            left.data(),
-            right.data(),
-            static_cast<size_t>(left.row_stride),
-            static_cast<size_t>(transposed ? right.col_stride : right.row_stride),
-            transposed,
-            {},
-            {}};
+  Product p{
+      .m = static_cast<size_t>(left.rows),
+      .n = static_cast<size_t>(right.cols),
+      .k = static_cast<size_t>(left.cols),
+      .lhs = left.data(),
+      .rhs = right.data(),
+      .ld_lhs = static_cast<size_t>(left.row_stride),
+      .ld_rhs = static_cast<size_t>(transposed ? right.col_stride : right.row_stride),
+      .transposed = transposed,
+      .items = {},
+      .ends = {},
+  };
   const Sizes lhs = batch_offsets(items, left);
   const Sizes rhs = items.empty() ? Sizes(1, 0) : batch_offsets(items, right);
   for (size_t i = 0; i < lhs.size(); ++i) p.items.push_back({lhs[i], rhs[i], i * p.m * p.n});
