@@ -326,7 +326,8 @@ def test_infinity_gives_what_fp32_gives(dtype: torch.dtype, generator: torch.Gen
             x[2 * place, place] = torch.inf if place % 2 else -torch.inf
         x[-1, inputs // 2] = torch.nan
         result = torch_ext.linear(x, packed)
-        expected = F.linear(x.float(), exact)
+        # Element by element: a BLAS may multiply infinities with padding of its own.
+        expected = (x.float()[:, None, :] * exact).sum(dim=-1)
         assert torch.equal(result.isnan(), expected.isnan())
         assert torch.equal(result.isposinf(), expected.isposinf())
         assert torch.equal(result.isneginf(), expected.isneginf())
