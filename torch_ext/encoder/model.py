@@ -292,25 +292,23 @@ class Encoder(_Weighted[EncoderSpec]):
     def _flatten(self) -> dict[str, Any]:
         attributes = super()._flatten()
         del attributes["_layers"]
-        if self._packed is not None:
-            begin, size = self._packed.data_ptr(), self._packed.nbytes
-            attributes["_tensors"] = {
-                name: _View(tensor.data_ptr() - begin, tensor.dtype, tuple(tensor.shape))
-                if tensor.nbytes and begin <= tensor.data_ptr() < begin + size
-                else tensor
-                for name, tensor in self._tensors.items()
-            }
+        begin, size = self._packed.data_ptr(), self._packed.nbytes
+        attributes["_tensors"] = {
+            name: _View(tensor.data_ptr() - begin, tensor.dtype, tuple(tensor.shape))
+            if tensor.nbytes and begin <= tensor.data_ptr() < begin + size
+            else tensor
+            for name, tensor in self._tensors.items()
+        }
         return attributes
 
     def _unflatten(self, attributes: dict[str, Any]) -> None:
         super()._unflatten(attributes)
-        if self._packed is not None:
-            flat = self._packed.view(-1)
-            parts: dict[str, Tensor | _View] = dict(self._tensors)
-            for name, part in parts.items():
-                if isinstance(part, _View):
-                    end = part.offset_bytes + math.prod(part.shape) * part.dtype.itemsize
-                    self._tensors[name] = flat[part.offset_bytes : end].view(part.dtype).view(part.shape)
+        flat = self._packed.view(-1)
+        parts: dict[str, Tensor | _View] = dict(self._tensors)
+        for name, part in parts.items():
+            if isinstance(part, _View):
+                end = part.offset_bytes + math.prod(part.shape) * part.dtype.itemsize
+                self._tensors[name] = flat[part.offset_bytes : end].view(part.dtype).view(part.shape)
         self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(self.spec.num_layers))
 
     def _layer_weights(self, prefix: str) -> LayerWeights:
