@@ -10,30 +10,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
-import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal
+
+from torch_ext.machine import Machine
 
 __all__ = ["Finding", "Machine", "diagnose", "main"]
 
 Status = Literal["OK", "WARN", "FAIL"]
-
-# CPU part numbers of /proc/cpuinfo (implementer, part), of the cores that clouds rent out.
-_ARM_CORES = {
-    (0x41, 0xD0C): "Neoverse N1 (Graviton2, Ampere Altra)",
-    (0x41, 0xD40): "Neoverse V1 (Graviton3)",
-    (0x41, 0xD49): "Neoverse N2 (Yitian 710, Cobalt 100)",
-    (0x41, 0xD4F): "Neoverse V2 (Graviton4, Axion)",
-    (0x41, 0xD84): "Neoverse V3 (Graviton5)",
-    (0x41, 0xD8E): "Neoverse N3",
-    (0xC0, 0xAC3): "AmpereOne",
-    (0xC0, 0xAC4): "AmpereOne",
-}
 
 _MIB = 1 << 20
 
@@ -53,107 +40,6 @@ class Finding:
     status: Status
     detail: str
     advice: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """The system as its files and environment show it.
-
-    Attributes:
-        root: where ``/proc`` and ``/sys`` are.
-        environ: environment variables.
-        affinity: number of CPUs that the process may run on.
-        architecture: as ``uname -m`` says.
-        page_bytes: size of a memory page.
-    """
-
-    root: Path = Path("/")
-    environ: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
-    affinity: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    architecture: str = dataclasses.field(default_factory=platform.machine)
-    page_bytes: int = dataclasses.field(default_factory=lambda: os.sysconf("SC_PAGE_SIZE"))
-
-    def read(self, path: str) -> str | None:
-        """The contents of a file below ``root``, stripped, or None if it cannot be read."""
-        try:
-            return (self.root / path.lstrip("/")).read_text(errors="replace").strip()
-        except OSError:
-            return None
-
-    def _cgroup_directories(self, controller: str) -> Iterator[tuple[int, str]]:
-        """Version and directory of the process's control groups for a controller, innermost first, up to the root."""
-        for line in (self.read("/proc/self/cgroup") or "").splitlines():
-            number, _, rest = line.partition(":")
-            controllers, _, path = rest.partition(":")
-            if number == "0" and not controllers:
-                version, bases = 2, ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
-            elif controller in controllers.split(","):
-                version, bases = 1, [f"/sys/fs/cgroup/{controllers}", f"/sys/fs/cgroup/{controller}"]
-            else:
-                continue
-            parts = [part for part in path.split("/") if part not in ("", "..")]
-            # Inside a container the path may be the host's, which is not mounted: the walk ends at the mount anyway.
-            for count in range(len(parts), -1, -1):
-                for base in bases:
-                    yield version, "/".join([base, *parts[:count]])
-
-    def cpu_quota(self) -> float | None:
-        """How many CPUs' time the control groups (v1 or v2) allow at the tightest level; None without limit."""
-        quotas = []
-        for version, directory in self._cgroup_directories("cpu"):
-            if version == 2:
-                fields = (self.read(f"{directory}/cpu.max") or "").split()
-            else:
-                fields = [self.read(f"{directory}/cpu.cfs_{part}_us") or "" for part in ("quota", "period")]
-            if len(fields) == 2 and all(field.isdigit() for field in fields) and int(fields[1]) > 0:
-                quotas.append(int(fields[0]) / int(fields[1]))
-        return min(quotas, default=None)
-
-    def memory_limit_bytes(self) -> int | None:
-        """What the control groups allow, the tightest of all levels; None without limit."""
-        limits = []
-        for version, directory in self._cgroup_directories("memory"):
-            name = "memory.max" if version == 2 else "memory.limit_in_bytes"
-            value = self.read(f"{directory}/{name}") or ""
-            if value.isdigit() and int(value) < 1 << 60:  # v1 writes a huge number for "none".
-                limits.append(int(value))
-        return min(limits, default=None)
-
-    def memory_bytes(self) -> int | None:
-        """The machine's memory."""
-        match = re.search(r"^MemTotal:\s+(\d+) kB", self.read("/proc/meminfo") or "", re.MULTILINE)
-        return int(match[1]) * 1024 if match else None
-
-    def usable_cpus(self) -> int:
-        """How many threads can run at once: affinity (cpuset) and quota, rounded down, at least 1."""
-        quota = self.cpu_quota()
-        return max(1, min(self.affinity, math.floor(quota) if quota is not None else self.affinity))
-
-    def cpu_name(self) -> str:
-        """The name of the CPU."""
-        info = self.read("/proc/cpuinfo") or ""
-        match = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-        implementer = re.search(r"^CPU implementer\s*:\s*(0x[0-9a-f]+)$", info, re.MULTILINE)
-        part = re.search(r"^CPU part\s*:\s*(0x[0-9a-f]+)$", info, re.MULTILINE)
-        if implementer and part:
-            key = (int(implementer[1], 16), int(part[1], 16))
-            return _ARM_CORES.get(key, f"Arm core {part[1]} of implementer {implementer[1]}")
-        return match[1] if match else "unknown"
-
-    def emulated_on(self) -> str | None:
-        """The architecture that really computes if this process is emulated (QEMU user mode), else None."""
-        ours = {"x86_64": "x86", "amd64": "x86", "aarch64": "arm", "arm64": "arm"}
-        own = ours.get(self.architecture)
-        # uname is translated by the emulator; these files are the host kernel's.
-        kernel = self.read("/proc/sys/kernel/arch")
-        if own and kernel in ours and ours[kernel] != own:
-            return kernel
-        modalias = self.read("/sys/devices/system/cpu/modalias") or ""
-        if own == "arm" and "type:x86" in modalias:
-            return "x86_64"
-        if own == "arm" and re.search(r"^vendor_id\s*:", self.read("/proc/cpuinfo") or "", re.MULTILINE):
-            return "x86_64"
-        return None
 
 
 def diagnose(machine: Machine | None = None) -> list[Finding]:

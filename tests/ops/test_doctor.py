@@ -17,11 +17,40 @@ import torch
 import torch_ext
 from torch_ext import doctor
 from torch_ext.doctor import Finding, Machine
+from torch_ext.machine import name_cpu
 
 GRAVITON3 = """processor\t: 0
 Features\t: fp asimd asimddp sve asimdfhm svebf16 i8mm bf16 dgh rng
 CPU implementer\t: 0x41
 CPU part\t: 0xd40
+"""
+
+COBALT100 = """processor\t: 0
+BogoMIPS\t: 2000.00
+Features\t: fp asimd asimddp sve i8mm bf16
+CPU implementer\t: 0x6d
+CPU architecture: 8
+CPU variant\t: 0x0
+CPU part\t: 0xd49
+CPU revision\t: 0
+"""
+
+OLD_KERNEL = """Processor\t: AArch64 Processor rev 4 (aarch64)
+processor\t: 0
+processor\t: 1
+
+Features\t: fp asimd
+CPU implementer\t: 0x41
+CPU part\t: 0xd03
+"""
+
+COMPAT = "model name\t: ARMv8 Processor rev 1 (v8l)\n"
+
+MOUNTED_V2 = "31 23 0:28 {root} {point} rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
+
+MOUNTED_V1 = """32 31 0:29 /docker/1 /sys/fs/cgroup/cpu,cpuacct ro,nosuid master:15 - cgroup cgroup rw,cpu,cpuacct
+35 31 0:32 /docker/1 /sys/fs/cgroup/memory ro,nosuid - cgroup cgroup rw,memory
+40 31 0:37 /docker/1 /sys/fs/cgroup/systemd ro,nosuid - cgroup cgroup rw,xattr,name=systemd
 """
 
 
@@ -85,6 +114,89 @@ def find(findings: list[Finding], name: str) -> Finding:
             6,
         ),
         ({"proc/self/cgroup": "nonsense\n0::\n", "sys/fs/cgroup/cpu.max": "garbage"}, 6, None, 6),
+        ({"proc/self/cgroup": "0::/\n", "proc/self/mountinfo": "x\n1 2 - cgroup2\n"}, 6, None, 6),
+        # v2, mounted elsewhere, under a name with a blank.
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "proc/self/mountinfo": MOUNTED_V2.format(root="/", point="/mnt/control\\040groups"),
+                "mnt/control groups/cpu.max": "max 100000",
+                "mnt/control groups/a/cpu.max": "400000 100000",
+                "mnt/control groups/a/b/cpu.max": "max 100000",
+                "sys/fs/cgroup/a/b/cpu.max": "100000 100000",
+            },
+            64,
+            4,
+            4,
+        ),
+        # v2, a group nested in a container's, which is mounted under the host's path; a pod's quota above both.
+        (
+            {
+                "proc/self/cgroup": "0::/pod7/box/inner/leaf\n",
+                "proc/self/mountinfo": MOUNTED_V2.format(root="/pod7/box", point="/sys/fs/cgroup"),
+                "sys/fs/cgroup/cpu.max": "800000 100000",
+                "sys/fs/cgroup/inner/cpu.max": "350000 100000",
+                "sys/fs/cgroup/inner/leaf/cpu.max": "max 100000",
+            },
+            64,
+            3.5,
+            3,
+        ),
+        # v2, the mounted group has a name that only begins like that of the process.
+        (
+            {
+                "proc/self/cgroup": "0::/box2\n",
+                "proc/self/mountinfo": MOUNTED_V2.format(root="/box", point="/sys/fs/cgroup"),
+                "sys/fs/cgroup/cpu.max": "600000 100000",
+                "sys/fs/cgroup/2/cpu.max": "100000 100000",
+            },
+            64,
+            6,
+            6,
+        ),
+        # v2, every level of a deep tree: the third has the least.
+        (
+            {
+                "proc/self/cgroup": "0::/a/b/c/d/e\n",
+                "proc/self/mountinfo": MOUNTED_V2.format(root="/", point="/sys/fs/cgroup"),
+                **{
+                    f"sys/fs/cgroup/{path}/cpu.max": f"{quota}00000 100000"
+                    for path, quota in {"a": 9, "a/b": 8, "a/b/c": 2, "a/b/c/d": 7, "a/b/c/d/e": 5}.items()
+                },
+            },
+            64,
+            2,
+            2,
+        ),
+        # v1 in Docker without a namespace, a group nested in the container's; another controller's quota is none.
+        (
+            {
+                "proc/self/cgroup": "4:cpuacct,cpu:/docker/1/inner\n3:memory:/docker/1\n",
+                "proc/self/mountinfo": MOUNTED_V1,
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "800000",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+                "sys/fs/cgroup/cpu,cpuacct/inner/cpu.cfs_quota_us": "150000",
+                "sys/fs/cgroup/cpu,cpuacct/inner/cpu.cfs_period_us": "50000",
+                "sys/fs/cgroup/memory/cpu.cfs_quota_us": "100000",
+                "sys/fs/cgroup/memory/cpu.cfs_period_us": "100000",
+            },
+            64,
+            3,
+            3,
+        ),
+        # v1 and v2 side by side: both count.
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/docker/1\n0::/docker/1/x\n",
+                "proc/self/mountinfo": MOUNTED_V1 + MOUNTED_V2.format(root="/docker/1", point="/sys/fs/cgroup/unified"),
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "800000",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+                "sys/fs/cgroup/unified/x/cpu.max": "500000 100000",
+            },
+            64,
+            5,
+            5,
+        ),
     ],
 )
 def test_usable_cpus(tmp_path: Path, files: dict[str, str], affinity: int, quota: float | None, usable: int) -> None:
@@ -113,7 +225,40 @@ def test_memory(tmp_path: Path) -> None:
     assert (finding.status, finding.detail) == ("WARN", "512 MiB (limit of the container)")
     v1 = {"proc/self/cgroup": "3:memory:/x\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}
     assert machine(tmp_path / "c", v1).memory_limit_bytes() is None
+    assert machine(tmp_path / "c", v1).available_memory_bytes() is None
     assert find(doctor.diagnose(machine(tmp_path / "d", {})), "memory").detail == "size unknown"
+
+
+def test_memory_of_nested_groups(tmp_path: Path) -> None:
+    files = {
+        "proc/meminfo": "MemTotal:  16384000 kB\nMemFree:  100 kB\nMemAvailable:  8192000 kB\n",
+        "proc/self/cgroup": "0::/box/inner/leaf\n",
+        "proc/self/mountinfo": MOUNTED_V2.format(root="/box", point="/sys/fs/cgroup"),
+        "sys/fs/cgroup/memory.max": str(900 << 20),
+        "sys/fs/cgroup/memory.current": str(850 << 20),
+        "sys/fs/cgroup/inner/memory.max": str(700 << 20),
+        "sys/fs/cgroup/inner/memory.current": str(200 << 20),
+        "sys/fs/cgroup/inner/leaf/memory.max": "max",
+        "sys/fs/cgroup/inner/leaf/memory.current": str(100 << 20),
+    }
+    nested = machine(tmp_path / "v2", files)
+    assert nested.memory_limit_bytes() == 700 << 20
+    # The group with the least limit is not the one with the least room.
+    assert nested.available_memory_bytes() == 50 << 20
+    old = machine(
+        tmp_path / "v1",
+        {
+            "proc/meminfo": files["proc/meminfo"],
+            "proc/self/cgroup": "3:memory:/docker/1/inner\n",
+            "proc/self/mountinfo": MOUNTED_V1,
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+            "sys/fs/cgroup/memory/inner/memory.limit_in_bytes": str(300 << 20),
+            "sys/fs/cgroup/memory/inner/memory.usage_in_bytes": str(400 << 20),
+        },
+    )
+    assert old.memory_limit_bytes() == 300 << 20
+    assert old.available_memory_bytes() == 0
+    assert machine(tmp_path / "free", {"proc/meminfo": files["proc/meminfo"]}).available_memory_bytes() == 8192000 << 10
 
 
 @pytest.mark.parametrize(
@@ -139,9 +284,57 @@ def test_cpu(tmp_path: Path) -> None:
     detail = find(doctor.diagnose(machine(tmp_path, {"proc/cpuinfo": GRAVITON3})), "cpu").detail
     assert detail == "Neoverse V1 (Graviton3), aarch64: asimddp bf16 i8mm sve svebf16"
     other = GRAVITON3.replace("0xd40", "0xfff")
-    assert machine(tmp_path, {"proc/cpuinfo": other}).cpu_name() == "Arm core 0xfff of implementer 0x41"
+    assert machine(tmp_path, {"proc/cpuinfo": other}).cpu_name() == "implementer 0x41 part 0xfff"
     assert machine(tmp_path, {"proc/cpuinfo": "model name\t: Xeon\n"}).cpu_name() == "Xeon"
-    assert machine(tmp_path, {"proc/cpuinfo": ""}).cpu_name() == "unknown"
+    assert machine(tmp_path, {"proc/cpuinfo": ""}).cpu_name() == "unknown aarch64 CPU"
+    # A sandbox hides /proc/cpuinfo, or what matters of it; the register itself is in /sys.
+    midr = {"sys/devices/system/cpu/cpu0/regs/identification/midr_el1": "0x00000000411fd401\n"}
+    assert machine(tmp_path, {"proc/cpuinfo": "processor\t: 0\n", **midr}).cpu_name() == "Neoverse V1 (Graviton3)"
+
+
+def arm_cpuinfo(*cores: tuple[int, int], model: str = "") -> str:
+    """As Linux prints it on aarch64: one block for each CPU."""
+    return "\n".join(
+        f"processor\t: {index}\n{model}BogoMIPS\t: 50.00\nFeatures\t: fp asimd evtstrm aes\n"
+        f"CPU implementer\t: {implementer:#04x}\nCPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: {part:#05x}\n"
+        "CPU revision\t: 1\n"
+        for index, (implementer, part) in enumerate(cores)
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (arm_cpuinfo((0x41, 0xD0C)), "Neoverse N1 (Graviton2, Ampere Altra)"),
+        (arm_cpuinfo((0x41, 0xD40)), "Neoverse V1 (Graviton3)"),
+        (arm_cpuinfo((0x41, 0xD49)), "Neoverse N2 (Yitian 710)"),
+        (COBALT100, "Cobalt 100 (Neoverse N2)"),
+        (arm_cpuinfo((0x41, 0xD4F)), "Neoverse V2 (Graviton4, Axion C4A, Grace)"),
+        (arm_cpuinfo((0x41, 0xD84)), "Neoverse V3 (Graviton5)"),
+        (arm_cpuinfo((0x41, 0xD8E)), "Neoverse N3 (Axion N4A)"),
+        (arm_cpuinfo((0xC0, 0xAC3)), "AmpereOne"),
+        # Many cores, of one kind.
+        (arm_cpuinfo(*[(0x41, 0xD40)] * 128), "Neoverse V1 (Graviton3)"),
+        # Of several kinds, and not in groups.
+        (arm_cpuinfo(*[(0x41, 0xD05), (0x41, 0xD0B)] * 4), "4x Cortex-A55 + 4x Cortex-A76"),
+        (arm_cpuinfo(*[(0x41, 0xD99)] * 4, (0x41, 0xD85)), "4x implementer 0x41 part 0xd99 + 1x Cortex-X925"),
+        # Without a known name, and of a known implementer: a Mac's virtual machine.
+        (arm_cpuinfo((0x41, 0xD99)), "implementer 0x41 part 0xd99"),
+        (arm_cpuinfo((0x00, 0x000)), "implementer 0x00 part 0x000"),
+        (arm_cpuinfo((0x61, 0x000)), "Apple implementer 0x61 part 0x000"),
+        # What a kernel prints for 32-bit programs is no name; a vendor's own is.
+        (arm_cpuinfo((0x41, 0xD0C), model=COMPAT), "Neoverse N1 (Graviton2, Ampere Altra)"),
+        (arm_cpuinfo((0x70, 0x999), model=COMPAT), "Phytium implementer 0x70 part 0x999"),
+        (arm_cpuinfo((0x70, 0x999), model="model name\t: FT-2000+/64\n"), "FT-2000+/64"),
+        # An old kernel: all processors first, then the numbers once.
+        (OLD_KERNEL, "Cortex-A53"),
+        ("vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 7571 \nmodel name\t: other\n", "AMD EPYC 7571"),
+        ("model name\t:\nflags\t: fpu\n", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_cpu_names(cpuinfo: str, name: str | None) -> None:
+    assert name_cpu(cpuinfo) == name
 
 
 @pytest.mark.parametrize(

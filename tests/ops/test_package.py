@@ -21,6 +21,7 @@ MODULES = (
     "torch_ext.nn",
     "torch_ext.encoder",
     "torch_ext.doctor",
+    "torch_ext.machine",
 )
 
 
