@@ -22,12 +22,13 @@ from tokenizers import Tokenizer
 
 from deploy.bundle import VARIANTS, Machine, load_manifest
 from deploy.export.cli import main
-from deploy.export.machine import machine
+from deploy.export.machine import cpu_name, machine, usable_cpus
 from deploy.onnx_session import kernels, session_options
 from deploy.server.engines import EmbedOptions, load_engine
+from deploy.server.threads import available_cpus
 from deploy.server.tokens import TextTokenizer
 from deploy.texts import sample
-from torch_ext import Encoder, Head, isa_report
+from torch_ext import Encoder, Head, doctor, isa_report
 
 TEXTS = ["A short one.", "Return the number of items, and raise ValueError if there are none of them at all.", "x"]
 TASKS = {
@@ -199,13 +200,19 @@ ARM = "BogoMIPS\t: 2\nFeatures\t: fp asimd asimddp sve i8mm\nCPU implementer\t: 
     ("cpuinfo", "cpu", "instruction_sets"),
     [
         (X86, "AMD EPYC 7571", ("avx2", "fma")),
-        (ARM, "Neoverse V1", ("asimd", "asimddp", "i8mm", "sve")),
-        ("", platform.machine(), ()),
+        (ARM, "Neoverse V1 (Graviton3)", ("asimd", "asimddp", "i8mm", "sve")),
+        ("", f"unknown {platform.machine()} CPU", ()),
     ],
 )
 def test_machines_are_described(cpuinfo: str, cpu: str, instruction_sets: tuple[str, ...]) -> None:
     assert machine(cpuinfo) == Machine(cpu, platform.machine(), instruction_sets)
     assert str(machine(cpuinfo)).startswith(f"{cpu} ({platform.machine()}: ")
+
+
+def test_machine_is_the_one_that_the_doctor_sees() -> None:
+    seen = doctor.Machine()
+    assert (cpu_name(), usable_cpus()) == (seen.cpu_name(), seen.usable_cpus())
+    assert available_cpus() == seen.usable_cpus()
 
 
 def test_tokenizer_has_no_truncation_and_no_padding(minilm_bundle: Path) -> None:
