@@ -93,9 +93,9 @@ except ImportError:
     if not any("torch_ext.doctor" in argument for argument in sys.orig_argv):
         raise
 else:
-    import torch_ext.flops  # noqa: F401 (registers what FlopCounterMode counts)
     from torch_ext.accelerate import Acceleration, accelerate
     from torch_ext.encoder import Encoder, EncoderSpec, Head, HeadSpec
+    from torch_ext.flops import register_when_imported as _register_flop_formulas
     from torch_ext.nn import PackedLinear, optimize
     from torch_ext.ops import (
         add_layer_norm,
@@ -116,3 +116,5 @@ else:
         unpack_linear_weight_int8,
         varlen_attention,
     )
+
+    _register_flop_formulas()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,40 @@ def count(function: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function()
     return counter.get_total_flops()
+
+
+COUNT = """
+import sys, torch
+{first}
+import torch_ext
+before = 'torch.utils.flop_counter' in sys.modules
+{then}
+from torch.utils.flop_counter import FlopCounterMode
+packed = torch_ext.pack_linear_weight(torch.ones(13, 24))
+with FlopCounterMode(display=False) as counter:
+    torch_ext.linear(torch.ones(5, 24), packed)
+print(before, counter.get_total_flops() == 2 * 5 * 24 * 13)
+"""
+
+IMPORT_TWICE = """
+import importlib, inspect, threading
+threads = [threading.Thread(target=importlib.import_module, args=["torch.utils.flop_counter"]) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert "class FlopCounterMode" in inspect.getsource(sys.modules["torch.utils.flop_counter"])
+importlib.reload(sys.modules["torch.utils.flop_counter"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "before"),
+    [("", "", False), ("import torch.utils.flop_counter", "", True), ("", IMPORT_TWICE, False)],
+    ids=["after torch_ext", "before torch_ext", "by threads, and again"],
+)
+def test_the_counter_is_imported_when_it_is_needed(first: str, then: str, before: bool) -> None:
+    program = COUNT.format(first=first, then=then)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == [str(before), "True"], done.stderr
 
 
 def test_products(generator: torch.Generator) -> None:
