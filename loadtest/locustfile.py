@@ -10,8 +10,10 @@ slows down is sent less (``--think-time-s`` adds a pause). A request counts if i
 ``--warm-up-s`` has passed. No request is cut off at the end: those under way are waited for, and count. A user that is
 refused waits as ``Retry-After`` says, at most a second.
 
-Exit code: 0 if the limits are kept, 1 if one is missed, 2 if the test could not start. Without limits: 1 on any error.
-With several processes or machines (``--processes``, ``--master``, ``--worker``) the master alone judges.
+Exit code: 0 if the limits are kept, 1 if one is missed, 2 if the test could not start or is void. Without limits: 1 on
+any error. With several processes or machines (``--processes``, ``--master``, ``--worker``) the master alone judges. A
+run is void if one of its workers is lost: killed, cut off, or gone before the master ended the run. The master then
+ends it at once.
 """
 
 # Locust's events carry no annotations.
@@ -24,6 +26,7 @@ import html
 import json
 import logging
 import random
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -49,10 +52,17 @@ from loadtest.tasks import TASKS, InvalidResponseError, Task, Traits, insert_mas
 
 logger = logging.getLogger("loadtest")
 
-EXIT_KEPT, EXIT_MISSED, EXIT_CANNOT_START = 0, 1, 2
+EXIT_KEPT, EXIT_MISSED, EXIT_VOID = 0, 1, 2
+EXIT_CANNOT_START = EXIT_VOID
 
 # Messages between master and workers.
 START, FINISH, FINISHED = "loadtest_start", "loadtest_finish", "loadtest_finished"
+
+SILENCE_S = 10.0
+"""A worker is lost if its master hears nothing from it for so long; heartbeats come every second."""
+
+FORKED_WORKERS_WAIT_S = 60.0
+"""How long a master waits for its own processes (``--processes``), unless ``--expect-workers-max-wait`` says."""
 
 UNCOUNTED = EventHook()
 """Where requests that do not count are reported: nobody listens."""
@@ -89,7 +99,10 @@ class Session:
         ends_s: When requests ceased to be sent; None before that.
         in_flight: Requests that count and have no answer yet.
         warm_up: The greenlet that waits for the end of the warm-up.
-        finished_workers: Of each worker that has nothing under way any more, for how many seconds its requests counted.
+        handed_over: Whether this worker has sent its last report.
+        finished_workers: Of each worker that has sent its last report, for how many seconds its requests counted.
+        heard_s: When the master last heard from each worker that takes part, on the monotonic clock.
+        lost: Why the run is void, by worker.
     """
 
     runner: Any
@@ -104,7 +117,10 @@ class Session:
     ends_s: float | None = None
     in_flight: int = 0
     warm_up: gevent.Greenlet | None = None
+    handed_over: bool = False
     finished_workers: dict[str, float] = field(default_factory=dict)
+    heard_s: dict[str, float] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
 
     @property
     def counting(self) -> bool:
@@ -133,6 +149,37 @@ class Session:
         if self.ends_s is None:
             self.ends_s = time.monotonic()
 
+    def hand_over(self) -> None:
+        """Ends a worker's part: sends no more, waits for answers, and gives its last report to the master."""
+        self.stop_sending()
+        self.wait_for_answers()
+        self.runner._send_stats()
+        self.runner.send_message(FINISHED, {"measured_s": self.measured_s})
+        self.handed_over = True
+
+    def is_silent(self, worker: str) -> bool:
+        """Whether nothing more will come from a worker: it has quit, or was not heard of for too long."""
+        return worker not in self.runner.clients or time.monotonic() - self.heard_s[worker] > SILENCE_S
+
+    def lose(self, worker: str, reason: str) -> None:
+        """Makes the run void.
+
+        Args:
+            worker: Its name, as Locust gives it.
+            reason: What happened to it, such as "quit during the run".
+        """
+        if worker not in self.lost:
+            self.lost[worker] = f"worker {worker} {reason}: its part of the load is missing; run the test again"
+            logger.error("the run is void: %s", self.lost[worker])
+
+    def look_for_losses(self) -> None:
+        """Notes workers that went while the test runs."""
+        for worker in self.heard_s.keys() - self.finished_workers.keys():
+            if worker not in self.runner.clients:
+                self.lose(worker, "quit during the run (its own output says why)")
+            elif self.is_silent(worker):
+                self.lose(worker, f"was not heard of for {SILENCE_S:g} s (killed, halted, or cut off from the master)")
+
     def wait_for_answers(self) -> None:
         """Waits until no request that counts is under way."""
         deadline_s = time.monotonic() + self.options.request_timeout_s + 1
@@ -144,6 +191,9 @@ class Session:
 
 _session: Session | None = None
 """The test of this process: Locust's users and event listeners have nothing else in common."""
+
+_interrupted = False
+"""Whether this master was interrupted. Ctrl-C reaches processes of ``--processes`` as well, which may be quicker."""
 
 
 def read_texts(options: Options, endpoint: Task, traits: Traits, rng: random.Random) -> list[str]:
@@ -188,9 +238,12 @@ def on_init(environment: Environment, **_: Any) -> None:
         environment.process_exit_code = EXIT_KEPT
         runner.register_message(START, on_start)
         runner.register_message(FINISH, on_finish, concurrent=True)
+        # Listeners of this event are called last to first: before Locust's own, which takes leave of the master.
+        environment.events.quitting.add_listener(on_worker_quitting)
         return
     if isinstance(runner, MasterRunner):
         runner.register_message(FINISHED, on_finished)
+        note_interrupts()
     # In the web interface, the host can still be typed in.
     if environment.host or environment.web_ui is None:
         try:
@@ -198,6 +251,41 @@ def on_init(environment: Environment, **_: Any) -> None:
         except CannotStartError as error:
             print(f"loadtest: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_CANNOT_START)
+    if isinstance(runner, MasterRunner) and environment.web_ui is None:
+        gevent.spawn(expect_workers, environment)
+
+
+def note_interrupts() -> None:
+    """Has an interrupt of this process noted, before it does what it did."""
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual):
+        return
+
+    def note(number: int, frame: Any) -> Any:
+        global _interrupted
+        _interrupted = True
+        return usual(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+
+
+def expect_workers(environment: Environment) -> None:
+    """Ends a master whose workers do not all connect in time, before Locust does with the code of a missed limit."""
+    parsed: Any = environment.parsed_options
+    runner: Any = environment.runner
+    limit_s = parsed.expect_workers_max_wait or (FORKED_WORKERS_WAIT_S if parsed.processes else 0)
+    if not limit_s:
+        return
+    gevent.sleep(limit_s)
+    if _session is None and runner.worker_count < parsed.expect_workers:
+        print(
+            f"loadtest: expected {parsed.expect_workers} workers within {limit_s:g} s, got {runner.worker_count}: do "
+            "the others run, and is their --master-host right?",
+            file=sys.stderr,
+            flush=True,
+        )
+        runner.quit()
+        sys.exit(EXIT_CANNOT_START)  # gevent raises it in the main greenlet.
 
 
 @events.test_start.add_listener
@@ -210,12 +298,48 @@ def on_test_start(environment: Environment, **_: Any) -> None:
     except CannotStartError as error:
         print(f"loadtest: {error}", file=sys.stderr, flush=True)
         _session = None
-        if not isinstance(runner, WorkerRunner):
-            environment.process_exit_code = EXIT_CANNOT_START
+        environment.process_exit_code = EXIT_CANNOT_START
         # Not from within this listener: the runner is still starting.
-        gevent.spawn(runner.quit if environment.web_ui is None else runner.stop)
+        gevent.spawn(end, environment)
         return
     TextUser.network_timeout = TextUser.connection_timeout = _session.options.request_timeout_s
+    if isinstance(runner, MasterRunner):
+        now_s = time.monotonic()
+        _session.heard_s = {client.id: now_s for client in [*runner.clients.ready, *runner.clients.running]}
+        gevent.spawn(watch_workers, _session, environment)
+
+
+def watch_workers(session: Session, environment: Environment) -> None:
+    """Ends a master's test once it is void: the rest of it would be waste."""
+    while session.ends_s is None and not session.lost:
+        gevent.sleep(0.2)
+        if session.ends_s is None:
+            session.look_for_losses()
+    if session.lost:
+        end(environment)
+
+
+def end(environment: Environment) -> None:
+    """Ends the test, and without a web interface the process."""
+    runner: Any = environment.runner
+    if environment.web_ui is None:
+        runner.quit()
+    else:
+        runner.stop()
+
+
+@events.worker_connect.add_listener
+def on_worker_connect(client_id: str, **_: Any) -> None:
+    """Counts a worker that comes while the test runs among those that take part."""
+    if _session is not None and _session.ends_s is None:
+        _session.heard_s[client_id] = time.monotonic()
+
+
+@events.heartbeat_sent.add_listener
+def on_heartbeat_sent(client_id: str, **_: Any) -> None:
+    """The master has answered a worker's heartbeat."""
+    if _session is not None and client_id in _session.heard_s:
+        _session.heard_s[client_id] = time.monotonic()
 
 
 @events.spawning_complete.add_listener
@@ -321,6 +445,8 @@ def on_report_to_master(data: dict[str, Any], **_: Any) -> None:
 def on_worker_report(client_id: str, data: Mapping[str, Any], **_: Any) -> None:
     """Adds a worker's counts to the master's; a worker that came late is told to start counting."""
     if _session is not None and "loadtest" in data:
+        if client_id in _session.heard_s:
+            _session.heard_s[client_id] = time.monotonic()
         _session.collector.merge(Collector.from_wire(data["loadtest"]))
         if _session.counting and not data["loadtest_counting"]:
             _session.runner.send_message(START, client_id=client_id)
@@ -337,15 +463,19 @@ def on_test_stopping(environment: Environment, **_: Any) -> None:
     if not isinstance(runner, MasterRunner):
         session.wait_for_answers()
         return
+    if not _interrupted:
+        session.look_for_losses()
     runner.send_message(FINISH)
     deadline_s = time.monotonic() + session.options.request_timeout_s + 5
-    while True:
-        missing = {client.id for client in runner.clients.all} - session.finished_workers.keys()
-        if not missing or time.monotonic() > deadline_s:
+    while missing := session.heard_s.keys() - session.finished_workers.keys():
+        if time.monotonic() > deadline_s or all(session.is_silent(worker) for worker in missing):
             break
         gevent.sleep(0.02)
-    if missing:
-        logger.error("no last report from %d worker(s): their last requests do not count", len(missing))
+    for worker in missing:
+        session.lose(worker, "sent no last report (killed, halted, or cut off from the master)")
+    if session.lost:
+        # Not from within this listener: the runner is still stopping.
+        gevent.spawn(end, environment)
 
 
 def on_start(**_: Any) -> None:
@@ -356,20 +486,27 @@ def on_start(**_: Any) -> None:
 
 def on_finish(environment: Environment, **_: Any) -> None:
     """A worker sends no more, waits for answers, reports, and says so."""
-    runner: Any = environment.runner
-    measured_s = 0.0
     if _session is not None:
-        _session.stop_sending()
-        _session.wait_for_answers()
-        measured_s = _session.measured_s
-    runner._send_stats()
-    runner.send_message(FINISHED, {"measured_s": measured_s})
+        _session.hand_over()
+    else:
+        runner: Any = environment.runner
+        runner.send_message(FINISHED, {"measured_s": 0.0})
 
 
 def on_finished(msg: Any, **_: Any) -> None:
     """The master notes that a worker is done. Its last report came before, on the same connection."""
     if _session is not None:
         _session.finished_workers[msg.node_id] = msg.data["measured_s"]
+        if _session.ends_s is None and not _interrupted:
+            _session.lose(msg.node_id, "left during the run (its own output says why)")
+
+
+def on_worker_quitting(environment: Environment, **_: Any) -> None:
+    """A worker that leaves by itself, or has lost its master, hands over what it has, and says so."""
+    if _session is not None and not _session.handed_over:
+        print("loadtest: this worker leaves before its master has ended the run", file=sys.stderr, flush=True)
+        environment.process_exit_code = EXIT_VOID
+        _session.hand_over()
 
 
 @events.quitting.add_listener
@@ -397,7 +534,7 @@ def on_quitting(environment: Environment, **_: Any) -> None:
     if crashes:
         verdicts.append((False, f"{crashes} exceptions in the load test itself, see above"))
     kept = all(passed for passed, _ in verdicts)
-    environment.process_exit_code = EXIT_KEPT if kept else EXIT_MISSED
+    environment.process_exit_code = EXIT_VOID if session.lost else EXIT_KEPT if kept else EXIT_MISSED
     summary = {
         "task": session.task.name,
         "path": session.task.path,
@@ -411,7 +548,8 @@ def on_quitting(environment: Environment, **_: Any) -> None:
             getattr(runner, "cpu_warning_emitted", False) or getattr(runner, "worker_cpu_warning_emitted", False)
         ),
         "limits": [{"kept": passed, "message": message} for passed, message in verdicts],
-        "kept": kept,
+        "void": list(session.lost.values()),
+        "kept": kept and not session.lost,
     }
     if csv_prefix:
         Path(f"{csv_prefix}_summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -253,7 +253,7 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     """Writes the result of a load test as lines of text.
 
     Args:
-        summary: What `Collector.summary` gives, with the settings of the test and the verdicts beside it.
+        summary: What `Collector.summary` gives, with the settings of the test, the verdicts, and why it is void.
     """
     loop = f"{summary['think_time_s']:g} s mean think time" if summary["think_time_s"] else "closed loop"
     tokens = summary["tokens_per_s"]
@@ -273,7 +273,8 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     if summary["generator_saturated"]:
         lines["note"] = "the load generator used over 90 % of a core: latencies hold its own delay; try --processes 2"
     verdicts = ((("kept" if limit["kept"] else "MISSED"), limit["message"]) for limit in summary["limits"])
-    return [f"{name:10} {text}" for name, text in (*lines.items(), *verdicts)]
+    void = (("VOID", reason) for reason in summary["void"])
+    return [f"{name:10} {text}" for name, text in (*lines.items(), *verdicts, *void)]
 
 
 def _milliseconds(value: float | None) -> str:

@@ -72,7 +72,7 @@ def add_options(parser: _Parser) -> None:
     parser.add_argument(
         "--api-key", default="", env_var="LOADTEST_API_KEY", is_secret=True, help="sent as a bearer token"
     )
-    group = parser.add_argument_group("Limits that decide the exit code (0 kept, 1 missed)")
+    group = parser.add_argument_group("Limits that decide the exit code (0 kept, 1 missed, 2 not started or void)")
     add = group.add_argument
     add("--slo-p95-ms", type=float, metavar="MS", help="95 %% of the right answers take at most that long")
     add(

@@ -188,11 +188,24 @@ class Run:
         return rows
 
 
-def start_locust(*arguments: str) -> subprocess.Popen[str]:
-    """Starts Locust with this repository's load test; the caller ends it."""
+def start_locust(*arguments: str, heartbeat_timeout_s: float = 60) -> subprocess.Popen[str]:
+    """Starts Locust with this repository's load test; the caller ends it.
+
+    Args:
+        arguments: Locust's.
+        heartbeat_timeout_s: After how long a worker gives its master up; Locust has no option for it.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
+    program = "from locust import main, runners; runners.MASTER_HEARTBEAT_TIMEOUT = {}; main.main()"
     return subprocess.Popen(
-        [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), *arguments],
+        [
+            sys.executable,
+            "-c",
+            program.format(heartbeat_timeout_s),
+            "-f",
+            str(ROOT / "loadtest" / "locustfile.py"),
+            *arguments,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -226,6 +227,106 @@ def judged_by_master(stub: Stub, tmp_path: Path, limit_ms: str, code: int) -> No
     assert int(aggregated(run)["Request Count"]) == run.summary["requests"]
     assert 0 < run.summary["requests"] <= stub.served[200]
     assert run.summary["requests"] == pytest.approx(run.summary["measured_s"] * run.summary["requests_per_s"], rel=1e-3)
+
+
+Processes = tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]
+
+
+@contextlib.contextmanager
+def distributed(stub: Stub, *arguments: str, run_time: str = "90s", timeout_s: float = 60) -> Iterator[Processes]:
+    """A master and two workers under load, in a run that no test waits for."""
+    stub.delay_s = 0.02
+    port = str(free_port())
+    worker = ("--worker", "--master-host", "127.0.0.1", "--master-port", port, *OWN_TEXTS)
+    workers = [start_locust(*worker, heartbeat_timeout_s=timeout_s) for _ in range(2)]
+    master = start_locust(
+        *("--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--expect-workers", "2"),
+        *("--host", stub.host, "--headless", "-u", "4", "-r", "100", "-t", run_time, "--warm-up-s", "0"),
+        *("--only-summary", "--slo-p95-ms", "60000", *arguments, *OWN_TEXTS),
+    )
+    try:
+        deadline_s = time.monotonic() + 60
+        while stub.served[200] < 50 and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert stub.served[200] >= 50, "no load within a minute"
+        yield master, workers
+    finally:
+        for process in (master, *workers):
+            process.kill()
+            process.communicate()
+
+
+def losing(stub: Stub, number: signal.Signals, reason: str) -> None:
+    """Sends a signal to one of two workers: the master ends the run, which is void, and so do the others."""
+    with distributed(stub) as (master, (lost, other)):
+        lost.send_signal(number)
+        output, _ = master.communicate(timeout=60)
+        assert master.returncode == 2, output
+        (line,) = (line for line in output.splitlines() if line.startswith("VOID"))
+        assert reason in line
+        assert line.endswith("its part of the load is missing; run the test again")
+        # Whatever was counted is still shown.
+        assert "kept       p95" in output
+        # The other one has done nothing wrong.
+        others, _ = other.communicate(timeout=60)
+        assert other.returncode == 0, others
+        if number == signal.SIGTERM:
+            printed, _ = lost.communicate(timeout=60)
+            assert lost.returncode == 2, printed
+            assert "this worker leaves before its master has ended the run" in printed
+
+
+def losing_the_master(stub: Stub) -> None:
+    with distributed(stub, timeout_s=3) as (master, workers):
+        master.kill()
+        for worker in workers:
+            output, _ = worker.communicate(timeout=60)
+            assert worker.returncode == 2, output
+            assert "this worker leaves before its master has ended the run" in output
+
+
+def losing_at_the_end(stub: Stub) -> None:
+    """Halted so late that the master hears of it only by the last report that does not come."""
+    with distributed(stub, run_time="8s") as (master, (lost, _)):
+        lost.send_signal(signal.SIGSTOP)
+        output, _ = master.communicate(timeout=60)
+        assert master.returncode == 2, output
+        assert output.count("VOID       worker ") == 1, output
+
+
+def test_a_lost_worker_makes_the_run_void(stubs: list[Stub]) -> None:
+    together(
+        lambda: losing(stubs[0], signal.SIGKILL, "was not heard of for 10 s"),
+        lambda: losing(stubs[1], signal.SIGTERM, "left during the run"),
+        lambda: losing_at_the_end(stubs[2]),
+    )
+
+
+def test_a_lost_master_and_a_missing_worker(stubs: list[Stub]) -> None:
+    def too_few() -> None:
+        port = str(free_port())
+        master = start_locust(
+            *("--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--expect-workers", "2"),
+            *("--expect-workers-max-wait", "2", "--host", stubs[0].host, "--headless", "-t", "5s", *OWN_TEXTS),
+        )
+        output, _ = master.communicate(timeout=120)
+        assert master.returncode == 2, output
+        assert "loadtest: expected 2 workers within 2 s, got 0: do the others run" in output
+        assert "Traceback" not in output
+
+    together(lambda: losing_the_master(stubs[1]), too_few)
+    assert not stubs[0].texts
+
+
+def test_interrupting_master_and_workers_still_gives_a_verdict(stub: Stub) -> None:
+    """As Ctrl-C does in a terminal, with --processes or in one shell."""
+    with distributed(stub) as (master, workers):
+        for process in (*workers, master):
+            process.send_signal(signal.SIGINT)
+        output, _ = master.communicate(timeout=60)
+        assert master.returncode == 0, output
+        assert "kept       p95" in output
+        assert "VOID" not in output
 
 
 def test_interrupt_still_gives_a_verdict(stub: Stub) -> None:
