@@ -480,7 +480,7 @@ SCRIPTS = [
 
 
 def test_int8_of_the_shortest_texts_and_of_other_scripts(minilm: tuple[nn.Module, Any]) -> None:
-    """What README says of int8: without balanced channels it is coarser, unless what reads a norm stays in bf16."""
+    """As docs/extension.md says: int8 without balanced channels is coarser, unless what reads a norm stays in bf16."""
     torch.set_num_threads(1)
     model, tokenizer = minilm
     ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in (*SHORTEST, *SCRIPTS)]

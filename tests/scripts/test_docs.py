@@ -1,0 +1,65 @@
+"""The documentation: links lead somewhere, pages are found, commands exist, and the README stays short."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("", "docs", "dockerfiles", "benchmarks/results")
+    for path in (ROOT / folder).glob("*.md")
+)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them from headings."""
+    headings = re.findall(r"^#+ +(.+)$", without_code(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = without_code((ROOT / page).read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), f"{page}: {target} leads nowhere"
+        if anchor:
+            assert anchor in anchors(there), f"{page}: {target} names no heading of {there.name}"
+
+
+def test_every_page_is_listed() -> None:
+    listed = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in listed, f"docs/README.md lacks {page.name}"
+        assert f"](docs/{page.name})" in README, f"README.md lacks {page.name}"
+
+
+def test_targets_of_make_exist() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name in re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.MULTILINE):
+            assert name in targets, f"{page}: make {name} is no target"
+
+
+def test_first_screen() -> None:
+    """One sentence, counts before times, a few lines to install and use, CPUs and limits, then links."""
+    assert len(README.splitlines()) <= 120
+    order = ["counted under emulation", "Measured on", "pip install dist/", "make demo` |", "make test` |", "| CPU |",
+             "**Limits.**", "## Documentation"]  # fmt: skip
+    places = [README.index(part) for part in order]
+    assert places == sorted(places)
+    code = "".join(re.findall(r"^```\w+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+    assert len([line for line in code.splitlines() if line]) <= 6
