@@ -18,7 +18,7 @@ die() {
   exit 1
 }
 
-# What a distribution calls its packages is told for Debian and Ubuntu; others will know.
+# The messages name the packages of Debian and Ubuntu.
 check_tools() {
   command -v "$PYTHON" >/dev/null || die "no $PYTHON: install Python 3.10 or newer (Debian, Ubuntu: apt-get install python3 python3-venv)"
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
