@@ -51,8 +51,8 @@ importlib.reload(sys.modules["torch.utils.flop_counter"])
 
 @pytest.mark.parametrize(
     ("first", "then", "before"),
-    [("", "", False), ("import torch.utils.flop_counter", "", True), ("", IMPORT_TWICE, False)],
-    ids=["after torch_ext", "before torch_ext", "by threads, and again"],
+    [("import torch.utils.flop_counter", "", True), ("", IMPORT_TWICE, False)],
+    ids=["before torch_ext", "after torch_ext, by threads, and again"],
 )
 def test_the_counter_is_imported_when_it_is_needed(first: str, then: str, before: bool) -> None:
     program = COUNT.format(first=first, then=then)
