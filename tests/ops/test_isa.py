@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,30 @@ NAMES = {
     "aarch64": {"sve_bf16", "neon_i8mm", "neon_bf16", "neon_dotprod", "neon", "portable"},
     "x86_64": {"amx", "avx512_bf16", "avx512", "onednn", "avx_vnni", "avx2", "torch", "portable"},
 }
+
+# Runs the program argv[1] in a forked process for each instruction set that argv[2] lists (JSON), with the other arguments
+# and the name: torch is imported once, the instruction set is chosen in each. Output and exit codes: JSON.
+FORKING = """
+import json, os, sys, tempfile, torch
+program, names, arguments = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+ended = []
+for name in names:
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        child = os.fork()
+        if child == 0:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+            os.environ["TORCH_EXT_ISA"] = name
+            sys.argv = ["-c", *arguments, name]
+            exec(program, {"__name__": "__main__"})
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        stdout.seek(0)
+        stderr.seek(0)
+        ended.append([os.waitstatus_to_exitcode(status), stdout.read(), stderr.read()])
+print(json.dumps(ended))
+"""
 
 # Runs a layer of every kind; prints what was used, and writes the results.
 PROGRAM = """
@@ -39,7 +64,7 @@ for dtype in (torch.float32, torch.bfloat16):
     x = torch_ext.varlen_attention(x, bounds, 2)
     x = torch_ext.add_layer_norm(x, x, rand(64), rand(64), 1e-5)
     results += [x, torch_ext.pool(x, bounds, "mean", True)]
-torch.save(results, sys.argv[1])
+torch.save(results, sys.argv[1] + sys.argv[3])
 print(json.dumps(torch_ext.isa_report()))
 """
 
@@ -55,10 +80,13 @@ def run(isa: str | None, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True)
 
 
-def results(isa: str | None, seed: int, path: Path) -> tuple[dict[str, object], list[Tensor]]:
-    process = run(isa, "-c", PROGRAM, str(path), str(seed))
+def run_forked(program: str, names: Sequence[str], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """What `program` does under each instruction set."""
+    process = run(None, "-c", FORKING, program, json.dumps(names), *arguments)
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout), torch.load(path)
+    return [
+        subprocess.CompletedProcess([name], *rest) for name, rest in zip(names, json.loads(process.stdout), strict=True)
+    ]
 
 
 def test_report() -> None:
@@ -74,31 +102,42 @@ def test_report() -> None:
         assert entry["supported"] == (set(entry["requires"]) <= set(report["cpu_features"]))
 
 
-def test_best_is_chosen(seed: int, tmp_path: Path) -> None:
-    report, _ = results(None, seed, tmp_path / "results")
+def test_best_is_chosen() -> None:
+    process = run(None, "-c", "import json, torch_ext; print(json.dumps(torch_ext.isa_report()))")
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
     assert report["isa"] == supported()[0]
     assert report["forced"] is False
 
 
 def test_all_give_the_same_results(seed: int, tmp_path: Path) -> None:
-    _, expected = results("portable", seed, tmp_path / "results")
-    for isa in supported():
-        report, actual = results(isa, seed, tmp_path / "results")
-        assert report["isa"] == isa
+    names = supported()
+    for name, process in zip(names, run_forked(PROGRAM, names, f"{tmp_path}/", str(seed)), strict=True):
+        assert process.returncode == 0, process.stderr
+        report = json.loads(process.stdout)
+        assert report["isa"] == name
         assert report["forced"] is True
-        for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+    expected = torch.load(tmp_path / "portable")
+    for name in names:
+        for index, (one, other) in enumerate(zip(torch.load(tmp_path / name), expected, strict=True)):
             similarity = F.cosine_similarity(one.double().flatten(), other.double().flatten(), dim=0)
             # Nine layers in a row, each of which rounds to bf16 where others may not.
-            assert similarity > 0.9995, f"{isa}, result {index}: {similarity}"
+            assert similarity > 0.9995, f"{name}, result {index}: {similarity}"
 
 
-@pytest.mark.parametrize("name", ["avx1024", "NEON", " ", "portable,torch"])
-def test_unknown_names_raise(name: str) -> None:
+def test_unknown_names_raise() -> None:
     program = "import torch, torch_ext; torch_ext.pack_linear_weight(torch.ones(3, 3))"
-    process = run(name, "-c", program)
-    assert process.returncode == 1
-    assert "TORCH_EXT_ISA" in process.stderr
-    assert all(known in process.stderr for known in NAMES[platform.machine()])
+    for process in run_forked(program, ["avx1024", "NEON", " ", "portable,torch"]):
+        assert process.returncode == 1, process.args
+        assert "TORCH_EXT_ISA" in process.stderr
+        assert all(known in process.stderr for known in NAMES[platform.machine()])
+
+
+def test_names_that_this_cpu_lacks_raise() -> None:
+    lacking = sorted(NAMES[platform.machine()] - set(supported()))
+    for process in run_forked("import torch_ext; torch_ext.isa_report()", lacking):
+        assert process.returncode == 1, process.args
+        assert "needs a CPU with" in process.stderr
 
 
 def test_other_architectures_names_raise() -> None:
@@ -112,12 +151,20 @@ PARTS = ("linear", "matmul", "attention", "rows", "encoder", "int8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NAMES[platform.machine()] - {torch_ext.isa_report()["isa"]}))
+@pytest.mark.parametrize("name", sorted(set(supported()) - {torch_ext.isa_report()["isa"]}))
 def test_whole_suite_under(name: str) -> None:
     """The tests of the ops, in a process of their own, on every instruction set that the CPU has."""
-    if name not in supported():
-        assert run(name, "-c", "import torch_ext; torch_ext.isa_report()").returncode == 1
-        return
     files = [str(HERE / f"test_{part}.py") for part in PARTS]
-    process = run(name, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not compile", *files)
+    process = run(
+        name,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not compile and not needs_transformers",
+        *files,
+    )
     assert process.returncode == 0, process.stdout[-4000:]

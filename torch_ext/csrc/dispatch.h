@@ -55,9 +55,10 @@ Dispatch kernels_of(const Isa& isa, uint32_t features);
 /// CPU cannot run.
 const Dispatch& dispatch();
 
-/// The matrix kernels that attention uses for operands of type `t` under this dispatch.
+/// The matrix kernels that attention uses for operands of type `t` under this dispatch. Where bf16 is multiplied in fp32
+/// anyway, its keys and values are widened once, as they are packed.
 inline const GemmKernel& attention_gemm(const Dispatch& d, DType t) {
-  return t == DType::kBF16 ? *d.gemm_bf16 : *d.gemm_f32;
+  return t == DType::kBF16 && d.gemm_bf16->lhs_type == DType::kBF16 ? *d.gemm_bf16 : *d.gemm_f32;
 }
 
 /// JSON: architecture, chosen ISA, candidates with what they require, CPU features, kernel names.
