@@ -115,25 +115,7 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla", 8, gemm_f32_bf16_bf16p12x4_8x12_neon_bfmmla},
 };
 
-constexpr GemmKernel kFamily = {
-    .name = "bf16p12x4",
-    .required_features = kFeatureNeon | kFeatureBf16,
-    .layout = Layout::kBf16Pairs,
-    .nr = kNr,
-    .kr = kKr,
-    .k_step = kKr,
-    .lhs_type = DType::kBF16,
-    .rhs_type = DType::kBF16,
-    .pack_lhs_f32 = pack_rows<float>,
-    .pack_lhs_bf16 = pack_rows<bf16>,
-    .pack_rhs_nxk_f32 = pack_rows<float>,
-    .pack_rhs_nxk_bf16 = pack_rows<bf16>,
-    .pack_rhs_kxn_f32 = pack_cols<float, kNr>,
-    .pack_rhs_kxn_bf16 = pack_cols<bf16, kNr>,
-    .ukernels = kUKernels,
-    .ukernel_count = 4,
-    .softmax_pack = softmax_pack_pairs,
-};
+constexpr GemmKernel kFamily = bf16_pairs_family<kNr>("bf16p12x4", kFeatureNeon | kFeatureBf16, kUKernels);
 
 }  // namespace
 

@@ -97,3 +97,28 @@ void pack_cols(size_t cols, size_t k, const void* src, size_t ld, void* dst) {
     }
   }
 }
+
+/// A family of this layout with panels of kNr columns. Needs softmax_pack.inl.
+template <size_t kNr, size_t kCount>
+constexpr GemmKernel bf16_pairs_family(const char* name, uint32_t required_features,
+                                       const UKernel (&ukernels)[kCount]) {
+  return {
+      .name = name,
+      .required_features = required_features,
+      .layout = Layout::kBf16Pairs,
+      .nr = kNr,
+      .kr = kKr,
+      .k_step = kKr,
+      .lhs_type = DType::kBF16,
+      .rhs_type = DType::kBF16,
+      .pack_lhs_f32 = pack_rows<float>,
+      .pack_lhs_bf16 = pack_rows<bf16>,
+      .pack_rhs_nxk_f32 = pack_rows<float>,
+      .pack_rhs_nxk_bf16 = pack_rows<bf16>,
+      .pack_rhs_kxn_f32 = pack_cols<float, kNr>,
+      .pack_rhs_kxn_bf16 = pack_cols<bf16, kNr>,
+      .ukernels = ukernels,
+      .ukernel_count = kCount,
+      .softmax_pack = softmax_pack_pairs,
+  };
+}
