@@ -34,10 +34,10 @@ from deploy.export.accuracy import Comparison, Result, default_bounds, make_comp
 from deploy.export.engines import Batch, Engine, OnnxEngine, TorchExtEngine, TransformersEngine, batches
 from deploy.export.errors import ExportError, first_line, is_disk_full
 from deploy.export.int8 import BoundMissed, choose_encoder
-from deploy.export.machine import available_memory_bytes, cpu_name, machine, usable_cpus
 from deploy.export.progress import Progress, megabytes, quiet_libraries
 from deploy.export.source import Source
 from deploy.export.staging import Staging
+from deploy.machine import available_memory_bytes, cpu_name, machine, usable_cpus
 from deploy.onnx_session import kernels
 
 if TYPE_CHECKING:

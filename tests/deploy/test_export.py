@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from deploy.bundle import VARIANTS, Machine, load_manifest
 from deploy.export.cli import main
-from deploy.export.machine import machine
+from deploy.machine import machine
 from deploy.onnx_session import kernels, session_options
 from deploy.server.engines import EmbedOptions, load_engine
 from deploy.server.tokens import TextTokenizer
