@@ -1,0 +1,172 @@
+"""The ONNX variants: fp32 through optimum's exporter, int8 through its quantizer.
+
+int8 is optimum's configuration for arm64: weights s8 symmetric per output channel, activations u8 per tensor, quantized
+at run time. Products of activations with activations (attention scores and context) stay in fp32, as in ONNX Runtime's
+own dynamic quantization: one scale for all probabilities of a batch costs accuracy, and they are little of the work.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.bundle import VARIANTS
+from deploy.export.engines import Batch
+from deploy.export.errors import ExportError
+from deploy.onnx_session import session_options
+
+__all__ = ["SHARES_IN_FP32", "export_fp32", "files_of", "quantize_int8", "sensitive_nodes", "variant_bytes"]
+
+_TASKS = {"feature-extraction": "last_hidden_state", "text-classification": "logits", "fill-mask": "logits"}
+_EXTERNAL_FROM_BYTES = 1_900_000_000
+"""protobuf ends at 2 GiB; larger models keep their weights in a file of their own."""
+
+
+SHARES_IN_FP32 = (0.0, 0.1, 0.25, 0.5)
+"""How many of the layers int8 leaves in fp32, the most sensitive ones first, one try after the other."""
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """Files of a variant, its weights file first."""
+    file = VARIANTS[name].file
+    extra = [folder / f"{file}_data", folder / f"{file}.data"]
+    return [folder / file, *(path for path in extra if path.exists())]
+
+
+def variant_bytes(folder: Path, name: str) -> int:
+    """Size of a variant's files."""
+    return sum(path.stat().st_size for path in files_of(folder, name))
+
+
+def export_fp32(model: Any, task: str, work: Path, target: Path) -> None:
+    """Writes a loaded model of transformers as ONNX.
+
+    Args:
+        model: In evaluation mode, fp32.
+        task: One of the bundle's tasks.
+        work: Empty folder for what optimum writes beside it.
+        target: Path of the file.
+
+    Raises:
+        ExportError: The exported graph does not have the inputs and outputs that the server expects.
+    """
+    import onnx
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    onnx_export_from_model(model, output=work, task=task, do_validation=False, monolith=True, device="cpu")
+    graph = onnx.load(work / "model.onnx", load_external_data=False).graph
+    inputs = {item.name for item in graph.input}
+    if not {"input_ids", "attention_mask"} <= inputs <= {"input_ids", "attention_mask", "token_type_ids"}:
+        raise ExportError(f"optimum wrote an ONNX model with inputs {sorted(inputs)}, which the server cannot feed")
+    if graph.output[0].name != _TASKS[task]:
+        raise ExportError(f"optimum wrote an ONNX model with output {graph.output[0].name}, expected {_TASKS[task]}")
+    if (work / "model.onnx_data").exists():  # The name is written in the model, so it stays.
+        (work / "model.onnx_data").rename(target.parent / "model.onnx_data")
+    (work / "model.onnx").rename(target)
+    shutil.rmtree(work)
+
+
+def _products(path: Path) -> tuple[list[Any], list[Any]]:
+    """Products with weights, and products of activations, of an ONNX model."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    constant = {item.name for item in graph.initializer}
+    # A tied output layer multiplies by the transposed embedding table.
+    constant |= {
+        node.output[0]
+        for node in graph.node
+        if node.op_type in {"Transpose", "Identity", "Cast"} and all(name in constant for name in node.input)
+    }
+    products = [node for node in graph.node if node.op_type in {"MatMul", "Gemm"}]
+    return (
+        [node for node in products if any(name in constant for name in node.input[:2])],
+        [node for node in products if not any(name in constant for name in node.input[:2])],
+    )
+
+
+def quantize_int8(source: Path, target: Path, work: Path, config: Any, keep_fp32: Collection[str] = ()) -> int:
+    """Writes the int8 model.
+
+    Args:
+        source: The fp32 model.
+        target: Path of the int8 model.
+        work: Folder for what optimum writes beside it; removed.
+        config: The model's configuration in transformers.
+        keep_fp32: Names of further nodes that are not quantized.
+
+    Returns:
+        How many products with weights there are.
+    """
+    from optimum.onnxruntime import ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    layers, attention = _products(source)
+    settings = AutoQuantizationConfig.arm64(
+        is_static=False, per_channel=True, nodes_to_exclude=[*(node.name for node in attention), *keep_fp32]
+    )
+    external = _weight_bytes(source) > 4 * _EXTERNAL_FROM_BYTES
+    quantizer = ORTQuantizer(source, config=config)
+    quantizer.quantize(settings, save_dir=work, file_suffix="int8", use_external_data_format=external)
+    written = work / f"{source.stem}_int8.onnx"
+    data = work / f"{written.name}.data"
+    if data.exists():
+        data.rename(target.parent / data.name)
+    written.rename(target)
+    shutil.rmtree(work)
+    return len(layers)
+
+
+def _weight_bytes(path: Path) -> int:
+    return path.stat().st_size + sum(item.stat().st_size for item in path.parent.glob("model.onnx_data"))
+
+
+def sensitive_nodes(path: Path, batch: Batch, pad_id: int, threads: int) -> list[str]:
+    """Products with weights, those first whose input loses most by 8 bits.
+
+    The input of every product is recorded on real text. With one scale per tensor, an outlier widens the step for all
+    other values; what is lost is `step / sqrt(12)` beside the root mean square of the values.
+
+    Args:
+        path: The fp32 model.
+        batch: A few texts.
+        pad_id: Padding id.
+        threads: Threads of the session.
+
+    Returns:
+        Names of nodes.
+    """
+    import onnx
+    import onnxruntime
+
+    layers, _ = _products(path)
+    model = onnx.load(path)
+    constant = {item.name for item in model.graph.initializer}
+    known = {item.name for item in model.graph.output}
+    recorded = {node.name: next(name for name in node.input[:2] if name not in constant) for node in layers}
+    for name in sorted(set(recorded.values()) - known):
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    probe = path.with_name(f".probe-{path.name}")
+    try:
+        onnx.save(model, probe, save_as_external_data=model.ByteSize() > _EXTERNAL_FROM_BYTES)
+        del model
+        session = onnxruntime.InferenceSession(str(probe), session_options(threads), providers=["CPUExecutionProvider"])
+        ids, mask = batch.padded(pad_id)
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        names = {item.name for item in session.get_inputs()}
+        tensors = sorted(set(recorded.values()))
+        values: Sequence[Any] = session.run(tensors, {name: feeds[name] for name in names})
+        loss = {}
+        for name, value in zip(tensors, values, strict=True):
+            size = math.sqrt(float(np.mean(np.square(value, dtype=np.float64))))
+            step = (max(float(value.max()), 0.0) - min(float(value.min()), 0.0)) / 255
+            loss[name] = step / math.sqrt(12) / size if size > 0 else 0.0
+    finally:
+        for item in path.parent.glob(f"{probe.name}*"):
+            item.unlink()
+    return [node for node, name in sorted(recorded.items(), key=lambda pair: -loss[pair[1]])]
