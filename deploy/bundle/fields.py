@@ -80,7 +80,7 @@ class Reader:
         value: The object.
 
     Raises:
-        BundleError: Here and in every method: the value is missing, or of another kind.
+        BundleError: A value is missing, or of another kind; every method raises it.
     """
 
     def __init__(self, where: str, value: Any) -> None:
@@ -367,13 +367,12 @@ class Variant:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object; fields that came after the first release are in it where they say something."""
-        accuracy = {**asdict(self.accuracy), "bound": dict(self.accuracy.bound), "details": dict(self.accuracy.details)}
         result: dict[str, Any] = {
             "file": self.file,
             "engine": self.engine,
             "dtype": self.dtype,
             "bytes": self.bytes,
-            "accuracy": accuracy,
+            "accuracy": asdict(self.accuracy),
             "speed": None if self.speed is None else asdict(self.speed),
             "extra_files": list(self.extra_files),
         }

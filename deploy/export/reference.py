@@ -97,7 +97,10 @@ def readable_folder(source: Source, work: Path) -> Iterator[Path]:
     try:
         for path in source.folder.iterdir():
             if path.is_file() and path.name not in changed:
-                (work / path.name).symlink_to(path.absolute())
+                try:
+                    (work / path.name).symlink_to(path.absolute())
+                except OSError:  # Some file systems have no links.
+                    shutil.copyfile(path, work / path.name)
         for name, settings in changed.items():
             (work / name).write_text(json.dumps(settings), encoding="utf-8")
         yield work

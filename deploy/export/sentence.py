@@ -5,7 +5,7 @@
 | `modules.json` | the modules in their order, each with a folder; `_MODULES` has those that are supported |
 | `1_Pooling/config.json` | how hidden states become an embedding |
 | `sentence_bert_config.json`, or one of its older names | the longest input, and whether texts are lower-cased |
-| `config_sentence_transformers.json` | prompts, and for cross-encoders the activation |
+| `config_sentence_transformers.json` | prompts, shorter embeddings, and for cross-encoders the activation |
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def read_sentence_files(root: Path) -> SentenceFiles:
     _read_modules(root, files)
     _read_pooling(root, files)
     _read_settings(root, files)
-    _read_prompts(root, files)
+    _read_model_settings(root, files)
     return files
 
 
@@ -210,7 +210,7 @@ def _read_settings(root: Path, files: SentenceFiles) -> None:
     files.lowercase = settings.get("do_lower_case") is True
 
 
-def _read_prompts(root: Path, files: SentenceFiles) -> None:
+def _read_model_settings(root: Path, files: SentenceFiles) -> None:
     path = root / "config_sentence_transformers.json"
     if not path.is_file():
         return
@@ -219,12 +219,18 @@ def _read_prompts(root: Path, files: SentenceFiles) -> None:
         files.cross_encoder, files.embeds = True, False
     if isinstance(settings.get("activation_fn"), str):
         files.activation = settings["activation_fn"]
+    if files.embeds and settings.get("truncate_dim") is not None:
+        files.problem = files.problem or (
+            f"{path}: embeddings are cut to {settings['truncate_dim']} dimensions (truncate_dim), which is not "
+            "supported"
+        )
     told = settings.get("prompts") or {}
     if not isinstance(told, dict) or not all(isinstance(text, str | None) for text in told.values()):
         raise ExportError(f"{path}: prompts: expected an object of strings, got {told!r:.80}")
     texts = {name: text or "" for name, text in told.items()}
     default = settings.get("default_prompt_name")
-    if default is not None and default not in texts and default not in ("query", "document"):
+    known = (None, "query", "document", *texts)  # sentence-transformers knows two names without a text.
+    if default not in known:
         raise ExportError(
             f"{path}: default_prompt_name: expected one of the prompts ({', '.join(texts) or 'there are none'}), got "
             f"{default!r:.80}"

@@ -105,6 +105,7 @@ def test_pooling_of_models_without_the_files_is_stated(tmp_path: Path) -> None:
         ({"pooling": {"pooling_mode": ["mean", "max"]}}, r"pooling mean \+ max is not supported"),
         ({"pooling": {}, "modules": modules(*MODULES, "sentence_transformers.models.Dense")}, "module Dense changes"),
         ({"modules": modules(*MODULES)}, "1_Pooling/config.json: missing, though modules.json names it"),
+        ({"pooling": {}, "prompts": {"truncate_dim": 64}}, r"cut to 64 dimensions \(truncate_dim\), which is not"),
     ],
 )
 def test_what_would_give_other_embeddings_is_refused(tmp_path: Path, files: dict[str, Any], message: str) -> None:
@@ -229,6 +230,10 @@ def test_default_prompt_goes_before_every_text(tmp_path: Path) -> None:
     assert (source.prompt, source.prompts) == ("", Prompts({"query": "query: ", "document": ""}, "document"))
     with pytest.raises(ExportError, match=r"default_prompt_name: expected one of the prompts \(query\), got 'title'"):
         read(write(tmp_path, prompts={"prompts": {"query": "q"}, "default_prompt_name": "title"}))
+    with pytest.raises(
+        ExportError, match=r"default_prompt_name: expected one of the prompts \(query\), got \['query'\]"
+    ):
+        read(write(tmp_path, prompts={"prompts": {"query": "q"}, "default_prompt_name": ["query"]}))
     for wrong in (["query: "], {"query": 3}):
         with pytest.raises(ExportError, match="prompts: expected an object of strings"):
             read(write(tmp_path, prompts={"prompts": wrong}))
