@@ -75,12 +75,15 @@ class TextTokenizer:
         except Exception as error:  # The library raises plain Exception.
             raise ValueError(f"{manifest.tokenizer_path}: not a usable tokenizer: {error}") from error
 
-    def encode(self, texts: Sequence[str], truncate: bool, prompt: str | None = None) -> list[NDArray[np.int64]]:
+    def encode(
+        self, texts: Sequence[str], truncate: bool, first: int = 0, prompt: str | None = None
+    ) -> list[NDArray[np.int64]]:
         """Token ids of texts, special tokens and the prompt included.
 
         Args:
             texts: At least one; no lone surrogates.
             truncate: Cut to `max_tokens`, on the side that the model cuts; otherwise a longer text is an error.
+            first: Index of the first of them in its request, for messages.
             prompt: What to put before each text; None: the model's default prompt.
 
         Returns:
@@ -96,7 +99,7 @@ class TextTokenizer:
         if prompt:
             texts = [prompt + text for text in texts]
         result = []
-        for index, encoding in enumerate(self._encodings(texts)):
+        for index, encoding in enumerate(self._encodings(texts), first):
             ids = encoding.ids
             if len(ids) > limit:
                 if not truncate:

@@ -75,8 +75,8 @@ def test_prompt_before_texts_that_are_cut_on_the_left(tiny_model: ModelMaker, tm
     assert served.encode([TEXTS[2]], truncate=True)[0].tolist() != expected("")[2]
     # Who sends ids has made them of all that the model shall read.
     assert served.check_ids(0, expected("")[2]).tolist() == expected("")[2]
-    with pytest.raises(ApiError, match="input 1: expected at most 14 tokens"):
-        served.encode(TEXTS, truncate=False)
+    with pytest.raises(ApiError, match="input 8: expected at most 14 tokens"):
+        served.encode(TEXTS, truncate=False, first=7)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
