@@ -215,8 +215,16 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
     if not path.is_file():
         return
     settings = read_json(path, dict)
-    if settings.get("model_type") == "CrossEncoder":
+    kind = settings.get("model_type", "SentenceTransformer")
+    if kind == "CrossEncoder":
         files.cross_encoder, files.embeds = True, False
+        if files.problem is not None or files.pooling_file is not None:
+            raise ExportError(
+                f"{root / 'modules.json'}: expected a cross-encoder of a Transformer module alone, which has its head; "
+                "others are not supported"
+            )
+    elif kind != "SentenceTransformer":
+        files.problem = files.problem or f"{path}: a {kind!s:.40} makes other embeddings than one per text"
     if isinstance(settings.get("activation_fn"), str):
         files.activation = settings["activation_fn"]
     if files.embeds and settings.get("truncate_dim") is not None:

@@ -105,6 +105,10 @@ def test_pooling_of_models_without_the_files_is_stated(tmp_path: Path) -> None:
         ({"pooling": {"pooling_mode": ["mean", "max"]}}, r"pooling mean \+ max is not supported"),
         ({"pooling": {}, "modules": modules(*MODULES, "sentence_transformers.models.Dense")}, "module Dense changes"),
         ({"modules": modules(*MODULES)}, "1_Pooling/config.json: missing, though modules.json names it"),
+        (
+            {"pooling": {}, "prompts": {"model_type": "MultiVectorEncoder"}},
+            "a MultiVectorEncoder makes other embeddings",
+        ),
         ({"pooling": {}, "prompts": {"truncate_dim": 64}}, r"cut to 64 dimensions \(truncate_dim\), which is not"),
     ],
 )
@@ -337,6 +341,10 @@ def test_cross_encoders_that_have_modules(tmp_path: Path) -> None:
     settings = {"model_type": "CrossEncoder", "activation_fn": SIGMOID, "prompts": {}, "default_prompt_name": None}
     source = read(write(tmp_path, config=config, modules=modules(MODULES[0]), prompts=settings))
     assert (source.task, source.pooling, source.activation()) == ("text-classification", None, "sigmoid")
+    for types in (MODULES, [MODULES[0], "sentence_transformers.base.modules.dense.Dense"]):
+        folder = write(tmp_path, config=config, modules=modules(*types), prompts=settings, pooling={})
+        with pytest.raises(ExportError, match="expected a cross-encoder of a Transformer module alone"):
+            read(folder)
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
