@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from deploy.export.engines import Engine, TorchExtEngine, TransformersEngine, batches  # noqa: E402
-from deploy.export.machine import cpu_name  # noqa: E402
 from deploy.export.source import read_source  # noqa: E402
+from deploy.machine import cpu_name  # noqa: E402
 from deploy.texts import docstrings, sample  # noqa: E402
 
 ENGINES = ("fp32", "bf16", "int8")

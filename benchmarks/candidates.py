@@ -193,7 +193,7 @@ def load(
     Returns:
         The candidates, and why each of the others is left out.
     """
-    from deploy.export.onnx_files import export_fp32, quantize_int8
+    from deploy.export.write_onnx import export_fp32, quantize_int8
 
     torch.set_num_threads(threads)
     guard = guard or Guard()

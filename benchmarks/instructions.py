@@ -224,7 +224,7 @@ def write_onnx(folder: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from transformers import BertConfig, BertModel
 
-    from deploy.export.onnx_files import export_fp32, quantize_int8
+    from deploy.export.write_onnx import export_fp32, quantize_int8
 
     torch.manual_seed(0)
     done = set()

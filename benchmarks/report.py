@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.export.machine import cpu_name
+from deploy.machine import cpu_name
 
 __all__ = [
     "RESULTS",

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deploy.bundle import BundleError, Manifest, load_manifest
-from deploy.export.machine import cpu_name
+from deploy.machine import cpu_name
 from deploy.server.threads import available_cpus
 
 ROOT = Path(__file__).resolve().parent.parent

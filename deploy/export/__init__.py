@@ -2,14 +2,18 @@
 
 | module | part |
 |---|---|
-| `cli` | options, exit codes, one line per error |
-| `source` | what the model folder says: task, pooling, limits; takes milliseconds and no library |
-| `staging` | the folder appears complete or not at all |
-| `pipeline` | the steps, from loading to the manifest |
-| `onnx_files` | fp32 and int8 ONNX through optimum |
+| `cli`, `options` | options, exit codes, one line per error |
+| `hub` | finds the model: a folder, or a download |
+| `source`, `sentence` | what the model folder says: task, pooling, prompts, limits; takes milliseconds and no library |
+| `staging`, `signals` | the folder appears complete or not at all |
+| `pipeline` | the stages, from loading to the manifest |
+| `needs` | libraries, memory, room on the disk |
+| `tokenizer`, `reference` | the tokenizer as it goes into the bundle; the model in transformers, fp32 |
+| `write_torch_ext`, `int8` | encoders of torch_ext; which layers int8 spares |
+| `write_onnx` | fp32 and int8 ONNX through optimum |
 | `engines` | transformers, torch_ext and ONNX Runtime on the same token ids |
-| `accuracy` | the comparison with transformers in fp32, and its bounds |
-| `progress`, `machine`, `errors` | what the user sees |
+| `verify`, `accuracy` | the comparison with transformers in fp32, its bounds, and the speed |
+| `report`, `progress`, `errors` | the manifest and what the user sees |
 
 Decisions about int8 (ONNX, arm64 settings: u8 activations per tensor, s8 weights per output channel, dynamic):
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.bundle import POOLING_MODES, TASKS, VARIANTS, BundleError, Manifest
+from deploy.bundle import POOLING_MODES, TASKS, VARIANTS, BundleError
 from deploy.export.errors import ExportError, Interrupted, first_line, is_disk_full
 from deploy.texts import TextsError
 
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(argv)
     except SystemExit as leaving:
         return int(leaving.code or 0)
-    from deploy.export.staging import interruptible
+    from deploy.export.signals import interruptible
 
     try:
         with interruptible():
@@ -199,7 +199,8 @@ def _fail(options: argparse.Namespace, message: str, code: int) -> int:
 def _run(options: argparse.Namespace) -> int:
     # What can be told without loading a model is told first.
     _check_accuracy(options, options.variants)
-    from deploy.export.source import find_model, read_source
+    from deploy.export.hub import find_model
+    from deploy.export.source import read_source
     from deploy.export.staging import check_target
 
     protected = [Path(options.model)] if os.path.isdir(options.model) else []
@@ -213,8 +214,10 @@ def _run(options: argparse.Namespace) -> int:
     variants = _allowed(source.model_type, source.supported_by_torch_ext, options)
     _check_accuracy(options, variants)
 
-    from deploy.export.pipeline import Options, export, step_count
+    from deploy.export.options import Options
+    from deploy.export.pipeline import export, step_count
     from deploy.export.progress import Progress, megabytes
+    from deploy.export.report import print_table
 
     bounds: dict[str, dict[str, float]] = {}
     for variant, key, value in options.bound:
@@ -243,7 +246,7 @@ def _run(options: argparse.Namespace) -> int:
         progress,
     )
     if not options.quiet:
-        _print_table(manifest)
+        print_table(manifest)
         size = megabytes(sum(entry.bytes for entry in manifest.files.values()))
         print(
             f"\n{options.output}: {size}, {len(manifest.variants)} variants, {progress.elapsed_s:.0f} s. Serve it with:"
@@ -272,28 +275,3 @@ def _allowed(model_type: str, torch_ext: bool, options: argparse.Namespace) -> l
             + ",".join(name for name in VARIANTS if VARIANTS[name].engine != "torch_ext")
         )
     return names
-
-
-def _print_table(manifest: Manifest) -> None:
-    from deploy.export.progress import megabytes
-
-    metric = next(iter(manifest.variants.values())).accuracy.metric
-    rows = [("variant", "size", f"{metric} mean", "min", "texts/s")]
-    for name, variant in manifest.variants.items():
-        speed = f"{variant.speed.texts_per_s:.0f}" if variant.speed else "-"
-        accuracy = variant.accuracy
-        rows.append((name, megabytes(variant.bytes), f"{accuracy.mean:.6f}", f"{accuracy.min:.6f}", speed))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    print()
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print("  ".join(cells))
-    threads = next((variant.speed.threads for variant in manifest.variants.values() if variant.speed is not None), None)
-    texts = manifest.verification
-    print(f"against transformers fp32 on {texts['texts']} texts: {texts['source']}, ", end="")
-    print(f"{texts['mean_tokens']} tokens on average", end="")
-    if threads is not None:
-        baseline = texts["reference_texts_per_s"]
-        print(f"; it runs {baseline:.0f} texts/s", end="") if baseline else None
-    speed = "" if threads is None else f"; texts/s: a quick measurement, {threads} threads"
-    print(f"\nmeasured on {manifest.machine}{speed}")

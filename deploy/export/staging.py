@@ -18,16 +18,15 @@ import os
 import re
 import secrets
 import shutil
-import signal
-import threading
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from deploy.bundle import MANIFEST_FILE, BundleError, owned_files
-from deploy.export.errors import ExportError, Interrupted
+from deploy.export.errors import ExportError
+from deploy.export.signals import deferred_signals
 
-__all__ = ["Staging", "check_target", "interruptible"]
+__all__ = ["Staging", "check_target"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -235,7 +234,7 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _deferred_signals():
+        with deferred_signals():
             shutil.rmtree(self.path, ignore_errors=True)
             if self._lock is not None:
                 os.close(self._lock)
@@ -268,7 +267,7 @@ class Staging:
             OSError: The disk is full or does not let us.
         """
         _make_durable(self.path)
-        with _deferred_signals():
+        with deferred_signals():
             if self._inside:
                 self._move_inside(last)
             else:
@@ -348,54 +347,23 @@ def _fsync(path: Path) -> None:
 
 def _make_durable(folder: Path) -> None:
     """Flushes a folder's files to disk, and lets those read them whom the umask lets."""
-    umask = os.umask(0)
-    os.umask(umask)
+    allowed = _allowed_modes(folder)
     for path in folder.iterdir():
         if path.is_file():
-            path.chmod(0o666 & ~umask)
+            path.chmod(0o666 & allowed)
             _fsync(path)
-    folder.chmod(0o777 & ~umask)
+    folder.chmod(0o777 & allowed)
     _fsync(folder)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def _allowed_modes(folder: Path) -> int:
+    """The permissions that the umask leaves to what is made in a folder.
 
-
-@contextlib.contextmanager
-def _deferred_signals() -> Iterator[None]:
-    """Signals that arrive here are delivered afterwards."""
-    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Turns SIGINT, SIGTERM and SIGHUP into `Interrupted`, once: what cleans up is not interrupted again.
-
-    Outside of the main thread, where Python has no signal handlers, nothing changes.
+    Read off a folder that is made: asking for the umask means to set it, and it belongs to all threads.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for other in _SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(number)
-
+    probe = folder / f"{_MARK}{secrets.token_hex(6)}"
+    probe.mkdir(0o777)
     try:
-        for number in _SIGNALS:
-            # A signal that the caller ignores (nohup) stays ignored.
-            if before[number] != signal.SIG_IGN:
-                signal.signal(number, stop)
-        yield
+        return stat.S_IMODE(probe.stat().st_mode)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        probe.rmdir()

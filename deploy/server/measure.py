@@ -390,7 +390,7 @@ def _end_with(descriptor: int) -> None:
 
 def _room_for(bytes_: int) -> None:
     """Raises MemoryError where a variant of that size would not fit beside the one that is loaded."""
-    from ..export.machine import available_memory_bytes
+    from ..machine import available_memory_bytes
 
     needed = 3 * bytes_ + (64 << 20)
     available = available_memory_bytes()

@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from ..bundle import Prompts
 from .errors import ApiError
 
 if TYPE_CHECKING:
@@ -38,13 +39,18 @@ class TextTokenizer:
         vocab_size: Number of token ids; valid ids are below it.
         prefix: Special tokens put before a text.
         suffix: Special tokens put after it.
+        prompts: What the model was trained to see before its inputs.
     """
 
-    def __init__(self, path: Path, max_tokens: int) -> None:
+    def __init__(
+        self, path: Path, max_tokens: int, truncation_side: str = "right", prompts: Prompts | None = None
+    ) -> None:
         self._tokenizer = Tokenizer.from_file(str(path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
+        self._cut_left = truncation_side == "left"
+        self.prompts = Prompts({}) if prompts is None else prompts
         self.vocab_size = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
         # What stands around a text is read off an example, so that cutting needs no second pass over the text.
         whole = self._tokenizer.encode("a")
@@ -65,16 +71,20 @@ class TextTokenizer:
             ValueError: `tokenizer.json` is not one of the library's files, or does not fit the limit.
         """
         try:
-            return cls(manifest.tokenizer_path, manifest.max_tokens)
+            return cls(manifest.tokenizer_path, manifest.max_tokens, manifest.truncation_side, manifest.prompts)
         except Exception as error:  # The library raises plain Exception.
             raise ValueError(f"{manifest.tokenizer_path}: not a usable tokenizer: {error}") from error
 
-    def encode(self, texts: Sequence[str], truncate: bool) -> list[NDArray[np.int64]]:
-        """Token ids of texts, special tokens included.
+    def encode(
+        self, texts: Sequence[str], truncate: bool, first: int = 0, prompt: str | None = None
+    ) -> list[NDArray[np.int64]]:
+        """Token ids of texts, special tokens and the prompt included.
 
         Args:
             texts: At least one; no lone surrogates.
-            truncate: Cut to `max_tokens` at the end of the text; otherwise a longer text is an error.
+            truncate: Cut to `max_tokens`, on the side that the model cuts; otherwise a longer text is an error.
+            first: Index of the first of them in its request, for messages.
+            prompt: What to put before each text; None: the model's default prompt.
 
         Returns:
             Per text ids, i64 [tokens], 1 <= tokens <= `max_tokens`.
@@ -84,8 +94,12 @@ class TextTokenizer:
                 tokens and an empty text).
         """
         limit = self.max_tokens
+        if prompt is None:
+            prompt = self.prompts.default_text
+        if prompt:
+            texts = [prompt + text for text in texts]
         result = []
-        for index, encoding in enumerate(self._encodings(texts)):
+        for index, encoding in enumerate(self._encodings(texts), first):
             ids = encoding.ids
             if len(ids) > limit:
                 if not truncate:
@@ -94,8 +108,11 @@ class TextTokenizer:
                         f"input {index}: expected at most {limit} tokens, got {len(ids)}; send a shorter text, or "
                         "truncate: true",
                     )
-                tail = len(self.suffix)
-                ids = ids[: limit - tail] + self.suffix
+                head, tail = len(self.prefix), len(self.suffix)
+                if self._cut_left:
+                    ids = self.prefix + ids[len(ids) - (limit - head) :]
+                else:
+                    ids = ids[: limit - tail] + self.suffix
             elif not ids:
                 raise ApiError("invalid_request", f"input {index}: expected a text with at least one token, got none")
             result.append(np.array(ids, dtype=np.int64))
@@ -108,6 +125,8 @@ class TextTokenizer:
 
     def check_ids(self, index: int, ids: Sequence[int]) -> NDArray[np.int64]:
         """Token ids that a client sent, with special tokens added where they do not start with the first one.
+
+        A prompt is text and is not added: who sends ids has made them of all that the model shall read.
 
         Raises:
             ApiError: No ids, an id outside of the vocabulary, or more than `max_tokens`.

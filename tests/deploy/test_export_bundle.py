@@ -117,7 +117,7 @@ def test_bundles_of_before_are_read(folder: Path) -> None:
         (lambda v: v.update(hidden_size=True), "hidden_size: expected an integer, got true or false"),
         (lambda v: v["limits"].update(max_tokens=0), r"limits.max_tokens: expected at least 1, got 0"),
         (lambda v: v.update(pooling=None), "pooling: expected an object"),
-        (lambda v: v["pooling"].update(mode="last"), "pooling.mode: expected one of mean, cls, max, got 'last'"),
+        (lambda v: v["pooling"].update(mode="last"), "pooling.mode: expected one of mean, cls, max, .*, got 'last'"),
         (lambda v: v["special_tokens"].update(pad=None), "special_tokens.pad: expected a token"),
         (lambda v: v.update(task="fill-mask"), "special_tokens.mask: expected a token"),
         (lambda v: v.update(task="text-classification"), "labels: expected an array"),
@@ -254,3 +254,42 @@ def test_reading_needs_the_standard_library_only() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_prompts_activation_and_truncation(folder: Path) -> None:
+    plain = load_manifest(folder)
+    assert (plain.prompts, plain.activation, plain.truncation_side) == (None, None, "right")
+    assert not {"prompts", "activation"} & plain.to_json().keys()
+    prompts = {"default": "query", "texts": {"query": "query: ", "document": ""}}
+    change(folder, lambda value: value.update(prompts=prompts))
+    change(folder, lambda value: value["limits"].update(truncation_side="left"))
+    manifest = load_manifest(folder)
+    assert manifest.prompts is not None
+    assert (manifest.prompts.default_text, manifest.truncation_side) == ("query: ", "left")
+    assert manifest.to_json() == json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert bundle.Prompts({"query": "query: "}).default_text == ""
+    classifier = {"task": "text-classification", "labels": ["a"], "problem_type": "regression", "activation": "sigmoid"}
+    change(folder, lambda value: value.update(classifier))
+    assert load_manifest(folder).to_json()["activation"] == "sigmoid"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"prompts": {"texts": {"query": 1}}}, "prompts.texts.query: expected a string, got an integer"),
+        ({"prompts": {"texts": {"a": "b"}, "default": "c"}}, "prompts.default: expected one of a, got 'c'"),
+        (
+            {"prompts": {"texts": {}, "default": "c"}},
+            "prompts.default: expected one of the texts, and there are none, got 'c'",
+        ),
+        ({"limits": {"max_tokens": 8, "truncation_side": "middle"}}, "truncation_side: expected one of right, left"),
+        (
+            {"task": "text-classification", "labels": ["a"], "problem_type": "regression", "activation": "tanh"},
+            "activation: expected one of sigmoid, softmax, none, got 'tanh'",
+        ),
+    ],
+)
+def test_wrong_fields_of_later_are_named(folder: Path, edit: dict[str, Any], message: str) -> None:
+    change(folder, lambda value: value.update(edit))
+    with pytest.raises(BundleError, match=message):
+        load_manifest(folder)

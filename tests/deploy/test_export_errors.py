@@ -20,7 +20,7 @@ import pytest
 
 from deploy.__main__ import main as deploy_main
 from deploy.bundle import FORMAT, VARIANTS, load_manifest
-from deploy.export import pipeline, staging
+from deploy.export import staging
 from deploy.export.cli import main
 from deploy.export.errors import ExportError, first_line, is_disk_full
 from deploy.export.staging import Staging, check_target
@@ -395,8 +395,8 @@ def test_too_little_room_is_told_before(
 def test_too_little_memory_is_told_before(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deploy.export.pipeline.available_memory_bytes", lambda: 1_000_000)
-    monkeypatch.setattr("deploy.export.pipeline.write_manifest", full_disk)
+    monkeypatch.setattr("deploy.export.needs.available_memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("deploy.export.report.write_manifest", full_disk)
     arguments = [name for name in QUICK if name != "--quiet"]
     assert main([str(tiny_model()), "-o", str(tmp_path / "out"), *arguments]) == 2
     assert "note: about 1.08 GB of memory are needed, 1.0 MB are free\n" in capsys.readouterr().err
@@ -406,13 +406,13 @@ def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("name", ["write_manifest", "file_entry", "shutil.copyfile"])
+@pytest.mark.parametrize("name", ["report.write_manifest", "report.file_entry", "pipeline.shutil.copyfile"])
 def test_disk_that_fills_up(
     name: str, tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "out"
     old = old_bundle(target, old=b"old bundle")
-    monkeypatch.setattr(f"deploy.export.pipeline.{name}", full_disk)
+    monkeypatch.setattr(f"deploy.export.{name}", full_disk)
     fails(
         capsys, [str(tiny_model()), "-o", str(target), "--force", *QUICK], "the disk is full .*nothing was left there"
     )
@@ -485,7 +485,7 @@ def test_interrupt_in_the_middle(
     target = tmp_path / "out"
     old = old_bundle(target, old=b"old bundle")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr("deploy.export.pipeline.write_manifest", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("deploy.export.report.write_manifest", lambda _: signal.raise_signal(signal.SIGINT))
     message = "stopped by SIGINT; nothing was written to"
     fails(capsys, [str(tiny_model()), "-o", str(target), "--force", *QUICK], message, 128 + signal.SIGINT)
     assert contents(tmp_path) == {f"out/{name}": data for name, data in old.items()}
@@ -781,7 +781,7 @@ def test_bugs_are_not_dressed_up(
     def bug(*_: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(pipeline, "_manifest", bug)
+    monkeypatch.setattr("deploy.export.pipeline.make_manifest", bug)
     arguments = [str(tiny_model()), "-o", str(tmp_path / "out"), *QUICK]
     fails(capsys, arguments, "unexpected ZeroDivisionError: division by zero; run again with --debug", 1)
     assert main([*arguments, "--debug"]) == 1

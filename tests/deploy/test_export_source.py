@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deploy.bundle import Pooling
+from deploy.bundle import Pooling, Prompts
 from deploy.export import source as sources
 from deploy.export.errors import ExportError
 from deploy.export.source import MODEL_TYPES, find_model, read_source
@@ -45,7 +45,7 @@ def write(folder: Path, **files: Any) -> Path:
 
 
 def modules(*types: str) -> list[dict[str, Any]]:
-    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense"}
+    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense", "Dropout": "2"}
     return [
         {"idx": index, "name": str(index), "path": paths[kind.rpartition(".")[2]], "type": kind}
         for index, kind in enumerate(types)
@@ -65,6 +65,12 @@ def read(folder: Path, **options: Any) -> sources.Source:
         ({"pooling_mode": "cls"}, False, "cls"),
         ({"pooling_mode": ["max"], "embedding_dimension": 8}, True, "max"),
         ({"word_embedding_dimension": 8}, False, "mean"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, False, "mean_sqrt_len_tokens"),
+        ({"pooling_mode_weightedmean_tokens": True}, False, "weightedmean"),
+        ({"pooling_mode_lasttoken": True}, True, "lasttoken"),
+        ({"pooling_mode": "mean_sqrt_len_tokens"}, True, "mean_sqrt_len_tokens"),
+        ({"pooling_mode": "weightedmean"}, False, "weightedmean"),
+        ({"pooling_mode": ["lasttoken"]}, False, "lasttoken"),
     ],
 )
 def test_pooling_is_read(tmp_path: Path, pooling: dict[str, Any], normalize: bool, mode: str) -> None:
@@ -94,10 +100,16 @@ def test_pooling_of_models_without_the_files_is_stated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"pooling": {"pooling_mode_lasttoken": True}}, "pooling lasttoken is not supported"),
+        ({"pooling": {"pooling_mode_first_and_last": True}}, "pooling first_and_last is not supported"),
+        ({"pooling": {"pooling_mode": 3}}, "pooling 3 is not supported"),
         ({"pooling": {"pooling_mode": ["mean", "max"]}}, r"pooling mean \+ max is not supported"),
         ({"pooling": {}, "modules": modules(*MODULES, "sentence_transformers.models.Dense")}, "module Dense changes"),
         ({"modules": modules(*MODULES)}, "1_Pooling/config.json: missing, though modules.json names it"),
+        (
+            {"pooling": {}, "prompts": {"model_type": "MultiVectorEncoder"}},
+            "a MultiVectorEncoder makes other embeddings",
+        ),
+        ({"pooling": {}, "prompts": {"truncate_dim": 64}}, r"cut to 64 dimensions \(truncate_dim\), which is not"),
     ],
 )
 def test_what_would_give_other_embeddings_is_refused(tmp_path: Path, files: dict[str, Any], message: str) -> None:
@@ -203,9 +215,136 @@ def test_labels(tmp_path: Path) -> None:
 
 
 def test_prompts_are_told(tmp_path: Path) -> None:
-    folder = write(tmp_path, prompts={"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"})
-    assert any('"query": "query: "' in note and "default: query" in note for note in read(folder).notes)
-    assert not any("prompt" in note for note in read(write(tmp_path, prompts={"prompts": {"query": ""}})).notes)
+    folder = write(tmp_path, prompts={"prompts": {"query": "query: ", "document": ""}})
+    source = read(folder)
+    assert any("put them before your texts: query: 'query: '" in note for note in source.notes)
+    assert (source.prompts, source.prompt) == (Prompts({"query": "query: ", "document": ""}), "")
+    source = read(write(tmp_path, prompts={"prompts": {"query": ""}}))
+    assert source.prompts is None
+    assert not any("prompt" in note for note in source.notes)
+
+
+def test_default_prompt_goes_before_every_text(tmp_path: Path) -> None:
+    settings = {"prompts": {"query": "query: ", "document": None}, "default_prompt_name": "query"}
+    source = read(write(tmp_path, prompts=settings))
+    assert (source.prompts, source.prompt) == (Prompts({"query": "query: ", "document": ""}, "query"), "query: ")
+    assert any("goes before every text: 'query: ' (query)" in note for note in source.notes)
+    # sentence-transformers knows these two names without a text.
+    source = read(write(tmp_path, prompts={**settings, "default_prompt_name": "document"}))
+    assert (source.prompt, source.prompts) == ("", Prompts({"query": "query: ", "document": ""}, "document"))
+    with pytest.raises(ExportError, match=r"default_prompt_name: expected one of the prompts \(query\), got 'title'"):
+        read(write(tmp_path, prompts={"prompts": {"query": "q"}, "default_prompt_name": "title"}))
+    with pytest.raises(
+        ExportError, match=r"default_prompt_name: expected one of the prompts \(query\), got \['query'\]"
+    ):
+        read(write(tmp_path, prompts={"prompts": {"query": "q"}, "default_prompt_name": ["query"]}))
+    for wrong in (["query: "], {"query": 3}):
+        with pytest.raises(ExportError, match="prompts: expected an object of strings"):
+            read(write(tmp_path, prompts={"prompts": wrong}))
+    assert read(write(tmp_path, prompts=settings), task="fill-mask").prompts is None
+
+
+def test_prompt_that_pooling_leaves_out(tmp_path: Path) -> None:
+    files: dict[str, Any] = {
+        "modules": modules(*MODULES),
+        "pooling": {"pooling_mode": "mean", "include_prompt": False},
+        "prompts": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
+    }
+    with pytest.raises(ExportError, match=r"leaves out the prompt .query: . .*include_prompt false.*pass --pooling"):
+        read(write(tmp_path, **files))
+    assert read(tmp_path, pooling="mean").prompt == "query: "
+    del files["prompts"]["default_prompt_name"]
+    assert read(write(tmp_path, **files)).pooling == Pooling("mean", False, "1_Pooling/config.json")
+
+
+def test_dropout_is_nothing(tmp_path: Path) -> None:
+    listed = modules(*MODULES, "sentence_transformers.models.Dropout", NORMALIZE)
+    source = read(write(tmp_path, modules=listed, pooling={"pooling_mode": "cls"}))
+    assert source.pooling == Pooling("cls", True, "1_Pooling/config.json")
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])
+def test_older_names_of_the_settings(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path, modules=modules(*MODULES), pooling={"pooling_mode": "mean"})
+    settings = {"max_seq_length": 77, "do_lower_case": True}
+    (folder / f"sentence_{name}_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    source = read(folder)
+    assert (source.max_tokens, source.lowercase) == (77, True)
+
+
+@pytest.mark.parametrize("path", ["..", "../other", "/etc", "1_Pooling/../../other", "link", "a\0b"])
+@pytest.mark.parametrize("module", [0, 1])
+def test_modules_that_lead_out_of_the_folder(tmp_path: Path, path: str, module: int) -> None:
+    other = write(tmp_path / "other", pooling={"pooling_mode": "cls"})
+    (other / "config.json").write_text(json.dumps({**CONFIG, "pooling_mode": "cls"}), encoding="utf-8")
+    listed = modules(*MODULES)
+    listed[module]["path"] = path
+    folder = write(tmp_path / "model", modules=listed, pooling={"pooling_mode": "mean"})
+    (folder / "link").symlink_to(other)
+    with pytest.raises(ExportError, match=r"modules.json: path .* leads out of the model's folder; refused"):
+        read(folder)
+
+
+def test_shards_that_lead_out_of_the_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    for name in ("../other.safetensors", "/etc/passwd", "a/b.safetensors", 3):
+        index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}), encoding="utf-8")
+        with pytest.raises(ExportError, match="weight_map: expected names of files beside it"):
+            read(folder)
+
+
+SIGMOID, IDENTITY = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.linear.Identity"
+
+
+@pytest.mark.parametrize(
+    ("labels", "config", "prompts", "expected"),
+    [
+        (1, {}, {}, "sigmoid"),
+        (2, {}, {}, "softmax"),
+        (2, {"problem_type": "multi_label_classification"}, {}, "sigmoid"),
+        (1, {"problem_type": "regression"}, {}, "none"),
+        (2, {"problem_type": "regression"}, {}, "none"),
+        (1, {"sentence_transformers": {"activation_fn": IDENTITY}}, {}, "none"),
+        (1, {"sentence_transformers": {"activation_fn": SIGMOID}, "problem_type": "regression"}, {}, "sigmoid"),
+        (1, {"sbert_ce_default_activation_function": IDENTITY}, {}, "none"),
+        (1, {"sbert_ce_default_activation_function": None}, {}, "sigmoid"),
+        (3, {"sbert_ce_default_activation_function": "torch.nn.Softmax"}, {}, "softmax"),
+        (1, {"sentence_transformers": {"activation_fn": "somebody.code.Sigmoid"}}, {}, "sigmoid"),
+        (3, {}, {"model_type": "CrossEncoder"}, "none"),
+        (1, {"problem_type": "regression"}, {"model_type": "CrossEncoder"}, "sigmoid"),
+        (1, {}, {"model_type": "CrossEncoder", "activation_fn": IDENTITY}, "none"),
+    ],
+)
+def test_activation(
+    tmp_path: Path, labels: int, config: dict[str, Any], prompts: dict[str, Any], expected: str
+) -> None:
+    names = {str(index): f"L{index}" for index in range(labels)}
+    whole = {**CONFIG, "architectures": ["BertForSequenceClassification"], "id2label": names, **config}
+    assert read(write(tmp_path, config=whole, prompts=prompts)).activation() == expected
+
+
+def test_activation_that_is_not_known(tmp_path: Path) -> None:
+    config = {
+        **CONFIG,
+        "architectures": ["BertForSequenceClassification"],
+        "sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"},
+    }
+    with pytest.raises(ExportError, match=r"activation.Tanh over its logits, which is not supported \(only Sigmoid"):
+        read(write(tmp_path, config=config)).activation()
+
+
+def test_cross_encoders_that_have_modules(tmp_path: Path) -> None:
+    """As sentence-transformers 6 saves them."""
+    config = {**CONFIG, "architectures": ["BertForSequenceClassification"], "id2label": {"0": "score"}}
+    settings = {"model_type": "CrossEncoder", "activation_fn": SIGMOID, "prompts": {}, "default_prompt_name": None}
+    source = read(write(tmp_path, config=config, modules=modules(MODULES[0]), prompts=settings))
+    assert (source.task, source.pooling, source.activation()) == ("text-classification", None, "sigmoid")
+    for types in (MODULES, [MODULES[0], "sentence_transformers.base.modules.dense.Dense"]):
+        folder = write(tmp_path, config=config, modules=modules(*types), prompts=settings, pooling={})
+        with pytest.raises(ExportError, match="expected a cross-encoder of a Transformer module alone"):
+            read(folder)
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pickle
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -463,11 +462,12 @@ def test_save_and_load(generator: torch.Generator, tmp_path: Path, dtype: torch_
     encoder = Encoder(SPEC, make_weights(SPEC, generator), dtype)
     head = Head(HEAD, make_weights(HEAD, generator), dtype)
     path = tmp_path / "encoder.safetensors"
+    path.write_bytes(b"")
+    mode = path.stat().st_mode
+    path.unlink()
     encoder.save(path, head)
     assert [entry.name for entry in tmp_path.iterdir()] == ["encoder.safetensors"]
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+    assert path.stat().st_mode == mode
     stored = load_file(path)
     matrix = torch.bfloat16 if dtype == "bf16" else torch.float32
     assert stored["layers.0.attention.qkv.weight"].dtype == matrix
@@ -492,6 +492,14 @@ def test_save_and_load(generator: torch.Generator, tmp_path: Path, dtype: torch_
     else:
         with pytest.raises(ValueError, match="holds bf16 weights, fp32 was asked for"):
             Encoder.load(path, "fp32")
+
+
+def test_saving_leaves_the_umask_alone(
+    generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It belongs to the process: another thread's files would be open to everybody meanwhile."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask of the process was set"))
+    Encoder(SPEC, make_weights(SPEC, generator)).save(tmp_path / "encoder.safetensors")
 
 
 def test_files_from_before_a_field_existed_mean_bert(generator: torch.Generator, tmp_path: Path) -> None:

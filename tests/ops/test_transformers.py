@@ -316,6 +316,36 @@ def test_refusals() -> None:
         Encoder.from_transformers(model)
 
 
+def test_modernbert_as_transformers_5_describes_it() -> None:
+    """It has other fields for the bases of rotary positions, and a list for the kinds of layers."""
+    model = make("Model", "modernbert")
+    config = model.config
+    for name in ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers"):
+        vars(config).pop(name, None)
+    config.rope_parameters = {
+        "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    config.rope_scaling = config.rope_parameters  # There another name of the same.
+    full, sliding = "full_attention", "sliding_attention"
+    for kinds, every in (
+        ([full, sliding, sliding, full, sliding], 3),
+        ([full, sliding, full, sliding, full], 2),
+        ([full] * 5, 1),
+        ([full, *[sliding] * 4], 5),
+    ):
+        config.layer_types = kinds
+        spec = Encoder.from_transformers(model).spec
+        assert (spec.rotary_theta, spec.rotary_theta_local, spec.global_every) == (5000.0, 100.0, every)
+    for kinds in ([full, full, sliding, full, sliding], [sliding, full, sliding, full, sliding]):
+        config.layer_types = kinds
+        with pytest.raises(ValueError, match="expected layer_types with full_attention in every n-th layer"):
+            Encoder.from_transformers(model)
+    config.rope_parameters["sliding_attention"]["rope_type"] = "yarn"
+    with pytest.raises(ValueError, match="expected rope_parameters with rope_type='default'"):
+        Encoder.from_transformers(model)
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
 def test_optimize(name: str, generator: torch.Generator) -> None:
     model = make("Model", name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
+import secrets
+import stat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,14 +34,14 @@ def write(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> N
     """
     from safetensors.torch import save_file
 
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    name = str(path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp"))
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
+        # What the umask leaves of it. To ask for the umask is to set it, for all threads.
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
         save_file(weights, name, {"format": FORMAT, "format_version": str(FORMAT_VERSION), **metadata})
-        # mkstemp makes files that nobody else can read.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
+        os.chmod(name, mode)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -142,6 +142,45 @@ def _half_window(config: Any) -> int:
     return window
 
 
+def _rotary(config: Any) -> dict[str, float]:
+    """The bases of ModernBERT's rotary positions, in global and in local layers.
+
+    transformers 4 has fields of their own for them, transformers 5 has ``rope_parameters``, by kind of layer.
+    """
+    scaling = getattr(config, "rope_scaling", None)
+    if hasattr(config, "global_rope_theta"):
+        if scaling is not None:
+            raise ValueError(f"unsupported configuration: expected rope_scaling=None, got {scaling!r}")
+        bases = float(config.global_rope_theta), float(_get(config, "local_rope_theta") or 0)
+    else:
+        parameters = _get(config, "rope_parameters")
+        kinds = [dict(parameters.get(kind) or {}) for kind in ("full_attention", "sliding_attention")]
+        if any(kind.keys() != {"rope_type", "rope_theta"} or kind["rope_type"] != "default" for kind in kinds):
+            raise ValueError(
+                "unsupported configuration: expected rope_parameters with rope_type='default' and rope_theta for "
+                f"full_attention and sliding_attention, got {parameters!r}"
+            )
+        bases = float(kinds[0]["rope_theta"]), float(kinds[1]["rope_theta"])
+    return dict(zip(("rotary_theta", "rotary_theta_local"), bases, strict=True))
+
+
+def _global_every(config: Any) -> int:
+    """Every how many layers one of ModernBERT's sees all tokens, from the first one on.
+
+    transformers 4 has a field for it, transformers 5 lists the kinds of all layers.
+    """
+    if hasattr(config, "global_attn_every_n_layers"):
+        return int(config.global_attn_every_n_layers)
+    kinds = list(_get(config, "layer_types"))
+    every = next((index for index, kind in enumerate(kinds) if index and kind == "full_attention"), max(1, len(kinds)))
+    if kinds != ["sliding_attention" if index % every else "full_attention" for index in range(len(kinds))]:
+        raise ValueError(
+            "unsupported configuration: expected layer_types with full_attention in every n-th layer from the first "
+            f"one on and sliding_attention in all others, got {kinds!r}"
+        )
+    return every
+
+
 _TOKENS = _HeadNames(out="classifier")
 
 _BERT = _Architecture(
@@ -265,15 +304,13 @@ _MODERNBERT = _Architecture(
     more=lambda config: {
         "absolute_positions": False,
         "max_positions": int(_get(config, "max_position_embeddings")),
-        "rotary_theta": float(_get(config, "global_rope_theta")),
-        "rotary_theta_local": float(_get(config, "local_rope_theta") or 0),
+        **_rotary(config),
         "window": _half_window(config),
-        "global_every": int(_get(config, "global_attn_every_n_layers")),
+        "global_every": _global_every(config),
         "norm_first": True,
         "norm_first_attention": False,
         "gated_ffn": True,
     },
-    options={"rope_scaling": None},
 )
 
 _ARCHITECTURES: Mapping[str, _Architecture] = {

@@ -15,15 +15,32 @@ from typing import Any
 
 import numpy as np
 
+from deploy.bundle import VARIANTS
 from deploy.export.engines import Batch
 from deploy.export.errors import ExportError
 from deploy.onnx_session import session_options
 
-__all__ = ["export_fp32", "quantize_int8", "sensitive_nodes"]
+__all__ = ["SHARES_IN_FP32", "export_fp32", "files_of", "quantize_int8", "sensitive_nodes", "variant_bytes"]
 
 _TASKS = {"feature-extraction": "last_hidden_state", "text-classification": "logits", "fill-mask": "logits"}
 _EXTERNAL_FROM_BYTES = 1_900_000_000
 """protobuf ends at 2 GiB; larger models keep their weights in a file of their own."""
+
+
+SHARES_IN_FP32 = (0.0, 0.1, 0.25, 0.5)
+"""How many of the layers int8 leaves in fp32, the most sensitive ones first, one try after the other."""
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """Files of a variant, its weights file first."""
+    file = VARIANTS[name].file
+    extra = [folder / f"{file}_data", folder / f"{file}.data"]
+    return [folder / file, *(path for path in extra if path.exists())]
+
+
+def variant_bytes(folder: Path, name: str) -> int:
+    """Size of a variant's files."""
+    return sum(path.stat().st_size for path in files_of(folder, name))
 
 
 def export_fp32(model: Any, task: str, work: Path, target: Path) -> None:

@@ -1,0 +1,71 @@
+"""The bundle: one folder that holds everything the server needs to run a model, described by its `manifest.json`.
+
+`python -m deploy export` writes it, `python -m deploy serve` reads it. This package needs the standard library only, so
+that a server that runs ONNX Runtime loads neither torch nor transformers for it.
+
+| module | part |
+|---|---|
+| `manifest` | the whole: `Manifest`, reading and writing it |
+| `fields` | its parts, the names that are allowed, and how JSON becomes each of them |
+| `files` | the files beside it: names, sizes, digests |
+"""
+
+from __future__ import annotations
+
+from deploy.bundle.fields import (
+    ACTIVATIONS,
+    CONFIG_FILE,
+    ENGINES,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    POOLING_MODES,
+    PROBLEM_TYPES,
+    TASKS,
+    TOKENIZER_FILE,
+    TRUNCATION_SIDES,
+    VARIANTS,
+    Accuracy,
+    BundleError,
+    Machine,
+    ModelInfo,
+    Pooling,
+    Prompts,
+    SpecialToken,
+    Speed,
+    Variant,
+    VariantKind,
+)
+from deploy.bundle.files import FileEntry, file_entry, owned_files
+from deploy.bundle.manifest import Manifest, load_manifest, write_manifest
+
+__all__ = [
+    "ACTIVATIONS",
+    "CONFIG_FILE",
+    "ENGINES",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MANIFEST_FILE",
+    "POOLING_MODES",
+    "PROBLEM_TYPES",
+    "TASKS",
+    "TOKENIZER_FILE",
+    "TRUNCATION_SIDES",
+    "VARIANTS",
+    "Accuracy",
+    "BundleError",
+    "FileEntry",
+    "Machine",
+    "Manifest",
+    "ModelInfo",
+    "Pooling",
+    "Prompts",
+    "SpecialToken",
+    "Speed",
+    "Variant",
+    "VariantKind",
+    "file_entry",
+    "load_manifest",
+    "owned_files",
+    "write_manifest",
+]

@@ -1,0 +1,102 @@
+"""What an export needs of the machine: libraries, memory, room on the disk, threads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+
+from deploy.bundle import VARIANTS
+from deploy.export.errors import ExportError, first_line
+from deploy.export.progress import megabytes
+from deploy.export.source import Source
+from deploy.machine import available_memory_bytes
+
+__all__ = ["check_disk", "import_libraries", "memory_note", "threads"]
+
+
+def import_libraries(names: Sequence[str]) -> None:
+    """Imports what is needed, so that something that is missing is told before any work."""
+    try:
+        import tokenizers
+        import torch
+        import transformers
+
+        if any(VARIANTS[name].engine == "onnxruntime" for name in names):
+            import onnx
+            import onnxruntime
+            import optimum.exporters.onnx
+            import optimum.onnxruntime
+
+            del onnx, onnxruntime, optimum
+        del tokenizers, torch, transformers
+    except ImportError as error:
+        raise ExportError(
+            f"export needs more packages ({first_line(error)}): pip install 'torch-ext[export]'"
+        ) from error
+    if any(VARIANTS[name].engine == "torch_ext" for name in names):
+        try:
+            import torch_ext
+
+            del torch_ext
+        except ImportError as error:
+            left = ",".join(name for name in VARIANTS if VARIANTS[name].engine != "torch_ext")
+            raise ExportError(f"{first_line(error, 600)}; or leave it out with --variants {left}") from error
+
+
+def memory_note(source: Source, variants: Collection[str]) -> str | None:
+    """What to tell where less memory is free than an export needs at its peak."""
+    # Measured: ONNX Runtime's quantizer holds several copies.
+    required = (8 if "onnx-int8" in variants else 4) * source.weights_bytes + (1 << 30)
+    available = available_memory_bytes()
+    if available is None or available >= required:
+        return None
+    hint = "; without onnx-int8 it takes half" if "onnx-int8" in variants else ""
+    return f"about {megabytes(required)} of memory are needed, {megabytes(available)} are free{hint}"
+
+
+def check_disk(source: Source, parameters: int, variants: Collection[str], target: object, free_bytes: int) -> None:
+    """Checks that what an export needs at its peak, estimated, fits on the disk.
+
+    Args:
+        source: What the model's folder says.
+        parameters: Number of the model's parameters.
+        variants: Names of the variants to write.
+        target: Folder to write, for the message.
+        free_bytes: Room on its disk.
+
+    Raises:
+        ExportError: It does not.
+    """
+    # torch_ext-int8 has tables in bf16, and maybe layers.
+    per_parameter = {
+        "torch_ext-bf16": 2.0,
+        "torch_ext-int8": 2.0,
+        "torch-fp32": 4.0,
+        "onnx-fp32": 4.0,
+        "onnx-int8": 1.3,
+    }
+    names = set(variants) | ({"onnx-fp32"} if "onnx-int8" in variants else set())
+    # Tokenizers and graphs take some megabytes.
+    total = sum(per_parameter[name] * parameters for name in names)
+    tokenizer = sum(path.stat().st_size for path in source.folder.glob("*.json") if path.is_file())
+    required = int(total * 1.03) + 2 * tokenizer + (4 << 20)
+    if free_bytes < required:
+        raise ExportError(
+            f"-o {target}: about {megabytes(required)} are needed there, {megabytes(free_bytes)} are free; make room, "
+            "choose another disk, or write fewer --variants"
+        )
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[int]:
+    """Lets torch use `count` threads, and afterwards as many as before."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ExportError(f"export needs torch ({first_line(error)}): see the installation in the README") from error
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,159 @@
+"""The reference: the model in transformers, fp32.
+
+Folders saved by transformers 5 say some things in another way than transformers 4 reads them:
+
+| file | field | transformers 5 | transformers 4 |
+|---|---|---|---|
+| `tokenizer_config.json` | `tokenizer_class` | `TokenizersBackend` | `PreTrainedTokenizerFast` |
+| `tokenizer_config.json` | `extra_special_tokens` | a list | `additional_special_tokens`, a list |
+| `config.json` | `rope_parameters` | bases and scaling of rotary positions | fields of each model's own |
+
+`readable_folder` gives it a copy that says them in the old way. Nobody's folder is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deploy.bundle import CONFIG_FILE
+from deploy.export.errors import ExportError, first_line, is_disk_full
+from deploy.export.sentence import read_json
+from deploy.export.source import Source
+
+__all__ = ["load_model", "older_config", "older_tokenizer_config", "readable_folder"]
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+
+
+def older_tokenizer_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `tokenizer_config.json` of transformers 5 says, for transformers 4; the same where it says nothing new."""
+    result = dict(settings)
+    if result.get("tokenizer_class") == "TokenizersBackend":
+        result["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = result.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del result["extra_special_tokens"]
+        known = result.get("additional_special_tokens") or []
+        result["additional_special_tokens"] = [*known, *(token for token in extra if token not in known)]
+    return result
+
+
+def older_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.json` of transformers 5 says, for transformers 4; the same where it says nothing new."""
+    result = dict(settings)
+    rope = result.pop("rope_parameters", None)
+    if not isinstance(rope, dict):
+        return dict(settings)
+    names = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+    parts = {name: rope[kind] for kind, name in names.items() if isinstance(rope.get(kind), dict)}
+    for name, part in (parts or {"rope_theta": rope}).items():
+        if "rope_theta" in part:
+            result.setdefault(name, part["rope_theta"])
+        if part.get("rope_type", "default") != "default":
+            result.setdefault("rope_scaling", {key: value for key, value in part.items() if key != "rope_theta"})
+    return result
+
+
+_OLDER = {
+    _TOKENIZER_CONFIG: older_tokenizer_config,
+    _SPECIAL_TOKENS: older_tokenizer_config,
+    CONFIG_FILE: older_config,
+}
+
+
+@contextlib.contextmanager
+def readable_folder(source: Source, work: Path) -> Iterator[Path]:
+    """The model's folder as the installed transformers reads it.
+
+    Args:
+        source: What the folder says.
+        work: Path of a folder to make if needed, with links to the model's files; removed at the end.
+
+    Yields:
+        The model's folder, or `work`.
+
+    Raises:
+        ExportError: A file is damaged.
+    """
+    import transformers
+
+    changed: dict[str, Mapping[str, Any]] = {}
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        for name, older in _OLDER.items():
+            if (source.folder / name).is_file():
+                settings = read_json(source.folder / name, dict)
+                if (new := older(settings)) != settings:
+                    changed[name] = new
+    if not changed:
+        yield source.folder
+        return
+    work.mkdir()
+    try:
+        for path in source.folder.iterdir():
+            if path.is_file() and path.name not in changed:
+                try:
+                    (work / path.name).symlink_to(path.absolute())
+                except OSError:  # Some file systems have no links.
+                    shutil.copyfile(path, work / path.name)
+        for name, settings in changed.items():
+            (work / name).write_text(json.dumps(settings), encoding="utf-8")
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def load_model(source: Source, folder: Path) -> Any:
+    """The model in fp32, with every weight that its task needs.
+
+    Args:
+        source: What the model's folder says.
+        folder: Where the installed transformers reads its files; see `readable_folder`.
+
+    Raises:
+        ExportError: Files are damaged, hold code, or lack weights of the task.
+    """
+    import torch
+    import transformers
+
+    kinds = {
+        "feature-extraction": transformers.AutoModel,
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "fill-mask": transformers.AutoModelForMaskedLM,
+    }
+    try:
+        model, info = kinds[source.task].from_pretrained(
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            weights_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
+        if is_disk_full(error):
+            raise
+        raise ExportError(f"{source.folder / source.weights}: cannot be loaded: {first_line(error)}") from error
+    except Exception as error:
+        # Of the kinds of pickle and safetensors, which share no base class.
+        reason = "refused" if not source.safe_format else "damaged"
+        raise ExportError(
+            f"{source.folder / source.weights}: {reason}: {first_line(error)}; save the model again in safetensors"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if source.task == "feature-extraction":
+        missing = [name for name in missing if ".pooler." not in f".{name}"]
+    if missing or info["mismatched_keys"]:
+        names = ", ".join([*missing, *(str(item[0]) for item in info["mismatched_keys"])][:3])
+        raise ExportError(
+            f"{source.folder / source.weights}: no weights for {names}..., which {source.task} needs; "
+            "pass another --task, or a model that was trained for it"
+        )
+    model.eval()
+    model.requires_grad_(False)
+    return model

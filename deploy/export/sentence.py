@@ -1,0 +1,255 @@
+"""What the files of sentence-transformers say: pooling, limits, prompts, activation.
+
+| file | what it says |
+|---|---|
+| `modules.json` | the modules in their order, each with a folder; `_MODULES` has those that are supported |
+| `1_Pooling/config.json` | how hidden states become an embedding |
+| `sentence_bert_config.json`, or one of its older names | the longest input, and whether texts are lower-cased |
+| `config_sentence_transformers.json` | prompts, shorter embeddings, and for cross-encoders the activation |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deploy.bundle import POOLING_MODES, Prompts
+from deploy.export.errors import ExportError, first_line
+
+__all__ = ["SentenceFiles", "read_json", "read_sentence_files"]
+
+_SETTINGS_FILES = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""The first one that says something counts, as in sentence-transformers."""
+
+_POOLING_KEYS: Mapping[str, str] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""Keys of old pooling modules; new ones name their modes under `pooling_mode`."""
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The content of a JSON file, of the given kind (`dict` or `list`).
+
+    Raises:
+        ExportError: It cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path}: expected JSON: {first_line(error)}") from error
+    if not isinstance(value, kind):
+        raise ExportError(
+            f"{path}: expected a JSON {'object' if kind is dict else 'array'}, got {type(value).__name__}"
+        )
+    return value
+
+
+@dataclass
+class SentenceFiles:
+    """What the files say.
+
+    Attributes:
+        folder: Where the transformer is.
+        embeds: Whether they describe a model that makes embeddings.
+        cross_encoder: Whether they describe one that scores pairs of texts.
+        mode: Pooling, or None where nothing is said or it is not supported.
+        normalize: Whether embeddings are normalized.
+        max_tokens: Longest input, or None.
+        lowercase: Whether texts are lower-cased.
+        prompts: None where there are none.
+        activation: Name of the class in torch that makes scores of a cross-encoder's logits, or None.
+        where: The file that decides.
+        problem: Why embeddings of ours would differ, or None.
+    """
+
+    folder: Path
+    embeds: bool = False
+    cross_encoder: bool = False
+    mode: str | None = None
+    normalize: bool = False
+    max_tokens: int | None = None
+    lowercase: bool = False
+    prompts: Prompts | None = None
+    activation: str | None = None
+    where: str = ""
+    problem: str | None = None
+    pooling_file: Path | None = field(default=None, repr=False)
+    include_prompt: bool = True
+
+
+def read_sentence_files(root: Path) -> SentenceFiles:
+    """Reads them; those that are missing say nothing.
+
+    Raises:
+        ExportError: A file is damaged, or leads out of the folder.
+    """
+    files = SentenceFiles(root)
+    _read_modules(root, files)
+    _read_pooling(root, files)
+    _read_settings(root, files)
+    _read_model_settings(root, files)
+    return files
+
+
+# One function per module: what it means for us.
+
+
+def _transformer(files: SentenceFiles, place: Path, index: int) -> None:
+    if index == 0:
+        files.folder = place
+    else:
+        files.problem = files.problem or f"{place}: a second Transformer module is not supported"
+
+
+def _pooling(files: SentenceFiles, place: Path, index: int) -> None:
+    if files.pooling_file is None:
+        files.pooling_file = place / "config.json"
+    else:
+        files.problem = files.problem or f"{place}: a second Pooling module is not supported"
+
+
+def _normalize(files: SentenceFiles, place: Path, index: int) -> None:
+    files.normalize = True
+
+
+def _dropout(files: SentenceFiles, place: Path, index: int) -> None:
+    """Does nothing outside of training."""
+
+
+_MODULES: Mapping[str, Callable[[SentenceFiles, Path, int], None]] = {
+    "Transformer": _transformer,
+    "Pooling": _pooling,
+    "Normalize": _normalize,
+    "Dropout": _dropout,
+}
+
+
+def _read_modules(root: Path, files: SentenceFiles) -> None:
+    listed = root / "modules.json"
+    if not listed.is_file():
+        if (root / "1_Pooling" / "config.json").is_file():
+            files.pooling_file = root / "1_Pooling" / "config.json"
+            files.normalize = (root / "2_Normalize").is_dir()
+            files.embeds = True
+        return
+    for index, module in enumerate(read_json(listed, list)):
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
+            raise ExportError(f"{listed}: expected objects with a type, got {module!r:.80}")
+        kind = module["type"].rpartition(".")[2]
+        place = _inside(root, module.get("path", ""), listed)
+        if kind in _MODULES:
+            _MODULES[kind](files, place, index)
+        else:
+            files.problem = files.problem or f"{listed}: module {kind} changes the embeddings and is not supported"
+    files.where, files.embeds = listed.name, True
+
+
+def _inside(root: Path, path: Any, where: Path) -> Path:
+    """The folder of a module, which has to be the model's or below it.
+
+    Raises:
+        ExportError: It is not: whoever wrote the model would choose files of this machine.
+    """
+    if not isinstance(path, str):
+        raise ExportError(f"{where}: path: expected a string, got {path!r:.80}")
+    place = root / path
+    if "\0" in path or not place.resolve().is_relative_to(root.resolve()):
+        raise ExportError(f"{where}: path {path!r:.200} leads out of the model's folder; refused")
+    return place
+
+
+def _read_pooling(root: Path, files: SentenceFiles) -> None:
+    path = files.pooling_file
+    if path is None:
+        return
+    files.where = str(path.relative_to(root))
+    if not path.is_file():
+        files.problem = files.problem or f"{path}: missing, though modules.json names it"
+        return
+    settings = read_json(path, dict)
+    files.include_prompt = settings.get("include_prompt") is not False
+    told = settings.get("pooling_mode")
+    if told is None:
+        told = [
+            _POOLING_KEYS.get(key, key.removeprefix("pooling_mode_"))
+            for key, value in settings.items()
+            if key.startswith("pooling_mode_") and value
+        ] or ["mean"]
+    modes = told if isinstance(told, list) else [told]
+    if len(modes) == 1 and modes[0] in POOLING_MODES:
+        files.mode = modes[0]
+    else:
+        files.problem = files.problem or (
+            f"{path}: pooling {' + '.join(map(str, modes))} is not supported (only {', '.join(POOLING_MODES)})"
+        )
+
+
+def _read_settings(root: Path, files: SentenceFiles) -> None:
+    found = (
+        read_json(folder / name, dict)
+        for folder in dict.fromkeys((files.folder, root))
+        for name in _SETTINGS_FILES
+        if (folder / name).is_file()
+    )
+    settings: Mapping[str, Any] = next((value for value in found if value), {})
+    value = settings.get("max_seq_length")
+    files.max_tokens = value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    files.lowercase = settings.get("do_lower_case") is True
+
+
+def _read_model_settings(root: Path, files: SentenceFiles) -> None:
+    path = root / "config_sentence_transformers.json"
+    if not path.is_file():
+        return
+    settings = read_json(path, dict)
+    kind = settings.get("model_type", "SentenceTransformer")
+    if kind == "CrossEncoder":
+        files.cross_encoder, files.embeds = True, False
+        if files.problem is not None or files.pooling_file is not None:
+            raise ExportError(
+                f"{root / 'modules.json'}: expected a cross-encoder of a Transformer module alone, which has its head; "
+                "others are not supported"
+            )
+    elif kind != "SentenceTransformer":
+        files.problem = files.problem or f"{path}: a {kind!s:.40} makes other embeddings than one per text"
+    if isinstance(settings.get("activation_fn"), str):
+        files.activation = settings["activation_fn"]
+    if files.embeds and settings.get("truncate_dim") is not None:
+        files.problem = files.problem or (
+            f"{path}: embeddings are cut to {settings['truncate_dim']} dimensions (truncate_dim), which is not "
+            "supported"
+        )
+    told = settings.get("prompts") or {}
+    if not isinstance(told, dict) or not all(isinstance(text, str | None) for text in told.values()):
+        raise ExportError(f"{path}: prompts: expected an object of strings, got {told!r:.80}")
+    texts = {name: text or "" for name, text in told.items()}
+    default = settings.get("default_prompt_name")
+    known = (None, "query", "document", *texts)  # sentence-transformers knows two names without a text.
+    if default not in known:
+        raise ExportError(
+            f"{path}: default_prompt_name: expected one of the prompts ({', '.join(texts) or 'there are none'}), got "
+            f"{default!r:.80}"
+        )
+    if default is not None:
+        texts.setdefault(default, "")
+    if not any(texts.values()):
+        return
+    files.prompts = Prompts(texts, default)
+    if files.prompts.default_text and not files.include_prompt:
+        files.problem = files.problem or (
+            f"{files.pooling_file}: the pooling leaves out the prompt {files.prompts.default_text!r} "
+            "(include_prompt false), which is not supported"
+        )

@@ -1,0 +1,144 @@
+"""The tokenizer as it goes into the bundle, and the token ids of texts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.bundle import TRUNCATION_SIDES, SpecialToken
+from deploy.export.errors import ExportError, first_line
+from deploy.export.source import Source
+
+__all__ = ["Tokens"]
+
+_MASKED_SEED = 0
+
+
+class Tokens:
+    """The tokenizer of a model.
+
+    Attributes:
+        max_tokens: Longest input.
+        truncation_side: From which side longer texts are cut.
+        special: `pad`, `mask`, `cls`, `sep`; None for one that it does not have.
+        pad_id: Id of the padding token.
+    """
+
+    def __init__(self, source: Source, folder: Path, target: Path) -> None:
+        """Loads the tokenizer and writes it.
+
+        Args:
+            source: What the model's folder says.
+            folder: Where the installed transformers reads its files; see `reference.readable_folder`.
+            target: Path to write.
+
+        Raises:
+            ExportError: It cannot be loaded, is a slow one, or does not belong to the model.
+        """
+        from tokenizers import Tokenizer, normalizers
+        from transformers import AutoTokenizer
+
+        try:
+            self._reference: Any = AutoTokenizer.from_pretrained(  # type: ignore[no-untyped-call]
+                folder, use_fast=True, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:
+            raise ExportError(f"{source.folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+        if not self._reference.is_fast:
+            raise ExportError(
+                f"{source.folder}: only a slow tokenizer ({type(self._reference).__name__}), no tokenizer.json; "
+                "save a fast one there with AutoTokenizer.from_pretrained(...).save_pretrained"
+            )
+        backend = Tokenizer.from_str(self._reference.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        if source.lowercase:
+            lower = normalizers.Lowercase()
+            backend.normalizer = normalizers.Sequence([lower, backend.normalizer]) if backend.normalizer else lower
+        backend.save(str(target), pretty=False)
+        self._lowercase, self._prompt, self._backend = source.lowercase, source.prompt, backend
+        self.truncation_side = str(self._reference.truncation_side)
+        if self.truncation_side not in TRUNCATION_SIDES:
+            raise ExportError(
+                f"{source.folder}: truncation_side: expected one of {', '.join(TRUNCATION_SIDES)}, got "
+                f"{self.truncation_side!r}"
+            )
+        _check_vocabulary(source, backend)
+        # Without a limit of its own a tokenizer says 1e30.
+        told = self._reference.model_max_length
+        limit = source.max_positions if told is None or told < 3 else min(int(told), source.max_positions)
+        self.max_tokens = source.max_tokens or limit
+        self.special = {name: self._special(name) for name in ("pad", "mask", "cls", "sep")}
+        pad = self.special["pad"] or _padding_of_config(source, backend)
+        self.special["pad"], self.pad_id = pad, pad.id
+        if source.task == "fill-mask" and self.special["mask"] is None:
+            raise ExportError(f"{source.folder}: the tokenizer has no mask token, and the task is fill-mask")
+
+    def _special(self, name: str) -> SpecialToken | None:
+        token, index = getattr(self._reference, f"{name}_token"), getattr(self._reference, f"{name}_token_id")
+        return None if token is None or index is None else SpecialToken(int(index), str(token))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts, with the model's default prompt before them, truncated.
+
+        Raises:
+            ExportError: The bundle's tokenizer gives other ids than transformers.
+        """
+        texts = [self._prompt + text for text in texts]
+        self._backend.enable_truncation(self.max_tokens, direction=self.truncation_side)
+        ids = [list(item.ids) for item in self._backend.encode_batch(texts)]
+        self._backend.no_truncation()
+        # Python lower-cases some letters by their place in the word, a tokenizer never does: such texts prove nothing.
+        same = [index for index, text in enumerate(texts) if text.isascii() or not self._lowercase]
+        told = [texts[index].lower() if self._lowercase else texts[index] for index in same]
+        expected = self._reference(told, truncation=True, max_length=self.max_tokens)["input_ids"] if told else []
+        for index, row in zip(same, expected, strict=True):
+            if ids[index] != row:
+                raise ExportError(
+                    "the tokenizer in the bundle and the one in transformers give different ids for "
+                    f"{texts[index][:60]!r}; the files of the tokenizer do not belong together"
+                )
+        kept = [row for row in ids if row]
+        if not kept:
+            raise ExportError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
+        return kept
+
+    def mask(self, ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Hides one token of every text that has no mask token yet; returns ids and the positions of the masks."""
+        mask = self.special["mask"]
+        assert mask is not None
+        special = {token.id for token in self.special.values() if token is not None}
+        chance = random.Random(_MASKED_SEED)
+        rows, positions = [], []
+        for row in ids:
+            places = [index for index, token in enumerate(row) if token == mask.id]
+            candidates = [index for index, token in enumerate(row) if token not in special]
+            if not places and candidates:
+                places = [chance.choice(candidates)]
+                row = [mask.id if index == places[0] else token for index, token in enumerate(row)]
+            if places:
+                rows.append(row)
+                positions.append(places)
+        if not rows:
+            raise ExportError("none of the texts has a token that could be masked; pass other ones with --texts")
+        return rows, positions
+
+
+def _check_vocabulary(source: Source, backend: Any) -> None:
+    size = source.config.get("vocab_size")
+    highest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    if isinstance(size, int) and highest >= size:
+        raise ExportError(
+            f"{source.folder}: the tokenizer has ids up to {highest}, the model a vocabulary of {size}; "
+            "they do not belong together"
+        )
+
+
+def _padding_of_config(source: Source, backend: Any) -> SpecialToken:
+    told = source.config.get("pad_token_id")
+    token = backend.id_to_token(told) if isinstance(told, int) else None
+    if token is None:
+        raise ExportError(f"{source.folder}: the tokenizer has no padding token; set tokenizer.pad_token and save it")
+    return SpecialToken(int(told or 0), token)

@@ -1,0 +1,88 @@
+"""Compares a written variant with the reference, and measures it.
+
+`open_engine` makes what runs a variant; `verify` compares, `measure` times, `refuse` says which bound was missed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.bundle import VARIANTS, Accuracy, Speed
+from deploy.export.accuracy import Comparison, Result
+from deploy.export.engines import Batch, Engine, OnnxEngine, TorchExtEngine, TransformersEngine
+from deploy.export.errors import ExportError
+from deploy.export.source import Source
+from deploy.machine import cpu_name
+
+__all__ = ["describe", "measure", "open_engine", "open_reference", "refuse", "verify"]
+
+
+def open_reference(model: Any, source: Source, pad_id: int) -> Engine:
+    """What runs the model of transformers."""
+    return TransformersEngine(model, source.task, source.pooling, pad_id)
+
+
+def open_engine(name: str, folder: Path, source: Source, pad_id: int, threads: int) -> Engine:
+    """What runs a variant that is written."""
+    kind = VARIANTS[name]
+    path = folder / kind.file
+    if kind.engine == "torch_ext":
+        return TorchExtEngine.load(path, kind.dtype, source.task, source.pooling)
+    return OnnxEngine(path, threads, source.task, source.pooling, pad_id)
+
+
+def verify(
+    engine: Engine,
+    comparison: Comparison,
+    work: Sequence[Batch],
+    bounds: Mapping[str, float],
+    speed_s: float,
+    threads: int,
+) -> tuple[Result, Speed | None]:
+    """Accuracy of a variant, and its speed if it keeps its bounds."""
+    result = comparison.check(engine, work, bounds)
+    return result, None if result.missed else measure(engine, work, speed_s, threads)
+
+
+def measure(engine: Engine, work: Sequence[Batch], seconds: float, threads: int) -> Speed | None:
+    """Texts per second over batches of every length, until the time is over; the engine has run before."""
+    if seconds <= 0:
+        return None
+    # Whole rounds only, so that short and long texts count alike.
+    chosen = work[:: max(1, len(work) // 4)]
+    count, start = 0, time.perf_counter()
+    while True:
+        for batch in chosen:
+            engine.run(batch)
+            count += len(batch.ids)
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds:
+            return Speed(round(count / elapsed, 1), threads, cpu_name(), max(len(batch.ids) for batch in chosen))
+
+
+def describe(accuracy: Accuracy, speed: Speed | None) -> str:
+    """Both, for a line of the progress."""
+    text = f"{accuracy.metric} mean {accuracy.mean:.6f} min {accuracy.min:.6f}"
+    if "max_prob_diff" in accuracy.details:
+        text += f" max probability difference {accuracy.details['max_prob_diff']:.4f}"
+    return text if speed is None else f"{text}, {speed.texts_per_s:.0f} texts/s"
+
+
+def refuse(name: str, result: Result, names: Sequence[str], how: str = "") -> None:
+    """Does nothing for a variant that keeps its bounds.
+
+    Raises:
+        ExportError: It misses one; the message says how to go on.
+    """
+    if not result.missed:
+        return
+    others = ",".join(other for other in names if other != name)
+    drop = f"leave it out with --variants {others}, or " if others else ""
+    bound, measured, _ = result.missed[0]
+    raise ExportError(
+        f"{name} misses its accuracy bound on {result.accuracy.texts} texts{how}: {result}; {drop}change the bound "
+        f"with --bound {name}.{bound}=VALUE (measured {measured:.6g})"
+    )

@@ -1,0 +1,102 @@
+"""The variants of torch_ext: an encoder, and the head of the task, in one file of safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.bundle import VARIANTS
+from deploy.export.accuracy import Comparison
+from deploy.export.engines import Batch
+from deploy.export.errors import ExportError, first_line
+from deploy.export.int8 import BoundMissed, choose_encoder
+from deploy.export.source import Source
+from deploy.export.verify import refuse
+
+if TYPE_CHECKING:
+    from torch_ext.sensitivity import Report
+
+__all__ = ["Quantized", "write_encoder", "write_int8_encoder"]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was measured to choose the layers in int8.
+
+    Attributes:
+        report: The measurement.
+        layers: Number of linear layers.
+    """
+
+    report: Report
+    layers: int
+
+    def __str__(self) -> str:
+        """Such as `3 of 24 linear layers in bf16`."""
+        return f"{len(self.report.kept)} of {self.layers} linear layers in bf16"
+
+
+def write_encoder(name: str, path: Path, model: Any, source: Source) -> None:
+    """Writes a variant that is not quantized.
+
+    Raises:
+        ExportError: torch_ext does not run the model.
+        OSError: The file cannot be written.
+    """
+    from torch_ext import Encoder, Head
+
+    dtype: Any = VARIANTS[name].dtype
+    with _told_as_export_error(name):
+        head = None if source.task == "feature-extraction" else Head.from_transformers(model, dtype=dtype)
+        Encoder.from_transformers(model, dtype=dtype).save(str(path), head=head)
+
+
+def write_int8_encoder(
+    name: str,
+    path: Path,
+    model: Any,
+    source: Source,
+    work: Sequence[Batch],
+    comparison: Comparison,
+    bounds: Mapping[str, float],
+    accuracy: float | None,
+    names: Sequence[str],
+) -> Quantized:
+    """Writes the int8 variant; layers that it would damage too much stay in bf16, see `int8.choose_encoder`.
+
+    Args:
+        name: Name of the variant.
+        path: File to write.
+        model: The model in transformers.
+        source: What its folder says.
+        work: The texts, in batches.
+        comparison: Holds what transformers computed for them.
+        bounds: Bounds of the variant.
+        accuracy: What `--accuracy` asks for.
+        names: All variants that are written.
+
+    Raises:
+        ExportError: torch_ext does not run the model, or all layers in bf16 miss a bound.
+        OSError: The file cannot be written.
+    """
+    with _told_as_export_error(name):
+        try:
+            encoder, head, report = choose_encoder(model, source, work, comparison, bounds, accuracy)
+        except BoundMissed as missed:
+            refuse(name, missed.result, names, " even with all layers in bf16")
+            raise AssertionError("a result that missed its bound is refused") from missed
+        encoder.save(str(path), head=head)
+        return Quantized(report, len(encoder.linear_names))
+
+
+@contextlib.contextmanager
+def _told_as_export_error(name: str) -> Iterator[None]:
+    """Turns what torch_ext says of a model that it does not run into an `ExportError`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        left = ",".join(other for other in VARIANTS if VARIANTS[other].engine != "torch_ext")
+        raise ExportError(f"{name}: {first_line(error)}; leave it out with --variants {left}") from error
