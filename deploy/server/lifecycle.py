@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
     """uvicorn with a model that is loaded behind it, and a drain that loses nothing.
 
     Attributes:
-        exit_code: 0, or 1 if the drain timed out, or 2 if the model could not be loaded.
+        exit_code: 0, or 1 if the drain timed out or the engine ended by itself, or 2 if the model could not be loaded.
         load_error: Why the model could not be loaded, or None.
     """
 
@@ -98,6 +98,7 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._on_ready = on_ready
         self._loading: asyncio.Task[None] | None = None
+        batcher.on_death = self._stop_without_engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: drain; a second SIGINT exits at once."""
@@ -126,6 +127,12 @@ class Server(uvicorn.Server):
             gc.freeze()
             if not self.should_exit:
                 self._on_ready()
+
+    def _stop_without_engine(self) -> None:
+        """Nothing can be answered any more: whoever started the process sees that, and starts another one."""
+        self.exit_code = self.exit_code or 1
+        self._app.draining = True
+        self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         """Every 0.1 s; every second closes connections whose request does not arrive."""

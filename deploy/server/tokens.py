@@ -69,12 +69,13 @@ class TextTokenizer:
         except Exception as error:  # The library raises plain Exception.
             raise ValueError(f"{manifest.tokenizer_path}: not a usable tokenizer: {error}") from error
 
-    def encode(self, texts: Sequence[str], truncate: bool) -> list[NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str], truncate: bool, first: int = 0) -> list[NDArray[np.int64]]:
         """Token ids of texts, special tokens included.
 
         Args:
             texts: At least one; no lone surrogates.
             truncate: Cut to `max_tokens` at the end of the text; otherwise a longer text is an error.
+            first: Index of the first of them in its request, for messages.
 
         Returns:
             Per text ids, i64 [tokens], 1 <= tokens <= `max_tokens`.
@@ -85,7 +86,7 @@ class TextTokenizer:
         """
         limit = self.max_tokens
         result = []
-        for index, encoding in enumerate(self._encodings(texts)):
+        for index, encoding in enumerate(self._encodings(texts), first):
             ids = encoding.ids
             if len(ids) > limit:
                 if not truncate:

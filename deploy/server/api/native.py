@@ -1,0 +1,102 @@
+"""The server's own inference routes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..bodies import encode
+from ..callers import Caller
+from ..http import JSON_HEADER, Response, server_timing
+from ..limits import Limits
+from ..route import Context, Route
+from ..schemas import (
+    EmbedRequest,
+    EmbedResponse,
+    FillMaskRequest,
+    FillMaskResponse,
+    PredictRequest,
+    PredictResponse,
+)
+from ..service import Result
+
+__all__ = ["ROUTES"]
+
+
+def _texts(inputs: str | list[str]) -> Sequence[str]:
+    return [inputs] if isinstance(inputs, str) else inputs
+
+
+async def embed(context: Context, request: EmbedRequest, caller: Caller) -> Response:
+    """POST /embed."""
+    service = context.service
+    result = await service.embed(
+        _texts(request.inputs),
+        caller,
+        context.limits,
+        normalize=request.normalize,
+        truncate=request.truncate,
+    )
+    body = {"embeddings": result.values, "model": service.model, "usage": {"tokens": result.tokens}}
+    return Response(encode(body), (JSON_HEADER, server_timing(result)))
+
+
+async def predict(context: Context, request: PredictRequest, caller: Caller) -> Response:
+    """POST /predict."""
+    result = await context.service.classify(_texts(request.inputs), caller, context.limits, truncate=request.truncate)
+    return _predictions(context, result)
+
+
+async def fill_mask(context: Context, request: FillMaskRequest, caller: Caller) -> Response:
+    """POST /fill-mask."""
+    result = await context.service.fill(
+        _texts(request.inputs), caller, context.limits, top_k=request.top_k, truncate=request.truncate
+    )
+    return _predictions(context, result)
+
+
+def _predictions(context: Context, result: Result) -> Response:
+    body = {"predictions": result.values, "model": context.service.model, "usage": {"tokens": result.tokens}}
+    return Response(encode(body), (JSON_HEADER, server_timing(result)))
+
+
+ROUTES = (
+    Route(
+        method="POST",
+        path="/embed",
+        summary="Embed texts",
+        handler=embed,
+        task="feature-extraction",
+        request=EmbedRequest,
+        example={"inputs": ["A server answers.", "A second text."]},
+        answer=EmbedResponse,
+        limits=Limits.of_texts,
+        secured=True,
+        tag="inference",
+    ),
+    Route(
+        method="POST",
+        path="/predict",
+        summary="Classify texts",
+        handler=predict,
+        task="text-classification",
+        request=PredictRequest,
+        example={"inputs": "What a day!"},
+        answer=PredictResponse,
+        limits=Limits.of_texts,
+        secured=True,
+        tag="inference",
+    ),
+    Route(
+        method="POST",
+        path="/fill-mask",
+        summary="Fill masked words",
+        handler=fill_mask,
+        task="fill-mask",
+        request=FillMaskRequest,
+        example={"inputs": "Paris is the {mask} of France.", "top_k": 3},
+        answer=FillMaskResponse,
+        limits=Limits.of_masked_texts,
+        secured=True,
+        tag="inference",
+    ),
+)
