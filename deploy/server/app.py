@@ -31,7 +31,7 @@ from ..bundle import Manifest
 from .api import ROUTES
 from .batching import Batcher
 from .bodies import decode
-from .callers import Caller, CallerLeft
+from .callers import CallerLeft
 from .choice import Choice
 from .errors import ApiError
 from .http import Headers, Receive, Response, Scope, Send, authorize, error_response, read_body
@@ -48,30 +48,28 @@ log = logging.getLogger("deploy.server")
 
 
 class _Endpoint:
-    """A row, made ready: what a request of it needs is looked up once."""
+    """A row, made ready: what every request of it needs is looked up once."""
+
+    __slots__ = ("_api_key", "_service", "_wrong_task", "body_bytes", "context", "decoder", "handler", "route")
 
     def __init__(self, route: Route, context: Context, api_key: bytes | None, wrong_task: str | None) -> None:
         self.route = route
-        self._context = context
-        self._service = context.service
-        self._handler = route.handler
+        self.context = context
+        self.handler = route.handler
+        self.decoder: Any = None if route.request is None else msgspec.json.Decoder(route.request)
+        self.body_bytes = context.limits.body_bytes
+        self._service = context.service if route.task is not None else None
         self._api_key = api_key if route.secured else None
         self._wrong_task = wrong_task
-        self._decoder: Any = None if route.request is None else msgspec.json.Decoder(route.request)
-        self._body_bytes = context.limits.body_bytes
 
-    async def answer(self, headers: Headers, receive: Receive, caller: Caller) -> Response:
-        """Answers a request; what will not be served anyway is refused before the body is read."""
+    def admit(self, headers: Headers) -> None:
+        """Refuses, before the body is read, what will not be served anyway."""
         if self._api_key is not None:
             authorize(headers, self._api_key)
         if self._wrong_task is not None:
             raise ApiError("wrong_task", self._wrong_task)
-        if self.route.task is not None:
+        if self._service is not None:
             self._service.check_running()
-        if self._decoder is None:
-            return await self._handler(self._context, None, caller)
-        body = await read_body(headers, receive, self._body_bytes)
-        return await self._handler(self._context, decode(self._decoder, body), caller)
 
 
 class App:
@@ -144,7 +142,13 @@ class App:
             if endpoint is None:
                 allowed = ", ".join(methods)
                 raise ApiError("method_not_allowed", f"{path}: expected {allowed}, got {method}", {"Allow": allowed})
-            response = await endpoint.answer(scope["deploy.headers"], receive, scope["deploy.caller"])
+            headers: Headers = scope["deploy.headers"]
+            endpoint.admit(headers)
+            request = None
+            if endpoint.decoder is not None:
+                body = await read_body(headers, receive, endpoint.body_bytes)
+                request = decode(endpoint.decoder, body)
+            response = await endpoint.handler(endpoint.context, request, scope["deploy.caller"])
         except ApiError as error:
             response = self._error(error, path)
         except CallerLeft:
@@ -153,10 +157,10 @@ class App:
         except Exception:
             log.exception("%s failed", path)
             response = self._error(ApiError("internal", "unexpected failure; the server's log says more"), path)
-        headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
+        fields = [*response.headers, (b"content-length", b"%d" % len(response.body))]
         if self.service.draining:
-            headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+            fields.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": response.status, "headers": fields})
         await send({"type": "http.response.body", "body": response.body})
         self._metrics.answered(label, response.status, time.perf_counter() - started_s)
 

@@ -76,32 +76,34 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._framing_bytes += len(data)
         try:
-            self._feed(data)
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as stop:
+                self._ignore_offers(data, stop)
         except httptools.HttpParserError:
             self.send_400_response("expected HTTP/1.1, got something else")
             return
         if self._framing_bytes > MAX_HEADER_BYTES and self._in_message:
             self._refuse(_headers_too_large(f"{MAX_HEADER_BYTES} bytes"))
 
-    def _feed(self, data: bytes) -> None:
-        """Parses.
+    def _ignore_offers(self, data: bytes, stop: httptools.HttpParserUpgrade | None) -> None:
+        """Goes on where the parser stopped, at a request that offers another protocol.
 
-        The parser stops at a request that offers another protocol (Java's client offers HTTP/2 in its first one): what
-        follows its headers would be that protocol. A server may ignore the offer, and this one has HTTP/1.1 only, so
-        the parser, which starts again after a stop, is shown a head of a request with the same kind of body.
+        Java's client offers HTTP/2 in its first request. What follows the headers would be that protocol if a server
+        took the offer; it may ignore it, and this one has HTTP/1.1 only. The parser starts again after a stop, so it is
+        shown a head of a request with the same kind of body before that body.
         """
-        while True:
+        while stop is not None:
+            data = data[stop.args[0] :]
+            headers, self._offer = self._offer or {}, None
+            self._replaying = True
+            self.parser.feed_data(_same_body(headers))
+            self._replaying = False
+            stop = None
             try:
                 self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as stop:
-                data = data[stop.args[0] :]
-                headers, self._offer = self._offer or {}, None
-                self._replaying = True
-                self.parser.feed_data(_same_body(headers))
-                self._replaying = False
-                if data:
-                    continue
-            return
+            except httptools.HttpParserUpgrade as another:
+                stop = another
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""

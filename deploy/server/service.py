@@ -174,7 +174,7 @@ class Service:
             CallerLeft: The client has left.
         """
         started_s = time.perf_counter()
-        ids = await self._tokenize(texts, caller, limits, truncate)
+        ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
         options = _EMBED_OPTIONS[self._normalize if normalize is None else normalize]
         return await self._run(ids, options, caller, started_s)
 
@@ -196,7 +196,7 @@ class Service:
     async def classify(self, texts: Sequence[str], caller: Caller, limits: Limits, *, truncate: bool = True) -> Result:
         """Labels with scores of texts, best first; see `embed`."""
         started_s = time.perf_counter()
-        ids = await self._tokenize(texts, caller, limits, truncate)
+        ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
         return await self._run(ids, None, caller, started_s)
 
     async def fill(
@@ -204,7 +204,7 @@ class Service:
     ) -> Result:
         """The best `top_k` tokens for every mask token of texts; see `embed`."""
         started_s = time.perf_counter()
-        ids = await self._tokenize(texts, caller, limits, truncate)
+        ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
         for index, text in enumerate(ids):
             masks = int((text == self._mask_id).sum())
             if not 1 <= masks <= limits.masks:
@@ -237,13 +237,15 @@ class Service:
             total += size
         return total
 
-    async def _tokenize(
-        self, texts: Sequence[str], caller: Caller, limits: Limits, truncate: bool
-    ) -> list[NDArray[np.int64]]:
-        """Token ids of texts, checked against the limits; long requests go to the helper threads."""
-        chars = self._check_texts(texts, limits)
-        if chars <= INLINE_CHARS:
-            return self._tokenizer.encode(texts, truncate)
+    def _tokenize(self, texts: Sequence[str], limits: Limits, truncate: bool) -> list[NDArray[np.int64]] | None:
+        """Token ids of texts, checked against the limits; None if they are so long that it takes a helper thread."""
+        if self._check_texts(texts, limits) > INLINE_CHARS:
+            return None
+        return self._tokenizer.encode(texts, truncate)
+
+    async def _tokenize_aside(self, texts: Sequence[str], caller: Caller, truncate: bool) -> list[NDArray[np.int64]]:
+        """Token ids of long texts, part by part on helper threads, so that other requests get their turn in between."""
+        chars = sum(map(len, texts))
         waiting = self._tokenizing_chars
         if waiting and waiting + chars > TOKENIZE_BACKLOG_CHARS:
             raise self._batcher.try_later(
@@ -292,7 +294,7 @@ def _too_many(found: int, limits: Limits) -> ApiError:
 
 
 def _turns(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Parts of a long request, by first and last index: other requests get their turn in between."""
+    """Parts of a long request: index of the first text of each, and of the one behind its last."""
     start = chars = 0
     for index, text in enumerate(texts):
         chars += len(text)
