@@ -80,6 +80,8 @@ class FakeEngine:
         entered: Set as soon as a batch has begun.
         batches: Ids of every batch.
         poison: A batch with this token id fails.
+        infinite: A text with this token id has no finite result.
+        death: A batch with this token id ends the thread.
         drop: Answers with one result too few.
     """
 
@@ -88,6 +90,8 @@ class FakeEngine:
     batches: list[list[list[int]]] = field(default_factory=list)
     options: list[list[Any]] = field(default_factory=list)
     poison: int = -1
+    infinite: int = -1
+    death: int = -1
     drop: bool = False
 
     def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
@@ -97,8 +101,13 @@ class FakeEngine:
         assert self.gate.wait(20), "the test never opened the gate"
         if any(self.poison in text for text in ids):
             raise RuntimeError("poisoned")
-        rows = np.array([expected_row(text.tolist()) for text in ids], dtype=np.float32)
-        return list(rows)[self.drop :]
+        if any(self.death in text for text in ids):
+            raise SystemExit("killed")
+        rows: list[Any] = list(np.array([expected_row(text.tolist()) for text in ids], dtype=np.float32))
+        for index, text in enumerate(ids):
+            if self.infinite in text:
+                rows[index] = FloatingPointError("an embedding is not finite")
+        return rows[self.drop :]
 
 
 @dataclass
