@@ -30,7 +30,7 @@ import orjson
 from ..bundle import Manifest
 from .api import ROUTES
 from .batching import Batcher
-from .bodies import decode
+from .bodies import INLINE_BYTES, decode, decode_in_parts
 from .callers import CallerLeft
 from .choice import Choice
 from .errors import ApiError
@@ -147,7 +147,11 @@ class App:
             request = None
             if endpoint.decoder is not None:
                 body = await read_body(headers, receive, endpoint.body_bytes)
-                request = decode(endpoint.decoder, body)
+                if len(body) <= INLINE_BYTES:
+                    request = decode(endpoint.decoder, body)
+                else:
+                    limits = endpoint.context.limits
+                    request = await self.service.aside(decode_in_parts, endpoint.decoder, body, limits)
             response = await endpoint.handler(endpoint.context, request, scope["deploy.caller"])
         except ApiError as error:
             response = self._error(error, path)

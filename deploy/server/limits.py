@@ -80,12 +80,14 @@ class Limits:
         inputs: Most texts.
         chars: Longest text, in code points.
         masks: Most mask tokens in one text.
+        ids: Most token ids, where they are taken instead of texts.
     """
 
     body_bytes: int = 0
     inputs: int = 0
     chars: int = 0
     masks: int = 0
+    ids: int = 0
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
@@ -96,6 +98,11 @@ class Limits:
     def of_texts(cls, settings: Settings) -> Limits:
         """Those of a route that takes texts."""
         return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars)
+
+    @classmethod
+    def of_texts_or_ids(cls, settings: Settings) -> Limits:
+        """Those of a route that takes texts or token ids."""
+        return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars, ids=settings.max_queue_tokens)
 
     @classmethod
     def of_masked_texts(cls, settings: Settings) -> Limits:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .bodies import INLINE_VALUES, encode, encode_in_parts
 from .callers import Caller
 from .errors import ApiError, error_body
 from .http import Response
@@ -56,6 +57,18 @@ class Context:
     limits: Limits
     metrics: Metrics
     document: Callable[[], bytes]
+
+    async def encode(self, body: dict[str, Any], key: str, values_each: int) -> bytes:
+        """JSON of an answer, large ones on a helper thread.
+
+        Args:
+            body: The answer.
+            key: Its field that may be large, a list.
+            values_each: About how many numbers each item of the list holds.
+        """
+        if len(body[key]) * values_each <= INLINE_VALUES:
+            return encode(body)
+        return await self.service.aside(encode_in_parts, body, key, values_each)
 
 
 Handler = Callable[[Context, Any, Caller], Awaitable[Response]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..bodies import encode
 from ..callers import Caller
 from ..http import JSON_HEADER, Response, server_timing
 from ..limits import Limits
@@ -37,13 +36,13 @@ async def embed(context: Context, request: EmbedRequest, caller: Caller) -> Resp
         truncate=request.truncate,
     )
     body = {"embeddings": result.values, "model": service.model, "usage": {"tokens": result.tokens}}
-    return Response(encode(body), (JSON_HEADER, server_timing(result)))
+    return Response(await context.encode(body, "embeddings", service.width), (JSON_HEADER, server_timing(result)))
 
 
 async def predict(context: Context, request: PredictRequest, caller: Caller) -> Response:
     """POST /predict."""
     result = await context.service.classify(_texts(request.inputs), caller, context.limits, truncate=request.truncate)
-    return _predictions(context, result)
+    return await _predictions(context, result, 2 * len(context.service.manifest.labels or ()))
 
 
 async def fill_mask(context: Context, request: FillMaskRequest, caller: Caller) -> Response:
@@ -51,12 +50,13 @@ async def fill_mask(context: Context, request: FillMaskRequest, caller: Caller) 
     result = await context.service.fill(
         _texts(request.inputs), caller, context.limits, top_k=request.top_k, truncate=request.truncate
     )
-    return _predictions(context, result)
+    most_masks = max(map(len, result.values))
+    return await _predictions(context, result, 3 * most_masks * request.top_k)
 
 
-def _predictions(context: Context, result: Result) -> Response:
+async def _predictions(context: Context, result: Result, values_each: int) -> Response:
     body = {"predictions": result.values, "model": context.service.model, "usage": {"tokens": result.tokens}}
-    return Response(encode(body), (JSON_HEADER, server_timing(result)))
+    return Response(await context.encode(body, "predictions", values_each), (JSON_HEADER, server_timing(result)))
 
 
 ROUTES = (

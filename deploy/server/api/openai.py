@@ -53,7 +53,7 @@ async def embeddings(context: Context, request: OpenAIEmbeddingsRequest, caller:
         "model": service.model,
         "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
     }
-    return Response(encode(body), (JSON_HEADER, server_timing(result)))
+    return Response(await context.encode(body, "data", service.width), (JSON_HEADER, server_timing(result)))
 
 
 async def models(context: Context, request: None, caller: Caller) -> Response:
@@ -78,7 +78,7 @@ ROUTES = (
         request=OpenAIEmbeddingsRequest,
         example={"input": ["A server answers."], "model": "{model}", "encoding_format": "float"},
         answer=OpenAIEmbeddingsResponse,
-        limits=Limits.of_texts,
+        limits=Limits.of_texts_or_ids,
         secured=True,
         tag="inference",
     ),
