@@ -122,6 +122,8 @@ def _fill(value: Any, names: dict[str, str]) -> Any:
     """A copy of an example with its placeholders filled in."""
     if isinstance(value, dict):
         return {key: _fill(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_fill(item, names) for item in value]
     if isinstance(value, str):
         for name, text in names.items():
             value = value.replace(name, text)

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, SpecialToken, Variant
+from deploy.server.api import ROUTES
 from deploy.server.app import App
 from deploy.server.batching import Batcher
 from deploy.server.choice import Choice
 from deploy.server.lifecycle import Server, listen
 from deploy.server.limits import Settings
+from deploy.server.route import Route
 from deploy.server.tokens import TextTokenizer
 
 WIDTH = 8
@@ -182,14 +184,21 @@ def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
 class LiveServer:
     """A server in a thread of this process, with the fake engine."""
 
-    def __init__(self, manifest: Manifest, settings: Settings, engine: FakeEngine, load: Any = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        settings: Settings,
+        engine: FakeEngine,
+        load: Any = None,
+        routes: Sequence[Route] = ROUTES,
+    ) -> None:
         self.engine = engine
         self.choice = Choice("fake", "only", {}, {"other": "it is not there"})
         self.manifest = manifest
         self.batcher = Batcher(
             lambda: self.loaded(load or (lambda: engine)), settings.max_batch_tokens, settings.max_queue_tokens
         )
-        self.app = App(manifest, TextTokenizer.from_manifest(manifest), self.batcher, settings)
+        self.app = App(manifest, TextTokenizer.from_manifest(manifest), self.batcher, settings, routes)
         self.batcher.on_batch = self.app.count_batch
         self.ready = threading.Event()
         self.server = Server(self.app, self.batcher, settings, self.ready.set)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -406,3 +407,19 @@ def test_wrong_port(option: int | None, variable: str | None, named: str) -> Non
 
     with pytest.raises(_UsageError, match=named):
         _port(option, {} if variable is None else {"PORT": variable})
+
+
+def test_the_server_listens_where_the_health_check_asks() -> None:
+    """Both read PORT in the same way."""
+    from deploy.server.cli import _port
+
+    script = ROOT / "dockerfiles" / "healthcheck.py"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for value, expected in ((str(port), f"port {port}"), ("x", "PORT: expected"), ("70000", "PORT: expected")):
+        environment = {**os.environ, "PORT": value}
+        command = [sys.executable, "-I", "-S", str(script)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert expected in done.stderr
+    assert _port(None, {"PORT": str(port)}) == port
