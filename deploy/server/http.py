@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from .callers import CallerLeft
 from .errors import ERRORS, ApiError
-from .service import Result
 
 __all__ = [
     "JSON_HEADER",
@@ -20,7 +19,6 @@ __all__ = [
     "authorize",
     "error_response",
     "read_body",
-    "server_timing",
 ]
 
 Scope = dict[str, Any]
@@ -44,15 +42,6 @@ class Response(NamedTuple):
     body: bytes
     headers: tuple[tuple[bytes, bytes], ...] = (JSON_HEADER,)
     status: int = 200
-
-
-def server_timing(result: Result) -> tuple[bytes, bytes]:
-    """The Server-Timing header of an inference request."""
-    return b"server-timing", b"tokenize;dur=%.3f,queue;dur=%.3f,infer;dur=%.3f" % (
-        1e3 * result.tokenize_s,
-        1e3 * result.queue_s,
-        1e3 * result.infer_s,
-    )
 
 
 def error_response(error: ApiError, body: bytes) -> Response:

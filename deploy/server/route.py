@@ -1,7 +1,7 @@
 """`Route`: one row says all that the server knows about a path.
 
 Routing, the request's decoder, the OpenAPI document, the page at `/docs`, labels of metrics, limits, and the message of
-`wrong_task` are read from the rows; nothing else names a path.
+`wrong_task` are read from the rows; nothing else names a path. What a file of rows needs is imported from here.
 """
 
 from __future__ import annotations
@@ -12,13 +12,29 @@ from typing import Any
 
 from .bodies import INLINE_VALUES, encode, encode_in_parts
 from .callers import Caller
-from .errors import ApiError, error_body
-from .http import Response
+from .errors import ApiError, error_body, error_fields
+from .http import JSON_HEADER, Response
 from .limits import Limits, Settings
 from .metrics import Metrics
-from .service import Service
+from .service import Result, Service
 
-__all__ = ["JSON", "NATIVE", "Context", "Dialect", "Handler", "Route"]
+__all__ = [
+    "JSON",
+    "JSON_HEADER",
+    "NATIVE",
+    "ApiError",
+    "Caller",
+    "Context",
+    "Dialect",
+    "Handler",
+    "Limits",
+    "Response",
+    "Result",
+    "Route",
+    "encode",
+    "error_fields",
+    "server_timing",
+]
 
 JSON = "application/json"
 
@@ -69,6 +85,15 @@ class Context:
         if len(body[key]) * values_each <= INLINE_VALUES:
             return encode(body)
         return await self.service.aside(encode_in_parts, body, key, values_each)
+
+
+def server_timing(result: Result) -> tuple[bytes, bytes]:
+    """The Server-Timing header of an inference request."""
+    return b"server-timing", b"tokenize;dur=%.3f,queue;dur=%.3f,infer;dur=%.3f" % (
+        1e3 * result.tokenize_s,
+        1e3 * result.queue_s,
+        1e3 * result.infer_s,
+    )
 
 
 Handler = Callable[[Context, Any, Caller], Awaitable[Response]]

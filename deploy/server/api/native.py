@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..callers import Caller
-from ..http import JSON_HEADER, Response, server_timing
-from ..limits import Limits
-from ..route import Context, Route
+from ..route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, server_timing
 from ..schemas import (
     EmbedRequest,
     EmbedResponse,
@@ -16,7 +13,6 @@ from ..schemas import (
     PredictRequest,
     PredictResponse,
 )
-from ..service import Result
 
 __all__ = ["ROUTES"]
 

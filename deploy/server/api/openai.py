@@ -6,12 +6,19 @@ import base64
 import time
 from typing import Any, cast
 
-from ..bodies import encode
-from ..callers import Caller
-from ..errors import ApiError, error_fields
-from ..http import JSON_HEADER, Response, server_timing
-from ..limits import Limits
-from ..route import Context, Dialect, Route
+from ..route import (
+    JSON_HEADER,
+    ApiError,
+    Caller,
+    Context,
+    Dialect,
+    Limits,
+    Response,
+    Route,
+    encode,
+    error_fields,
+    server_timing,
+)
 from ..schemas import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse, OpenAIModels
 
 __all__ = ["OPENAI", "ROUTES"]

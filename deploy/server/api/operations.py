@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..bodies import encode
-from ..callers import Caller
-from ..errors import ApiError
-from ..http import Response
-from ..metrics import CONTENT_TYPE
-from ..route import Context, Route
+from ..route import ApiError, Caller, Context, Response, Route, encode
 from ..schemas import InfoResponse, StatusResponse
 
 __all__ = ["ROUTES"]
@@ -90,7 +85,7 @@ async def ready(context: Context, request: None, caller: Caller) -> Response:
 
 async def metrics(context: Context, request: None, caller: Caller) -> Response:
     """GET /metrics."""
-    return Response(context.metrics.render(), ((b"content-type", CONTENT_TYPE.encode()),))
+    return Response(context.metrics.render(), ((b"content-type", context.metrics.CONTENT_TYPE.encode()),))
 
 
 async def docs(context: Context, request: None, caller: Caller) -> Response:
