@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -255,6 +256,19 @@ def send_in_parts(port: int, parts: Sequence[bytes]) -> bytes:
         return b"".join(found)
 
 
+def assert_cut_off(port: int, data: bytes) -> None:
+    """The server answers or closes the connection without waiting for the end of a request."""
+    with socket.create_connection(("127.0.0.1", port), timeout=4) as sock:  # Its own time-out is longer.
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            sock.sendall(data)
+        found = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := sock.recv(1 << 16):
+                found += part
+    # An answer to a client that goes on sending can be lost.
+    assert statuses(found) in ([b"431"], [b"400"], []), found[:300]
+
+
 @pytest.mark.parametrize("name", [b"Upgrade", b"UPGRADE", b"upgrade", b"uPgRaDe"])
 @pytest.mark.parametrize("value", [b"h2c", b"H2C", b"websocket"])
 def test_offers_of_other_protocols_do_not_cost_the_body(server: LiveServer, name: bytes, value: bytes) -> None:
@@ -281,7 +295,7 @@ def test_offers_of_other_protocols_do_not_cost_the_body(server: LiveServer, name
 
 def test_header_lines_are_bounded(server: LiveServer) -> None:
     def lines(count: int) -> list[bytes]:
-        return [b"X-%d: y" % number for number in range(count)]
+        return [b"%x:y" % number for number in range(count)]
 
     fine = request_with(b"Connection: close", *lines(MAX_HEADERS - 3))
     assert statuses(raw(server.port, fine)) == [b"200"]
@@ -290,7 +304,7 @@ def test_header_lines_are_bounded(server: LiveServer) -> None:
         assert statuses(answer) == [b"431"]
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "headers_too_large"
     for long in (MAX_HEADER_BYTES, 200_000, 2_000_000):
-        assert statuses(raw(server.port, request_with(b"X: " + b"y" * long))) == [b"431"]
+        assert_cut_off(server.port, request_with(b"X: " + b"y" * long, length=False)[: -len(BODY) - 4])
     large = request_with(b"Connection: close", body=json.dumps({"inputs": ["w1 " * 100] * 900}).encode())
     assert statuses(raw(server.port, large)) == [b"200"]  # A long body is no header.
     assert server("POST", "/embed", GOOD).status == 200
@@ -305,15 +319,7 @@ def test_trailers_are_bounded_and_are_no_headers(manifest: Manifest) -> None:
         assert statuses(fine) == [b"200"]
         assert statuses(raw(server.port, head % b"" + chunk + key + b"\r\n")) == [b"401"]
         for trailers in (b"X: y\r\n" * 1_000_000, b"X: " + b"y" * 4_000_000, b"z" * 4_000_000):
-            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
-                sent = 0
-                data = head % key + chunk + trailers
-                try:
-                    while sent < len(data):
-                        sent += sock.send(data[sent : sent + 65_536])
-                except (ConnectionResetError, BrokenPipeError):
-                    pass
-                assert sent < len(data), "all trailers were taken"
+            assert_cut_off(server.port, head % key + chunk + trailers)
         # Small chunks of a body are not framing to be bounded.
         many = b"".join(b"1\r\n%c\r\n" % byte for byte in json.dumps({"inputs": ["w1 w2"] * 1000}).encode())
         assert statuses(raw(server.port, head % key + many + b"0\r\n\r\n")) == [b"200"]
