@@ -145,7 +145,9 @@ class HttpProtocol(HttpToolsProtocol):
                 return _headers_too_large(f"{MAX_HEADER_BYTES} bytes")
         if b"host" not in headers and self.parser.get_http_version() == "1.1":
             return ApiError("malformed_http", "expected the header Host, got none")
-        if headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+        if b"transfer-encoding" in headers and [
+            value.lower() for name, value in self.headers if name == b"transfer-encoding"
+        ] != [b"chunked"]:
             return ApiError("unknown_transfer_encoding", "transfer-encoding: expected chunked or none")
         return None
 
