@@ -331,7 +331,7 @@ def test_trailers_are_bounded_and_are_no_headers(manifest: Manifest) -> None:
         (b"POST /embed HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", b"400"),
         (b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", b"501"),
         (
-            b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"GET /info HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             b"501",
         ),
         (b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: identity\r\n\r\n", b"501"),
