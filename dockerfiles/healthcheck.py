@@ -1,5 +1,7 @@
 """Health check of the server's image: exit code 0 if ``GET /ready`` answers 200, else 1 with a line that says why.
 
+The port is that of the environment's PORT, which the server reads, too.
+
 A bare socket, since importing an HTTP client takes seconds where the image's architecture is emulated.
 """
 
@@ -29,5 +31,13 @@ def check(port: int) -> str | None:
     )
 
 
+def main() -> str | None:
+    """Asks the server on the port that PORT names; returns what `check` returns."""
+    port = os.environ.get("PORT") or "8000"
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) <= 65535):
+        return f"PORT: expected 1 to 65535, got {port!r}"
+    return check(int(port))
+
+
 if __name__ == "__main__":
-    sys.exit(check(int(os.environ.get("PORT", "8000"))))
+    sys.exit(main())

@@ -1,15 +1,19 @@
 """`python -m deploy serve`: a bundle over HTTP, with batches by token budget.
 
-One process, and kinds of work that are each in modules of their own:
+One process, and kinds of work that are each in modules of their own. A request goes through the first four, in this
+order, and back:
 
 | module | work | thread |
 |---|---|---|
-| `app`, `protocol`, `lifecycle` | HTTP: routes, limits, answers, drain | event loop |
-| `tokens` | texts to token ids | event loop when short, one helper thread when long |
+| `protocol`, `lifecycle` | bytes to requests, bounds on them; listen, drain | event loop |
+| `app`, `http`, `bodies` | which row answers; key, body, errors | event loop; helper threads for large bodies |
+| `api` | a list of `Route` rows for each dialect: between its bodies and the service | event loop |
+| `service`, `tokens` | texts to token ids, and these to results | event loop; helper threads for long texts |
+| `batching`, `engines` | batches, the encoder, pooling or a task head | engine thread |
 | `selection`, `choice`, `speed_cache` | which variant is served, and why | main thread, then engine thread |
 | `measure` | variants against each other, once | a process of its own, watched by the engine thread |
-| `batching`, `engines` | batches, the encoder, pooling or a task head | engine thread |
 
-`schemas` and `openapi` describe the API, `errors` is the one table of what can go wrong, `limits` of what is too much.
-Neither transformers nor optimum is imported, at start or later.
+`route` says what a row is, and `openapi` describes the rows; `schemas` holds the types of bodies, `errors` is the one
+table of what can go wrong, `limits` of what is too much. Neither transformers nor optimum is imported, at start or
+later.
 """

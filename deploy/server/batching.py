@@ -13,6 +13,7 @@ thread drops what is left of it when its turn comes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Batcher", "Engine", "Item", "LoadCancelled", "Work"]
+__all__ = ["Batcher", "Cost", "Engine", "Item", "LoadCancelled", "Work"]
 
 log = logging.getLogger("deploy.server")
 
@@ -46,7 +47,8 @@ class Work:
         results: Per text what the engine made of it.
         tokens: Tokens of all texts.
         future: Done when every text has its result.
-        abandoned: The client has left; what did not run yet is dropped.
+        costs: Per text what it counts for in a batch's token budget; None: its tokens.
+        abandoned: Nobody waits any more; what did not run yet is dropped.
         submitted_s: When it was queued, by `time.perf_counter`.
         started_s: When its first batch started.
         infer_s: How long the batches took that held a text of it.
@@ -54,6 +56,7 @@ class Work:
 
     __slots__ = (
         "abandoned",
+        "costs",
         "future",
         "ids",
         "infer_s",
@@ -71,6 +74,7 @@ class Work:
         self.ids = ids
         self.options = options
         self.future = future
+        self.costs: list[int] | None = None
         self.results: list[Any] = [None] * len(ids)
         self.tokens = sum(map(len, ids))
         self.unanswered_tokens = self.tokens
@@ -97,9 +101,13 @@ class Engine(Protocol):
             options: Per text the options of its request.
 
         Returns:
-            Per text its result.
+            Per text its result, or an exception: then the request of that text fails, and no other.
         """
         ...
+
+
+Cost = Callable[["NDArray[np.int64]", Any], int]
+"""From the token ids and options of a text to what it counts for in a batch's token budget."""
 
 
 class Batcher:
@@ -110,8 +118,10 @@ class Batcher:
     Attributes:
         queued_tokens: Tokens that wait or run.
         running: Whether the engine is loaded and takes work.
-        failure: Why the engine could not be loaded, or None.
+        failure: Why the engine could not be loaded, or why its thread ended; None while all is well.
         cancel_load: Ends loading early if that can be done; then it raises `LoadCancelled`.
+        on_batch: Told the texts and tokens of every batch, on the event loop.
+        on_death: Told, on the event loop, that the engine thread has ended by itself; `failure` says why.
     """
 
     def __init__(
@@ -120,14 +130,16 @@ class Batcher:
         max_batch_tokens: int,
         max_queue_tokens: int,
         on_batch: Callable[[int, int], None] = lambda texts, tokens: None,
+        cost: Cost | None = None,
     ) -> None:
         """Prepares, without starting a thread.
 
         Args:
             load: Makes the engine; called on the engine thread.
-            max_batch_tokens: Token budget of a batch; a single text may exceed it.
+            max_batch_tokens: Token budget of a batch, in the unit of `cost`; a single text may exceed it.
             max_queue_tokens: Most tokens that wait or run.
             on_batch: Told the texts and tokens of every batch, on the event loop.
+            cost: What a text counts for in the token budget; None: its tokens. Called on the event loop.
         """
         self.max_batch_tokens = max_batch_tokens
         self.max_queue_tokens = max_queue_tokens
@@ -137,6 +149,8 @@ class Batcher:
         self._load = load
         self.cancel_load: Callable[[], None] = lambda: None
         self.on_batch = on_batch
+        self.on_death: Callable[[], None] = lambda: None
+        self._cost = cost
         self._inbox: SimpleQueue[Work | None] = SimpleQueue()
         self._round: deque[Work] = deque()
         self._tokens_per_s = 0.0
@@ -161,8 +175,10 @@ class Batcher:
         """Queues the texts of a request; `work.future` will be done with its results.
 
         Raises:
-            ApiError: The queue is full (429), or could never hold this request (413).
+            ApiError: The queue is full (429), or could never hold this request (413), or the engine has stopped (500).
         """
+        if not self.running:
+            raise self._stopped()
         waiting = self.queued_tokens + work.tokens
         if waiting > self.max_queue_tokens:
             if work.tokens > self.max_queue_tokens:
@@ -172,18 +188,21 @@ class Batcher:
                     "texts at a time",
                 )
             raise self.queue_full()
+        if self._cost is not None:
+            work.costs = [self._cost(text, work.options) for text in work.ids]
         self.queued_tokens = waiting
         work.submitted_s = time.perf_counter()
         self._inbox.put(work)
 
     def queue_full(self) -> ApiError:
-        """The error of a request that does not fit now, with a Retry-After from the measured speed."""
+        """The error of a request that does not fit now."""
+        return self.try_later(f"{self.queued_tokens} tokens are waiting and the queue holds {self.max_queue_tokens}")
+
+    def try_later(self, reason: str) -> ApiError:
+        """The error of a request that there is no room for now, with a Retry-After from the measured speed."""
         wait_s = math.ceil(self.queued_tokens / self._tokens_per_s) if self._tokens_per_s else 1
-        return ApiError(
-            "queue_full",
-            f"{self.queued_tokens} tokens are waiting and the queue holds {self.max_queue_tokens}; try again later",
-            {"Retry-After": str(min(max(wait_s, 1), 60))},
-        )
+        retry_after = str(min(max(wait_s, 1), 60))
+        return ApiError("queue_full", f"{reason}; try again later", {"Retry-After": retry_after})
 
     def abandon(self, work: Work) -> None:
         """Drops what is left of a request whose client has left."""
@@ -210,7 +229,7 @@ class Batcher:
         else:
             self._ready.set_exception(self.failure)
 
-    def _deliver(self, batch: list[Item], tokens: int, seconds: float, error: Exception | None) -> None:
+    def _deliver(self, batch: list[Item], tokens: int, seconds: float) -> None:
         """Hands the results of a batch to the requests that are complete now."""
         rate = tokens / max(seconds, 1e-9)
         self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
@@ -218,20 +237,38 @@ class Batcher:
         for work, index in batch:
             if work.abandoned:
                 continue
+            if isinstance(work.results[index], Exception):
+                self._fail(work, _told(index, work.results[index]))
+                continue
             count = len(work.ids[index])
             work.unanswered_tokens -= count
             self.queued_tokens -= count
             work.left -= 1
-            if error is not None:
-                if not work.future.done():
-                    self.queued_tokens -= work.unanswered_tokens
-                    work.unanswered_tokens = 0
-                    work.abandoned = True
-                    work.future.set_exception(
-                        ApiError("internal", "the engine failed on the batch of this request; see the server's log")
-                    )
-            elif work.left == 0 and not work.future.done():
+            if work.left == 0 and not work.future.done():
                 work.future.set_result(work.results)
+
+    def _fail(self, work: Work, error: ApiError) -> None:
+        """Ends a request with an error, and drops what is left of it."""
+        if not work.abandoned and not work.future.done():
+            self.queued_tokens -= work.unanswered_tokens
+            work.unanswered_tokens = 0
+            work.abandoned = True
+            work.future.set_exception(error)
+
+    def _died(self, batch: list[Item]) -> None:
+        """The engine thread has ended by itself: nothing will be answered any more."""
+        self.running = False
+        unfinished = [work for work, _ in batch] + list(self._round)
+        while not self._inbox.empty():
+            if (work := self._inbox.get()) is not None:
+                unfinished.append(work)
+        for work in unfinished:
+            self._fail(work, self._stopped())
+        self.on_death()
+
+    @staticmethod
+    def _stopped() -> ApiError:
+        return ApiError("internal", "the engine has stopped; the server's log says why")
 
     # Engine thread.
 
@@ -244,34 +281,61 @@ class Batcher:
             self._loop.call_soon_threadsafe(self._loaded)
             return
         self._loop.call_soon_threadsafe(self._loaded)
-        while (batch := self._take()) is not None:
-            items, tokens = batch
-            failure: Exception | None = None
-            started_s = time.perf_counter()
-            try:
-                results = engine.run([work.ids[index] for work, index in items], [work.options for work, _ in items])
-                if len(results) != len(items):
-                    raise RuntimeError(f"engine: expected {len(items)} results, got {len(results)}")
-                for (work, index), result in zip(items, results, strict=True):
-                    work.results[index] = result
-            except Exception as raised:
-                log.exception("the engine failed on a batch of %d texts, %d tokens", len(items), tokens)
-                failure = raised
-            seconds = time.perf_counter() - started_s
-            for work in {work for work, _ in items}:
-                if work.started_s == 0.0:
-                    work.started_s = started_s
-                work.infer_s += seconds
-            try:
-                self._loop.call_soon_threadsafe(self._deliver, items, tokens, seconds, failure)
-            except RuntimeError:  # The loop is closed: nobody is left to answer.
+        items: list[Item] = []
+        try:
+            while (batch := self._take()) is not None:
+                items, tokens = batch
+                self._run(engine, items, tokens)
+        except BaseException as error:  # What ends a thread: SystemExit, lack of memory, a fault of this class.
+            if self._loop.is_closed():  # Nobody is left to answer.
                 return
+            self.failure = error
+            log.critical("the engine thread has ended, and the server with it", exc_info=error)
+            self._loop.call_soon_threadsafe(self._died, items)
+
+    def _run(self, engine: Engine, items: list[Item], tokens: int) -> None:
+        """Runs a batch and hands its results to the event loop."""
+        assert self._loop is not None
+        started_s = time.perf_counter()
+        try:
+            self._call(engine, items)
+        except Exception:
+            log.exception("the engine failed on a batch of %d texts, %d tokens", len(items), tokens)
+            self._call_one_by_one(engine, items)
+        seconds = time.perf_counter() - started_s
+        for work in {work for work, _ in items}:
+            if work.started_s == 0.0:
+                work.started_s = started_s
+            work.infer_s += seconds
+        self._loop.call_soon_threadsafe(self._deliver, items, tokens, seconds)
+
+    @staticmethod
+    def _call(engine: Engine, items: list[Item]) -> None:
+        results = engine.run([work.ids[index] for work, index in items], [work.options for work, _ in items])
+        if len(results) != len(items):
+            raise RuntimeError(f"engine: expected {len(items)} results, got {len(results)}")
+        for (work, index), result in zip(items, results, strict=True):
+            work.results[index] = result
+
+    def _call_one_by_one(self, engine: Engine, items: list[Item]) -> None:
+        """Runs the requests of a batch that failed each for itself, so that only those fail that have to."""
+        requests: dict[Work, list[Item]] = {}
+        for item in items:
+            requests.setdefault(item[0], []).append(item)
+        for alone in requests.values():
+            if len(requests) > 1:
+                with contextlib.suppress(Exception):
+                    self._call(engine, alone)
+                    continue
+            for work, index in alone:
+                work.results[index] = _BatchError()
 
     def _take(self) -> tuple[list[Item], int] | None:
-        """The next batch: waits only while there is nothing at all. None: the batcher was closed."""
+        """The next batch and its tokens: waits only while there is nothing at all. None: the batcher was closed."""
         inbox, ready = self._inbox, self._round
         items: list[Item] = []
-        tokens = 0
+        budget = self.max_batch_tokens
+        tokens = spent = 0
         while not items:
             if not ready:
                 work = inbox.get()
@@ -289,12 +353,28 @@ class Batcher:
                 if work.abandoned:
                     continue
                 size = len(work.ids[work.next])
-                if items and tokens + size > self.max_batch_tokens:
+                cost = size if work.costs is None else work.costs[work.next]
+                if items and spent + cost > budget:
                     ready.appendleft(work)
                     break
                 items.append((work, work.next))
                 tokens += size
+                spent += cost
                 work.next += 1
                 if work.next < len(work.ids):
                     ready.append(work)
         return items, tokens
+
+
+class _BatchError(Exception):
+    """The engine failed on a batch that held this text."""
+
+
+def _told(index: int, error: Exception) -> ApiError:
+    """What the client of a text on which the engine failed is told."""
+    if isinstance(error, _BatchError):
+        return ApiError("internal", "the engine failed on the batch of this request; see the server's log")
+    log.error("the engine failed on a text: %s", error, exc_info=error)
+    if isinstance(error, FloatingPointError):
+        return ApiError("internal", f"input {index}: {error}")
+    return ApiError("internal", f"input {index}: the engine failed on this text; see the server's log")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["main", "settle_threads"]
 
 API_KEY_VARIABLE = "DEPLOY_API_KEY"
+PORT_VARIABLE = "PORT"
+"""The health check of the server's image reads it, too."""
 
 
 class _UsageError(Exception):
@@ -68,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     parser.add_argument(
-        "--port", type=int, default=defaults.port, help="0 takes a free one and prints it (default: %(default)s)"
+        "--port",
+        type=int,
+        help=f"0 takes a free one and prints it (default: {PORT_VARIABLE} of the environment, else {defaults.port})",
     )
     parser.add_argument(
         "--threads", type=_positive, help="threads of the engine (default: CPU quota of the container, rounded down)"
@@ -181,11 +186,24 @@ def settle_threads(threads: int) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def _port(option: int | None, environment: Mapping[str, str]) -> int:
+    """The port to listen on: `--port`, else the environment's, else the default.
+
+    Raises:
+        _UsageError: It is not one.
+    """
+    source, given = "--port", str(option)
+    if option is None:
+        source, given = PORT_VARIABLE, environment.get(PORT_VARIABLE) or str(Settings().port)
+    if not (given.isascii() and given.isdecimal() and int(given) <= 65535):
+        raise _UsageError(f"{source}: expected 0 to 65535, got {given}")
+    return int(given)
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     # Names and sizes now, hashes when it is known which variants may be loaded.
     manifest = load_manifest(arguments.bundle, verify=False, variants=())
-    if not 0 <= arguments.port <= 65535:
-        raise _UsageError(f"--port: expected 0 to 65535, got {arguments.port}")
+    port = _port(arguments.port, os.environ)
 
     from .threads import available_cpus
 
@@ -207,7 +225,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     settings = Settings(
         host=arguments.host,
-        port=arguments.port,
+        port=port,
         threads=threads,
         max_batch_tokens=arguments.max_batch_tokens,
         max_queue_tokens=arguments.max_queue_tokens,
@@ -236,7 +254,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; choose another --host or "
             "--port (--port 0 takes a free one)"
         ) from error
-    host, port = sock.getsockname()[:2]
+    host, port = sock.getsockname()[:2]  # Of which 0 has become a free one.
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     selection.prepare(settings.max_batch_tokens, tokenizer.vocab_size, settings.measure_limit_s)
     started = ""
@@ -260,6 +278,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     batcher.on_batch = app.count_batch
     server = Server(app, batcher, settings, announce)
     server.run(sockets=[sock])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # All is done but to say so by the exit code.
     if server.load_error is not None:
         if isinstance(server.load_error, BundleError):
             raise server.load_error

@@ -1,7 +1,7 @@
 """The one table of errors: kind, HTTP status, and what a client should make of it.
 
 Every error of the server has one of these kinds; its JSON says which: `{"error": {"type": kind, "message": ...}}`.
-OpenAI's routes (`/v1/*`) add the fields that its clients read, `param` and `code`.
+Dialects of other servers have bodies of their own (`api/`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import orjson
 
-__all__ = ["ERRORS", "ApiError", "ErrorKind", "error_body"]
+__all__ = ["ERRORS", "ApiError", "ErrorKind", "error_body", "error_fields"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,13 @@ ERRORS: Mapping[str, ErrorKind] = {
     "unsupported_media_type": ErrorKind(415, "the body is compressed; send plain JSON in UTF-8"),
     "invalid_request": ErrorKind(422, "not JSON in UTF-8, a missing or unknown field, a wrong type, or an empty list"),
     "queue_full": ErrorKind(429, "more tokens are waiting than the queue holds", retry=True),
-    "malformed_http": ErrorKind(400, "not HTTP/1.1, or a header section above the limit; the connection is closed"),
+    "malformed_http": ErrorKind(400, "not HTTP/1.1; the connection is closed"),
+    "headers_too_large": ErrorKind(
+        431, "more header lines, or more bytes of them, than the server takes; the connection is closed"
+    ),
+    "unknown_transfer_encoding": ErrorKind(
+        501, "the body is sent in an encoding other than chunked; the connection is closed"
+    ),
     "internal": ErrorKind(500, "the engine failed on this request; the server's log says why"),
     "loading": ErrorKind(503, "the model is being loaded", retry=True),
     "draining": ErrorKind(503, "the server is shutting down; send the request elsewhere", retry=True),
@@ -67,19 +73,14 @@ class ApiError(Exception):
         return ERRORS[self.kind].status
 
 
-def error_body(error: ApiError, openai: bool = False) -> bytes:
-    """The JSON of an error.
+def error_fields(error: ApiError) -> dict[str, object]:
+    """Kind and message of an error.
 
-    Args:
-        error: What went wrong.
-        openai: Adds `param` and `code`, as OpenAI's clients expect.
-
-    Returns:
-        UTF-8 JSON. Characters that UTF-8 cannot hold are replaced: a message may quote what a client sent.
+    Characters that UTF-8 cannot hold are replaced: a message may quote what a client sent.
     """
-    message = error.message.encode("utf-8", "replace").decode("utf-8")
-    body: dict[str, object] = {"type": error.kind, "message": message}
-    if openai:
-        body["param"] = None
-        body["code"] = error.status
-    return orjson.dumps({"error": body})
+    return {"type": error.kind, "message": error.message.encode("utf-8", "replace").decode("utf-8")}
+
+
+def error_body(error: ApiError) -> bytes:
+    """The JSON of an error."""
+    return orjson.dumps({"error": error_fields(error)})

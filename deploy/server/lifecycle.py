@@ -32,6 +32,9 @@ __all__ = ["Server", "listen"]
 
 log = logging.getLogger("deploy.server")
 
+LOADING_GRACE_S = 1.0
+"""How long a server that is told to stop waits for its engine to be loaded; nothing was accepted yet."""
+
 IDLE_GRACE_S = 1.0
 """While draining, how long a connection without a request may still send one."""
 
@@ -73,7 +76,7 @@ class Server(uvicorn.Server):
     """uvicorn with a model that is loaded behind it, and a drain that loses nothing.
 
     Attributes:
-        exit_code: 0, or 1 if the drain timed out, or 2 if the model could not be loaded.
+        exit_code: 0, or 1 if the drain timed out or the engine ended by itself, or 2 if the model could not be loaded.
         load_error: Why the model could not be loaded, or None.
     """
 
@@ -98,6 +101,7 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._on_ready = on_ready
         self._loading: asyncio.Task[None] | None = None
+        batcher.on_death = self._stop_without_engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: drain; a second SIGINT exits at once."""
@@ -127,6 +131,12 @@ class Server(uvicorn.Server):
             if not self.should_exit:
                 self._on_ready()
 
+    def _stop_without_engine(self) -> None:
+        """Nothing can be answered any more: whoever started the process sees that, and starts another one."""
+        self.exit_code = self.exit_code or 1
+        self._app.draining = True
+        self.should_exit = True
+
     async def on_tick(self, counter: int) -> bool:
         """Every 0.1 s; every second closes connections whose request does not arrive."""
         if counter % 10 == 0:
@@ -141,7 +151,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains: answers everything that was accepted."""
         self._app.draining = True
-        if self._batcher.running:
+        loading = not self._batcher.running
+        if not loading:
             await asyncio.sleep(self._settings.drain_delay_s)
         else:
             self._batcher.cancel_load()
@@ -167,13 +178,13 @@ class Server(uvicorn.Server):
             self.exit_code = self.exit_code or 1
         self._app.close()
         with contextlib.suppress(asyncio.TimeoutError):
-            left_s = max(deadline_s - time.monotonic(), 0.1)
+            left_s = LOADING_GRACE_S if loading else max(deadline_s - time.monotonic(), 0.1)
             await asyncio.wait_for(self._batcher.close(), 0.1 if self.force_exit or unanswered else left_s)
             return
-        # The engine thread is in the middle of a batch and cannot be stopped; nobody waits for it.
+        # The engine thread is in the middle of a batch, or of loading, and cannot be stopped; nobody waits for it.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(self.exit_code or 1)
+        os._exit(self.exit_code or int(not loading))
 
     async def _stop_listening(self, sockets: list[socket.socket]) -> None:
         """Closes the listening sockets, after taking the connections that the kernel has accepted."""

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["INLINE_CHARS", "MASKS_PER_TEXT", "MAX_TOP_K", "Settings"]
+__all__ = ["INLINE_CHARS", "MASKS_PER_TEXT", "MAX_TOP_K", "TOKENIZE_BACKLOG_CHARS", "TURN_CHARS", "Limits", "Settings"]
 
 INLINE_CHARS = 4096
 """Requests with at most this many characters in all are tokenised on the event loop: about 1 ms of CPU at worst, while
 handing over to a thread and back costs about 50 us and holds nobody up less. Longer ones go to a helper thread."""
+
+TOKENIZE_BACKLOG_CHARS = 16 << 20
+"""Most characters of all requests that wait for a helper thread."""
+
+TURN_CHARS = 65_536
+"""A helper thread tokenises about this many characters (15 ms) of a request before it takes the next one's."""
 
 MASKS_PER_TEXT = 32
 """Most mask tokens in one text: each one costs a row of logits over the whole vocabulary."""
@@ -58,3 +64,47 @@ class Settings:
     measure_limit_s: float = 30.0
     api_key: str | None = None
     access_log: bool = False
+
+    @property
+    def helper_threads(self) -> int:
+        """Threads that tokenise long requests and read large bodies: for each 8 of the engine one, and at least 2."""
+        return max(2, self.threads // 8)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request of a route may cost; 0: it has no such thing.
+
+    Attributes:
+        body_bytes: Longest body.
+        inputs: Most texts.
+        chars: Longest text, in code points.
+        masks: Most mask tokens in one text.
+        ids: Most token ids, where they are taken instead of texts.
+    """
+
+    body_bytes: int = 0
+    inputs: int = 0
+    chars: int = 0
+    masks: int = 0
+    ids: int = 0
+
+    @classmethod
+    def of(cls, settings: Settings) -> Limits:
+        """Those of a route without a body."""
+        return cls()
+
+    @classmethod
+    def of_texts(cls, settings: Settings) -> Limits:
+        """Those of a route that takes texts."""
+        return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars)
+
+    @classmethod
+    def of_texts_or_ids(cls, settings: Settings) -> Limits:
+        """Those of a route that takes texts or token ids."""
+        return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars, ids=settings.max_queue_tokens)
+
+    @classmethod
+    def of_masked_texts(cls, settings: Settings) -> Limits:
+        """Those of a route that takes texts with mask tokens."""
+        return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars, MASKS_PER_TEXT)

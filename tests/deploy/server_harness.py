@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, SpecialToken, Variant
+from deploy.server.api import ROUTES
 from deploy.server.app import App
 from deploy.server.batching import Batcher
 from deploy.server.choice import Choice
 from deploy.server.lifecycle import Server, listen
 from deploy.server.limits import Settings
+from deploy.server.route import Route
 from deploy.server.tokens import TextTokenizer
 
 WIDTH = 8
@@ -80,6 +82,8 @@ class FakeEngine:
         entered: Set as soon as a batch has begun.
         batches: Ids of every batch.
         poison: A batch with this token id fails.
+        infinite: A text with this token id has no finite result.
+        death: A batch with this token id ends the thread.
         drop: Answers with one result too few.
     """
 
@@ -88,6 +92,8 @@ class FakeEngine:
     batches: list[list[list[int]]] = field(default_factory=list)
     options: list[list[Any]] = field(default_factory=list)
     poison: int = -1
+    infinite: int = -1
+    death: int = -1
     drop: bool = False
 
     def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
@@ -97,8 +103,13 @@ class FakeEngine:
         assert self.gate.wait(20), "the test never opened the gate"
         if any(self.poison in text for text in ids):
             raise RuntimeError("poisoned")
-        rows = np.array([expected_row(text.tolist()) for text in ids], dtype=np.float32)
-        return list(rows)[self.drop :]
+        if any(self.death in text for text in ids):
+            raise SystemExit("killed")
+        rows: list[Any] = list(np.array([expected_row(text.tolist()) for text in ids], dtype=np.float32))
+        for index, text in enumerate(ids):
+            if self.infinite in text:
+                rows[index] = FloatingPointError("an embedding is not finite")
+        return rows[self.drop :]
 
 
 @dataclass
@@ -173,14 +184,21 @@ def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
 class LiveServer:
     """A server in a thread of this process, with the fake engine."""
 
-    def __init__(self, manifest: Manifest, settings: Settings, engine: FakeEngine, load: Any = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        settings: Settings,
+        engine: FakeEngine,
+        load: Any = None,
+        routes: Sequence[Route] = ROUTES,
+    ) -> None:
         self.engine = engine
         self.choice = Choice("fake", "only", {}, {"other": "it is not there"})
         self.manifest = manifest
         self.batcher = Batcher(
             lambda: self.loaded(load or (lambda: engine)), settings.max_batch_tokens, settings.max_queue_tokens
         )
-        self.app = App(manifest, TextTokenizer.from_manifest(manifest), self.batcher, settings)
+        self.app = App(manifest, TextTokenizer.from_manifest(manifest), self.batcher, settings, routes)
         self.batcher.on_batch = self.app.count_batch
         self.ready = threading.Event()
         self.server = Server(self.app, self.batcher, settings, self.ready.set)

@@ -1,0 +1,98 @@
+"""The server's own inference routes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, server_timing
+from ..schemas import (
+    EmbedRequest,
+    EmbedResponse,
+    FillMaskRequest,
+    FillMaskResponse,
+    PredictRequest,
+    PredictResponse,
+)
+
+__all__ = ["ROUTES"]
+
+
+def _texts(inputs: str | list[str]) -> Sequence[str]:
+    return [inputs] if isinstance(inputs, str) else inputs
+
+
+async def embed(context: Context, request: EmbedRequest, caller: Caller) -> Response:
+    """POST /embed."""
+    service = context.service
+    result = await service.embed(
+        _texts(request.inputs),
+        caller,
+        context.limits,
+        normalize=request.normalize,
+        truncate=request.truncate,
+    )
+    body = {"embeddings": result.values, "model": service.model, "usage": {"tokens": result.tokens}}
+    return Response(await context.encode(body, "embeddings", service.width), (JSON_HEADER, server_timing(result)))
+
+
+async def predict(context: Context, request: PredictRequest, caller: Caller) -> Response:
+    """POST /predict."""
+    result = await context.service.classify(_texts(request.inputs), caller, context.limits, truncate=request.truncate)
+    return await _predictions(context, result, 2 * len(context.service.manifest.labels or ()))
+
+
+async def fill_mask(context: Context, request: FillMaskRequest, caller: Caller) -> Response:
+    """POST /fill-mask."""
+    result = await context.service.fill(
+        _texts(request.inputs), caller, context.limits, top_k=request.top_k, truncate=request.truncate
+    )
+    most_masks = max(map(len, result.values))
+    return await _predictions(context, result, 3 * most_masks * request.top_k)
+
+
+async def _predictions(context: Context, result: Result, values_each: int) -> Response:
+    body = {"predictions": result.values, "model": context.service.model, "usage": {"tokens": result.tokens}}
+    return Response(await context.encode(body, "predictions", values_each), (JSON_HEADER, server_timing(result)))
+
+
+ROUTES = (
+    Route(
+        method="POST",
+        path="/embed",
+        summary="Embed texts",
+        handler=embed,
+        task="feature-extraction",
+        request=EmbedRequest,
+        example={"inputs": ["A server answers.", "A second text."]},
+        answer=EmbedResponse,
+        limits=Limits.of_texts,
+        secured=True,
+        tag="inference",
+    ),
+    Route(
+        method="POST",
+        path="/predict",
+        summary="Classify texts",
+        handler=predict,
+        task="text-classification",
+        request=PredictRequest,
+        example={"inputs": "What a day!"},
+        answer=PredictResponse,
+        limits=Limits.of_texts,
+        secured=True,
+        tag="inference",
+    ),
+    Route(
+        method="POST",
+        path="/fill-mask",
+        summary="Fill masked words",
+        handler=fill_mask,
+        task="fill-mask",
+        request=FillMaskRequest,
+        example={"inputs": "Paris is the {mask} of France.", "top_k": 3},
+        answer=FillMaskResponse,
+        limits=Limits.of_masked_texts,
+        secured=True,
+        tag="inference",
+    ),
+)

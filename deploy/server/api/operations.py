@@ -1,0 +1,151 @@
+"""Routes for whoever runs the server: state, metrics, and what it serves and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..route import ApiError, Caller, Context, Response, Route, encode
+from ..schemas import InfoResponse, StatusResponse
+
+__all__ = ["ROUTES"]
+
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_PAGE = Path(__file__).parents[1] / "docs.html"
+
+
+async def info(context: Context, request: None, caller: Caller) -> Response:
+    """GET /info."""
+    service = context.service
+    served, manifest, settings = service.served, service.manifest, service.settings
+    if served is None:
+        raise ApiError("loading", "the model is being loaded")
+    choice = served.choice
+    labels = manifest.labels or ()
+    model_type: dict[str, Any] = {"fill-mask": {}}
+    if manifest.pooling is not None:
+        model_type = {"embedding": {"pooling": manifest.pooling.mode}}
+    elif labels:
+        names = {str(index): label for index, label in enumerate(labels)}
+        model_type = {"classifier": {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}}}
+    dtype = manifest.variants[choice.variant].dtype
+    accuracies = {name: manifest.variants[name].accuracy for name in choice.texts_per_s or (choice.variant,)}
+    body = {
+        "model_id": service.model,
+        "model_sha": manifest.model.revision,
+        "model_dtype": _DTYPES.get(dtype, dtype),
+        "served_model_name": service.model,
+        "model_type": model_type,
+        "max_concurrent_requests": settings.max_queue_tokens,
+        "max_input_length": manifest.max_tokens,
+        "max_batch_tokens": settings.max_batch_tokens,
+        "max_batch_requests": None,
+        "max_client_batch_size": settings.max_inputs,
+        "auto_truncate": True,
+        "tokenization_workers": service.helper_threads,
+        "version": served.versions["torch_ext"],
+        "task": manifest.task,
+        "variant": choice.variant,
+        "isa": served.isa,
+        "threads": settings.threads,
+        "limits": {
+            "max_tokens": manifest.max_tokens,
+            "max_batch_tokens": settings.max_batch_tokens,
+            "max_queue_tokens": settings.max_queue_tokens,
+            "max_inputs": settings.max_inputs,
+            "max_chars": settings.max_chars,
+            "max_body_bytes": settings.max_body_bytes,
+        },
+        "versions": served.versions,
+        "chosen_by": choice.by,
+        "candidates": [
+            {
+                "variant": name,
+                "texts_per_s": choice.texts_per_s.get(name),
+                "mean": accuracy.mean,
+                "min": accuracy.min,
+            }
+            for name, accuracy in accuracies.items()
+        ],
+        "left_out": dict(choice.left_out),
+    }
+    return Response(encode(body))
+
+
+async def health(context: Context, request: None, caller: Caller) -> Response:
+    """GET /health."""
+    return Response(b'{"status":"ok"}')
+
+
+async def ready(context: Context, request: None, caller: Caller) -> Response:
+    """GET /ready."""
+    context.service.check_ready()
+    return Response(b'{"status":"ready"}')
+
+
+async def metrics(context: Context, request: None, caller: Caller) -> Response:
+    """GET /metrics."""
+    return Response(context.metrics.render(), ((b"content-type", context.metrics.CONTENT_TYPE.encode()),))
+
+
+async def docs(context: Context, request: None, caller: Caller) -> Response:
+    """GET /docs."""
+    return Response(_PAGE.read_bytes(), ((b"content-type", b"text/html; charset=utf-8"),))
+
+
+async def openapi(context: Context, request: None, caller: Caller) -> Response:
+    """GET /openapi.json."""
+    return Response(context.document())
+
+
+ROUTES = (
+    Route(
+        method="GET",
+        path="/info",
+        summary="What is served, how, and why",
+        handler=info,
+        answer=InfoResponse,
+        errors=("loading",),
+        secured=True,
+    ),
+    Route(
+        method="GET",
+        path="/health",
+        summary="Whether the process lives",
+        handler=health,
+        answer=StatusResponse,
+        answered="It does.",
+    ),
+    Route(
+        method="GET",
+        path="/ready",
+        summary="Whether requests are welcome",
+        handler=ready,
+        answer=StatusResponse,
+        answered="They are.",
+        errors=("loading", "draining"),
+    ),
+    Route(
+        method="GET",
+        path="/metrics",
+        summary="Metrics for Prometheus",
+        handler=metrics,
+        answered="Prometheus' text format, version 0.0.4.",
+        media_type="text/plain",
+    ),
+    Route(
+        method="GET",
+        path="/docs",
+        summary="This description as a page",
+        handler=docs,
+        answered="HTML.",
+        media_type="text/html",
+    ),
+    Route(
+        method="GET",
+        path="/openapi.json",
+        summary="This description",
+        handler=openapi,
+        answered="OpenAPI 3.1.",
+    ),
+)

@@ -1,0 +1,104 @@
+"""Between ASGI and handlers: who may ask, the bytes of a body, and errors as answers."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from .callers import CallerLeft
+from .errors import ERRORS, ApiError
+
+__all__ = [
+    "JSON_HEADER",
+    "Headers",
+    "Receive",
+    "Response",
+    "Scope",
+    "Send",
+    "authorize",
+    "error_response",
+    "read_body",
+]
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = dict[bytes, bytes]
+"""Lower-case names to values; of a name that came several times, the last."""
+
+JSON_HEADER = (b"content-type", b"application/json")
+
+
+class Response(NamedTuple):
+    """An answer.
+
+    Attributes:
+        body: Complete body.
+        headers: Headers without content-length.
+        status: HTTP status.
+    """
+
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = (JSON_HEADER,)
+    status: int = 200
+
+
+def error_response(error: ApiError, body: bytes) -> Response:
+    """The answer that tells of an error, with the body that its dialect gives it."""
+    headers = [JSON_HEADER, *((name.lower().encode(), value.encode()) for name, value in error.headers.items())]
+    if ERRORS[error.kind].retry and "Retry-After" not in error.headers:
+        headers.append((b"retry-after", b"1"))
+    return Response(body, tuple(headers), error.status)
+
+
+def authorize(headers: Headers, api_key: bytes) -> None:
+    """Checks the API key.
+
+    Raises:
+        ApiError: It is missing or wrong (401).
+    """
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), api_key):
+        raise ApiError(
+            "unauthorized", "expected the header Authorization: Bearer <API key>", {"WWW-Authenticate": "Bearer"}
+        )
+
+
+async def read_body(headers: Headers, receive: Receive, limit_bytes: int) -> bytes:
+    """Reads a request body.
+
+    The rest of a body that is too large is not kept: the server takes and drops it, so that the client, which reads
+    only after it has written, gets the answer.
+
+    Raises:
+        ApiError: The body is too large (413) or compressed (415).
+        CallerLeft: The client has left.
+    """
+    if int(headers.get(b"content-length", b"0")) > limit_bytes:
+        raise _too_large(limit_bytes, f"{int(headers[b'content-length'])} bytes")
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise ApiError("unsupported_media_type", "content-encoding: expected none, send plain JSON in UTF-8")
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise CallerLeft
+    body: bytes = message["body"]
+    if message["more_body"]:
+        parts = [body]
+        size = len(body)
+        while message["more_body"]:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise CallerLeft
+            size += len(message["body"])
+            if size > limit_bytes:
+                raise _too_large(limit_bytes, "more")
+            parts.append(message["body"])
+        body = b"".join(parts)
+    if len(body) > limit_bytes:
+        raise _too_large(limit_bytes, f"{len(body)} bytes")
+    return body
+
+
+def _too_large(limit_bytes: int, found: str) -> ApiError:
+    return ApiError("too_large", f"body: expected at most {limit_bytes} bytes, got {found}")

@@ -1,0 +1,154 @@
+"""`Route`: one row says all that the server knows about a path.
+
+Routing, the request's decoder, the OpenAPI document, the page at `/docs`, labels of metrics, limits, and the message of
+`wrong_task` are read from the rows; nothing else names a path. What a file of rows needs is imported from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .bodies import INLINE_VALUES, encode, encode_in_parts
+from .callers import Caller
+from .errors import ApiError, error_body, error_fields
+from .http import JSON_HEADER, Response
+from .limits import Limits, Settings
+from .metrics import Metrics
+from .service import Result, Service
+
+__all__ = [
+    "JSON",
+    "JSON_HEADER",
+    "NATIVE",
+    "ApiError",
+    "Caller",
+    "Context",
+    "Dialect",
+    "Handler",
+    "Limits",
+    "Response",
+    "Result",
+    "Route",
+    "encode",
+    "error_fields",
+    "server_timing",
+]
+
+JSON = "application/json"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A family of routes whose clients expect errors of one form.
+
+    Attributes:
+        name: What it is called.
+        prefix: Unknown paths that begin with it are answered in this dialect.
+        error: Body of an error.
+    """
+
+    name: str
+    prefix: str
+    error: Callable[[ApiError], bytes]
+
+
+NATIVE = Dialect("native", "/", error_body)
+"""The server's own routes."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a handler works with; made once for each route.
+
+    Attributes:
+        service: The model.
+        limits: What a request of this route may cost.
+        metrics: Counters of the server.
+        document: The OpenAPI document of all routes.
+    """
+
+    service: Service
+    limits: Limits
+    metrics: Metrics
+    document: Callable[[], bytes]
+
+    async def encode(self, body: dict[str, Any], key: str, values_each: int) -> bytes:
+        """JSON of an answer, large ones on a helper thread.
+
+        Args:
+            body: The answer.
+            key: Its field that may be large, a list.
+            values_each: About how many numbers each item of the list holds.
+        """
+        if len(body[key]) * values_each <= INLINE_VALUES:
+            return encode(body)
+        return await self.service.aside(encode_in_parts, body, key, values_each)
+
+
+def server_timing(result: Result) -> tuple[bytes, bytes]:
+    """The Server-Timing header of an inference request."""
+    return b"server-timing", b"tokenize;dur=%.3f,queue;dur=%.3f,infer;dur=%.3f" % (
+        1e3 * result.tokenize_s,
+        1e3 * result.queue_s,
+        1e3 * result.infer_s,
+    )
+
+
+Handler = Callable[[Context, Any, Caller], Awaitable[Response]]
+"""Answers a request: gets the route's context, the decoded body (None without one), and who waits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """One row.
+
+    Attributes:
+        method: HTTP method; GET answers HEAD, too.
+        path: Exact path.
+        summary: One line for the documentation.
+        handler: Answers a request.
+        dialect: Whose errors it speaks.
+        task: Task that a bundle must have; None: any. A route with a task runs the engine.
+        request: Type of the body, which checks it; None: no body is read.
+        example: Body that works; `{model}` and `{mask}` are filled in.
+        answer: Type of a JSON body of status 200; None: anything of `media_type`.
+        answered: What the answer is, where the type's docstring does not say it.
+        media_type: Of the answer.
+        errors: Kinds of errors besides those that follow from the other fields.
+        limits: What one request may cost, from the server's settings.
+        secured: Whether the API key is asked for.
+        tag: Heading in the documentation.
+    """
+
+    method: str
+    path: str
+    summary: str
+    handler: Handler
+    dialect: Dialect = NATIVE
+    task: str | None = None
+    request: type | None = None
+    example: Mapping[str, Any] = field(default_factory=dict)
+    answer: type | None = None
+    answered: str = ""
+    media_type: str = JSON
+    errors: tuple[str, ...] = ()
+    limits: Callable[[Settings], Limits] = Limits.of
+    secured: bool = False
+    tag: str = "operation"
+
+    @property
+    def name(self) -> str:
+        """Identifier of the operation in the OpenAPI document."""
+        return self.path.strip("/").partition(".")[0].replace("/", "_").replace("-", "_")
+
+    @property
+    def error_kinds(self) -> list[str]:
+        """Kinds of errors that it answers with."""
+        kinds = list(self.errors)
+        if self.task is not None:
+            kinds += ["wrong_task", "queue_full", "internal", "loading", "draining"]
+        if self.request is not None:
+            kinds += ["timeout", "too_large", "unsupported_media_type", "invalid_request"]
+        return kinds

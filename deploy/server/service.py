@@ -1,0 +1,305 @@
+"""The model as a service: from checked requests to results. Knows tokenizer, queue and limits, and nothing of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import Manifest
+from .batching import Batcher, Work
+from .callers import Caller, CallerLeft
+from .choice import Choice
+from .engines import EmbedOptions, FillMaskOptions
+from .errors import ApiError
+from .limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings
+from .metrics import Metrics
+from .speed_cache import versions
+from .tokens import TextTokenizer
+
+__all__ = ["Result", "Served", "Service"]
+
+Returned = TypeVar("Returned")
+
+_EMBED_OPTIONS = {value: EmbedOptions(value) for value in (False, True)}
+
+
+class Result(NamedTuple):
+    """What a request got.
+
+    Attributes:
+        values: One for each text.
+        tokens: Tokens of all texts, special tokens included.
+        tokenize_s: How long checking and tokenising took.
+        queue_s: Then, how long the first text waited.
+        infer_s: How long the batches took that held a text of it.
+    """
+
+    values: list[Any]
+    tokens: int
+    tokenize_s: float
+    queue_s: float
+    infer_s: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the engine turned out to be.
+
+    Attributes:
+        choice: The variant, and why it was taken.
+        isa: What runs it.
+        versions: Of the packages that compute.
+    """
+
+    choice: Choice
+    isa: str
+    versions: dict[str, str]
+
+
+class Service:
+    """One model. Methods are called on the event loop.
+
+    Attributes:
+        manifest: The bundle.
+        settings: Of the server.
+        model: Name of the model.
+        width: Numbers of an embedding.
+        draining: Set once on shutdown: no more requests are welcome.
+        served: What is served; None until it is loaded.
+        helper_threads: Threads that do what would hold the event loop up.
+    """
+
+    def __init__(
+        self, manifest: Manifest, tokenizer: TextTokenizer, batcher: Batcher, settings: Settings, metrics: Metrics
+    ) -> None:
+        self.manifest = manifest
+        self.settings = settings
+        self.model = manifest.model.name
+        self.width = manifest.hidden_size
+        self.draining = False
+        self.served: Served | None = None
+        self.helper_threads = settings.helper_threads
+        self._tokenizer = tokenizer
+        self._batcher = batcher
+        self._metrics = metrics
+        self._normalize = manifest.pooling is not None and manifest.pooling.normalize
+        mask = manifest.special_tokens["mask"]
+        self._mask_id = -1 if mask is None else mask.id
+        self._mask_token = "" if mask is None else mask.token
+        self._helpers = ThreadPoolExecutor(self.helper_threads, thread_name_prefix="helper")
+        self._tokenizing_chars = 0
+
+    # State.
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are welcome."""
+        return self._batcher.running and not self.draining
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait or run."""
+        return self._batcher.queued_tokens
+
+    def serves(self, choice: Choice, isa: str) -> None:
+        """Told once, when the engine is loaded, what is served; on any thread."""
+        self.served = Served(choice, isa, versions())
+
+    def check_ready(self) -> None:
+        """Refuses while new requests are not welcome.
+
+        Raises:
+            ApiError: The model is being loaded, or the server stops (503).
+        """
+        if not self.ready:
+            raise self._unavailable()
+
+    def check_running(self) -> None:
+        """Refuses what cannot run; a request on an open connection still can while the server drains.
+
+        Raises:
+            ApiError: There is no engine yet, or no more (503).
+        """
+        if not self._batcher.running:
+            raise self._unavailable()
+
+    def _unavailable(self) -> ApiError:
+        if self._batcher.failure is not None:
+            return ApiError("draining", "the engine has stopped, and the server with it; send the request elsewhere")
+        if self.draining:
+            return ApiError("draining", "the server is shutting down; send the request elsewhere")
+        return ApiError("loading", "the model is being loaded; wait until /ready answers 200")
+
+    def close(self) -> None:
+        """Ends the helper threads."""
+        self._helpers.shutdown(wait=False, cancel_futures=True)
+
+    async def aside(self, function: Callable[..., Returned], *arguments: Any) -> Returned:
+        """Runs a function on a helper thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._helpers, function, *arguments)
+
+    # What is asked of the model.
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        caller: Caller,
+        limits: Limits,
+        *,
+        normalize: bool | None = None,
+        truncate: bool = True,
+    ) -> Result:
+        """Embeddings of texts.
+
+        Args:
+            texts: As a client sent them.
+            caller: Who waits.
+            limits: Of the route.
+            normalize: Divide by the L2 norm; None: as the model was trained.
+            truncate: Cut texts that are longer than the model takes; otherwise they are an error.
+
+        Returns:
+            Per text f32 [width].
+
+        Raises:
+            ApiError: See `errors`.
+            CallerLeft: The client has left.
+        """
+        started_s = time.perf_counter()
+        ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
+        options = _EMBED_OPTIONS[self._normalize if normalize is None else normalize]
+        return await self._run(ids, options, caller, started_s)
+
+    async def embed_ids(self, texts: Sequence[Sequence[int]], caller: Caller, limits: Limits) -> Result:
+        """Embeddings of texts that are token ids already; see `embed`."""
+        started_s = time.perf_counter()
+        if len(texts) > limits.inputs:
+            raise _too_many(len(texts), limits)
+        longest = self._tokenizer.max_tokens
+        for index, text in enumerate(texts):
+            if len(text) > longest:  # Before each id is looked at.
+                raise ApiError(
+                    "invalid_request",
+                    f"input {index}: expected at most {longest} tokens with special tokens, got {len(text)}",
+                )
+        ids = [self._tokenizer.check_ids(index, text) for index, text in enumerate(texts)]
+        return await self._run(ids, _EMBED_OPTIONS[self._normalize], caller, started_s)
+
+    async def classify(self, texts: Sequence[str], caller: Caller, limits: Limits, *, truncate: bool = True) -> Result:
+        """Labels with scores of texts, best first; see `embed`."""
+        started_s = time.perf_counter()
+        ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
+        return await self._run(ids, None, caller, started_s)
+
+    async def fill(
+        self, texts: Sequence[str], caller: Caller, limits: Limits, *, top_k: int, truncate: bool = True
+    ) -> Result:
+        """The best `top_k` tokens for every mask token of texts; see `embed`."""
+        started_s = time.perf_counter()
+        ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
+        for index, text in enumerate(ids):
+            masks = int((text == self._mask_id).sum())
+            if not 1 <= masks <= limits.masks:
+                raise ApiError(
+                    "invalid_request",
+                    f"input {index}: expected 1 to {limits.masks} {self._mask_token} among the first "
+                    f"{self._tokenizer.max_tokens} tokens, got {masks}",
+                )
+        return await self._run(ids, FillMaskOptions(top_k), caller, started_s)
+
+    # How it is done.
+
+    def _check_texts(self, texts: Sequence[str], limits: Limits) -> int:
+        """Checks texts against the limits and returns how many characters they have."""
+        if len(texts) > limits.inputs:
+            raise _too_many(len(texts), limits)
+        if not texts:
+            raise ApiError("invalid_request", "expected at least one input, got an empty list")
+        total = 0
+        for index, text in enumerate(texts):
+            size = len(text)
+            if size > limits.chars:
+                raise ApiError(
+                    "too_large",
+                    f"input {index}: expected at most {limits.chars} characters, got {size}; the model "
+                    f"reads {self._tokenizer.max_tokens} tokens only",
+                )
+            if "\0" in text:
+                raise ApiError("invalid_request", f"input {index}: expected text, got a NUL character")
+            total += size
+        return total
+
+    def _tokenize(self, texts: Sequence[str], limits: Limits, truncate: bool) -> list[NDArray[np.int64]] | None:
+        """Token ids of texts, checked against the limits; None if they are so long that it takes a helper thread."""
+        if self._check_texts(texts, limits) > INLINE_CHARS:
+            return None
+        return self._tokenizer.encode(texts, truncate)
+
+    async def _tokenize_aside(self, texts: Sequence[str], caller: Caller, truncate: bool) -> list[NDArray[np.int64]]:
+        """Token ids of long texts, part by part on helper threads, so that other requests get their turn in between."""
+        chars = sum(map(len, texts))
+        waiting = self._tokenizing_chars
+        if waiting and waiting + chars > TOKENIZE_BACKLOG_CHARS:
+            raise self._batcher.try_later(
+                f"{waiting} characters are waiting to be tokenised; with {chars} more, they would be more than "
+                f"{TOKENIZE_BACKLOG_CHARS}"
+            )
+        ids: list[NDArray[np.int64]] = []
+        self._tokenizing_chars += chars
+        try:
+            for start, stop in _turns(texts):
+                ids += await self.aside(self._tokenizer.encode, texts[start:stop], truncate, start)
+                if caller.gone:
+                    raise CallerLeft
+        finally:
+            self._tokenizing_chars -= chars
+        return ids
+
+    async def _run(self, ids: Sequence[NDArray[np.int64]], options: Any, caller: Caller, started_s: float) -> Result:
+        """Runs texts through the engine.
+
+        Args:
+            ids: Per text token ids.
+            options: For the engine's head.
+            caller: Who waits.
+            started_s: When tokenisation began, by `time.perf_counter`.
+        """
+        work = Work(ids, options, asyncio.get_running_loop().create_future())
+        self._batcher.submit(work)
+        caller.on_leave = functools.partial(self._batcher.abandon, work)
+        try:
+            values = await work.future
+        except asyncio.CancelledError:
+            if caller.gone:
+                raise CallerLeft from None
+            self._batcher.abandon(work)
+            raise
+        result = Result(
+            values, work.tokens, work.submitted_s - started_s, work.started_s - work.submitted_s, work.infer_s
+        )
+        self._metrics.stages(result.tokenize_s, result.queue_s, result.infer_s)
+        return result
+
+
+def _too_many(found: int, limits: Limits) -> ApiError:
+    return ApiError("too_large", f"expected at most {limits.inputs} inputs in one request, got {found}")
+
+
+def _turns(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Parts of a long request: index of the first text of each, and of the one behind its last."""
+    start = chars = 0
+    for index, text in enumerate(texts):
+        chars += len(text)
+        if chars >= TURN_CHARS:
+            yield start, index + 1
+            start, chars = index + 1, 0
+    if start < len(texts):
+        yield start, len(texts)

@@ -1,0 +1,191 @@
+"""Large JSON bodies: read and written in parts, with the same result as in one call, and never all at once."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from server_harness import WIDTH, make_manifest, running
+
+from deploy.server import app, bodies
+from deploy.server.bodies import INLINE_BYTES, INLINE_VALUES, decode, decode_in_parts, encode, encode_in_parts
+from deploy.server.errors import ApiError
+from deploy.server.limits import Limits, Settings
+from deploy.server.schemas import EmbedRequest, OpenAIEmbeddingsRequest
+
+LIMITS = Limits(4 << 20, 1024, 32_768)
+ID_LIMITS = Limits(4 << 20, 1024, 32_768, ids=262_144)
+DECODERS: dict[str, Any] = {
+    "inputs": msgspec.json.Decoder(EmbedRequest),
+    "input": msgspec.json.Decoder(OpenAIEmbeddingsRequest),
+}
+
+PIECES = [
+    '"',
+    "\\",
+    ",",
+    '",',
+    '","',
+    "[",
+    "]",
+    "{",
+    ":",
+    "\n",
+    "\t",
+    "é",
+    "\u20ac",
+    "\U0001f600",
+    "a",
+    " ",
+    "word ",
+    "\\u0041",
+]
+
+
+def outcome(function: Any, *arguments: Any) -> Any:
+    """What comes back, or the kind of error."""
+    try:
+        return function(*arguments)
+    except ApiError as error:
+        return error.kind
+
+
+def random_texts(rng: random.Random, count: int) -> list[str]:
+    return ["".join(rng.choices(PIECES, k=rng.choice((0, 1, 3, 40, 300)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("field", ["inputs", "input"])
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, field: str, seed: int) -> None:
+    monkeypatch.setattr(bodies, "_PART_BYTES", 200)  # Cuts everywhere.
+    rng = random.Random(seed)
+    decoder = DECODERS[field]
+    for _ in range(30):
+        texts = random_texts(rng, rng.choice((0, 1, 2, 40)))
+        more: dict[str, Any] = (
+            {"truncate": False} if field == "inputs" else {"model": "m,[", "user": "x", "n": [1, "a"]}
+        )
+        items = [(field, rng.choice((texts, texts[0] if texts else "", [*texts, 5], [[5]], None))), *more.items()]
+        rng.shuffle(items)
+        text = json.dumps(
+            dict(items),
+            ensure_ascii=rng.random() < 0.5,
+            separators=rng.choice(((",", ":"), (", ", ": "), (" , ", " : "))),
+        )
+        body = text.encode()
+        assert outcome(decode_in_parts, decoder, body, ID_LIMITS) == outcome(decode, decoder, body)
+        # Broken somewhere: refused in the same way.
+        for _ in range(5):
+            position = rng.randrange(len(body))
+            broken = (
+                body[:position] + rng.choice((b"", b'"', b",", b"\\", b"\xff", b"]", b"\x00")) + body[position + 1 :]
+            )
+            assert outcome(decode_in_parts, decoder, broken, ID_LIMITS) == outcome(decode, decoder, broken)
+
+
+class Counted:
+    """A decoder that knows how many bytes it got in one call."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.longest = 0
+
+    def decode(self, body: bytes) -> Any:
+        self.longest = max(self.longest, len(body))
+        return self.inner.decode(body)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["word " * 800] * 1000,
+        ["é" * 700] * 1000,
+        ['say "no"\n' * 200] * 1000,
+        ["x" * 32_768] * 120,
+        ["a,b" * 300] * 1000,
+    ],
+)
+def test_no_call_gets_all_of_a_large_body(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> None:
+    parts, rest = Counted(bodies._TEXTS), Counted(DECODERS["inputs"])
+    monkeypatch.setattr(bodies, "_TEXTS", parts)
+    for body in (json.dumps({"inputs": texts}), json.dumps({"truncate": True, "inputs": texts}, ensure_ascii=False)):
+        assert decode_in_parts(rest, body.encode(), LIMITS).inputs == texts  # type: ignore[arg-type]
+    assert max(parts.longest, rest.longest) < 4 * bodies._PART_BYTES
+
+
+MB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("inputs", b'{"inputs":[' + b'"a",' * MB + b'"a"]}'),
+        ("inputs", b'{"truncate":true,"inputs": [' + b'"a", ' * MB + b'"a"]}'),
+        ("input", b'{"input":[' + b"1," * MB + b"1]}"),
+        ("input", b'{"input":[' + b"[1]," * MB + b"[1]]}"),
+        ("input", b'{"user":"\\"","input":[' + b"[1]," * MB + b"[1]]}"),
+        ("input", b'{"input":[' + b"[]," * MB + b"[]]}"),
+    ],
+)
+def test_what_takes_long_to_decode_is_refused_before(field: str, body: bytes) -> None:
+    decoder = Counted(DECODERS[field])
+    with pytest.raises(ApiError, match="expected at most") as caught:
+        decode_in_parts(decoder, body, ID_LIMITS if field == "input" else LIMITS)  # type: ignore[arg-type]
+    assert caught.value.kind == "too_large"
+    assert decoder.longest == 0
+
+
+def test_values_in_texts_do_not_count() -> None:
+    texts = ["[1, 2], " * 100] * 1000  # Many more brackets and commas than lists and ids are allowed.
+    for head in ("", '"user": "\\"", '):
+        body = f'{{{head}"input": {json.dumps(texts)}}}'.encode()
+        assert decode_in_parts(DECODERS["input"], body, Limits(4 << 20, 1024, 32_768, ids=10)).input == texts
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 1000])
+def test_answers_in_parts_are_the_same_bytes(rows: int) -> None:
+    values = list(np.random.default_rng(0).standard_normal((rows, 384)).astype(np.float32))
+    for items, each in ((values, 384), ([{"embedding": row, "index": 1} for row in values], 384), ([[]] * rows, 0)):
+        body = {"object": "list", "data": items, "model": "ü", "usage": {"tokens": 3}}
+        assert encode_in_parts(body, "data", each) == encode(body)
+
+
+def test_large_bodies_are_read_and_written_on_a_helper_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, list[str]] = {"read": [], "written": []}
+
+    def decoded(*arguments: Any) -> Any:
+        threads["read"].append(threading.current_thread().name)
+        return decode_in_parts(*arguments)
+
+    def part_of(items: Sequence[Any], values_each: int) -> bytes:
+        threads["written"].append(threading.current_thread().name)
+        return encode(items)
+
+    monkeypatch.setattr(app, "decode_in_parts", decoded)
+    monkeypatch.setattr(bodies, "_encode_list", part_of)
+    settings = Settings(port=0, max_inputs=1 << 20, max_queue_tokens=1 << 30)
+    with running(make_manifest(tmp_path), settings) as server:
+        many = INLINE_VALUES // WIDTH + 1
+        for path, field, key in (("/embed", "inputs", "embeddings"), ("/v1/embeddings", "input", "data")):
+            threads["read"].clear()
+            threads["written"].clear()
+            assert server("POST", path, {field: ["w1"]}).status == 200
+            assert threads == {"read": [], "written": []}
+            assert len(server("POST", path, {field: ["w1"] * many}).json[key]) == many
+            assert server("POST", path, {field: ["w1 " * INLINE_BYTES] * 2}).status == 413
+            for names in threads.values():
+                assert names
+                assert all(name.startswith("helper") for name in names)
+        for body, status in ((b'{"inputs": ["' + b"w1 " * INLINE_BYTES, 422), (b"[" * 200_000, 422)):
+            assert server("POST", "/embed", body).status == status

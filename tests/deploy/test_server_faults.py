@@ -1,0 +1,459 @@
+"""What one client, one text or one broken engine must not do to others; each was seen."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from server_harness import VOCABULARY, FakeEngine, LiveServer, Reply, make_manifest, raw, running, wait_until
+
+from deploy.bundle import Manifest
+from deploy.server import limits, service
+from deploy.server.batching import Batcher, Work
+from deploy.server.errors import ApiError
+from deploy.server.limits import Settings
+from deploy.server.protocol import MAX_HEADER_BYTES, MAX_HEADERS
+from deploy.server.tokens import TextTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = {"inputs": "w1 w2"}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_manifest(tmp_path_factory.mktemp("fake"))
+
+
+@pytest.fixture(scope="module")
+def server(manifest: Manifest) -> Any:
+    with running(manifest) as live:
+        yield live
+
+
+def in_one_batch(server: LiveServer, *bodies: Any) -> list[Reply]:
+    """Sends requests that share a batch; the engine waits in an earlier one meanwhile."""
+    with ThreadPoolExecutor(len(bodies) + 1) as pool:
+        first = pool.submit(server, "POST", "/embed", {"inputs": "w0"})
+        assert server.engine.entered.wait(10)
+        replies = []
+        for body in bodies:
+            before = server.batcher.queued_tokens
+            replies.append(pool.submit(server, "POST", "/embed", body))
+            wait_until(lambda before=before: server.batcher.queued_tokens > before)
+        server.engine.gate.set()
+        assert first.result().status == 200
+        return [reply.result() for reply in replies]
+
+
+# Texts and batches.
+
+
+def test_a_text_without_a_finite_result_fails_its_own_request_only(
+    manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        running(manifest, gate=threading.Event(), infinite=VOCABULARY["w66"]) as server,
+        caplog.at_level(logging.CRITICAL, "deploy.server"),
+    ):
+        good, bad, other = in_one_batch(server, GOOD, {"inputs": ["w1", "w2", "w66", "w3"]}, {"inputs": ["w5"] * 3})
+        assert len(server.engine.batches) == 2
+        assert (good.status, bad.status, other.status) == (200, 500, 200)
+        assert bad.kind == "internal"
+        assert "input 2: an embedding is not finite" in bad.json["error"]["message"]
+        assert server.batcher.queued_tokens == 0
+        assert server("POST", "/embed", GOOD).status == 200
+
+
+def test_a_batch_that_fails_is_run_request_by_request(manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        running(manifest, gate=threading.Event(), poison=VOCABULARY["w66"]) as server,
+        caplog.at_level(logging.CRITICAL, "deploy.server"),
+    ):
+        good, bad, other = in_one_batch(server, GOOD, {"inputs": ["w1", "w66"]}, {"inputs": ["w5"] * 3})
+        assert (good.status, bad.status, other.status) == (200, 500, 200)
+        assert server.batcher.queued_tokens == 0
+
+
+def test_a_batch_holds_what_its_texts_cost(manifest: Manifest) -> None:
+    """Four texts of 3 tokens cost 5 each where the budget is 12."""
+
+    async def sizes(cost: Callable[[Any, Any], int] | None) -> list[int]:
+        batches: list[int] = []
+
+        class Engine:
+            def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+                batches.append(len(ids))
+                return list(ids)
+
+        batcher = Batcher(Engine, 12, 1000, cost=cost)
+        await batcher.start()
+        ids = [np.array([2, 5, 3])] * 4
+        work = Work(ids, "options", asyncio.get_running_loop().create_future())
+        batcher.submit(work)
+        assert len(await work.future) == 4
+        await batcher.close()
+        return batches
+
+    asked: list[object] = []
+
+    def five(ids: Any, options: Any) -> int:
+        asked.append(options)
+        return 5
+
+    assert asyncio.run(sizes(None)) == [4]
+    assert asyncio.run(sizes(five)) == [2, 2]
+    assert asked == ["options"] * 4
+
+
+# The engine thread.
+
+
+def test_an_engine_thread_that_ends_ends_the_server(manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:
+    fake: dict[str, Any] = {"gate": threading.Event(), "death": VOCABULARY["w66"]}
+    with caplog.at_level(logging.CRITICAL, "deploy.server"):
+        server = LiveServer(manifest, Settings(port=0), FakeEngine(**fake))
+        assert server.ready.wait(10)
+        assert server("GET", "/ready").status == 200
+        replies = in_one_batch(server, GOOD, {"inputs": "w66"}, GOOD)
+        assert {reply.status for reply in replies} == {500}
+        assert all("the engine has stopped" in reply.json["error"]["message"] for reply in replies)
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+    assert server.server.exit_code == 1
+    assert any("engine thread has ended" in record.message for record in caplog.records)
+    assert not server.app.service.ready
+    with pytest.raises(ApiError, match="engine has stopped"):
+        server.app.service.check_ready()
+
+
+# Tokenising.
+
+
+class TellingTokenizer:
+    """Says whose texts are encoded; those with w99 wait until the gate opens."""
+
+    def __init__(self, inner: TextTokenizer) -> None:
+        self.inner = inner
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.order: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def encode(self, texts: Sequence[str], truncate: bool, first: int = 0) -> list[Any]:
+        self.order.append(texts[0].split()[0])
+        if "w99" in texts[0]:
+            self.entered.set()
+            assert self.gate.wait(20)
+        return self.inner.encode(texts, truncate, first)
+
+
+def long_text(word: str) -> str:
+    return f"{word} " * (limits.INLINE_CHARS // 3 + 10)
+
+
+def test_a_long_request_does_not_keep_others_from_being_tokenised(manifest: Manifest) -> None:
+    with running(manifest) as server:
+        tokenizer = TellingTokenizer(server.app.service._tokenizer)
+        server.app.service._tokenizer = tokenizer  # type: ignore[assignment]
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(server, "POST", "/embed", {"inputs": long_text("w99")})
+            assert tokenizer.entered.wait(10)
+            assert server("POST", "/embed", {"inputs": long_text("w1")}).status == 200
+            tokenizer.gate.set()
+            assert slow.result().status == 200
+        assert server("GET", "/info").json["tokenization_workers"] >= 2
+
+
+def test_long_requests_are_tokenised_in_turns(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "TURN_CHARS", len(long_text("w1")))
+    with running(manifest) as server:
+        inner = server.app.service
+        inner._helpers.shutdown()
+        inner._helpers = ThreadPoolExecutor(1)  # So that the order is that of the queue.
+        tokenizer = TellingTokenizer(inner._tokenizer)
+        inner._tokenizer = tokenizer  # type: ignore[assignment]
+        with ThreadPoolExecutor(3) as pool:
+            blocker = pool.submit(server, "POST", "/embed", {"inputs": long_text("w99")})
+            assert tokenizer.entered.wait(10)
+            large = pool.submit(server, "POST", "/embed", {"inputs": [long_text("w1")] * 6})
+            wait_until(lambda: inner._helpers._work_queue.qsize() == 1)
+            small = pool.submit(server, "POST", "/embed", {"inputs": long_text("w2")})
+            wait_until(lambda: inner._helpers._work_queue.qsize() == 2)
+            tokenizer.gate.set()
+            assert [reply.result().status for reply in (blocker, large, small)] == [200] * 3
+        assert tokenizer.order[:3] == ["w99", "w1", "w2"]
+        assert tokenizer.order.count("w1") == 6
+        # Messages count from the request's first text, not from that of the turn.
+        texts = [long_text("w1")] * 3
+        reply = server("POST", "/embed", {"inputs": [*(["w1"] * 3), *texts], "truncate": False})
+        assert "input 3:" in reply.json["error"]["message"]
+        short = "w1 " + " " * len(long_text("w1"))
+        reply = server("POST", "/embed", {"inputs": [short, short, long_text("w1")], "truncate": False})
+        assert "input 2:" in reply.json["error"]["message"]
+
+
+def test_a_full_tokenising_backlog_names_its_own_limit(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "TOKENIZE_BACKLOG_CHARS", 5000)
+    with running(manifest) as server:
+        tokenizer = TellingTokenizer(server.app.service._tokenizer)
+        server.app.service._tokenizer = tokenizer  # type: ignore[assignment]
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(server, "POST", "/embed", {"inputs": long_text("w99")})
+            assert tokenizer.entered.wait(10)
+            reply = server("POST", "/embed", {"inputs": long_text("w1")})
+            assert (reply.status, reply.kind) == (429, "queue_full")
+            assert "5000" in reply.json["error"]["message"]
+            assert "characters are waiting to be tokenised" in reply.json["error"]["message"]
+            assert "retry-after" in reply.headers
+            tokenizer.gate.set()
+            assert slow.result().status == 200
+
+
+# The wire.
+
+BODY = json.dumps(GOOD).encode()
+CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+
+
+def request_with(*lines: bytes, body: bytes = BODY, length: bool = True) -> bytes:
+    fields = [b"Host: x", *lines, *([b"Content-Length: %d" % len(body)] if length else [])]
+    return b"POST /embed HTTP/1.1\r\n" + b"".join(line + b"\r\n" for line in fields) + b"\r\n" + body
+
+
+def statuses(answer: bytes) -> list[bytes]:
+    return re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)
+
+
+def send_in_parts(port: int, parts: Sequence[bytes]) -> bytes:
+    """Sends parts that the server reads one by one, and everything that comes back."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for part in parts:
+            sock.sendall(part)
+            threading.Event().wait(0.002)  # Most often they arrive as they were sent; the answer is the same if not.
+        found = []
+        while data := sock.recv(1 << 16):
+            found.append(data)
+        return b"".join(found)
+
+
+def assert_cut_off(port: int, data: bytes) -> None:
+    """The server answers or closes the connection without waiting for the end of a request."""
+    with socket.create_connection(("127.0.0.1", port), timeout=4) as sock:  # Its own time-out is longer.
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            sock.sendall(data)
+        found = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := sock.recv(1 << 16):
+                found += part
+    # An answer to a client that goes on sending can be lost.
+    assert statuses(found) in ([b"431"], [b"400"], []), found[:300]
+
+
+@pytest.mark.parametrize("name", [b"Upgrade", b"UPGRADE", b"upgrade", b"uPgRaDe"])
+@pytest.mark.parametrize("value", [b"h2c", b"H2C", b"websocket"])
+def test_offers_of_other_protocols_do_not_cost_the_body(server: LiveServer, name: bytes, value: bytes) -> None:
+    offer = [b"Connection: Upgrade, HTTP2-Settings", name + b": " + value]
+    last = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    plain = request_with(*offer)
+    chunked = request_with(*offer, b"Transfer-Encoding: chunked", body=CHUNKED, length=False)
+    bare = b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n%s: %s\r\n\r\n" % (name, value)
+    for parts in (
+        [plain + last],
+        [chunked + last],
+        [bare + last],
+        [plain + plain + chunked + bare + plain + last],
+        [request_with() + plain + last],
+        [plain[:60], plain[60:], last],
+        [plain[: plain.index(name) + 3], plain[plain.index(name) + 3 :] + last],
+        [plain[:-5], plain[-5:] + last],
+        [chunked[:-20], chunked[-20:-6], chunked[-6:] + last],
+    ):
+        found = statuses(send_in_parts(server.port, parts))
+        assert set(found) == {b"200"}, parts
+        assert len(found) == sum(map(b"".join(parts).count, (b"POST ", b"GET "))), parts
+
+
+def test_header_lines_are_bounded(server: LiveServer) -> None:
+    def lines(count: int) -> list[bytes]:
+        return [b"%x:y" % number for number in range(count)]
+
+    fine = request_with(b"Connection: close", *lines(MAX_HEADERS - 3))
+    assert statuses(raw(server.port, fine)) == [b"200"]
+    for count in (MAX_HEADERS - 2, 10_000):
+        answer = raw(server.port, request_with(b"Connection: close", *lines(count)))
+        assert statuses(answer) == [b"431"]
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "headers_too_large"
+    for long in (MAX_HEADER_BYTES, 200_000, 2_000_000):
+        assert_cut_off(server.port, request_with(b"X: " + b"y" * long, length=False)[: -len(BODY) - 4])
+    large = request_with(b"Connection: close", body=json.dumps({"inputs": ["w1 " * 100] * 900}).encode())
+    assert statuses(raw(server.port, large)) == [b"200"]  # A long body is no header.
+    assert server("POST", "/embed", GOOD).status == 200
+
+
+def test_trailers_are_bounded_and_are_no_headers(manifest: Manifest) -> None:
+    with running(manifest, Settings(port=0, api_key="sesame")) as server:
+        chunk = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
+        head = b"POST /embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n%s\r\n"
+        key = b"Authorization: Bearer sesame\r\n"
+        fine = raw(server.port, head % key + chunk + b"X: y\r\n\r\n")
+        assert statuses(fine) == [b"200"]
+        assert statuses(raw(server.port, head % b"" + chunk + key + b"\r\n")) == [b"401"]
+        for trailers in (b"X: y\r\n" * 1_000_000, b"X: " + b"y" * 4_000_000, b"z" * 4_000_000):
+            assert_cut_off(server.port, head % key + chunk + trailers)
+        # Small chunks of a body are not framing to be bounded.
+        many = b"".join(b"1\r\n%c\r\n" % byte for byte in json.dumps({"inputs": ["w1 w2"] * 1000}).encode())
+        assert statuses(raw(server.port, head % key + many + b"0\r\n\r\n")) == [b"200"]
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"POST /embed HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", b"400"),
+        (b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", b"501"),
+        (
+            b"GET /info HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"501",
+        ),
+        (b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: identity\r\n\r\n", b"501"),
+    ],
+)
+def test_what_http_forbids(server: LiveServer, head: bytes, status: bytes) -> None:
+    found = statuses(raw(server.port, head))
+    assert found in ([status], [b"400"])
+
+
+def test_a_refusal_does_not_overtake_an_answer(manifest: Manifest) -> None:
+    with running(manifest, gate=threading.Event()) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(request_with())
+            assert server.engine.entered.wait(10)
+            sock.sendall(b"nonsense\r\n\r\n")
+            assert sock.recv(1 << 16) == b""  # Closed: an error here would be read as the first request's answer.
+        wait_until(lambda: server.batcher.queued_tokens == 0)
+        server.engine.gate.set()
+        assert server("POST", "/embed", GOOD).status == 200
+
+
+def test_work_of_pipelined_requests_is_dropped_when_their_client_leaves(manifest: Manifest) -> None:
+    with running(manifest, Settings(port=0, max_batch_tokens=9), gate=threading.Event()) as server:
+        many = json.dumps({"inputs": ["w9"] * 50}).encode()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(request_with(body=many) + request_with())
+            assert server.engine.entered.wait(10)
+            wait_until(lambda: server.batcher.queued_tokens == 150)
+        wait_until(lambda: server.batcher.queued_tokens == 0)
+        server.engine.gate.set()
+        assert server("POST", "/embed", GOOD).status == 200
+        assert sum(map(len, server.engine.batches)) < 10
+
+
+# The process.
+
+INTERRUPTED = """
+import os, signal, sys, importlib.abc
+
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "deploy.server.cli":
+            print(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, flush=True)
+            os.kill(os.getpid(), signal.{name})
+            print("survived", flush=True)
+
+sys.meta_path.insert(0, Interrupt())
+from deploy.__main__ import main
+sys.exit(main(["serve", "nowhere"]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_before_anything_is_imported_ends_the_process(name: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED.replace("{name}", name)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+LOADING = """
+import pathlib, sys, threading
+sys.path[:0] = sys.argv[1:3]
+from server_harness import FakeEngine, LiveServer, Settings, make_manifest
+loading = threading.Event()
+
+def blocked():
+    loading.set()
+    threading.Event().wait()
+
+server = LiveServer(make_manifest(pathlib.Path(sys.argv[3])), Settings(port=0), FakeEngine(), blocked)
+loading.wait()
+server.terminate()
+server.thread.join()
+"""
+
+
+def test_a_server_that_is_told_to_stop_does_not_wait_for_its_engine(tmp_path: Path) -> None:
+    """Importing torch takes seconds, and nothing was accepted: no reason to wait, nor to call it a failure."""
+    command = [sys.executable, "-c", LOADING, str(ROOT), str(ROOT / "tests" / "deploy"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("option", "variable", "expected"),
+    [
+        (None, None, 8000),
+        (None, "", 8000),
+        (None, "9000", 9000),
+        (7000, "9000", 7000),
+        (0, "9000", 0),
+        (7000, "x", 7000),
+    ],
+)
+def test_port(option: int | None, variable: str | None, expected: int) -> None:
+    from deploy.server.cli import _port
+
+    assert _port(option, {} if variable is None else {"PORT": variable}) == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "variable", "named"), [(None, "x", "PORT"), (None, "70000", "PORT"), (-1, None, "--port")]
+)
+def test_wrong_port(option: int | None, variable: str | None, named: str) -> None:
+    from deploy.server.cli import _port, _UsageError
+
+    with pytest.raises(_UsageError, match=named):
+        _port(option, {} if variable is None else {"PORT": variable})
+
+
+def test_the_server_listens_where_the_health_check_asks() -> None:
+    """Both read PORT in the same way."""
+    from deploy.server.cli import _port
+
+    script = ROOT / "dockerfiles" / "healthcheck.py"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for value, expected in ((str(port), f"port {port}"), ("x", "PORT: expected"), ("70000", "PORT: expected")):
+        environment = {**os.environ, "PORT": value}
+        command = [sys.executable, "-I", "-S", str(script)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert expected in done.stderr
+    assert _port(None, {"PORT": str(port)}) == port
