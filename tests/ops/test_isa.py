@@ -23,8 +23,8 @@ NAMES = {
     "x86_64": {"amx", "avx512_bf16", "avx512", "onednn", "avx_vnni", "avx2", "torch", "portable"},
 }
 
-# Runs the program argv[1] in a forked process for each instruction set that argv[2] lists in JSON, with the rest of
-# argv and the name as its arguments. torch is imported once; each process chooses its kernels. Prints exit codes and output.
+# Runs the program argv[1] in a forked process for each instruction set that argv[2] lists in JSON. Each gets the other
+# arguments and the name. torch is imported once; each process chooses its kernels. Prints exit codes and output.
 FORKING = """
 import json, os, sys, tempfile, torch
 program, names, arguments = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
