@@ -413,34 +413,24 @@ def main() -> int:
 
     import numpy as np
 
-    from .engines import EmbedOptions, FillMaskOptions, load_engine
+    from ..engines.open import load_engine
+    from ..tasks import open_task
 
     manifest = load_manifest(job.bundle, verify=False, variants=job.names)
-    option = FillMaskOptions(1) if manifest.task == "fill-mask" else EmbedOptions(True)
+    task = open_task(manifest)
     special = {token.id for token in manifest.special_tokens.values() if token is not None}
     plain = np.array([index for index in range(job.vocab_size) if index not in special] or [0], dtype=np.int64)
-    mask = manifest.special_tokens["mask"]
     generator = np.random.default_rng(0)
 
     def texts(lengths: Sequence[int]) -> Texts:
-        made = [generator.choice(plain, length) for length in lengths]
-        if manifest.task == "fill-mask" and mask is not None:
-            for text in made:
-                text[len(text) // 2] = mask.id
-        return made
+        return task.prepare([generator.choice(plain, length) for length in lengths])
 
     def load(name: str) -> Runner:
         if name != job.names[0]:
             _room_for(manifest.variants[name].bytes)
         engine, _ = load_engine(manifest, manifest.variants[name], job.threads, str, job.max_batch_tokens)
 
-        def run(batch: Texts) -> None:
-            # An engine that is dropped takes inference mode with it, which belongs to the thread.
-            torch = sys.modules.get("torch")
-            with contextlib.nullcontext() if torch is None else torch.inference_mode():
-                engine.run(batch, [option] * len(batch))
-
-        return run
+        return lambda batch: engine.run(batch, [task.usual] * len(batch))
 
     def report(value: dict[str, Any]) -> None:
         out.write(json.dumps(value) + "\n")

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Manifest
+from ..tasks.feature_extraction import EmbedOptions
+from ..tasks.fill_mask import FillMaskOptions
 from .batching import Batcher, Work
 from .callers import Caller, CallerLeft
 from .choice import Choice
-from .engines import EmbedOptions, FillMaskOptions
 from .errors import ApiError
 from .limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings
 from .metrics import Metrics
