@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VARIANT.NAME=VALUE",
         help="change an accuracy bound",
     )
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: what this process may use")
     parser.add_argument(
         "--accuracy",
         type=_share,
@@ -93,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
         help="mean cosine to fp32 that torch_ext-int8 has to reach, besides its bounds: of embeddings, or of each "
         "text's mean hidden state",
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: what this process may use")
     parser.add_argument(
         "--speed-seconds",
         type=float,
