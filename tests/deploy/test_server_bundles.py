@@ -33,7 +33,7 @@ from deploy.engines.onnx import OnnxEngine
 from deploy.engines.open import load_engine
 from deploy.server import schemas
 from deploy.server.choice import fastest
-from deploy.server.measure import Job
+from deploy.server.measurement import Job
 from deploy.server.threads import available_cpus
 from deploy.server.tokens import TextTokenizer
 from deploy.tasks.fill_mask import FillMaskOptions
