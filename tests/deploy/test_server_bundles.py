@@ -343,6 +343,18 @@ def test_task_endpoints(tiny_bundle: BundleMaker, task: str, path: str) -> None:
         assert server.stop()[0] == 0
 
 
+def test_masks_count_in_the_token_budget(tiny_bundle: BundleMaker) -> None:
+    """523 logits per mask take as much memory as 3 tokens of this model: one text of 6 + 4 * 3 in each batch."""
+    options = ("--variant", "torch-fp32", "--threads", 1, "--max-batch-tokens", 20)
+    with serving(tiny_bundle("bert", "fill-mask"), *options) as server:
+        reply = server("POST", "/fill-mask", {"inputs": ["[MASK] " * 4] * 8, "top_k": 1})
+        assert (reply.status, reply.json["usage"]["tokens"]) == (200, 8 * 6)
+        metrics = server("GET", "/metrics").body.decode()
+        assert server.stop()[0] == 0
+    assert "serve_batch_texts_sum 8.0" in metrics
+    assert "serve_batch_texts_count 8.0" in metrics
+
+
 def test_onnx_groups_keep_padding_low() -> None:
     sizes = [3, 256, 4, 50, 52, 51, 256, 255, 12, 3, 48, 3]
     found = groups(sizes, OnnxEngine.padding_bound)
