@@ -23,9 +23,9 @@ def _shares(mode: str, lengths: npt.NDArray[np.int64], longest: int) -> Floats:
         # Later tokens have seen more of the text in a model that reads from left to right.
         shares = (places + 1) / (sizes * (sizes + 1) / 2)
     elif mode == "mean_sqrt_len_tokens":
-        shares = np.broadcast_to(1 / np.sqrt(sizes), (len(lengths), longest))
+        shares = 1 / np.sqrt(sizes)
     else:
-        shares = np.broadcast_to(1 / sizes, (len(lengths), longest))
+        shares = 1 / sizes
     return np.where(places < sizes, shares, 0.0).astype(np.float32)
 
 
@@ -62,7 +62,9 @@ def pool_packed(hidden: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
 
     import torch_ext
 
-    kernel: Any = mode if mode in {"mean", "cls", "max"} else "mean"
+    if mode in {"mean", "cls", "max"}:
+        kernel: Any = mode
+        return torch_ext.pool(hidden, cu_seqlens, mode=kernel)
     if mode == "lasttoken":
         return hidden.index_select(0, cu_seqlens[1:] - 1).float()
     lengths = cu_seqlens.diff()
@@ -70,6 +72,5 @@ def pool_packed(hidden: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
         starts, counts = cu_seqlens[:-1].long(), lengths.long()
         place = torch.arange(len(hidden)) - torch.repeat_interleave(starts, counts)
         share = 2 * (place + 1) / torch.repeat_interleave(counts + 1, counts)
-        return torch_ext.pool(hidden.float() * share[:, None], cu_seqlens, mode=kernel)
-    pooled = torch_ext.pool(hidden, cu_seqlens, mode=kernel)
-    return pooled * lengths.sqrt()[:, None] if mode == "mean_sqrt_len_tokens" else pooled
+        return torch_ext.pool(hidden.float() * share[:, None], cu_seqlens)
+    return torch_ext.pool(hidden, cu_seqlens) * lengths.sqrt()[:, None]

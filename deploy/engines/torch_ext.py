@@ -70,6 +70,7 @@ class TorchExtEngine(Engine):
         self.isa = str(torch_ext.isa_report()["isa"])
         self._encoder = encoder
         self._head = head
+        self._inference = torch.inference_mode()
 
     @classmethod
     def load(cls, path: Path, dtype: str, threads: int, task: Task) -> TorchExtEngine:
@@ -105,7 +106,7 @@ class TorchExtEngine(Engine):
         yield batch, self.encode(batch)
 
     def _mode(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.inference_mode()
+        return self._inference
 
     def warm_up(self, max_batch_tokens: int) -> None:
         """Runs a batch of every size that has a cost of its own, shortest first, for `WARM_UP_S` at most.

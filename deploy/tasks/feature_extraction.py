@@ -50,10 +50,14 @@ class FeatureExtraction(Task):
 
         rows = states.pooled(self._pooling.mode)
         wanted = np.fromiter((option.normalize for option in options), dtype=bool, count=len(options))
-        with np.errstate(over="ignore", invalid="ignore"):
-            norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-            rows = rows / np.where(wanted, np.maximum(norms, 1e-12), 1.0).astype(np.float32)[:, None]
-        if (finite := np.isfinite(norms)).all():
+        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        finite = np.isfinite(norms)
+        if whole := bool(finite.all()):
+            divisors = np.maximum(norms, 1e-12)
+        else:
+            divisors = np.where(finite, np.maximum(norms, 1e-12), np.nan)
+        rows = rows / np.where(wanted, divisors, 1.0).astype(np.float32)[:, None]
+        if whole:
             return list(rows)
         return [row if right else not_finite("an embedding") for row, right in zip(rows, finite, strict=True)]
 
