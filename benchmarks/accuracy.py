@@ -31,9 +31,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from deploy.export.engines import Engine, TorchExtEngine, TransformersEngine, batches  # noqa: E402
+from deploy.bundle import Manifest, ModelInfo, SpecialToken  # noqa: E402
+from deploy.engines.batch import batches  # noqa: E402
+from deploy.engines.engine import Engine  # noqa: E402
 from deploy.export.source import read_source  # noqa: E402
 from deploy.machine import cpu_name  # noqa: E402
+from deploy.tasks import open_task  # noqa: E402
 from deploy.texts import docstrings, sample  # noqa: E402
 
 ENGINES = ("fp32", "bf16", "int8")
@@ -74,6 +77,8 @@ class Embedder:
     def __init__(self, folder: Path, keep_bf16: Sequence[str]) -> None:
         import transformers
 
+        from deploy.engines.torch_ext import TorchExtEngine
+        from deploy.engines.transformers import TransformersEngine
         from torch_ext import Encoder
 
         with warnings.catch_warnings():
@@ -83,21 +88,36 @@ class Embedder:
         self.source = read_source(folder, folder.name, None, "feature-extraction")
         limits = (self._tokenizer.model_max_length, self.source.max_positions, self.source.max_tokens)
         self._longest = min(int(limit) for limit in limits if limit)
-        task, pooling = "feature-extraction", self.source.pooling
-        pad = self._tokenizer.pad_token_id
+        described = Manifest(
+            root=folder,
+            model=ModelInfo(folder.name, None, self.source.architecture),
+            created_with={},
+            task=self.source.task,
+            hidden_size=int(model.config.hidden_size),
+            max_tokens=self._longest,
+            pooling=self.source.pooling,
+            labels=None,
+            problem_type=None,
+            special_tokens={"pad": SpecialToken(int(self._tokenizer.pad_token_id), str(self._tokenizer.pad_token))},
+            files={},
+            variants={},
+        )
+        task = open_task(described)
         self.engines: dict[str, Engine] = {
-            "fp32": TransformersEngine(model, task, pooling, pad),
-            "bf16": TorchExtEngine(Encoder.from_transformers(model, "bf16"), None, task, pooling),
-            "int8": TorchExtEngine(Encoder.from_transformers(model, "int8", keep_bf16), None, task, pooling),
+            "fp32": TransformersEngine(model, task),
+            "bf16": TorchExtEngine(Encoder.from_transformers(model, "bf16"), None, task),
+            "int8": TorchExtEngine(Encoder.from_transformers(model, "int8", keep_bf16), None, task),
         }
 
     def __call__(self, engine: str, texts: Sequence[str]) -> np.ndarray:
         """Embeddings f32 [texts, width]."""
-        ids = self._tokenizer(list(texts), truncation=True, max_length=self._longest)["input_ids"]
-        work = batches(ids, [[]] * len(ids), 32)
+        tokens = self._tokenizer(list(texts), truncation=True, max_length=self._longest)["input_ids"]
+        ids = [np.array(text, np.int64) for text in tokens]
+        work = batches(ids, 32)
         rows: np.ndarray | None = None
         for number, batch in enumerate(work, 1):
-            output = self.engines[engine].run(batch)
+            runner = self.engines[engine]
+            output = np.stack(runner.run(batch.items, [runner.task.exact] * len(batch)))
             if rows is None:
                 rows = np.empty((len(ids), output.shape[1]), np.float32)
             rows[list(batch.texts)] = output / np.linalg.norm(output, axis=1, keepdims=True)

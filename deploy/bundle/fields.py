@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from deploy.tasks import TASKS
+from deploy.tasks.text_classification import ACTIVATIONS, PROBLEM_TYPES
+
 __all__ = [
     "ACTIVATIONS",
     "CONFIG_FILE",
@@ -39,13 +42,10 @@ MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.json"
 
-TASKS = ("feature-extraction", "text-classification", "fill-mask")
 POOLING_MODES = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 """As sentence-transformers names them: `mean_sqrt_len_tokens` is the sum of a text's hidden states by the root of their
 number, `weightedmean` weighs them by their position from 1, `lasttoken` is that of the last token."""
 TRUNCATION_SIDES = ("right", "left")
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-ACTIVATIONS = ("sigmoid", "softmax", "none")
 ENGINES = ("torch_ext", "onnxruntime")
 
 

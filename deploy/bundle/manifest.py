@@ -46,13 +46,13 @@ class Manifest:
         task: One of `TASKS`.
         hidden_size: Width of the hidden states, and of embeddings.
         max_tokens: Longest input in tokens, special tokens included.
-        pooling: How embeddings are made; None unless `task` is feature-extraction.
+        pooling: How embeddings are made; None unless the task needs it, as for the fields of labels.
         prompts: Texts that go before inputs, one of them maybe by default; None: none, as in bundles that were written
             before this field existed.
-        labels: Names of the classes in the order of the logits; None unless `task` is text-classification.
-        problem_type: One of `PROBLEM_TYPES`; None unless `task` is text-classification.
-        activation: What makes scores of the logits, one of `ACTIVATIONS`; None unless `task` is text-classification,
-            and in bundles that were written before this field existed, where `problem_type` decides alone.
+        labels: Names of the classes in the order of the logits.
+        problem_type: One of `PROBLEM_TYPES`.
+        activation: What makes scores of the logits, one of `ACTIVATIONS`; None in bundles that were written before this
+            field existed, where `problem_type` decides alone.
         truncation_side: From which side longer texts are cut, one of `TRUNCATION_SIDES`.
         special_tokens: `pad`, `mask`, `cls`, `sep`; None for one that the tokenizer does not have.
         files: What every file has to be, by name.
@@ -60,6 +60,7 @@ class Manifest:
         verification: How accuracy was measured: `texts`, `source`, `mean_tokens`.
         machine: Where accuracy and speed of every variant were measured; None in bundles that were written before this
             field existed.
+        vocab_size: Number of token ids; None in bundles that were written before this field existed.
     """
 
     root: Path
@@ -79,6 +80,7 @@ class Manifest:
     prompts: Prompts | None = None
     activation: str | None = None
     truncation_side: str = "right"
+    vocab_size: int | None = None
 
     def path(self, name: str) -> Path:
         """Path of a file of the bundle; `name` has to be listed in `files`."""
@@ -129,6 +131,8 @@ class Manifest:
         }
         if self.activation is not None:
             result["activation"] = self.activation
+        if self.vocab_size is not None:
+            result["vocab_size"] = self.vocab_size
         if self.prompts is not None:
             result["prompts"] = self.prompts.to_json()
         if self.machine is not None:
@@ -193,8 +197,9 @@ def _parse(root: Path, value: Any) -> Manifest:
         )
     task = top.choice("task", TASKS)
     files = _read_files(top.child("files"))
+    needs = TASKS[task].needs
     labels: tuple[str, ...] | None = None
-    if task == "text-classification":
+    if needs.labels:
         labels = top.strings("labels")
         if not labels:
             raise BundleError(f"{top.where}.labels: expected at least one label")
@@ -207,7 +212,7 @@ def _parse(root: Path, value: Any) -> Manifest:
         hidden_size=top.count("hidden_size", 1),
         max_tokens=limits.count("max_tokens", 1),
         truncation_side=limits.choice("truncation_side", TRUNCATION_SIDES, default="right"),
-        pooling=Pooling.read(top.child("pooling")) if task == "feature-extraction" else None,
+        pooling=Pooling.read(top.child("pooling")) if needs.pooling else None,
         prompts=Prompts.read(top.child("prompts")) if top.value.get("prompts") is not None else None,
         labels=labels,
         problem_type=None if labels is None else top.choice("problem_type", PROBLEM_TYPES),
@@ -219,6 +224,7 @@ def _parse(root: Path, value: Any) -> Manifest:
         variants=_read_variants(top.child("variants"), files),
         verification=top.child("verification", optional=True).value,
         machine=Machine.read(top.child("machine")) if top.value.get("machine") is not None else None,
+        vocab_size=None if top.value.get("vocab_size") is None else top.count("vocab_size", 1),
     )
 
 
@@ -237,8 +243,8 @@ def _read_special_tokens(special: Reader, task: str) -> dict[str, SpecialToken |
         tokens[name] = SpecialToken.read(reader) if reader.value else None
     if tokens["pad"] is None:
         raise BundleError(f"{special.where}.pad: expected a token; batches are padded with it")
-    if task == "fill-mask" and tokens["mask"] is None:
-        raise BundleError(f"{special.where}.mask: expected a token; fill-mask needs one")
+    if TASKS[task].needs.mask_token and tokens["mask"] is None:
+        raise BundleError(f"{special.where}.mask: expected a token; {task} needs one")
     return tokens
 
 

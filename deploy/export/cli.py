@@ -12,6 +12,8 @@ from pathlib import Path
 
 from deploy.bundle import POOLING_MODES, TASKS, VARIANTS, BundleError
 from deploy.export.errors import ExportError, Interrupted, first_line, is_disk_full
+from deploy.options import positive
+from deploy.tasks.bounds import BOUND_NAMES
 from deploy.texts import TextsError
 
 __all__ = ["main"]
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"variants to write; default: all that the model allows of {','.join(VARIANTS)}",
     )
     parser.add_argument("--texts", type=Path, metavar="FILE", help="texts to verify on: one per line, or .jsonl")
-    parser.add_argument("--max-texts", type=_positive, metavar="N", help="default: 256 built-in ones, or 2000 of FILE")
+    parser.add_argument("--max-texts", type=positive, metavar="N", help="default: 256 built-in ones, or 2000 of FILE")
     parser.add_argument(
         "--bound",
         type=_bound,
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VARIANT.NAME=VALUE",
         help="change an accuracy bound",
     )
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: what this process may use")
     parser.add_argument(
         "--accuracy",
         type=_share,
@@ -91,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
         help="mean cosine to fp32 that torch_ext-int8 has to reach, besides its bounds: of embeddings, or of each "
         "text's mean hidden state",
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="default: what this process may use")
     parser.add_argument(
         "--speed-seconds",
         type=float,
@@ -110,13 +112,6 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
 def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -133,8 +128,6 @@ def _variants(text: str) -> list[str]:
 
 
 def _bound(text: str) -> tuple[str, str, float]:
-    from deploy.export.accuracy import BOUND_NAMES
-
     where, _, number = text.partition("=")
     variant, _, name = where.rpartition(".")
     try:
@@ -221,8 +214,8 @@ def _run(options: argparse.Namespace) -> int:
 
     bounds: dict[str, dict[str, float]] = {}
     for variant, key, value in options.bound:
-        if source.task == "feature-extraction" and key not in {"mean", "min"}:
-            raise ExportError(f"--bound {variant}.{key}: feature-extraction has the bounds mean and min")
+        if key not in (names := TASKS[source.task].bound_names):
+            raise ExportError(f"--bound {variant}.{key}: {source.task} has the bounds {' and '.join(names)}")
         bounds.setdefault(variant, {})[key] = value
     progress = Progress(step_count(variants), silent=options.quiet)
     pooling = ""

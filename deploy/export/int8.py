@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploy.export.accuracy import Comparison, Result
-from deploy.export.engines import Batch, TorchExtEngine
+from deploy.engines.batch import Batch
+from deploy.export.accuracy import Result, Verification
 from deploy.export.errors import ExportError
-from deploy.export.source import Source
 
 if TYPE_CHECKING:
     from torch_ext import Encoder, Head
@@ -33,20 +32,13 @@ class BoundMissed(Exception):  # noqa: N818 - told as an ExportError
 
 
 def choose_encoder(
-    model: Any,
-    source: Source,
-    work: Sequence[Batch],
-    comparison: Comparison,
-    bounds: Mapping[str, float],
-    accuracy: float | None,
+    model: Any, verification: Verification, bounds: Mapping[str, float], accuracy: float | None
 ) -> tuple[Encoder, Head | None, Report]:
     """Quantizes a model as far as its bounds allow.
 
     Args:
         model: The model in fp32, of transformers.
-        source: What its folder says.
-        work: The texts, in batches.
-        comparison: Holds what transformers computed for them.
+        verification: The texts, and what transformers answered to them.
         bounds: Bounds of the variant.
         accuracy: Mean cosine to fp32 to reach besides: of embeddings, or where the task is another, of the mean of each
             text's hidden states.
@@ -61,30 +53,33 @@ def choose_encoder(
     """
     import torch
 
-    import torch_ext
+    from deploy.engines.torch_ext import TorchExtEngine
     from torch_ext import Encoder, Head
     from torch_ext.sensitivity import AccuracyError, Mixtures, choose_layers, similarity
 
     mixtures = Mixtures(model)
-    head = None if source.task == "feature-extraction" else Head.from_transformers(model, dtype="int8")
-    mode: Any = source.pooling.mode if source.pooling is not None else "mean"
+    task, work = verification.task, verification.work
+    head = Head.from_transformers(model, dtype="int8") if task.needs.head else None
+    mode = "mean" if task.model.pooling is None else task.model.pooling.mode
 
-    def run(encoder: Encoder, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[tuple[Batch, Any]]]:
-        """A row per text, and what the task makes of them."""
-        engine = TorchExtEngine(encoder, head, source.task, source.pooling)
-        rows, outputs = [], []
+    def run(encoder: Encoder, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[tuple[int, Any]]]:
+        """A row per text, and what the task answers with its index."""
+        engine = TorchExtEngine(encoder, head, task)
+        rows: list[torch.Tensor] = []
+        answers: list[tuple[int, Any]] = []
         for batch in batches:
-            hidden, cu_seqlens = engine.hidden(batch)
-            rows.append(torch_ext.pool(hidden, cu_seqlens, mode=mode))
-            outputs.append((batch, engine.finish(batch, hidden, cu_seqlens)))
-        return rows, outputs
+            with torch.inference_mode():
+                states = engine.encode(batch)
+                rows.append(states.vectors(mode))
+                answers += zip(batch.texts, task.answers(states, [task.exact] * len(batch)), strict=True)
+        return rows, answers
 
     exact, _ = run(Encoder.from_transformers(model, dtype="fp32"), work)
     results: dict[frozenset[str], Result] = {}
 
     def measure(kept: frozenset[str]) -> Similarity:
-        rows, outputs = run(mixtures(kept), work)
-        results[kept] = comparison.judge(outputs, bounds)
+        rows, answers = run(mixtures(kept), work)
+        results[kept] = verification.judge(answers, bounds)
         return similarity(exact, rows, not results[kept].missed)
 
     def rank(kept: frozenset[str]) -> Similarity:

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deploy.bundle import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE, VARIANTS, Manifest, Speed
-from deploy.export.accuracy import Comparison, Result, default_bounds, make_comparison
-from deploy.export.engines import Batch, batches
+from deploy.engines.batch import Ids, PairIds, batches
+from deploy.engines.open import open_engine
+from deploy.export.accuracy import Result, Verification
 from deploy.export.errors import ExportError
 from deploy.export.needs import check_disk, import_libraries, memory_note, threads
 from deploy.export.options import Options, Texts, read_texts
 from deploy.export.progress import Progress, megabytes, quiet_libraries
 from deploy.export.reference import load_model, readable_folder
-from deploy.export.report import Findings, make_manifest
+from deploy.export.report import Findings, describe_model, make_manifest
 from deploy.export.source import Source
 from deploy.export.staging import Staging
 from deploy.export.tokenizer import Tokens
-from deploy.export.verify import describe, measure, open_engine, open_reference, refuse, verify
+from deploy.export.verify import describe, measure, refuse, verify
 from deploy.export.write_onnx import (
     SHARES_IN_FP32,
     export_fp32,
@@ -35,11 +36,11 @@ from deploy.export.write_onnx import (
 )
 from deploy.export.write_torch_ext import Quantized, write_encoder, write_int8_encoder
 from deploy.machine import usable_cpus
+from deploy.tasks import TaskError, open_task
 
 __all__ = ["STAGES", "export", "step_count"]
 
 _BATCH = 32
-_LOGITS_BYTES = 256 << 20
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Export:
     Attributes:
         source, options, texts, staging, threads, progress: What it starts with.
         names: Variants to write, in the order of `VARIANTS`.
-        tokens, ids, model, parameters, work, comparison: After `load`; the model goes once everything is written.
-        hidden_size: After `load`.
+        ids, model, parameters, verification: After `load`; the model goes once everything is written.
+        draft: The manifest without files and variants; after `load`.
         config: The model's configuration in transformers; after `load`.
         bounds: By variant; after `load`.
         reference_speed: After `reference`.
@@ -66,14 +67,12 @@ class Export:
     threads: int
     progress: Progress
     names: list[str] = field(default_factory=list)
-    tokens: Tokens = field(init=False)
-    ids: list[list[int]] = field(init=False)
+    draft: Manifest = field(init=False)
+    ids: list[Ids | PairIds] = field(init=False)
     model: Any = None
     config: Any = None
     parameters: int = 0
-    hidden_size: int = 0
-    work: list[Batch] = field(default_factory=list)
-    comparison: Comparison = field(init=False)
+    verification: Verification = field(init=False)
     bounds: dict[str, dict[str, float]] = field(default_factory=dict)
     reference_speed: Speed | None = None
     quantized: Quantized | None = None
@@ -96,26 +95,25 @@ def load(state: Export) -> None:
     with state.progress.step("load the model and its tokenizer") as said:
         import_libraries(state.names)
         with readable_folder(source, state.folder / "readable.tmp") as folder:
-            state.tokens = Tokens(source, folder, state.folder / TOKENIZER_FILE)
-            state.ids = state.tokens.encode(state.texts.texts)
-            masks: list[list[int]] = [[] for _ in state.ids]
-            if source.task == "fill-mask":
-                state.ids, masks = state.tokens.mask(state.ids)
+            tokens = Tokens(source, folder, state.folder / TOKENIZER_FILE)
+            ids = tokens.encode(state.texts.texts)
             state.model = load_model(source, folder)
         state.config = state.model.config
-        state.hidden_size = int(state.config.hidden_size)
         # With tied ones counted twice, as every file but the model's own has them.
         state.parameters = sum(tensor.numel() for tensor in state.model.state_dict().values())
         check_disk(source, state.parameters, state.names, state.staging.target, state.staging.free_bytes())
-        problem_type = _check_labels(state)
+        state.draft = describe_model(state.folder, source, tokens, state.config)
+        task = open_task(state.draft)
+        try:
+            state.ids = task.prepare(ids)
+        except TaskError as error:
+            raise ExportError(str(error)) from error
         shutil.copyfile(source.folder / CONFIG_FILE, state.folder / CONFIG_FILE)
         pickled = "" if source.safe_format else ", pickle read without running code"
         said.append(f"{state.parameters / 1e6:.1f} M parameters, {megabytes(source.weights_bytes)}{pickled}")
-    logits = _LOGITS_BYTES // (4 * int(state.config.vocab_size)) if source.task == "fill-mask" else None
-    state.work = batches(state.ids, masks, _BATCH, logits)
-    state.comparison = make_comparison(source.task, len(state.ids), problem_type)
+    state.verification = Verification(batches(state.ids, _BATCH), task)
     state.bounds = {
-        name: {**default_bounds(source.task, problem_type, name), **state.options.bounds.get(name, {})}
+        name: {**task.default_bounds(name, VARIANTS[name].dtype), **state.options.bounds.get(name, {})}
         for name in state.names
     }
 
@@ -124,9 +122,11 @@ def reference(state: Export) -> None:
     """Runs transformers in fp32, which all variants are compared with."""
     title = f"transformers fp32 on {len(state.ids)} texts ({state.texts.source})"
     with state.progress.step(title) as said:
-        engine = open_reference(state.model, state.source, state.tokens.pad_id)
-        state.comparison.fill(engine, state.work)
-        state.reference_speed = measure(engine, state.work, state.options.speed_s, state.threads)
+        from deploy.engines.transformers import TransformersEngine
+
+        engine = TransformersEngine(state.model, state.verification.task)
+        state.verification.remember(engine)
+        state.reference_speed = measure(engine, state.verification.work, state.options.speed_s, state.threads)
         if state.reference_speed is not None:
             said.append(f"{state.reference_speed.texts_per_s:.0f} texts/s")
 
@@ -141,16 +141,14 @@ def write_torch_ext(state: Export) -> None:
                     name,
                     path,
                     state.model,
-                    state.source,
-                    state.work,
-                    state.comparison,
+                    state.verification,
                     state.bounds[name],
                     state.options.accuracy,
                     state.names,
                 )
                 said.append(str(state.quantized))
             else:
-                write_encoder(name, path, state.model, state.source)
+                write_encoder(name, path, state.model, state.verification.task)
             said.append(megabytes(path.stat().st_size))
     report = None if state.quantized is None else state.quantized.report
     if report is not None and (report.layers or state.options.accuracy is not None):
@@ -199,9 +197,7 @@ def describe_all(state: Export) -> None:
             "reference": "transformers fp32",
             "reference_texts_per_s": None if state.reference_speed is None else state.reference_speed.texts_per_s,
         }
-        state.manifest = make_manifest(
-            state.folder, state.source, state.tokens, state.hidden_size, state.findings, verification
-        )
+        state.manifest = make_manifest(state.draft, state.findings, verification)
         said.append(megabytes(sum(entry.bytes for entry in state.manifest.files.values())) + " in all")
 
 
@@ -272,21 +268,9 @@ def export(source: Source, target: Path, options: Options, progress: Progress) -
     return replace(state.manifest, root=target)
 
 
-def _check_labels(state: Export) -> str | None:
-    """The kind of a classifier; None for another model."""
-    source = state.source
-    if source.task != "text-classification":
-        return None
-    labels = source.labels()
-    if len(labels) != state.config.num_labels:
-        raise ExportError(f"{source.folder / CONFIG_FILE}: {len(labels)} labels, but {state.config.num_labels} logits")
-    source.activation()  # Refused here, not after everything is written.
-    return source.problem_type()
-
-
 def _verify(state: Export, name: str) -> tuple[Result, Speed | None]:
-    engine = open_engine(name, state.folder, state.source, state.tokens.pad_id, state.threads)
-    return verify(engine, state.comparison, state.work, state.bounds[name], state.options.speed_s, state.threads)
+    engine = open_engine(state.draft, VARIANTS[name], state.threads)
+    return verify(engine, state.verification, state.bounds[name], state.options.speed_s, state.threads)
 
 
 def _write_and_verify_int8(state: Export) -> tuple[Result, Speed | None]:
@@ -300,7 +284,8 @@ def _write_and_verify_int8(state: Export) -> tuple[Result, Speed | None]:
         with state.progress.step(f"write and verify onnx-int8{title}", again=share > 0) as said:
             if share:
                 if ranked is None:
-                    ranked = sensitive_nodes(fp32, state.work[len(state.work) // 2], state.tokens.pad_id, state.threads)
+                    work, pad_id = state.verification.work, state.verification.task.pad_id
+                    ranked = sensitive_nodes(fp32, work[len(work) // 2], pad_id, state.threads)
                 kept = ranked[: max(1, round(share * len(ranked)))]
             for path in files_of(state.folder, "onnx-int8"):
                 path.unlink(missing_ok=True)

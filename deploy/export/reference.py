@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import CONFIG_FILE
+from deploy.bundle import CONFIG_FILE, TASKS
 from deploy.export.errors import ExportError, first_line, is_disk_full
 from deploy.export.sentence import read_json
 from deploy.export.source import Source
@@ -121,13 +121,9 @@ def load_model(source: Source, folder: Path) -> Any:
     import torch
     import transformers
 
-    kinds = {
-        "feature-extraction": transformers.AutoModel,
-        "text-classification": transformers.AutoModelForSequenceClassification,
-        "fill-mask": transformers.AutoModelForMaskedLM,
-    }
+    task = TASKS[source.task]
     try:
-        model, info = kinds[source.task].from_pretrained(
+        model, info = getattr(transformers, task.auto_class).from_pretrained(
             folder,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -145,9 +141,9 @@ def load_model(source: Source, folder: Path) -> Any:
         raise ExportError(
             f"{source.folder / source.weights}: {reason}: {first_line(error)}; save the model again in safetensors"
         ) from error
-    missing = sorted(info["missing_keys"])
-    if source.task == "feature-extraction":
-        missing = [name for name in missing if ".pooler." not in f".{name}"]
+    missing = sorted(
+        name for name in info["missing_keys"] if not any(part in f".{name}" for part in task.spare_weights)
+    )
     if missing or info["mismatched_keys"]:
         names = ", ".join([*missing, *(str(item[0]) for item in info["mismatched_keys"])][:3])
         raise ExportError(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deploy.bundle import (
+    CONFIG_FILE,
     MANIFEST_FILE,
+    TASKS,
     VARIANTS,
     Manifest,
     ModelInfo,
@@ -21,14 +23,16 @@ from deploy.bundle import (
     write_manifest,
 )
 from deploy.export.accuracy import Result
+from deploy.export.errors import ExportError
 from deploy.export.progress import megabytes
 from deploy.export.source import Source
 from deploy.export.tokenizer import Tokens
 from deploy.export.write_onnx import files_of
 from deploy.machine import machine
 from deploy.onnx_session import kernels
+from deploy.tasks import TaskError
 
-__all__ = ["Findings", "make_manifest", "print_table"]
+__all__ = ["Findings", "describe_model", "make_manifest", "print_table"]
 
 
 @dataclass(frozen=True)
@@ -46,34 +50,59 @@ class Findings:
     quantization: Mapping[str, Any]
 
 
-def make_manifest(
-    folder: Path,
-    source: Source,
-    tokens: Tokens,
-    hidden_size: int,
-    findings: Mapping[str, Findings],
-    verification: Mapping[str, Any],
-) -> Manifest:
-    """Writes the manifest of a folder in which all other files are complete, and reads it back."""
-    classifies = source.task == "text-classification"
-    manifest = Manifest(
+def describe_model(folder: Path, source: Source, tokens: Tokens, config: Any) -> Manifest:
+    """The manifest as far as it is known before any variant is made: enough to open engines with.
+
+    Args:
+        folder: Folder of the bundle.
+        source: What the model's folder says.
+        tokens: The model's tokenizer.
+        config: The model's configuration in transformers.
+
+    Raises:
+        ExportError: The model's files do not fit its task.
+    """
+    where = source.folder / CONFIG_FILE
+    try:
+        fields = TASKS[source.task].read(source)
+    except TaskError as error:
+        raise ExportError(f"{where}: {error}") from error
+    labels = fields.get("labels")
+    if labels is not None and len(labels) != config.num_labels:
+        raise ExportError(f"{where}: {len(labels)} labels, but {config.num_labels} logits")
+    return Manifest(
         root=folder,
         model=ModelInfo(source.name, source.revision, source.architecture),
         created_with=_versions(),
         task=source.task,
-        hidden_size=hidden_size,
+        hidden_size=int(config.hidden_size),
         max_tokens=tokens.max_tokens,
         truncation_side=tokens.truncation_side,
         pooling=source.pooling,
         prompts=source.prompts,
-        labels=source.labels() if classifies else None,
-        problem_type=source.problem_type() if classifies else None,
-        activation=source.activation() if classifies else None,
         special_tokens=tokens.special,
+        vocab_size=int(config.vocab_size),
+        machine=machine(),
+        files={},
+        variants={},
+        **{"labels": None, "problem_type": None, **fields},
+    )
+
+
+def make_manifest(draft: Manifest, findings: Mapping[str, Findings], verification: Mapping[str, Any]) -> Manifest:
+    """Writes the manifest of a folder in which all other files are complete, and reads it back.
+
+    Args:
+        draft: What `describe_model` gave.
+        findings: By variant.
+        verification: How accuracy was measured.
+    """
+    folder = draft.root
+    manifest = replace(
+        draft,
         files={path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST_FILE},
         variants={name: _variant(name, folder, found) for name, found in findings.items()},
         verification=verification,
-        machine=machine(),
     )
     write_manifest(manifest)
     return load_manifest(folder, verify=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import CONFIG_FILE, PROBLEM_TYPES, TASKS, Pooling, Prompts
+from deploy.bundle import CONFIG_FILE, TASKS, Pooling, Prompts
 from deploy.export.errors import ExportError
 from deploy.export.hub import find_model
 from deploy.export.sentence import SentenceFiles, read_json, read_sentence_files
@@ -29,11 +29,9 @@ MODEL_TYPES: Mapping[str, bool] = {
 }
 """Encoders that can be exported, by `model_type`, and whether torch_ext runs them; others have ONNX variants only."""
 
-_TASK_OF_SUFFIX = {
-    "ForSequenceClassification": "text-classification",
-    "ForMaskedLM": "fill-mask",
-    "Model": "feature-extraction",
-}
+_TASK_OF_SUFFIX = {task.architecture: name for name, task in reversed([*TASKS.items()])}
+_EMBEDS = next(name for name, task in TASKS.items() if task.needs.pooling)
+"""The task of a folder that sentence-transformers makes embeddings with."""
 
 # Positions of these begin behind the padding index.
 _OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
@@ -55,9 +53,6 @@ _WEIGHTS: Mapping[str, str] = {
 }
 """Files that weights are loaded from, best first, and which files then hold them."""
 
-_ACTIVATIONS: Mapping[str, str] = {"Sigmoid": "sigmoid", "Softmax": "softmax", "Identity": "none"}
-"""What sentence-transformers puts over a cross-encoder's logits, by the class of torch that the files name."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -72,8 +67,8 @@ class Source:
         architecture: Class of transformers that fits the task, such as `BertForMaskedLM`.
         task: One of the bundle's tasks.
         task_source: What decided the task.
-        pooling: None unless the task is feature-extraction.
-        prompts: None unless the task is feature-extraction and the model has some.
+        pooling: None unless the task needs it.
+        prompts: None unless the task needs a pooling and the model has some.
         max_tokens: Longest input, or None: what the tokenizer says, within `max_positions`.
         max_positions: Longest input that the position table allows.
         lowercase: Whether sentence-transformers lower-cases texts before the tokenizer.
@@ -118,55 +113,6 @@ class Source:
         """What goes before every text; empty: nothing."""
         return "" if self.prompts is None else self.prompts.default_text
 
-    def problem_type(self) -> str:
-        """How the logits of a classifier were trained, as far as the config says; one logit alone: as a regression."""
-        told = self.config.get("problem_type")
-        if told in PROBLEM_TYPES:
-            return str(told)
-        return "regression" if len(self.labels()) == 1 else "single_label_classification"
-
-    def activation(self) -> str:
-        """What makes scores of a classifier's logits.
-
-        The class that sentence-transformers' files name, else what its cross-encoders do without one, else what the
-        pipelines of transformers do.
-
-        Raises:
-            ExportError: The files name a class that is not supported.
-        """
-        named = self.named_activation
-        # Others are code of somebody's, which sentence-transformers runs only where it is trusted.
-        if named is not None and named.startswith("torch."):
-            known = _ACTIVATIONS.get(named.rpartition(".")[2])
-            if known is None:
-                raise ExportError(
-                    f"{self.folder}: the model's files put {named} over its logits, which is not supported (only "
-                    f"{', '.join(_ACTIVATIONS)}); change it in {CONFIG_FILE} under sentence_transformers.activation_fn"
-                )
-            return known
-        one = len(self.labels()) == 1
-        if self.cross_encoder:
-            return "sigmoid" if one else "none"
-        if self.config.get("problem_type") == "regression":
-            return "none"
-        return "sigmoid" if one or self.config.get("problem_type") == "multi_label_classification" else "softmax"
-
-    def labels(self) -> tuple[str, ...]:
-        """Names of a classifier's classes, in the order of its logits."""
-        names = self.config.get("id2label")
-        if isinstance(names, dict) and names:
-            try:
-                by_id = {int(key): str(value) for key, value in names.items()}
-            except ValueError:
-                by_id = {}
-            if sorted(by_id) == list(range(len(by_id))) and by_id:
-                return tuple(by_id[index] for index in range(len(by_id)))
-            raise ExportError(
-                f"{self.folder / CONFIG_FILE}: id2label: expected the ids 0 to n-1, got {sorted(names)[:5]}"
-            )
-        count = self.config.get("num_labels", 2)
-        return tuple(f"LABEL_{index}" for index in range(int(count)))
-
 
 def read_source(
     root: Path,
@@ -196,9 +142,9 @@ def read_source(
     where = folder / CONFIG_FILE
     config, model_type = _read_config(where)
     task, task_source = (task, "--task") if task is not None else _infer_task(config, sentence, where)
-    embeds = task == "feature-extraction"
+    embeds = TASKS[task].needs.pooling
     if not embeds and (pooling is not None or normalize is not None):
-        raise ExportError(f"--pooling and --normalize are for feature-extraction; the task is {task} ({task_source})")
+        raise ExportError(f"--pooling and --normalize are for {_EMBEDS}; the task is {task} ({task_source})")
     chosen, note = _choose_pooling(sentence, pooling, normalize) if embeds else (None, None)
     positions = _max_positions(config, model_type, where)
     longest = _longest(max_tokens, sentence.max_tokens, positions)
@@ -248,7 +194,7 @@ def _read_config(where: Path) -> tuple[Mapping[str, Any], str]:
 
 def _infer_task(config: Mapping[str, Any], sentence: SentenceFiles, where: Path) -> tuple[str, str]:
     if sentence.embeds:
-        return "feature-extraction", sentence.where
+        return _EMBEDS, sentence.where
     architectures = config.get("architectures") or []
     for architecture in architectures:
         for suffix, task in _TASK_OF_SUFFIX.items():
@@ -260,7 +206,7 @@ def _infer_task(config: Mapping[str, Any], sentence: SentenceFiles, where: Path)
 
 def _architecture(config: Mapping[str, Any], model_type: str, task: str) -> str:
     architectures = [str(item) for item in config.get("architectures") or []]
-    wanted = {value: key for key, value in _TASK_OF_SUFFIX.items()}[task]
+    wanted = TASKS[task].architecture
     return next(
         (item for item in architectures if item.endswith(wanted)), architectures[0] if architectures else model_type
     )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import TRUNCATION_SIDES, SpecialToken
+import numpy as np
+
+from deploy.bundle import TASKS, TRUNCATION_SIDES, SpecialToken
+from deploy.engines.batch import Ids, PairIds
 from deploy.export.errors import ExportError, first_line
 from deploy.export.source import Source
 
 __all__ = ["Tokens"]
-
-_MASKED_SEED = 0
 
 
 class Tokens:
@@ -59,6 +59,7 @@ class Tokens:
             backend.normalizer = normalizers.Sequence([lower, backend.normalizer]) if backend.normalizer else lower
         backend.save(str(target), pretty=False)
         self._lowercase, self._prompt, self._backend = source.lowercase, source.prompt, backend
+        self._task = TASKS[source.task]
         self.truncation_side = str(self._reference.truncation_side)
         if self.truncation_side not in TRUNCATION_SIDES:
             raise ExportError(
@@ -73,57 +74,45 @@ class Tokens:
         self.special = {name: self._special(name) for name in ("pad", "mask", "cls", "sep")}
         pad = self.special["pad"] or _padding_of_config(source, backend)
         self.special["pad"], self.pad_id = pad, pad.id
-        if source.task == "fill-mask" and self.special["mask"] is None:
-            raise ExportError(f"{source.folder}: the tokenizer has no mask token, and the task is fill-mask")
+        if self._task.needs.mask_token and self.special["mask"] is None:
+            raise ExportError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")
 
     def _special(self, name: str) -> SpecialToken | None:
         token, index = getattr(self._reference, f"{name}_token"), getattr(self._reference, f"{name}_token_id")
         return None if token is None or index is None else SpecialToken(int(index), str(token))
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts, with the model's default prompt before them, truncated.
+    def encode(self, texts: Sequence[str]) -> list[Ids | PairIds]:
+        """Token ids of what the task makes of texts, with the model's default prompt before them, truncated.
 
         Raises:
             ExportError: The bundle's tokenizer gives other ids than transformers.
         """
-        texts = [self._prompt + text for text in texts]
+        inputs = self._task.inputs([self._prompt + text for text in texts])
         self._backend.enable_truncation(self.max_tokens, direction=self.truncation_side)
-        ids = [list(item.ids) for item in self._backend.encode_batch(texts)]
+        encodings = self._backend.encode_batch(inputs)
         self._backend.no_truncation()
         # Python lower-cases some letters by their place in the word, a tokenizer never does: such texts prove nothing.
-        same = [index for index, text in enumerate(texts) if text.isascii() or not self._lowercase]
-        told = [texts[index].lower() if self._lowercase else texts[index] for index in same]
-        expected = self._reference(told, truncation=True, max_length=self.max_tokens)["input_ids"] if told else []
+        same = [index for index, given in enumerate(inputs) if "".join(given).isascii() or not self._lowercase]
+        told = [[given] if isinstance(given, str) else list(given) for given in (inputs[index] for index in same)]
+        if self._lowercase:
+            told = [[text.lower() for text in given] for given in told]
+        # One list of texts, or two for pairs.
+        columns = [list(column) for column in zip(*told, strict=True)]
+        expected = self._reference(*columns, truncation=True, max_length=self.max_tokens)["input_ids"] if told else []
         for index, row in zip(same, expected, strict=True):
-            if ids[index] != row:
+            if encodings[index].ids != row:
                 raise ExportError(
                     "the tokenizer in the bundle and the one in transformers give different ids for "
                     f"{texts[index][:60]!r}; the files of the tokenizer do not belong together"
                 )
-        kept = [row for row in ids if row]
-        if not kept:
-            raise ExportError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
-        return kept
-
-    def mask(self, ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-        """Hides one token of every text that has no mask token yet; returns ids and the positions of the masks."""
-        mask = self.special["mask"]
-        assert mask is not None
-        special = {token.id for token in self.special.values() if token is not None}
-        chance = random.Random(_MASKED_SEED)
-        rows, positions = [], []
-        for row in ids:
-            places = [index for index, token in enumerate(row) if token == mask.id]
-            candidates = [index for index, token in enumerate(row) if token not in special]
-            if not places and candidates:
-                places = [chance.choice(candidates)]
-                row = [mask.id if index == places[0] else token for index, token in enumerate(row)]
-            if places:
-                rows.append(row)
-                positions.append(places)
+        rows: list[Ids | PairIds] = []
+        for encoding in encodings:
+            ids = np.array(encoding.ids, np.int64)
+            if len(ids):
+                rows.append(PairIds(ids, np.array(encoding.type_ids, np.int64)) if self._task.needs.pairs else ids)
         if not rows:
-            raise ExportError("none of the texts has a token that could be masked; pass other ones with --texts")
-        return rows, positions
+            raise ExportError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
+        return rows
 
 
 def _check_vocabulary(source: Source, backend: Any) -> None:

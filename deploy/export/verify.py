@@ -1,50 +1,29 @@
 """Compares a written variant with the reference, and measures it.
 
-`open_engine` makes what runs a variant; `verify` compares, `measure` times, `refuse` says which bound was missed.
+`verify` compares, `measure` times, `refuse` says which bound was missed. What runs a variant is the engine that serves.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-from deploy.bundle import VARIANTS, Accuracy, Speed
-from deploy.export.accuracy import Comparison, Result
-from deploy.export.engines import Batch, Engine, OnnxEngine, TorchExtEngine, TransformersEngine
+from deploy.bundle import Accuracy, Speed
+from deploy.engines.batch import Batch
+from deploy.engines.engine import Engine
+from deploy.export.accuracy import Result, Verification
 from deploy.export.errors import ExportError
-from deploy.export.source import Source
 from deploy.machine import cpu_name
 
-__all__ = ["describe", "measure", "open_engine", "open_reference", "refuse", "verify"]
-
-
-def open_reference(model: Any, source: Source, pad_id: int) -> Engine:
-    """What runs the model of transformers."""
-    return TransformersEngine(model, source.task, source.pooling, pad_id)
-
-
-def open_engine(name: str, folder: Path, source: Source, pad_id: int, threads: int) -> Engine:
-    """What runs a variant that is written."""
-    kind = VARIANTS[name]
-    path = folder / kind.file
-    if kind.engine == "torch_ext":
-        return TorchExtEngine.load(path, kind.dtype, source.task, source.pooling)
-    return OnnxEngine(path, threads, source.task, source.pooling, pad_id)
+__all__ = ["describe", "measure", "refuse", "verify"]
 
 
 def verify(
-    engine: Engine,
-    comparison: Comparison,
-    work: Sequence[Batch],
-    bounds: Mapping[str, float],
-    speed_s: float,
-    threads: int,
+    engine: Engine, verification: Verification, bounds: Mapping[str, float], speed_s: float, threads: int
 ) -> tuple[Result, Speed | None]:
     """Accuracy of a variant, and its speed if it keeps its bounds."""
-    result = comparison.check(engine, work, bounds)
-    return result, None if result.missed else measure(engine, work, speed_s, threads)
+    result = verification.check(engine, bounds)
+    return result, None if result.missed else measure(engine, verification.work, speed_s, threads)
 
 
 def measure(engine: Engine, work: Sequence[Batch], seconds: float, threads: int) -> Speed | None:
@@ -53,14 +32,15 @@ def measure(engine: Engine, work: Sequence[Batch], seconds: float, threads: int)
         return None
     # Whole rounds only, so that short and long texts count alike.
     chosen = work[:: max(1, len(work) // 4)]
+    usual = engine.task.usual
     count, start = 0, time.perf_counter()
     while True:
         for batch in chosen:
-            engine.run(batch)
-            count += len(batch.ids)
+            engine.run(batch.items, [usual] * len(batch))
+            count += len(batch)
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
-            return Speed(round(count / elapsed, 1), threads, cpu_name(), max(len(batch.ids) for batch in chosen))
+            return Speed(round(count / elapsed, 1), threads, cpu_name(), max(map(len, chosen)))
 
 
 def describe(accuracy: Accuracy, speed: Speed | None) -> str:

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bundle import VARIANTS
-from deploy.export.engines import Batch
+from deploy.bundle import TASKS, VARIANTS
+from deploy.engines.batch import Batch
 from deploy.export.errors import ExportError
 from deploy.onnx_session import session_options
 
 __all__ = ["SHARES_IN_FP32", "export_fp32", "files_of", "quantize_int8", "sensitive_nodes", "variant_bytes"]
 
-_TASKS = {"feature-extraction": "last_hidden_state", "text-classification": "logits", "fill-mask": "logits"}
 _EXTERNAL_FROM_BYTES = 1_900_000_000
 """protobuf ends at 2 GiB; larger models keep their weights in a file of their own."""
 
@@ -58,13 +57,16 @@ def export_fp32(model: Any, task: str, work: Path, target: Path) -> None:
     import onnx
     from optimum.exporters.onnx import onnx_export_from_model
 
-    onnx_export_from_model(model, output=work, task=task, do_validation=False, monolith=True, device="cpu")
+    kind = TASKS[task]
+    onnx_export_from_model(model, output=work, task=kind.optimum_task, do_validation=False, monolith=True, device="cpu")
     graph = onnx.load(work / "model.onnx", load_external_data=False).graph
     inputs = {item.name for item in graph.input}
     if not {"input_ids", "attention_mask"} <= inputs <= {"input_ids", "attention_mask", "token_type_ids"}:
         raise ExportError(f"optimum wrote an ONNX model with inputs {sorted(inputs)}, which the server cannot feed")
-    if graph.output[0].name != _TASKS[task]:
-        raise ExportError(f"optimum wrote an ONNX model with output {graph.output[0].name}, expected {_TASKS[task]}")
+    if graph.output[0].name != kind.onnx_output:
+        raise ExportError(
+            f"optimum wrote an ONNX model with output {graph.output[0].name}, expected {kind.onnx_output}"
+        )
     if (work / "model.onnx_data").exists():  # The name is written in the model, so it stays.
         (work / "model.onnx_data").rename(target.parent / "model.onnx_data")
     (work / "model.onnx").rename(target)
@@ -156,8 +158,8 @@ def sensitive_nodes(path: Path, batch: Batch, pad_id: int, threads: int) -> list
         onnx.save(model, probe, save_as_external_data=model.ByteSize() > _EXTERNAL_FROM_BYTES)
         del model
         session = onnxruntime.InferenceSession(str(probe), session_options(threads), providers=["CPUExecutionProvider"])
-        ids, mask = batch.padded(pad_id)
-        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        ids, mask, types = batch.padded(pad_id)
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         names = {item.name for item in session.get_inputs()}
         tensors = sorted(set(recorded.values()))
         values: Sequence[Any] = session.run(tensors, {name: feeds[name] for name in names})

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.bundle import VARIANTS
-from deploy.export.accuracy import Comparison
-from deploy.export.engines import Batch
+from deploy.export.accuracy import Verification
 from deploy.export.errors import ExportError, first_line
 from deploy.export.int8 import BoundMissed, choose_encoder
-from deploy.export.source import Source
 from deploy.export.verify import refuse
+from deploy.tasks import Task
 
 if TYPE_CHECKING:
     from torch_ext.sensitivity import Report
@@ -39,7 +38,7 @@ class Quantized:
         return f"{len(self.report.kept)} of {self.layers} linear layers in bf16"
 
 
-def write_encoder(name: str, path: Path, model: Any, source: Source) -> None:
+def write_encoder(name: str, path: Path, model: Any, task: Task) -> None:
     """Writes a variant that is not quantized.
 
     Raises:
@@ -50,7 +49,7 @@ def write_encoder(name: str, path: Path, model: Any, source: Source) -> None:
 
     dtype: Any = VARIANTS[name].dtype
     with _told_as_export_error(name):
-        head = None if source.task == "feature-extraction" else Head.from_transformers(model, dtype=dtype)
+        head = Head.from_transformers(model, dtype=dtype) if task.needs.head else None
         Encoder.from_transformers(model, dtype=dtype).save(str(path), head=head)
 
 
@@ -58,9 +57,7 @@ def write_int8_encoder(
     name: str,
     path: Path,
     model: Any,
-    source: Source,
-    work: Sequence[Batch],
-    comparison: Comparison,
+    verification: Verification,
     bounds: Mapping[str, float],
     accuracy: float | None,
     names: Sequence[str],
@@ -71,9 +68,7 @@ def write_int8_encoder(
         name: Name of the variant.
         path: File to write.
         model: The model in transformers.
-        source: What its folder says.
-        work: The texts, in batches.
-        comparison: Holds what transformers computed for them.
+        verification: The texts, and what transformers answered to them.
         bounds: Bounds of the variant.
         accuracy: What `--accuracy` asks for.
         names: All variants that are written.
@@ -84,7 +79,7 @@ def write_int8_encoder(
     """
     with _told_as_export_error(name):
         try:
-            encoder, head, report = choose_encoder(model, source, work, comparison, bounds, accuracy)
+            encoder, head, report = choose_encoder(model, verification, bounds, accuracy)
         except BoundMissed as missed:
             refuse(name, missed.result, names, " even with all layers in bf16")
             raise AssertionError("a result that missed its bound is refused") from missed

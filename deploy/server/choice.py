@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..bundle import VARIANTS, Accuracy, Manifest
+from ..tasks.bounds import in_words, missed
 
 __all__ = ["AUTO", "TIE", "Choice", "candidates", "fastest", "misses"]
 
@@ -20,7 +21,6 @@ TIE = 0.05
 """Speeds that differ by less are equal: repeated measurements on a busy machine scatter as much."""
 
 _PACKAGES: Mapping[str, tuple[str, ...]] = {"torch_ext": ("torch", "torch_ext"), "onnxruntime": ("onnxruntime",)}
-_AT_MOST = frozenset({"max_prob_diff", "mean_prob_diff", "logit_error"})
 _DIGITS = 5
 """Digits of an error that count: what is below is rounding of fp32."""
 
@@ -57,13 +57,7 @@ class Choice:
 
 def misses(accuracy: Accuracy) -> str:
     """The bounds that a variant misses by its manifest, such as `mean 0.91 < 0.985`; empty if it keeps all."""
-    measured = {**accuracy.details, "mean": accuracy.mean, "min": accuracy.min}
-    missed = []
-    for name, bound in accuracy.bound.items():
-        value = measured.get(name)
-        if value is not None and (value > bound if name in _AT_MOST else value < bound):
-            missed.append(f"{name} {value:.6g} {'>' if name in _AT_MOST else '<'} {bound:g}")
-    return " and ".join(missed)
+    return " and ".join(in_words(*figures) for figures in missed(accuracy))
 
 
 def candidates(manifest: Manifest) -> tuple[list[str], dict[str, str]]:

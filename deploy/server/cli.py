@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle import VARIANTS, BundleError, load_manifest
+from ..options import positive as _positive
 from .choice import AUTO
 from .limits import Settings
 from .selection import Selection
@@ -32,13 +33,6 @@ PORT_VARIABLE = "PORT"
 
 class _UsageError(Exception):
     """Something the caller can put right; its message is one line."""
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 def _seconds(text: str) -> float:
@@ -217,9 +211,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     selection = Selection(manifest, arguments.variant or AUTO, threads, cache_folder)
     manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
 
+    from ..engines.open import load_engine
+    from ..tasks import open_task
     from .app import App
     from .batching import Batcher
-    from .engines import load_engine
     from .lifecycle import Server, listen
     from .tokens import TextTokenizer
 
@@ -272,7 +267,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     def announce() -> None:
         print(f"serving {manifest.model.name} ({manifest.task}) on {url} {started}", flush=True)
 
-    batcher = Batcher(load, settings.max_batch_tokens, settings.max_queue_tokens)
+    task = open_task(manifest)
+    batcher = Batcher(
+        load,
+        settings.max_batch_tokens,
+        settings.max_queue_tokens,
+        cost=lambda text, options: task.cost_tokens(text),
+    )
     batcher.cancel_load = selection.cancel
     app = App(manifest, tokenizer, batcher, settings)
     batcher.on_batch = app.count_batch

@@ -11,7 +11,7 @@ from .choice import AUTO, Choice, candidates, fastest
 from .speed_cache import SpeedCache, fingerprint
 
 if TYPE_CHECKING:
-    from .measure import Measurement
+    from .measurement import Measurement
 
 __all__ = ["Selection"]
 
@@ -66,7 +66,7 @@ class Selection:
             limit_s: Most time for the measurement.
         """
         if self._choice is None:
-            from .measure import Job, Measurement
+            from .measurement import Job, Measurement
 
             job = Job(str(self._manifest.root), tuple(self.names), self._threads, max_batch_tokens, vocab_size)
             self._measurement = Measurement(job, limit_s)

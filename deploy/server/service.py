@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Manifest
+from ..tasks.feature_extraction import EmbedOptions
+from ..tasks.fill_mask import FillMaskOptions
 from .batching import Batcher, Work
 from .callers import Caller, CallerLeft
 from .choice import Choice
-from .engines import EmbedOptions, FillMaskOptions
 from .errors import ApiError
 from .limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings
 from .metrics import Metrics
@@ -199,6 +200,18 @@ class Service:
         ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
         return await self._run(ids, None, caller, started_s)
 
+    async def classify_pairs(
+        self, pairs: Sequence[tuple[str, str]], caller: Caller, limits: Limits, *, truncate: bool = True
+    ) -> Result:
+        """What the task answers to pairs of texts, where its inputs are pairs; see `embed`."""
+        started_s = time.perf_counter()
+        for side in (0, 1):
+            self._check_texts([pair[side] for pair in pairs], limits)
+        ids = await self.aside(self._tokenizer.encode_pairs, pairs, truncate)
+        if caller.gone:
+            raise CallerLeft
+        return await self._run(ids, None, caller, started_s)
+
     async def fill(
         self, texts: Sequence[str], caller: Caller, limits: Limits, *, top_k: int, truncate: bool = True
     ) -> Result:
@@ -263,11 +276,11 @@ class Service:
             self._tokenizing_chars -= chars
         return ids
 
-    async def _run(self, ids: Sequence[NDArray[np.int64]], options: Any, caller: Caller, started_s: float) -> Result:
+    async def _run(self, ids: Sequence[Any], options: Any, caller: Caller, started_s: float) -> Result:
         """Runs texts through the engine.
 
         Args:
-            ids: Per text token ids.
+            ids: Per text token ids, i64 [tokens], or those of a pair.
             options: For the engine's head.
             caller: Who waits.
             started_s: When tokenisation began, by `time.perf_counter`.

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from ..bundle import Prompts
+from ..engines.batch import PairIds
 from .errors import ApiError
 
 if TYPE_CHECKING:
@@ -147,6 +149,31 @@ class TextTokenizer:
                 f"input {index}: expected at most {self.max_tokens} tokens with special tokens, got {len(whole)}",
             )
         return np.array(whole, dtype=np.int64)
+
+    @functools.cached_property
+    def _pair_tokenizer(self) -> Tokenizer:
+        """One that cuts pairs, the longer text first, as transformers does. It is another one: `encode` cuts itself."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.enable_truncation(self.max_tokens, direction="left" if self._cut_left else "right")
+        return tokenizer
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], truncate: bool) -> list[PairIds]:
+        """Token ids of pairs of texts, for tasks that need them; see `encode`.
+
+        Raises:
+            ApiError: A pair is too long and `truncate` is false.
+        """
+        tokenizer = self._pair_tokenizer if truncate else self._tokenizer
+        result = []
+        for index, encoding in enumerate(tokenizer.encode_batch_fast(list(pairs))):
+            if len(encoding.ids) > self.max_tokens:
+                raise ApiError(
+                    "invalid_request",
+                    f"input {index}: expected at most {self.max_tokens} tokens in a pair, got {len(encoding.ids)}; "
+                    "send shorter texts, or truncate: true",
+                )
+            result.append(PairIds(np.array(encoding.ids, np.int64), np.array(encoding.type_ids, np.int64)))
+        return result
 
     def token(self, token_id: int) -> str:
         """How a token id reads."""

@@ -21,12 +21,13 @@ import transformers
 from tokenizers import Tokenizer
 
 from deploy.bundle import VARIANTS, Machine, load_manifest
+from deploy.engines.open import load_engine
 from deploy.export.cli import main
 from deploy.machine import cpu_name, machine, usable_cpus
 from deploy.onnx_session import kernels, session_options
-from deploy.server.engines import EmbedOptions, load_engine
 from deploy.server.threads import available_cpus
 from deploy.server.tokens import TextTokenizer
+from deploy.tasks.feature_extraction import EmbedOptions
 from deploy.texts import sample
 from torch_ext import Encoder, Head, doctor, isa_report
 
@@ -419,7 +420,8 @@ def test_architectures_that_only_onnx_runs(
 @pytest.mark.parametrize(
     ("settings", "metric"),
     [
-        ({"num_labels": 1}, "closeness"),
+        ({"num_labels": 1}, "agreement"),
+        ({"num_labels": 1, "problem_type": "regression"}, "closeness"),
         ({"num_labels": 4, "problem_type": "multi_label_classification"}, "agreement"),
         ({"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}, "agreement"),
     ],

@@ -14,6 +14,7 @@ from deploy.bundle import Pooling, Prompts
 from deploy.export import source as sources
 from deploy.export.errors import ExportError
 from deploy.export.source import MODEL_TYPES, find_model, read_source
+from deploy.tasks import TASKS, TaskError
 
 CONFIG = {
     "architectures": ["BertModel"],
@@ -201,17 +202,22 @@ def test_options_of_another_task(tmp_path: Path) -> None:
         read(write(tmp_path), task="fill-mask", pooling="mean")
 
 
+def facts(source: sources.Source) -> dict[str, Any]:
+    """What the task reads of a folder."""
+    return TASKS[source.task].read(source)
+
+
 def test_labels(tmp_path: Path) -> None:
     config: dict[str, Any] = {**CONFIG, "architectures": ["BertForSequenceClassification"]}
-    source = read(write(tmp_path, config={**config, "id2label": {"1": "b", "0": "a"}}))
-    assert (source.labels(), source.problem_type()) == (("a", "b"), "single_label_classification")
-    assert read(write(tmp_path, config=config)).labels() == ("LABEL_0", "LABEL_1")
-    assert read(write(tmp_path, config={**config, "id2label": {"0": "x"}})).problem_type() == "regression"
+    found = facts(read(write(tmp_path, config={**config, "id2label": {"1": "b", "0": "a"}})))
+    assert (found["labels"], found["problem_type"]) == (("a", "b"), "single_label_classification")
+    assert facts(read(write(tmp_path, config=config)))["labels"] == ("LABEL_0", "LABEL_1")
+    assert facts(read(write(tmp_path, config={**config, "id2label": {"0": "x"}})))["problem_type"] == "regression"
     told = {**config, "problem_type": "multi_label_classification"}
-    assert read(write(tmp_path, config=told)).problem_type() == "multi_label_classification"
+    assert facts(read(write(tmp_path, config=told)))["problem_type"] == "multi_label_classification"
     source = read(write(tmp_path, config={**config, "id2label": {"0": "a", "2": "b"}}))
-    with pytest.raises(ExportError, match="id2label: expected the ids 0 to n-1"):
-        source.labels()
+    with pytest.raises(TaskError, match="id2label: expected the ids 0 to n-1"):
+        facts(source)
 
 
 def test_prompts_are_told(tmp_path: Path) -> None:
@@ -322,7 +328,7 @@ def test_activation(
 ) -> None:
     names = {str(index): f"L{index}" for index in range(labels)}
     whole = {**CONFIG, "architectures": ["BertForSequenceClassification"], "id2label": names, **config}
-    assert read(write(tmp_path, config=whole, prompts=prompts)).activation() == expected
+    assert facts(read(write(tmp_path, config=whole, prompts=prompts)))["activation"] == expected
 
 
 def test_activation_that_is_not_known(tmp_path: Path) -> None:
@@ -331,8 +337,9 @@ def test_activation_that_is_not_known(tmp_path: Path) -> None:
         "architectures": ["BertForSequenceClassification"],
         "sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"},
     }
-    with pytest.raises(ExportError, match=r"activation.Tanh over its logits, which is not supported \(only Sigmoid"):
-        read(write(tmp_path, config=config)).activation()
+    source = read(write(tmp_path, config=config))
+    with pytest.raises(TaskError, match=r"activation.Tanh over its logits, which is not supported \(only Sigmoid"):
+        facts(source)
 
 
 def test_cross_encoders_that_have_modules(tmp_path: Path) -> None:
@@ -340,7 +347,7 @@ def test_cross_encoders_that_have_modules(tmp_path: Path) -> None:
     config = {**CONFIG, "architectures": ["BertForSequenceClassification"], "id2label": {"0": "score"}}
     settings = {"model_type": "CrossEncoder", "activation_fn": SIGMOID, "prompts": {}, "default_prompt_name": None}
     source = read(write(tmp_path, config=config, modules=modules(MODULES[0]), prompts=settings))
-    assert (source.task, source.pooling, source.activation()) == ("text-classification", None, "sigmoid")
+    assert (source.task, source.pooling, facts(source)["activation"]) == ("text-classification", None, "sigmoid")
     for types in (MODULES, [MODULES[0], "sentence_transformers.base.modules.dense.Dense"]):
         folder = write(tmp_path, config=config, modules=modules(*types), prompts=settings, pooling={})
         with pytest.raises(ExportError, match="expected a cross-encoder of a Transformer module alone"):

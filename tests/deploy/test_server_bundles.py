@@ -28,12 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import Client, Reply, wait_until
 
 from deploy.bundle import VARIANTS, load_manifest
+from deploy.engines.batch import groups
+from deploy.engines.onnx import OnnxEngine
+from deploy.engines.open import load_engine
 from deploy.server import schemas
 from deploy.server.choice import fastest
-from deploy.server.engines import FillMaskOptions, OnnxEngine, load_engine
-from deploy.server.measure import Job
+from deploy.server.measurement import Job
 from deploy.server.threads import available_cpus
 from deploy.server.tokens import TextTokenizer
+from deploy.tasks.fill_mask import FillMaskOptions
 from deploy.texts import sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -340,15 +343,25 @@ def test_task_endpoints(tiny_bundle: BundleMaker, task: str, path: str) -> None:
         assert server.stop()[0] == 0
 
 
-def test_onnx_groups_keep_padding_low(minilm_bundle: Path) -> None:
-    manifest = load_manifest(minilm_bundle, verify=False)
-    engine = OnnxEngine(manifest, manifest.variant("onnx-int8"), 1, str)
+def test_masks_count_in_the_token_budget(tiny_bundle: BundleMaker) -> None:
+    """523 logits per mask take as much memory as 3 tokens of this model: one text of 6 + 4 * 3 in each batch."""
+    options = ("--variant", "torch-fp32", "--threads", 1, "--max-batch-tokens", 20)
+    with serving(tiny_bundle("bert", "fill-mask"), *options) as server:
+        reply = server("POST", "/fill-mask", {"inputs": ["[MASK] " * 4] * 8, "top_k": 1})
+        assert (reply.status, reply.json["usage"]["tokens"]) == (200, 8 * 6)
+        metrics = server("GET", "/metrics").body.decode()
+        assert server.stop()[0] == 0
+    assert "serve_batch_texts_sum 8.0" in metrics
+    assert "serve_batch_texts_count 8.0" in metrics
+
+
+def test_onnx_groups_keep_padding_low() -> None:
     sizes = [3, 256, 4, 50, 52, 51, 256, 255, 12, 3, 48, 3]
-    groups = engine._groups([np.zeros(size, np.int64) for size in sizes])
-    assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
-    padded = sum(max(sizes[index] for index in group) * len(group) for group in groups)
+    found = groups(sizes, OnnxEngine.padding_bound)
+    assert sorted(index for group in found for index in group) == list(range(len(sizes)))
+    padded = sum(max(sizes[index] for index in group) * len(group) for group in found)
     assert padded <= 1.15 * sum(sizes)
-    assert len(groups) <= 5
+    assert len(found) <= 5
 
 
 # The process: start, failure, signals.

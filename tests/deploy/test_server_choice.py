@@ -34,11 +34,12 @@ from deploy.bundle import (
     load_manifest,
     write_manifest,
 )
-from deploy.server import choice, measure, selection
+from deploy.server import choice, measurement, selection
 from deploy.server.batching import LoadCancelled
 from deploy.server.choice import AUTO, Choice, candidates, fastest, misses
 from deploy.server.limits import Settings
-from deploy.server.measure import Job, Measurement, Outcome, compare, deal, make_lengths
+from deploy.server.measure import compare, deal, make_lengths
+from deploy.server.measurement import Job, Measurement, Outcome
 from deploy.server.selection import Selection
 from deploy.server.speed_cache import SpeedCache, default_folder, fingerprint
 
@@ -453,7 +454,7 @@ class FakeMeasurement:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeMeasurement]:
     kind = type("Fake", (FakeMeasurement,), {})
-    monkeypatch.setattr(measure, "Measurement", kind)
+    monkeypatch.setattr(measurement, "Measurement", kind)
     installed(monkeypatch, "torch", "torch_ext", "onnxruntime")
     # The fingerprint asks where packages are; here they are nowhere.
     monkeypatch.setattr(selection, "fingerprint", lambda manifest, names, threads: {**KEY, "candidates": names})

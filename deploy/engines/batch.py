@@ -1,0 +1,130 @@
+"""Texts that run together: packed without padding, or padded, and how they are grouped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["BATCH_TOKENS", "Batch", "Ids", "PairIds", "batches", "groups"]
+
+Ids = npt.NDArray[np.int64]
+
+BATCH_TOKENS = 2048
+"""Token budget of a batch: what a server takes by default, and so what variants are verified with."""
+
+
+@dataclass(frozen=True)
+class PairIds:
+    """Token ids of a pair of texts.
+
+    Attributes:
+        ids: Of both with all special tokens, i64 [tokens].
+        types: Which text each token belongs to, 0 or 1, i64 [tokens].
+    """
+
+    ids: Ids
+    types: Ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Batch:
+    """Texts that run together.
+
+    Attributes:
+        ids: Token ids of each text, special tokens included, i64 [tokens].
+        types: Token types of each text, i64 [tokens]; None: 0 everywhere.
+        texts: Index of each text in what the batch was taken from.
+    """
+
+    def __init__(self, ids: Sequence[Ids | PairIds], texts: Sequence[int] | None = None) -> None:
+        self.items = ids
+        self.ids: list[Ids] = [text.ids if isinstance(text, PairIds) else text for text in ids]
+        self.types: list[Ids] | None = None
+        if any(isinstance(text, PairIds) for text in ids):
+            self.types = [text.types if isinstance(text, PairIds) else np.zeros_like(text) for text in ids]
+        self.texts: Sequence[int] = range(len(ids)) if texts is None else texts
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(text) for text in self.ids]
+
+    def part(self, rows: Sequence[int]) -> Batch:
+        """Some of its texts."""
+        return Batch([self.items[row] for row in rows], [self.texts[row] for row in rows])
+
+    def bounds(self) -> npt.NDArray[np.int32]:
+        """Where texts begin in a packed batch, and its end, i32 [texts + 1]."""
+        result = np.zeros(len(self.ids) + 1, dtype=np.int32)
+        np.cumsum(self.lengths, out=result[1:])
+        return result
+
+    def padded(self, pad_id: int) -> tuple[Ids, Ids, Ids]:
+        """Token ids, attention mask and token types, each i64 [texts, longest]."""
+        longest = max(self.lengths)
+        ids = np.full((len(self.ids), longest), pad_id, np.int64)
+        mask = np.zeros_like(ids)
+        types = np.zeros_like(ids)
+        for row, text in enumerate(self.ids):
+            ids[row, : len(text)] = text
+            mask[row, : len(text)] = 1
+            if self.types is not None:
+                types[row, : len(text)] = self.types[row]
+        return ids, mask, types
+
+
+def groups(lengths: Sequence[int], padding_bound: float = math.inf, max_padded: float = math.inf) -> list[list[int]]:
+    """Which texts are padded to the same length and run together; longest first.
+
+    Args:
+        lengths: Tokens of each text.
+        padding_bound: How many tokens a group may have with padding, in tokens without it.
+        max_padded: How many tokens a group may have with padding; a single text may have more.
+
+    Returns:
+        Indices of texts.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+    result: list[list[int]] = []
+    longest = tokens = 0
+    for index in order:
+        size = lengths[index]
+        padded = longest * (len(result[-1]) + 1) if result else 0
+        if result and padded <= padding_bound * (tokens + size) and padded <= max_padded:
+            result[-1].append(index)
+            tokens += size
+        else:
+            result.append([index])
+            longest = tokens = size
+    return result
+
+
+def batches(ids: Sequence[Ids | PairIds], size: int, max_tokens: int = BATCH_TOKENS) -> list[Batch]:
+    """Sorts texts by length and cuts them into batches, as far as possible like those of a busy server.
+
+    Args:
+        ids: Token ids of each text.
+        size: Texts per batch, at most.
+        max_tokens: Tokens per batch, at most; a batch always has at least one text.
+    """
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    result: list[Batch] = []
+    start = 0
+    while start < len(order):
+        end, tokens = start + 1, len(ids[order[start]])
+        while end < min(len(order), start + size) and tokens + len(ids[order[end]]) <= max_tokens:
+            tokens += len(ids[order[end]])
+            end += 1
+        rows = order[start:end]
+        result.append(Batch([ids[row] for row in rows], rows))
+        start = end
+    return result

@@ -1,0 +1,62 @@
+"""ONNX Runtime: texts of similar length are padded to the longest of them and run together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from ..bundle import BundleError
+from ..onnx_session import session_options
+from ..tasks import Task
+from .batch import Ids
+from .engine import PaddedEngine
+
+__all__ = ["OnnxEngine"]
+
+
+class OnnxEngine(PaddedEngine):
+    """Runs an ONNX model.
+
+    Texts of a batch run together while padding adds at most 15 % to their tokens. ONNX Runtime gains nothing from
+    larger batches (fp32 on 2 cores: 116 texts/s one by one, 108 in sorted batches of 32), so padding is what to avoid.
+    """
+
+    padding_bound = 1.15
+
+    def __init__(self, path: Path, dtype: str, threads: int, task: Task) -> None:
+        """Opens a session on the CPU.
+
+        Args:
+            path: The model file.
+            dtype: Of its weights.
+            threads: Threads of the session.
+            task: What the answers are.
+
+        Raises:
+            BundleError: ONNX Runtime cannot load it.
+        """
+        super().__init__(task)
+        options = session_options(threads)
+        # A thread that spins for work takes the core from the event loop, and is charged to the container's quota.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        # A plan of the memory is kept for every shape that was ever seen; here they hardly repeat.
+        options.enable_mem_pattern = False
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # Its exceptions have no public base class.
+            raise BundleError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
+        self._inputs = {item.name for item in self._session.get_inputs()}
+        self._output = self._session.get_outputs()[0].name
+        self.isa = f"onnxruntime-{onnxruntime.__version__}"
+        # Activations of all texts of a group share one scale.
+        self.couples_texts = dtype == "int8"
+
+    def _forward(self, ids: Ids, mask: Ids, types: Ids) -> npt.NDArray[np.float32]:
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        outputs: list[Any] = self._session.run([self._output], {name: feeds[name] for name in self._inputs})
+        return np.asarray(outputs[0], np.float32)

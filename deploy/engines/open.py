@@ -1,0 +1,89 @@
+"""Opens a variant of a bundle: the exporter that verifies it and the server that answers with it come by here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from ..bundle import BundleError, Manifest
+from ..tasks import open_task
+from .engine import Engine
+
+__all__ = ["load_engine", "open_engine"]
+
+
+class _Kind(Protocol):
+    """What is opened: a `bundle.Variant`, or the `bundle.VariantKind` of one that is being made."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def engine(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+def open_engine(manifest: Manifest, variant: _Kind, threads: int, token_text: Callable[[int], str] = str) -> Engine:
+    """Opens a variant of a bundle.
+
+    Args:
+        manifest: The bundle; its `files` and `variants` need not be known yet.
+        variant: Which variant.
+        threads: Threads of the engine.
+        token_text: How a token id reads, for answers that hold tokens.
+
+    Raises:
+        BundleError: The weights do not fit the manifest, or their engine is not installed.
+    """
+    task = open_task(manifest, token_text)
+    path = manifest.root / variant.file
+    try:
+        if variant.engine == "onnxruntime":
+            from .onnx import OnnxEngine
+
+            return OnnxEngine(path, variant.dtype, threads, task)
+        from .torch_ext import TorchExtEngine
+
+        return TorchExtEngine.load(path, variant.dtype, threads, task)
+    except ImportError as error:
+        raise BundleError(
+            f"{variant.file} needs {variant.engine}, which cannot be imported ({error}); install it, or choose another "
+            "variant"
+        ) from error
+
+
+def load_engine(
+    manifest: Manifest,
+    variant: _Kind,
+    threads: int,
+    token_text: Callable[[int], str] = str,
+    max_batch_tokens: int = 0,
+) -> tuple[Engine, str]:
+    """Opens a variant of a bundle and makes it ready to serve: it has run once, and is warm.
+
+    Args:
+        manifest: The bundle.
+        variant: Which variant of it.
+        threads: Threads of the engine.
+        token_text: How a token id reads, for answers that hold tokens.
+        max_batch_tokens: Largest batch to prepare for.
+
+    Returns:
+        The engine, and what runs it for the start-up line.
+
+    Raises:
+        BundleError: See `open_engine`.
+        FloatingPointError: The model computes NaN or infinity for nothing but special tokens.
+    """
+    engine = open_engine(manifest, variant, threads, token_text)
+    special = [token.id for name in ("cls", "mask", "sep") if (token := manifest.special_tokens[name]) is not None]
+    ids = np.array(special or [0], dtype=np.int64)
+    for answer in engine.run([ids, ids[:-1] if len(ids) > 1 else ids], [engine.task.usual] * 2):
+        if isinstance(answer, Exception):
+            raise answer
+    engine.warm_up(max_batch_tokens)
+    return engine, engine.isa

@@ -1,0 +1,34 @@
+"""The reference: a model of transformers in fp32, padded batches."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..tasks import Task
+from .batch import Ids
+from .engine import PaddedEngine
+
+__all__ = ["TransformersEngine"]
+
+
+class TransformersEngine(PaddedEngine):
+    """Runs a loaded model in evaluation mode."""
+
+    def __init__(self, model: Any, task: Task) -> None:
+        super().__init__(task)
+        self._model = model
+        self._inputs = set(inspect.signature(model.forward).parameters)
+        self.isa = f"torch-{torch.__version__}"
+
+    def _forward(self, ids: Ids, mask: Ids, types: Ids) -> npt.NDArray[np.float32]:
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if "token_type_ids" in self._inputs:
+            inputs["token_type_ids"] = torch.from_numpy(types)
+        with torch.inference_mode():
+            output = self._model(**inputs)[0]  # Hidden states of a bare encoder, logits where there is a head.
+        return np.asarray(output.numpy(), np.float32)

@@ -1,0 +1,84 @@
+"""How accurate a variant has to be: which figures can be bounded, and which bounds a measurement misses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+__all__ = ["AGREEMENT", "AT_MOST", "BOUND_NAMES", "COSINE", "RELATIVE", "Measured", "in_words", "missed", "pick"]
+
+Table = Mapping[str, Mapping[str, float]]
+"""Bounds by variant, or by the dtype of its weights."""
+
+BOUND_NAMES = ("mean", "min", "max_prob_diff", "mean_prob_diff", "logit_error")
+"""What can be bounded; `mean` and `min` from below, the others from above."""
+
+AT_MOST = frozenset({"max_prob_diff", "mean_prob_diff", "logit_error"})
+"""Figures that are bounded from above."""
+
+COSINE: Table = {
+    "fp32": {"mean": 0.99999, "min": 0.99999},
+    "bf16": {"mean": 0.9999, "min": 0.9995},
+    "int8": {"mean": 0.985},
+    "torch_ext-int8": {"mean": 0.996, "min": 0.99},
+}
+# logit_error is the relative error of the logits over all texts: bf16 keeps 8 bits and errors of the layers add up.
+AGREEMENT: Table = {
+    "fp32": {"mean": 0.999, "max_prob_diff": 0.005, "logit_error": 0.005},
+    "bf16": {"mean": 0.98, "max_prob_diff": 0.15, "logit_error": 0.05},
+    "int8": {"mean": 0.9, "logit_error": 0.4},
+    "torch_ext-int8": {"mean": 0.95, "logit_error": 0.2},
+}
+RELATIVE: Table = {
+    "fp32": {"logit_error": 0.005},
+    "bf16": {"logit_error": 0.05},
+    "int8": {"logit_error": 0.4},
+    "torch_ext-int8": {"logit_error": 0.2},
+}
+
+
+def pick(table: Table, variant: str, dtype: str) -> dict[str, float]:
+    """The bounds of a variant: its own, or those of everything that is stored with its dtype."""
+    return dict(table.get(variant) or table[dtype])
+
+
+class Measured(Protocol):
+    """A measurement, as `bundle.Accuracy` keeps it."""
+
+    @property
+    def mean(self) -> float:
+        """Mean of the metric over the texts."""
+
+    @property
+    def min(self) -> float:
+        """Worst text."""
+
+    @property
+    def bound(self) -> Mapping[str, float]:
+        """Bounds by name."""
+
+    @property
+    def details(self) -> Mapping[str, float]:
+        """Other figures by name."""
+
+
+def missed(accuracy: Measured) -> list[tuple[str, float, float]]:
+    """For every bound that a measurement misses: name, measured value, bound. NaN misses every bound."""
+    figures = {**accuracy.details, "mean": accuracy.mean, "min": accuracy.min}
+    return [
+        (name, figures[name], bound)
+        for name, bound in accuracy.bound.items()
+        if name in figures and not (figures[name] <= bound if name in AT_MOST else figures[name] >= bound)
+    ]
+
+
+def in_words(name: str, value: float, bound: float, title: str = "") -> str:
+    """A missed bound, such as `mean cosine 0.91 < 0.985`.
+
+    Args:
+        name: What was bounded.
+        value: What was measured.
+        bound: The bound.
+        title: How the figure is called; its name by default.
+    """
+    return f"{title or name} {value:.6g} {'>' if name in AT_MOST else '<'} {bound:g}"

@@ -1,0 +1,195 @@
+"""How far answers are from those of transformers in fp32: three ways, of which a task takes one."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Comparison", "Cosine", "Labels", "Masks"]
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Run = Sequence[tuple[int, Any]]
+"""Index of a text and what an engine answered to it, with the task's exact options: an array or an exception."""
+
+TIE = 0.01
+"""Two classes or tokens whose probabilities in fp32 differ by less are equally right."""
+
+
+class Comparison(ABC):
+    """Holds what transformers computed, and compares others with it.
+
+    Attributes:
+        metric: What `measure` gives per text.
+    """
+
+    metric: str
+
+    @abstractmethod
+    def remember(self, text: int, output: Floats) -> None:
+        """Keeps the reference's output for a text."""
+
+    @abstractmethod
+    def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
+        """The metric per text (NaN where the output is not finite), and other figures."""
+
+
+class _Rows(Comparison):
+    """For outputs that are one row per text."""
+
+    def __init__(self, texts: int) -> None:
+        self._texts = texts
+        self._reference: dict[int, Floats] = {}
+
+    def remember(self, text: int, output: Floats) -> None:
+        """See `Comparison.remember`."""
+        self._reference[text] = output
+
+    def _pairs(self, run: Run) -> tuple[list[int], Doubles, Doubles]:
+        """Indices of texts, and a row of the reference and of the run for each."""
+        order = [text for text, _ in run]
+        right = np.stack([self._reference[text] for text in order]).astype(np.float64)
+        nothing = np.full(right.shape[1], np.nan)
+        got = [nothing if isinstance(output, Exception) else output for _, output in run]
+        return order, right, np.stack(got).astype(np.float64)
+
+
+class Cosine(_Rows):
+    """Embeddings: the cosine to the reference's, per text."""
+
+    metric = "cosine"
+
+    def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
+        """See `Comparison.measure`."""
+        order, right, got = self._pairs(run)
+        cosines = np.full(self._texts, np.nan)
+        norms = np.linalg.norm(right, axis=1), np.linalg.norm(got, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cosines[order] = (right * got).sum(axis=1) / (norms[0] * norms[1])
+            length_error = float(np.abs(norms[1] / norms[0] - 1).max())
+        return cosines, {"length_error": length_error}
+
+
+def _softmax(logits: Doubles) -> Doubles:
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+def _relative_error(right: Doubles, got: Doubles, centred: bool) -> tuple[float, float]:
+    """Squared error and squared size of logits; without the mean of each row, where softmax does not see it."""
+    if centred:
+        right = right - right.mean(axis=-1, keepdims=True)
+        got = got - got.mean(axis=-1, keepdims=True)
+    return float(((right - got) ** 2).sum()), float((right**2).sum())
+
+
+def _ratio(error: float, size: float) -> float:
+    return math.sqrt(error / size) if size > 0 else (0.0 if error == 0 else math.inf)
+
+
+class Labels(_Rows):
+    """Class logits: whether the best label is the same, and how far probabilities are apart."""
+
+    def __init__(self, texts: int, activation: str) -> None:
+        """Prepares.
+
+        Args:
+            texts: How many there are.
+            activation: What makes scores of logits: `softmax`, `sigmoid` or `none`.
+        """
+        super().__init__(texts)
+        self._activation = activation
+        self.metric = "closeness" if activation == "none" else "agreement"
+
+    def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
+        """See `Comparison.measure`."""
+        order, right, got = self._pairs(run)
+        single = self._activation == "softmax"
+        error = _ratio(*_relative_error(right, got, centred=single and right.shape[1] > 1))
+        per_text = np.full(self._texts, np.nan)
+        if self._activation == "none":
+            # 1 for the same value, 0 for one that is off by the size of the reference's values.
+            size = np.sqrt((right**2).mean(axis=0))
+            per_text[order] = (1 - np.abs(got - right) / np.maximum(size, 1e-12)).min(axis=1)
+            return per_text, {"logit_error": error, "max_diff": float(np.abs(got - right).max())}
+        if single:
+            first, second = _softmax(right), _softmax(got)
+            rows = np.arange(len(first))
+            same = first[rows, second.argmax(axis=1)] >= first.max(axis=1) - TIE
+        else:
+            with np.errstate(over="ignore"):
+                first, second = 1 / (1 + np.exp(-right)), 1 / (1 + np.exp(-got))
+            same = (((first >= 0.5) == (second >= 0.5)) | (np.abs(first - 0.5) < TIE)).all(axis=1)
+        per_text[order] = np.where(np.isfinite(second).all(axis=1), same, np.nan)
+        difference = np.abs(first - second).max(axis=1)
+        return per_text, {
+            "max_prob_diff": float(difference.max()),
+            "mean_prob_diff": float(difference.mean()),
+            "logit_error": error,
+        }
+
+
+class Masks(Comparison):
+    """Logits at masked tokens: whether the best token is the same, and how far probabilities are apart.
+
+    Per text they are f32 [masks, vocabulary].
+    A vocabulary is wide: of every row only the logits of the best tokens and of some others are kept, and what is
+    needed to make probabilities of them.
+    """
+
+    metric = "agreement"
+    _BEST = 64
+    _OTHERS = 192
+
+    def __init__(self, texts: int) -> None:
+        self._texts = texts
+        self._columns: dict[int, list[npt.NDArray[np.int64]]] = {}
+        self._reference: dict[int, list[tuple[Doubles, float]]] = {}
+
+    @staticmethod
+    def _log_sum_exp(row: Doubles) -> float:
+        top = float(row.max())
+        return top + math.log(float(np.exp(row - top).sum()))
+
+    def remember(self, text: int, output: Floats) -> None:
+        """See `Comparison.remember`."""
+        self._columns[text], self._reference[text] = [], []
+        for narrow in output:
+            row = narrow.astype(np.float64)
+            count = min(self._BEST, len(row))
+            best = np.argpartition(-row, count - 1)[:count]
+            best = best[np.argsort(-row[best], kind="stable")]
+            others = np.linspace(0, len(row) - 1, min(self._OTHERS, len(row))).astype(np.int64)
+            columns = np.concatenate([best, others])
+            self._columns[text].append(columns)
+            self._reference[text].append((row[columns], self._log_sum_exp(row)))
+
+    def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
+        """See `Comparison.measure`."""
+        per_text = np.full(self._texts, np.nan)
+        errors, sizes, differences = 0.0, 0.0, []
+        for text, output in run:
+            if isinstance(output, Exception):
+                errors = math.inf
+                continue
+            same = []
+            for columns, (right, total), narrow in zip(self._columns[text], self._reference[text], output, strict=True):
+                row = narrow.astype(np.float64)
+                got = row[columns]
+                first, second = np.exp(right - total), np.exp(got - self._log_sum_exp(row))
+                place = np.flatnonzero(columns == int(row.argmax()))
+                same.append(float(len(place) > 0 and first[place[0]] >= first[0] - TIE))
+                differences.append(float(np.abs(first - second).max()))
+                error, size = _relative_error(right, got, centred=True)
+                errors, sizes = errors + error, sizes + size
+            per_text[text] = float(np.mean(same))
+        return per_text, {
+            "max_prob_diff": max(differences, default=math.inf),
+            "mean_prob_diff": float(np.mean(differences)) if differences else math.inf,
+            "logit_error": _ratio(errors, sizes),
+        }

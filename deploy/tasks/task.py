@@ -1,0 +1,276 @@
+"""What all tasks have in common, and what they are given: a model's description, and states that an engine computed.
+
+Standard library only; numpy is a matter of types here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from .bounds import BOUND_NAMES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .comparison import Comparison
+
+__all__ = ["RAW", "Described", "ModelFolder", "Needs", "States", "Task", "TaskError", "not_finite"]
+
+
+class TaskError(ValueError):
+    """A model or its texts do not fit the task; the message says what was expected, what came, and what to do."""
+
+
+class _Raw:
+    """The type of `RAW`."""
+
+    def __repr__(self) -> str:
+        return "RAW"
+
+
+RAW = _Raw()
+"""Options of a text whose answer is what the model computed for it, before any activation: f32 logits."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a task needs of a model and of its tokenizer. The manifest has a field for each.
+
+    Attributes:
+        head: A head behind the encoder.
+        pooling: How hidden states become one embedding per text.
+        labels: Names of classes, and how their logits are read.
+        mask_token: A mask token.
+        pairs: Each input is a pair of texts.
+    """
+
+    head: bool = False
+    pooling: bool = False
+    labels: bool = False
+    mask_token: bool = False
+    pairs: bool = False
+
+
+class _Pooling(Protocol):
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def normalize(self) -> bool: ...
+
+
+class _Token(Protocol):
+    @property
+    def id(self) -> int: ...
+
+
+class ModelFolder(Protocol):
+    """What a task reads of a model's folder; `export.source.Source` describes the fields."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Content of `config.json`."""
+
+    @property
+    def cross_encoder(self) -> bool:
+        """Whether sentence-transformers calls it one."""
+
+    @property
+    def named_activation(self) -> str | None:
+        """Class that the files name for scores."""
+
+
+class Described(Protocol):
+    """What a task reads of a manifest; `bundle.Manifest` describes the fields."""
+
+    @property
+    def root(self) -> Path:
+        """Folder of the bundle."""
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest input."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of token ids."""
+
+    @property
+    def pooling(self) -> _Pooling | None:
+        """How embeddings are made."""
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of classes."""
+
+    @property
+    def problem_type(self) -> str | None:
+        """What the classes are."""
+
+    @property
+    def activation(self) -> str | None:
+        """What makes scores of logits."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, _Token | None]:
+        """`pad`, `mask`, `cls`, `sep`."""
+
+
+class States(Protocol):
+    """What an engine computed for texts that ran together; a task takes what it answers with."""
+
+    @property
+    def ids(self) -> Sequence[NDArray[np.int64]]:
+        """Token ids of each text."""
+
+    def pooled(self, mode: str) -> NDArray[np.float32]:
+        """One vector per text, f32 [texts, hidden].
+
+        Args:
+            mode: One of the bundle's pooling modes.
+        """
+
+    def text_logits(self) -> NDArray[np.float32]:
+        """What the head says of each text, f32 [texts, labels]."""
+
+    def token_logits(self, texts: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What the head says of some tokens, f32 [n, outputs].
+
+        Args:
+            texts: Which text each token is in, i64 [n].
+            positions: Where it is there, i64 [n].
+        """
+
+
+def not_finite(what: str) -> FloatingPointError:
+    """The answer to a text for which the model computed NaN or infinity."""
+    return FloatingPointError(f"{what} is not finite; the weights or the model's input range are broken")
+
+
+class Task(ABC):
+    """What a model is used for. The class says what it needs; an object belongs to one bundle.
+
+    Attributes:
+        name: As manifests and the command line have it.
+        needs: What a model and its tokenizer must have.
+        auto_class: Class of transformers that loads such a model.
+        architecture: What the names of its model classes end in.
+        optimum_task: What optimum calls the task when it writes ONNX.
+        onnx_output: First output of the ONNX graph.
+        spare_weights: Parts of names of weights that a model may lack.
+        bound_names: Which figures of `comparison` can be bounded.
+        usual: Options of an ordinary request.
+        logits_per_token: How many logits a padded graph computes for each token; 0: hidden states at most.
+        model: The manifest.
+        pad_id: Token id of padding.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs]
+    auto_class: ClassVar[str]
+    architecture: ClassVar[str]
+    optimum_task: ClassVar[str]
+    onnx_output: ClassVar[str] = "logits"
+    spare_weights: ClassVar[tuple[str, ...]] = ()
+    bound_names: ClassVar[tuple[str, ...]] = BOUND_NAMES
+    usual: Any = None
+    logits_per_token: int = 0
+
+    def __init__(self, model: Described, token_text: Callable[[int], str] = str) -> None:
+        self.model = model
+        pad = model.special_tokens["pad"]
+        self.pad_id = 0 if pad is None else pad.id
+
+    # Of a model folder, before there is a bundle.
+
+    @classmethod
+    def read(cls, folder: ModelFolder) -> dict[str, Any]:
+        """Fields of the manifest that the model's own files decide.
+
+        Args:
+            folder: What the model's folder says.
+
+        Raises:
+            TaskError: A file says what the task cannot do.
+        """
+        return {}
+
+    @classmethod
+    def inputs(cls, texts: Sequence[str]) -> list[Any]:
+        """What the tokenizer is given for sample texts: a text or, where the task needs pairs, two."""
+        if not cls.needs.pairs:
+            return list(texts)
+        # A text and the next one, a text and itself: unlike and alike.
+        return [(text, texts[(index + 1) % len(texts)] if index % 2 else text) for index, text in enumerate(texts)]
+
+    # Token ids.
+
+    def prepare(self, rows: Sequence[Any]) -> list[Any]:
+        """Makes inputs of the task out of token ids of any texts; leaves out texts that cannot become one.
+
+        Args:
+            rows: Per text token ids, i64 [tokens]; per pair, where the task needs pairs, as engines take them.
+
+        Raises:
+            TaskError: No text can.
+        """
+        return list(rows)
+
+    def cost_tokens(self, ids: NDArray[np.int64]) -> int:
+        """What a text costs, in tokens that only pass through the encoder: what a token budget counts.
+
+        Args:
+            ids: Its token ids.
+        """
+        return len(ids)
+
+    # Answers.
+
+    @abstractmethod
+    def answers(self, states: States, options: Sequence[Any]) -> list[Any]:
+        """What is answered to texts that ran together.
+
+        Args:
+            states: What an engine computed.
+            options: Per text what its request asks for.
+
+        Returns:
+            Per text its answer, or a `FloatingPointError` where the model computed NaN or infinity.
+        """
+
+    # Accuracy.
+
+    @property
+    def exact(self) -> Any:
+        """Options whose answers are compared with those of transformers."""
+        return RAW
+
+    @abstractmethod
+    def comparison(self, texts: int) -> Comparison:
+        """How answers with the options `exact` are compared.
+
+        Args:
+            texts: How many there are.
+        """
+
+    @abstractmethod
+    def default_bounds(self, variant: str, dtype: str) -> dict[str, float]:
+        """How accurate a variant has to be.
+
+        Args:
+            variant: Its name.
+            dtype: Of its weights.
+        """

@@ -1,0 +1,151 @@
+"""Tasks: what they answer to what an engine computed, what a text costs, and what they make of token ids."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from server_harness import make_manifest
+
+from deploy.tasks import RAW, TASKS, TaskError, open_task
+from deploy.tasks.feature_extraction import EmbedOptions
+from deploy.tasks.fill_mask import FillMaskOptions
+
+MASK = 4
+NAN, INF = float("nan"), float("inf")
+
+
+class FakeStates:
+    """What an engine would hand to a task."""
+
+    def __init__(self, output: Any, ids: Sequence[Sequence[int]] = ()) -> None:
+        self.output = np.array(output, np.float32)
+        self.ids = [np.array(text, np.int64) for text in ids]
+        self.modes: list[str] = []
+
+    def pooled(self, mode: str) -> np.ndarray:
+        self.modes.append(mode)
+        return self.output
+
+    def text_logits(self) -> np.ndarray:
+        return self.output
+
+    def token_logits(self, texts: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return np.stack(
+            [self.output[text] + np.float32(position) for text, position in zip(texts, positions, strict=True)]
+        )
+
+
+MULTI, SINGLE = "multi_label_classification", "single_label_classification"
+
+# Answers.
+
+
+def classifier(folder: Path, activation: str | None, problem_type: str, labels: Sequence[str]) -> Any:
+    import dataclasses
+
+    manifest = make_manifest(folder, "text-classification")
+    fields = {"activation": activation, "problem_type": problem_type, "labels": tuple(labels)}
+    return open_task(dataclasses.replace(manifest, **fields))
+
+
+@pytest.mark.parametrize(
+    ("activation", "problem_type", "logits", "scores"),
+    [
+        ("sigmoid", MULTI, [2.0], [0.8807971]),
+        ("sigmoid", SINGLE, [-200.0], [0.0]),
+        ("none", "regression", [2.0], [2.0]),
+        ("softmax", SINGLE, [0.0, 2.0], [0.8807971, 0.1192029]),
+        # Bundles of before the field existed.
+        (None, "regression", [2.0], [2.0]),
+        (None, SINGLE, [0.0, 2.0], [0.8807971, 0.1192029]),
+        (None, MULTI, [0.0, 2.0], [0.8807971, 0.5]),
+    ],
+)
+def test_scores(
+    activation: str | None, problem_type: str, logits: list[float], scores: list[float], tmp_path: Path
+) -> None:
+    task = classifier(tmp_path, activation, problem_type, [str(index) for index in range(len(logits))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (answer,) = task.answers(FakeStates([logits]), [None])
+    assert [item["score"] for item in answer] == pytest.approx(scores, abs=1e-6)
+    (raw,) = task.answers(FakeStates([logits]), [RAW])
+    assert raw.tolist() == logits
+
+
+def test_a_text_that_is_not_finite_fails_alone(tmp_path: Path) -> None:
+    """Its answer is an exception, whatever the task; the others are as without it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task = classifier(tmp_path, "softmax", SINGLE, ["no", "yes"])
+        rows = [[0.0, 1.0], [NAN, 0.0], [INF, 0.0], [1.0, -INF], [2.0, 0.0]]
+        answers = task.answers(FakeStates(rows), [None] * 5)
+        assert [isinstance(answer, FloatingPointError) for answer in answers] == [False, True, True, True, False]
+        assert answers[4] == task.answers(FakeStates(rows[4:]), [None])[0]
+
+        task = open_task(make_manifest(tmp_path, "feature-extraction"))
+        rows = [[3.0, 4.0], [NAN, 1.0], [1e30, 1e30], [0.0, 0.0]]
+        answers = task.answers(FakeStates(rows), [EmbedOptions(True), EmbedOptions(False)] * 2)
+        assert [isinstance(answer, FloatingPointError) for answer in answers] == [False, True, True, False]
+        np.testing.assert_allclose(answers[0], [0.6, 0.8], rtol=1e-6)
+
+        task = open_task(make_manifest(tmp_path, "fill-mask"))
+        ids = [[2, MASK, 3], [2, MASK, 9, MASK, 3], [2, MASK, MASK, 3]]
+        states = FakeStates([[0.0, 1.0, 2.0], [0.0, NAN, 0.0], [INF, 0.0, 0.0]], ids)
+        answers = task.answers(states, [FillMaskOptions(2)] * 3)
+        assert [isinstance(answer, FloatingPointError) for answer in answers] == [False, True, True]
+        assert [item["token_id"] for item in answers[0][0]] == [2, 1]
+
+
+def test_fill_mask_keeps_masks_apart_and_memory_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of several texts, in calls that each fit the memory: the same as all at once."""
+    ids = [[2, MASK, MASK, 3], [2, 9, 3], [2, 9, 8, MASK, 3]]
+    logits = np.random.default_rng(0).normal(size=(3, 50))
+    task = open_task(make_manifest(tmp_path, "fill-mask"))
+    options = [FillMaskOptions(3), FillMaskOptions(1), FillMaskOptions(50)]
+    whole = task.answers(FakeStates(logits, ids), options)
+    assert [[len(place) for place in text] for text in whole] == [[3, 3], [], [50]]
+    monkeypatch.setattr("deploy.tasks.fill_mask.LOGITS_BYTES", 1)
+    assert task.answers(FakeStates(logits, ids), options) == whole
+    raw = task.answers(FakeStates(logits, ids), [RAW] * 3)
+    np.testing.assert_array_equal(raw[0], np.float32(logits[0]) + np.float32([[1], [2]]))
+
+
+# Token ids.
+
+
+def test_cost_counts_the_vocabulary(tmp_path: Path) -> None:
+    import dataclasses
+
+    ids = np.array([2, MASK, 9, MASK, 3])
+    for task in TASKS.values():
+        if not task.needs.mask_token:
+            assert open_task(make_manifest(tmp_path, task.name)).cost_tokens(ids) == 5
+    manifest = dataclasses.replace(make_manifest(tmp_path, "fill-mask"), hidden_size=768)
+    for size, tokens in ((30_522, 10), (250_002, 82)):
+        assert open_task(dataclasses.replace(manifest, vocab_size=size)).cost_tokens(ids) == 5 + 2 * tokens
+        # A bundle of before the manifest's field existed.
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
+        assert open_task(manifest).cost_tokens(ids) == 5 + 2 * tokens
+        assert open_task(manifest).logits_per_token == size
+
+
+def test_fill_mask_prepares_texts(tmp_path: Path) -> None:
+    task = open_task(make_manifest(tmp_path, "fill-mask"))
+    rows = [np.array(row) for row in ([2, 9, 8, 3], [2, MASK, 8, 3], [2, 3], [2, 7, 3])]
+    made = task.prepare(rows)
+    assert [len(row) for row in made] == [4, 4, 3]
+    assert all((row == MASK).sum() == 1 for row in made)
+    assert rows[0].tolist() == [2, 9, 8, 3]
+    with pytest.raises(TaskError, match="none of the texts has a token that could be masked"):
+        task.prepare([np.array([2, 3])])
