@@ -30,7 +30,7 @@ import orjson
 from ..bundle import Manifest
 from .api import ROUTES
 from .batching import Batcher
-from .bodies import INLINE_BYTES, decode, decode_in_parts
+from .bodies import INLINE_BYTES, Large, decode, decode_in_parts, encode_in_parts
 from .callers import CallerLeft
 from .choice import Choice
 from .errors import ApiError
@@ -153,23 +153,28 @@ class App:
                     limits = endpoint.context.limits
                     request = await self.service.aside(decode_in_parts, endpoint.decoder, body, limits)
             response = await endpoint.handler(endpoint.context, request, scope["deploy.caller"])
+            data = response.body
+            if isinstance(data, Large):
+                data = await self.service.aside(encode_in_parts, data)
         except ApiError as error:
-            response = self._error(error, path)
+            response, data = self._error(error, path)
         except CallerLeft:
             self._metrics.abandoned()
             return
         except Exception:
             log.exception("%s failed", path)
-            response = self._error(ApiError("internal", "unexpected failure; the server's log says more"), path)
-        fields = [*response.headers, (b"content-length", b"%d" % len(response.body))]
+            response, data = self._error(ApiError("internal", "unexpected failure; the server's log says more"), path)
+        fields = [*response.headers, (b"content-length", b"%d" % len(data))]
         if self.service.draining:
             fields.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": response.status, "headers": fields})
-        await send({"type": "http.response.body", "body": response.body})
+        await send({"type": "http.response.body", "body": data})
         self._metrics.answered(label, response.status, time.perf_counter() - started_s)
 
-    def _error(self, error: ApiError, path: str) -> Response:
-        return error_response(error, self._dialect(path).error(error))
+    def _error(self, error: ApiError, path: str) -> tuple[Response, bytes]:
+        """The answer that tells of an error, and its body."""
+        body = self._dialect(path).error(error)
+        return error_response(error, body), body
 
     def _dialect(self, path: str) -> Dialect:
         """Whose errors a path speaks: those of its rows, or of the longest prefix."""

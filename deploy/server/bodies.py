@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import orjson
@@ -19,7 +19,16 @@ import orjson
 from .errors import ApiError
 from .limits import Limits
 
-__all__ = ["INLINE_BYTES", "INLINE_VALUES", "decode", "decode_in_parts", "encode", "encode_in_parts"]
+__all__ = [
+    "INLINE_BYTES",
+    "INLINE_VALUES",
+    "Large",
+    "decode",
+    "decode_in_parts",
+    "encode",
+    "encode_in_parts",
+    "encode_list",
+]
 
 INLINE_BYTES = 65_536
 """Bodies up to this long are decoded on the event loop: 0.05 to 0.3 ms of text."""
@@ -152,17 +161,32 @@ def encode(body: Any) -> bytes:
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def encode_in_parts(body: dict[str, Any], key: str, values_each: int) -> bytes:
-    """The same of a large answer.
+class Large(NamedTuple):
+    """An answer that is to be encoded in parts, on a helper thread.
 
-    Args:
+    Attributes:
         body: The answer.
         key: Its field that is large, a list.
         values_each: About how many numbers each item of the list holds.
     """
+
+    body: dict[str, Any]
+    key: str
+    values_each: int
+
+
+def encode_list(body: dict[str, Any], key: str, values_each: int) -> bytes | Large:
+    """The same of an answer that may be large; see `Large`."""
+    if len(body[key]) * values_each > INLINE_VALUES:
+        return Large(body, key, values_each)
+    return encode(body)
+
+
+def encode_in_parts(large: Large) -> bytes:
+    """The same of a large answer."""
     return b"{%s}" % b",".join(
-        b"%s:%s" % (encode(name), _encode_list(value, values_each) if name == key else encode(value))
-        for name, value in body.items()
+        b"%s:%s" % (encode(name), _encode_list(value, large.values_each) if name == large.key else encode(value))
+        for name, value in large.body.items()
     )
 
 

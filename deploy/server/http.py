@@ -6,6 +6,7 @@ import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
+from .bodies import Large
 from .callers import CallerLeft
 from .errors import ERRORS, ApiError
 
@@ -34,12 +35,12 @@ class Response(NamedTuple):
     """An answer.
 
     Attributes:
-        body: Complete body.
+        body: Complete body, or what it is to be made of.
         headers: Headers without content-length.
         status: HTTP status.
     """
 
-    body: bytes
+    body: bytes | Large
     headers: tuple[tuple[bytes, bytes], ...] = (JSON_HEADER,)
     status: int = 200
 

@@ -120,9 +120,13 @@ class HttpProtocol(HttpToolsProtocol):
         if self._replaying:
             return
         headers = dict(self.headers)
-        self._refusal = self._check(headers)
-        if self._refusal is not None:
-            raise self._refusal  # The parser stops, and `send_400_response` tells.
+        if (
+            len(self.headers) > MAX_HEADERS
+            or self._framing_bytes > MAX_HEADER_BYTES
+            or b"host" not in headers
+            or b"transfer-encoding" in headers
+        ):
+            self._check(headers)
         self._in_head = False
         if self.parser.should_upgrade():
             self._offer = headers
@@ -135,21 +139,21 @@ class HttpProtocol(HttpToolsProtocol):
             self._earlier.append(before)
         self.headers = []  # Trailers are headers to the parser; nobody reads them.
 
-    def _check(self, headers: dict[bytes, bytes]) -> ApiError | None:
-        """What is wrong with a request's headers."""
+    def _check(self, headers: dict[bytes, bytes]) -> None:
+        """Refuses a request by its headers: the parser stops, and `send_400_response` tells."""
+        codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        # What came so far may be the head and a part of the body.
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if len(self.headers) > MAX_HEADERS:
-            return _headers_too_large(f"{MAX_HEADERS} header lines")
-        if self._framing_bytes > MAX_HEADER_BYTES:  # Of which the body may be a part.
-            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-            if size > MAX_HEADER_BYTES:
-                return _headers_too_large(f"{MAX_HEADER_BYTES} bytes")
-        if b"host" not in headers and self.parser.get_http_version() == "1.1":
-            return ApiError("malformed_http", "expected the header Host, got none")
-        if b"transfer-encoding" in headers and [
-            value.lower() for name, value in self.headers if name == b"transfer-encoding"
-        ] != [b"chunked"]:
-            return ApiError("unknown_transfer_encoding", "transfer-encoding: expected chunked or none")
-        return None
+            self._refusal = _headers_too_large(f"{MAX_HEADERS} header lines")
+        elif size > MAX_HEADER_BYTES:
+            self._refusal = _headers_too_large(f"{MAX_HEADER_BYTES} bytes")
+        elif b"host" not in headers and self.parser.get_http_version() == "1.1":
+            self._refusal = ApiError("malformed_http", "expected the header Host, got none")
+        elif codings not in ([], [b"chunked"]):
+            self._refusal = ApiError("unknown_transfer_encoding", "transfer-encoding: expected chunked or none")
+        if self._refusal is not None:
+            raise self._refusal
 
     def on_body(self, body: bytes) -> None:
         """Part of a body."""

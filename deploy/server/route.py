@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .bodies import INLINE_VALUES, encode, encode_in_parts
+from .bodies import encode, encode_list
 from .callers import Caller
 from .errors import ApiError, error_body, error_fields
 from .http import JSON_HEADER, Response
@@ -32,6 +32,7 @@ __all__ = [
     "Result",
     "Route",
     "encode",
+    "encode_list",
     "error_fields",
     "server_timing",
 ]
@@ -73,18 +74,6 @@ class Context:
     limits: Limits
     metrics: Metrics
     document: Callable[[], bytes]
-
-    async def encode(self, body: dict[str, Any], key: str, values_each: int) -> bytes:
-        """JSON of an answer, large ones on a helper thread.
-
-        Args:
-            body: The answer.
-            key: Its field that may be large, a list.
-            values_each: About how many numbers each item of the list holds.
-        """
-        if len(body[key]) * values_each <= INLINE_VALUES:
-            return encode(body)
-        return await self.service.aside(encode_in_parts, body, key, values_each)
 
 
 def server_timing(result: Result) -> tuple[bytes, bytes]:

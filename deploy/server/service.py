@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -149,7 +149,7 @@ class Service:
 
     # What is asked of the model.
 
-    async def embed(
+    def embed(
         self,
         texts: Sequence[str],
         caller: Caller,
@@ -157,7 +157,7 @@ class Service:
         *,
         normalize: bool | None = None,
         truncate: bool = True,
-    ) -> Result:
+    ) -> Awaitable[Result]:
         """Embeddings of texts.
 
         Args:
@@ -174,12 +174,10 @@ class Service:
             ApiError: See `errors`.
             CallerLeft: The client has left.
         """
-        started_s = time.perf_counter()
-        ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
         options = _EMBED_OPTIONS[self._normalize if normalize is None else normalize]
-        return await self._run(ids, options, caller, started_s)
+        return self._texts(texts, caller, limits, truncate, options)
 
-    async def embed_ids(self, texts: Sequence[Sequence[int]], caller: Caller, limits: Limits) -> Result:
+    def embed_ids(self, texts: Sequence[Sequence[int]], caller: Caller, limits: Limits) -> Awaitable[Result]:
         """Embeddings of texts that are token ids already; see `embed`."""
         started_s = time.perf_counter()
         if len(texts) > limits.inputs:
@@ -192,13 +190,13 @@ class Service:
                     f"input {index}: expected at most {longest} tokens with special tokens, got {len(text)}",
                 )
         ids = [self._tokenizer.check_ids(index, text) for index, text in enumerate(texts)]
-        return await self._run(ids, _EMBED_OPTIONS[self._normalize], caller, started_s)
+        return self._run(ids, _EMBED_OPTIONS[self._normalize], caller, started_s)
 
-    async def classify(self, texts: Sequence[str], caller: Caller, limits: Limits, *, truncate: bool = True) -> Result:
+    def classify(
+        self, texts: Sequence[str], caller: Caller, limits: Limits, *, truncate: bool = True
+    ) -> Awaitable[Result]:
         """Labels with scores of texts, best first; see `embed`."""
-        started_s = time.perf_counter()
-        ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
-        return await self._run(ids, None, caller, started_s)
+        return self._texts(texts, caller, limits, truncate, None)
 
     async def classify_pairs(
         self, pairs: Sequence[tuple[str, str]], caller: Caller, limits: Limits, *, truncate: bool = True
@@ -212,21 +210,11 @@ class Service:
             raise CallerLeft
         return await self._run(ids, None, caller, started_s)
 
-    async def fill(
+    def fill(
         self, texts: Sequence[str], caller: Caller, limits: Limits, *, top_k: int, truncate: bool = True
-    ) -> Result:
+    ) -> Awaitable[Result]:
         """The best `top_k` tokens for every mask token of texts; see `embed`."""
-        started_s = time.perf_counter()
-        ids = self._tokenize(texts, limits, truncate) or await self._tokenize_aside(texts, caller, truncate)
-        for index, text in enumerate(ids):
-            masks = int((text == self._mask_id).sum())
-            if not 1 <= masks <= limits.masks:
-                raise ApiError(
-                    "invalid_request",
-                    f"input {index}: expected 1 to {limits.masks} {self._mask_token} among the first "
-                    f"{self._tokenizer.max_tokens} tokens, got {masks}",
-                )
-        return await self._run(ids, FillMaskOptions(top_k), caller, started_s)
+        return self._texts(texts, caller, limits, truncate, FillMaskOptions(top_k), self._check_masks)
 
     # How it is done.
 
@@ -250,15 +238,62 @@ class Service:
             total += size
         return total
 
-    def _tokenize(self, texts: Sequence[str], limits: Limits, truncate: bool) -> list[NDArray[np.int64]] | None:
-        """Token ids of texts, checked against the limits; None if they are so long that it takes a helper thread."""
-        if self._check_texts(texts, limits) > INLINE_CHARS:
-            return None
-        return self._tokenizer.encode(texts, truncate)
+    def _check_masks(self, ids: Sequence[NDArray[np.int64]], limits: Limits) -> None:
+        for index, text in enumerate(ids):
+            masks = int((text == self._mask_id).sum())
+            if not 1 <= masks <= limits.masks:
+                raise ApiError(
+                    "invalid_request",
+                    f"input {index}: expected 1 to {limits.masks} {self._mask_token} among the first "
+                    f"{self._tokenizer.max_tokens} tokens, got {masks}",
+                )
 
-    async def _tokenize_aside(self, texts: Sequence[str], caller: Caller, truncate: bool) -> list[NDArray[np.int64]]:
+    def _texts(
+        self,
+        texts: Sequence[str],
+        caller: Caller,
+        limits: Limits,
+        truncate: bool,
+        options: Any,
+        check: Callable[[Sequence[NDArray[np.int64]], Limits], None] = lambda ids, limits: None,
+    ) -> Awaitable[Result]:
+        """Checks, tokenises and runs texts.
+
+        Args:
+            texts: As a client sent them.
+            caller: Who waits.
+            limits: Of the route.
+            truncate: Cut texts that are longer than the model takes.
+            options: For the engine's head.
+            check: Refuses token ids that the task cannot take.
+        """
+        started_s = time.perf_counter()
+        chars = self._check_texts(texts, limits)
+        if chars > INLINE_CHARS:
+            return self._long_texts(texts, caller, limits, truncate, options, check, chars, started_s)
+        ids = self._tokenizer.encode(texts, truncate)
+        check(ids, limits)
+        return self._run(ids, options, caller, started_s)
+
+    async def _long_texts(
+        self,
+        texts: Sequence[str],
+        caller: Caller,
+        limits: Limits,
+        truncate: bool,
+        options: Any,
+        check: Callable[[Sequence[NDArray[np.int64]], Limits], None],
+        chars: int,
+        started_s: float,
+    ) -> Result:
+        ids = await self._tokenize(texts, caller, truncate, chars)
+        check(ids, limits)
+        return await self._run(ids, options, caller, started_s)
+
+    async def _tokenize(
+        self, texts: Sequence[str], caller: Caller, truncate: bool, chars: int
+    ) -> list[NDArray[np.int64]]:
         """Token ids of long texts, part by part on helper threads, so that other requests get their turn in between."""
-        chars = sum(map(len, texts))
         waiting = self._tokenizing_chars
         if waiting and waiting + chars > TOKENIZE_BACKLOG_CHARS:
             raise self._batcher.try_later(

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import WIDTH, make_manifest, running
 
 from deploy.server import app, bodies
-from deploy.server.bodies import INLINE_BYTES, INLINE_VALUES, decode, decode_in_parts, encode, encode_in_parts
+from deploy.server.bodies import INLINE_BYTES, INLINE_VALUES, Large, decode, decode_in_parts, encode, encode_in_parts
 from deploy.server.errors import ApiError
 from deploy.server.limits import Limits, Settings
 from deploy.server.schemas import EmbedRequest, OpenAIEmbeddingsRequest
@@ -158,7 +158,7 @@ def test_answers_in_parts_are_the_same_bytes(rows: int) -> None:
     values = list(np.random.default_rng(0).standard_normal((rows, 384)).astype(np.float32))
     for items, each in ((values, 384), ([{"embedding": row, "index": 1} for row in values], 384), ([[]] * rows, 0)):
         body = {"object": "list", "data": items, "model": "ü", "usage": {"tokens": 3}}
-        assert encode_in_parts(body, "data", each) == encode(body)
+        assert encode_in_parts(Large(body, "data", each)) == encode(body)
 
 
 def test_large_bodies_are_read_and_written_on_a_helper_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, server_timing
+from ..route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, encode_list, server_timing
 from ..schemas import (
     EmbedRequest,
     EmbedResponse,
@@ -32,13 +32,13 @@ async def embed(context: Context, request: EmbedRequest, caller: Caller) -> Resp
         truncate=request.truncate,
     )
     body = {"embeddings": result.values, "model": service.model, "usage": {"tokens": result.tokens}}
-    return Response(await context.encode(body, "embeddings", service.width), (JSON_HEADER, server_timing(result)))
+    return Response(encode_list(body, "embeddings", service.width), (JSON_HEADER, server_timing(result)))
 
 
 async def predict(context: Context, request: PredictRequest, caller: Caller) -> Response:
     """POST /predict."""
     result = await context.service.classify(_texts(request.inputs), caller, context.limits, truncate=request.truncate)
-    return await _predictions(context, result, 2 * len(context.service.manifest.labels or ()))
+    return _predictions(context, result, 2 * len(context.service.manifest.labels or ()))
 
 
 async def fill_mask(context: Context, request: FillMaskRequest, caller: Caller) -> Response:
@@ -47,12 +47,12 @@ async def fill_mask(context: Context, request: FillMaskRequest, caller: Caller) 
         _texts(request.inputs), caller, context.limits, top_k=request.top_k, truncate=request.truncate
     )
     most_masks = max(map(len, result.values))
-    return await _predictions(context, result, 3 * most_masks * request.top_k)
+    return _predictions(context, result, 3 * most_masks * request.top_k)
 
 
-async def _predictions(context: Context, result: Result, values_each: int) -> Response:
+def _predictions(context: Context, result: Result, values_each: int) -> Response:
     body = {"predictions": result.values, "model": context.service.model, "usage": {"tokens": result.tokens}}
-    return Response(await context.encode(body, "predictions", values_each), (JSON_HEADER, server_timing(result)))
+    return Response(encode_list(body, "predictions", values_each), (JSON_HEADER, server_timing(result)))
 
 
 ROUTES = (

@@ -16,6 +16,7 @@ from ..route import (
     Response,
     Route,
     encode,
+    encode_list,
     error_fields,
     server_timing,
 )
@@ -60,7 +61,7 @@ async def embeddings(context: Context, request: OpenAIEmbeddingsRequest, caller:
         "model": service.model,
         "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
     }
-    return Response(await context.encode(body, "data", service.width), (JSON_HEADER, server_timing(result)))
+    return Response(encode_list(body, "data", service.width), (JSON_HEADER, server_timing(result)))
 
 
 async def models(context: Context, request: None, caller: Caller) -> Response:
