@@ -1,4 +1,4 @@
-"""Opens a variant of a bundle: the exporter that verifies it and the server that answers with it come by here."""
+"""Opens a variant of a bundle, for the exporter to verify and for the server."""
 
 from __future__ import annotations
 

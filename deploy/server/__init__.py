@@ -9,7 +9,7 @@ order, and back:
 | `app`, `http`, `bodies` | which row answers; key, body, errors | event loop; helper threads for large bodies |
 | `api` | a list of `Route` rows for each dialect: between its bodies and the service | event loop |
 | `service`, `tokens` | texts to token ids, and these to results | event loop; helper threads for long texts |
-| `batching`, `engines` | batches, the encoder, pooling or a task head | engine thread |
+| `batching`, `deploy/engines` | batches, the encoder, pooling or a task head | engine thread |
 | `selection`, `choice`, `speed_cache` | which variant is served, and why | main thread, then engine thread |
 | `measure` | variants against each other, once | a process of its own, watched by the engine thread |
 

@@ -189,7 +189,7 @@ def _port(option: int | None, environment: Mapping[str, str]) -> int:
     source, given = "--port", str(option)
     if option is None:
         source, given = PORT_VARIABLE, environment.get(PORT_VARIABLE) or str(Settings().port)
-    if not (given.isascii() and given.isdecimal() and int(given) <= 65535):
+    if not (given.isascii() and given.isdecimal() and len(given) <= 5 and int(given) <= 65535):
         raise _UsageError(f"{source}: expected 0 to 65535, got {given}")
     return int(given)
 

@@ -105,7 +105,7 @@ class EmbedResponse(Struct):
 
 
 class LabelScore(Struct):
-    """A class and its probability; for a regression model its raw value."""
+    """A class and its probability; for a regression model, and a cross-encoder without an activation, its raw logit."""
 
     label: str
     score: float

@@ -95,6 +95,8 @@ class Service:
         mask = manifest.special_tokens["mask"]
         self._mask_id = -1 if mask is None else mask.id
         self._mask_token = "" if mask is None else mask.token
+        # The default prompt goes before every text.
+        self._prompt_chars = 0 if manifest.prompts is None else len(manifest.prompts.default_text)
         self._helpers = ThreadPoolExecutor(self.helper_threads, thread_name_prefix="helper")
         self._tokenizing_chars = 0
 
@@ -105,13 +107,8 @@ class Service:
         """Whether new requests are welcome."""
         return self._batcher.running and not self.draining
 
-    @property
-    def queued_tokens(self) -> int:
-        """Tokens that wait or run."""
-        return self._batcher.queued_tokens
-
     def serves(self, choice: Choice, isa: str) -> None:
-        """Told once, when the engine is loaded, what is served; on any thread."""
+        """Records which variant is served; called once, on any thread."""
         self.served = Served(choice, isa, versions())
 
     def check_ready(self) -> None:
@@ -268,7 +265,7 @@ class Service:
             check: Refuses token ids that the task cannot take.
         """
         started_s = time.perf_counter()
-        chars = self._check_texts(texts, limits)
+        chars = self._check_texts(texts, limits) + len(texts) * self._prompt_chars
         if chars > INLINE_CHARS:
             return self._long_texts(texts, caller, limits, truncate, options, check, chars, started_s)
         ids = self._tokenizer.encode(texts, truncate)
@@ -320,6 +317,8 @@ class Service:
             caller: Who waits.
             started_s: When tokenisation began, by `time.perf_counter`.
         """
+        if caller.gone:  # While its body was read or tokenised.
+            raise CallerLeft
         work = Work(ids, options, asyncio.get_running_loop().create_future())
         self._batcher.submit(work)
         caller.on_leave = functools.partial(self._batcher.abandon, work)

@@ -37,7 +37,7 @@ def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
         config: The model's `config.json`.
 
     Raises:
-        TaskError: The ids of its labels have gaps.
+        TaskError: The ids of its labels have gaps, or their number is none.
     """
     names = config.get("id2label")
     if isinstance(names, dict) and names:
@@ -48,7 +48,10 @@ def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
         if sorted(by_id) == list(range(len(by_id))) and by_id:
             return tuple(by_id[index] for index in range(len(by_id)))
         raise TaskError(f"id2label: expected the ids 0 to n-1, got {sorted(names)[:5]}")
-    return tuple(f"LABEL_{index}" for index in range(int(config.get("num_labels", 2))))
+    count = config.get("num_labels", 2)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise TaskError(f"num_labels: expected at least 1, got {count!r:.80}")
+    return tuple(f"LABEL_{index}" for index in range(count))
 
 
 def read_problem_type(folder: ModelFolder, labels: int) -> str:

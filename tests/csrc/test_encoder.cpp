@@ -87,6 +87,29 @@ TORCH_EXT_TEST(shares_are_large_and_even) {
   EXPECT(shared > 100, "only %zu batches were shared out", shared);
 }
 
+TORCH_EXT_TEST(usual_batches_are_shared_out_evenly) {
+  const EncoderModel model = model_of(384);
+  for (const size_t threads : {2, 4, 8}) {
+    context("%zu threads", threads);
+    double excess = 0.0;
+    constexpr size_t kBatches = 100;
+    for (size_t i = 0; i < kBatches; ++i) {
+      std::vector<int32_t> lengths;
+      for (size_t left = 512 * threads; left > 0; left -= static_cast<size_t>(lengths.back())) {
+        lengths.push_back(static_cast<int32_t>(std::min<size_t>(left, random_source().between(10, 150))));
+      }
+      const Texts texts(lengths);
+      const std::vector<SequenceRange> shares = share_sequences(model, texts.batch(), threads);
+      std::vector<size_t> load(threads, 0);
+      for (const SequenceRange& r : shares) *std::min_element(load.begin(), load.end()) += tokens_of(texts, r);
+      const double longest = static_cast<double>(*std::max_element(load.begin(), load.end()));
+      excess += shares.empty() ? 1.0 : longest * static_cast<double>(threads) / texts.batch().tokens - 1.0;
+    }
+    // Shares of halves of what is left, alone, leave 6 % for two threads and more for others.
+    EXPECT(excess / kBatches < 0.045, "the last thread ends %.1f %% after the mean", 100.0 * excess / kBatches);
+  }
+}
+
 TORCH_EXT_TEST(batches_that_do_not_divide_are_not_shared_out) {
   const EncoderModel model = model_of(384);
   const auto shares = [&](const std::vector<int32_t>& lengths, size_t threads) {

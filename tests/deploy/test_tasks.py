@@ -19,6 +19,7 @@ from server_harness import make_manifest
 from deploy.tasks import RAW, TASKS, TaskError, open_task
 from deploy.tasks.feature_extraction import EmbedOptions
 from deploy.tasks.fill_mask import FillMaskOptions
+from deploy.tasks.text_classification import read_labels
 
 MASK = 4
 NAN, INF = float("nan"), float("inf")
@@ -149,3 +150,14 @@ def test_fill_mask_prepares_texts(tmp_path: Path) -> None:
     assert rows[0].tolist() == [2, 9, 8, 3]
     with pytest.raises(TaskError, match="none of the texts has a token that could be masked"):
         task.prepare([np.array([2, 3])])
+
+
+@pytest.mark.parametrize("count", [None, 0, -1, True, "x", 2.0])
+def test_a_number_of_labels_that_is_none_is_refused(count: object) -> None:
+    with pytest.raises(TaskError, match="num_labels: expected at least 1"):
+        read_labels({"num_labels": count})
+
+
+def test_labels_without_names_are_numbered() -> None:
+    assert read_labels({}) == ("LABEL_0", "LABEL_1")
+    assert read_labels({"num_labels": 1}) == ("LABEL_0",)
