@@ -11,7 +11,7 @@
 | `tokenizer`, `reference` | the tokenizer as it goes into the bundle; the model in transformers, fp32 |
 | `write_torch_ext`, `int8` | encoders of torch_ext; which layers int8 spares |
 | `write_onnx` | fp32 and int8 ONNX through optimum |
-| `verify`, `accuracy` | with the engines of `deploy/engines`: the comparison with transformers in fp32, its bounds, and the speed |
+| `verify`, `accuracy` | by `deploy/engines`: the comparison with transformers in fp32, its bounds, and the speed |
 | `report`, `progress`, `errors` | the manifest and what the user sees |
 
 Decisions about int8 (ONNX, arm64 settings: u8 activations per tensor, s8 weights per output channel, dynamic):

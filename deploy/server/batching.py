@@ -13,7 +13,6 @@ thread drops what is left of it when its turn comes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import threading
@@ -301,7 +300,7 @@ class Batcher:
             self._call(engine, items)
         except Exception:
             log.exception("the engine failed on a batch of %d texts, %d tokens", len(items), tokens)
-            self._call_one_by_one(engine, items)
+            self._call_by_request(engine, items)
         seconds = time.perf_counter() - started_s
         for work in {work for work, _ in items}:
             if work.started_s == 0.0:
@@ -317,16 +316,18 @@ class Batcher:
         for (work, index), result in zip(items, results, strict=True):
             work.results[index] = result
 
-    def _call_one_by_one(self, engine: Engine, items: list[Item]) -> None:
+    def _call_by_request(self, engine: Engine, items: list[Item]) -> None:
         """Runs the requests of a batch that failed each for itself, so that only those fail that have to."""
         requests: dict[Work, list[Item]] = {}
         for item in items:
             requests.setdefault(item[0], []).append(item)
         for alone in requests.values():
             if len(requests) > 1:
-                with contextlib.suppress(Exception):
+                try:
                     self._call(engine, alone)
                     continue
+                except Exception:
+                    log.exception("the engine failed on a request of %d texts of that batch", len(alone))
             for work, index in alone:
                 work.results[index] = _BatchError()
 

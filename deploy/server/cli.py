@@ -279,7 +279,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     batcher.on_batch = app.count_batch
     server = Server(app, batcher, settings, announce)
     server.run(sockets=[sock])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # All is done but to say so by the exit code.
+    for number in (signal.SIGTERM, signal.SIGINT):  # All is done but to say so by the exit code.
+        signal.signal(number, signal.SIG_IGN)
     if server.load_error is not None:
         if isinstance(server.load_error, BundleError):
             raise server.load_error

@@ -27,6 +27,7 @@ from server_harness import VOCABULARY, FakeEngine, LiveServer, Reply, make_manif
 from deploy.bundle import Manifest
 from deploy.server import limits, service
 from deploy.server.batching import Batcher, Work
+from deploy.server.callers import Caller, CallerLeft
 from deploy.server.errors import ApiError
 from deploy.server.limits import Settings
 from deploy.server.protocol import MAX_HEADER_BYTES, MAX_HEADERS
@@ -457,3 +458,32 @@ def test_the_server_listens_where_the_health_check_asks() -> None:
         assert done.returncode == 1
         assert expected in done.stderr
     assert _port(None, {"PORT": str(port)}) == port
+
+
+def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Manifest) -> None:
+    with running(manifest) as server:
+        inner = server.app.service
+        inner._prompt_chars = limits.INLINE_CHARS
+        aside = []
+        tokenize = inner._tokenize
+
+        async def note(texts: Sequence[str], *rest: Any) -> list[Any]:
+            aside.append(list(texts))
+            return await tokenize(texts, *rest)
+
+        inner._tokenize = note  # type: ignore[method-assign]
+        assert server("POST", "/embed", {"inputs": ["w1", "w2"]}).status == 200
+        assert aside == [["w1", "w2"]]
+
+
+def test_nothing_runs_for_a_client_that_left_before(manifest: Manifest) -> None:
+    with running(manifest) as server:
+        caller = Caller()
+        caller.leave()
+
+        async def ask() -> None:
+            with pytest.raises(CallerLeft):
+                await server.app.service.embed(["w1"], caller, limits.Limits.of_texts(Settings()))
+
+        asyncio.run(ask())
+        assert server.engine.batches == []
