@@ -28,8 +28,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deploy.bundle import BundleError, Manifest, load_manifest
-from deploy.machine import cpu_name
-from deploy.server.threads import available_cpus
+from deploy.machine import cpu_name, usable_cpus
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "transformers fp32"
@@ -317,7 +316,7 @@ def demo(arguments: argparse.Namespace) -> None:
     loads = output / "load"
     loads.mkdir(parents=True, exist_ok=True)
     bundle = output / "bundle"
-    threads = arguments.threads or available_cpus()
+    threads = arguments.threads or usable_cpus()
 
     say(f"prepare and quantize {model}")
     name = ["--name", "all-MiniLM-L6-v2"] if not arguments.model else []

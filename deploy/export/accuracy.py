@@ -26,12 +26,10 @@ class Result:
     Attributes:
         accuracy: The measurement.
         missed: For every bound that was missed: name, measured value, bound.
-        worst: Index of the worst text.
     """
 
     accuracy: Accuracy
     missed: Sequence[tuple[str, float, float]] = field(default_factory=list)
-    worst: int = 0
 
     def with_details(self, **figures: float) -> Result:
         """The same, with further figures by name."""
@@ -100,4 +98,4 @@ class Verification:
             # A manifest holds finite numbers.
             details={name: value if math.isfinite(value) else 1e30 for name, value in details.items()},
         )
-        return Result(accuracy, missed(accuracy), int(values.argmin()))
+        return Result(accuracy, missed(accuracy))

@@ -23,7 +23,6 @@ class Tokens:
         max_tokens: Longest input.
         truncation_side: From which side longer texts are cut.
         special: `pad`, `mask`, `cls`, `sep`; None for one that it does not have.
-        pad_id: Id of the padding token.
     """
 
     def __init__(self, source: Source, folder: Path, target: Path) -> None:
@@ -72,8 +71,7 @@ class Tokens:
         limit = source.max_positions if told is None or told < 3 else min(int(told), source.max_positions)
         self.max_tokens = source.max_tokens or limit
         self.special = {name: self._special(name) for name in ("pad", "mask", "cls", "sep")}
-        pad = self.special["pad"] or _padding_of_config(source, backend)
-        self.special["pad"], self.pad_id = pad, pad.id
+        self.special["pad"] = self.special["pad"] or _padding_of_config(source, backend)
         if self._task.needs.mask_token and self.special["mask"] is None:
             raise ExportError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")
 

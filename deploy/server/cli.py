@@ -199,9 +199,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     manifest = load_manifest(arguments.bundle, verify=False, variants=())
     port = _port(arguments.port, os.environ)
 
-    from .threads import available_cpus
+    from ..machine import usable_cpus
 
-    threads = arguments.threads or available_cpus()
+    threads = arguments.threads or usable_cpus()
     settle_threads(threads)
     if arguments.cache_dir is None:
         cache_folder = default_folder(os.environ)

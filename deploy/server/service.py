@@ -203,8 +203,6 @@ class Service:
         for side in (0, 1):
             self._check_texts([pair[side] for pair in pairs], limits)
         ids = await self.aside(self._tokenizer.encode_pairs, pairs, truncate)
-        if caller.gone:
-            raise CallerLeft
         return await self._run(ids, None, caller, started_s)
 
     def fill(
@@ -300,7 +298,7 @@ class Service:
         ids: list[NDArray[np.int64]] = []
         self._tokenizing_chars += chars
         try:
-            for start, stop in _turns(texts):
+            for start, stop in _turns(texts, self._prompt_chars):
                 ids += await self.aside(self._tokenizer.encode, texts[start:stop], truncate, start)
                 if caller.gone:
                     raise CallerLeft
@@ -340,11 +338,16 @@ def _too_many(found: int, limits: Limits) -> ApiError:
     return ApiError("too_large", f"expected at most {limits.inputs} inputs in one request, got {found}")
 
 
-def _turns(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Parts of a long request: index of the first text of each, and of the one behind its last."""
+def _turns(texts: Sequence[str], prompt_chars: int) -> Iterator[tuple[int, int]]:
+    """Parts of a long request: index of the first text of each, and of the one behind its last.
+
+    Args:
+        texts: Of the request.
+        prompt_chars: Characters that go before each.
+    """
     start = chars = 0
     for index, text in enumerate(texts):
-        chars += len(text)
+        chars += len(text) + prompt_chars
         if chars >= TURN_CHARS:
             yield start, index + 1
             start, chars = index + 1, 0

@@ -31,10 +31,10 @@ from deploy.bundle import VARIANTS, load_manifest
 from deploy.engines.batch import groups
 from deploy.engines.onnx import OnnxEngine
 from deploy.engines.open import load_engine
+from deploy.machine import usable_cpus
 from deploy.server import schemas
 from deploy.server.choice import fastest
 from deploy.server.measurement import Job
-from deploy.server.threads import available_cpus
 from deploy.server.tokens import TextTokenizer
 from deploy.tasks.fill_mask import FillMaskOptions
 from deploy.texts import sample
@@ -429,10 +429,10 @@ def test_measuring_process_ends_with_the_server(tiny_bundle: BundleMaker) -> Non
 
 
 def test_threads_follow_affinity_and_quota() -> None:
-    count = available_cpus()
+    count = usable_cpus()
     assert count >= 1
     command = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
-    command += "from deploy.server.threads import available_cpus; print(available_cpus(), 'torch' in sys.modules)"
+    command += "from deploy.machine import usable_cpus; print(usable_cpus(), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]
 
