@@ -143,6 +143,29 @@ const Dispatch& dispatch() {
   return d;
 }
 
+const Dispatch& own_dispatch() {
+  static const Dispatch own = [] {
+    const Dispatch& d = dispatch();
+    if (d.isa->linear == LinearEngine::kOwn) return d;
+    if (d.forced) {
+      throw std::runtime_error(
+          "TORCH_EXT_ISA=" + std::string(d.isa->name) +
+          " computes with PyTorch, which torch_ext.runtime does without; unset it, or name another");
+    }
+    for (const Isa& isa : kIsas) {
+      if (isa.linear == LinearEngine::kOwn && runs_here(isa.required_features)) return kernels_of(isa, cpu_features());
+    }
+    return d;  // not reached: the last level runs everywhere
+  }();
+  return own;
+}
+
+const GemmKernel* own_kernel(const Dispatch& d, LinearEngine engine, Layout layout) {
+  if (is_s8(layout)) return d.gemm_s8;
+  if (layout == Layout::kF32Rows) return d.gemm_f32;
+  return engine == LinearEngine::kOwn ? d.gemm_bf16 : nullptr;
+}
+
 std::string isa_report_json() {
   const Dispatch& d = dispatch();
   std::string s = "{\"arch\": " + quoted(architecture_name()) + ", \"isa\": " + quoted(d.isa->name) +

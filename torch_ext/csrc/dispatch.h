@@ -55,6 +55,14 @@ Dispatch kernels_of(const Isa& isa, uint32_t features);
 /// CPU cannot run.
 const Dispatch& dispatch();
 
+/// The same for a process that has no PyTorch to compute with: the first level whose linear layers run on kernels of ours.
+/// Throws std::runtime_error where `dispatch` does, and if TORCH_EXT_ISA names a level that needs PyTorch.
+const Dispatch& own_dispatch();
+
+/// The kernels of ours for weights of the kind that lie in `layout` (s8, fp32 or bf16), whether or not it is their layout;
+/// null where `engine`, which multiplies bf16, is not kOwn.
+const GemmKernel* own_kernel(const Dispatch& d, LinearEngine engine, Layout layout);
+
 /// The matrix kernels that attention uses for operands of type `t` under this dispatch. Where bf16 is multiplied in fp32
 /// anyway, its keys and values are widened once, as they are packed.
 inline const GemmKernel& attention_gemm(const Dispatch& d, DType t) {

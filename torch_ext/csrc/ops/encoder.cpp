@@ -10,6 +10,7 @@
 #include "ops/onednn.h"
 #include "ops/ops.h"
 #include "ops/packed.h"
+#include "packing/encoder_sections.h"
 
 namespace torch_ext {
 namespace {
@@ -70,127 +71,20 @@ class TorchHost : public EncoderHost {
   size_t next_ = 0;
 };
 
-uint64_t encoder_checksum(const EncoderHeader& h, const void* sections) {
-  return checksum(sections, h.sections * sizeof(Section), checksum(&h, offsetof(EncoderHeader, checksum)));
-}
-
-// ---- reading a packed encoder ---------------------------------------------------------------------------------------
-
-const EncoderHeader& read_header(const char* op, const Tensor& packed) {
+// The memory of a packed encoder, checked for being one tensor of bytes.
+const void* encoder_data(const char* op, const Tensor& packed) {
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 2 &&
                       packed.is_contiguous() && packed.numel() >= static_cast<int64_t>(sizeof(EncoderHeader)),
                   op, ": expected an encoder packed by torch_ext.Encoder, got ", describe(packed));
-  const EncoderHeader& h = *static_cast<const EncoderHeader*>(packed.const_data_ptr());
-  STD_TORCH_CHECK(std::memcmp(h.magic, kEncoderMagic, sizeof h.magic) == 0, op,
-                  ": expected an encoder packed by torch_ext.Encoder, got ", describe(packed), " without its header");
-  STD_TORCH_CHECK(h.version == kEncoderVersion, op, ": the encoder was packed in format ", h.version,
-                  ", this torch_ext reads format ", kEncoderVersion, "; pack it again");
-  STD_TORCH_CHECK(static_cast<int64_t>(h.hidden_size) == packed.size(0) &&
-                      h.bytes <= static_cast<uint64_t>(packed.numel()) && h.num_layers > 0 &&
-                      h.sections == kEncoderSections + uint64_t{h.num_layers} * kLayerSections &&
-                      sizeof h + h.sections * sizeof(Section) <= h.bytes,
-                  op, ": the packed encoder is damaged: its header does not fit its shape, ", describe(packed));
-  STD_TORCH_CHECK(encoder_checksum(h, &h + 1) == h.checksum, op,
-                  ": the packed encoder is damaged: its header has another checksum than it says; pack it again");
-  return h;
+  const void* const data = packed.const_data_ptr();
+  const EncoderHeader& h = read_encoder_header(op, data, static_cast<size_t>(packed.numel()));
+  STD_TORCH_CHECK(static_cast<int64_t>(h.hidden_size) == packed.size(0), op,
+                  ": the packed encoder is damaged: its header does not fit its shape, ", describe(packed));
+  return data;
 }
 
-// The sections of a packed encoder whose header is sound.
-class Sections {
- public:
-  Sections(const char* op, const EncoderHeader& h)
-      : op_(op),
-        data_(reinterpret_cast<const char*>(&h)),
-        bytes_(h.bytes),
-        type_(DType{h.type}),
-        table_(reinterpret_cast<const Section*>(&h + 1)) {}
-
-  // Null for an empty section. `bytes` is what it must hold, if it is not empty.
-  const char* get(size_t index, uint64_t bytes) const {
-    const Section& s = table_[index];
-    if (s.bytes == 0) return nullptr;
-    STD_TORCH_CHECK(s.bytes == bytes && s.offset <= bytes_ && s.bytes <= bytes_ - s.offset, op_,
-                    ": the packed encoder is damaged: section ", index, " has ", s.bytes, " bytes, expected ", bytes);
-    return data_ + s.offset;
-  }
-  const float* floats(size_t index, uint64_t count) const {
-    return reinterpret_cast<const float*>(get(index, count * sizeof(float)));
-  }
-  const void* table(size_t index, uint64_t rows, uint64_t width) const {
-    return get(index, rows * width * dtype_bytes(type_));
-  }
-  Norm norm(size_t index, uint64_t width) const {
-    return {.weight = floats(index, width), .bias = floats(index + 1, width)};
-  }
-  // The matrix in section `index` and its bias in the next one.
-  Matrix matrix(size_t index, uint64_t n, uint64_t k) const {
-    const char* const data = get(index, table_[index].bytes);
-    if (!data) return {};
-    const Packed packed = read_packed(op_, const_cast<char*>(data), static_cast<size_t>(table_[index].bytes));
-    const PackedHeader& h = packed.header;
-    STD_TORCH_CHECK(h.n == n && h.k == k, op_, ": the packed encoder is damaged: section ", index,
-                    " holds a matrix of ", h.n, "x", h.k, ", expected ", n, "x", k);
-    STD_TORCH_CHECK((h.layout == Layout::kF32Rows) == (type_ == DType::kF32), op_,
-                    ": expected all matrices in fp32 or none, got section ", index, " packed as ",
-                    layout_name(h.layout));
-    if (const GemmKernel* const own = own_kernel(h.layout)) {
-      check_layout(op_, h, own->layout, own->nr, own->kr);
-    } else {
-      check_layout(op_, h, linear_engine() == LinearEngine::kOnednn ? Layout::kOnednn : Layout::kPlain, 0, 0);
-    }
-    return {h, data, floats(index + 1, n)};
-  }
-
- private:
-  const char* op_;
-  const char* data_;
-  uint64_t bytes_;
-  DType type_;
-  const Section* table_;
-};
-
 EncoderModel read_encoder(const char* op, const Tensor& packed) {
-  EncoderModel m;
-  const EncoderHeader& h = read_header(op, packed);
-  m.header = h;
-  const Sections s(op, h);
-  const uint64_t width = h.hidden_size, e = h.embedding_size, wide = h.intermediate_size;
-  const uint64_t angles = h.num_heads ? uint64_t{h.max_positions} * (width / h.num_heads) : 0;
-  m.word = s.table(kWordTable, h.vocab_size, e);
-  m.position = s.table(kPositionTable, uint64_t{h.max_positions} + h.position_offset, e);
-  m.token_type = s.table(kTokenTypeTable, h.type_vocab_size, e);
-  m.embedding_norm = s.norm(kEmbeddingNormWeight, e);
-  m.projection = s.matrix(kProjectionWeight, width, e);
-  m.final_norm = s.norm(kFinalNormWeight, width);
-  m.relative_bias = s.floats(kRelativeBias, uint64_t{h.num_heads} * (2 * uint64_t{h.bias_reach} + 1));
-  m.rotary = s.floats(kRotaryTable, angles);
-  m.rotary_local = s.floats(kRotaryTableLocal, angles);
-  const bool known_type = DType{h.type} == DType::kF32 || DType{h.type} == DType::kBF16;
-  const bool sound = known_type && h.num_heads > 0 && width % h.num_heads == 0 && h.activation < kActivationCount &&
-                     m.word && m.embedding_norm.weight && m.embedding_norm.bias &&
-                     (e == width || m.projection.packed) &&
-                     (!h.norm_first || (m.final_norm.weight && m.final_norm.bias)) && (h.global_every || !h.window) &&
-                     (h.padding_id < 0 || h.position_offset > 0);
-  STD_TORCH_CHECK(sound, op, ": the packed encoder is damaged: something that every encoder has is missing");
-  m.layers.resize(h.num_layers);
-  for (size_t i = 0; i < h.num_layers; ++i) {
-    const size_t first = kEncoderSections + i * kLayerSections;
-    EncoderLayer& layer = m.layers[i];
-    layer.qkv = s.matrix(first + kQkvWeight, 3 * width, width);
-    layer.out = s.matrix(first + kOutWeight, width, width);
-    layer.attention_norm = s.norm(first + kAttentionNormWeight, width);
-    layer.attention_norm.residual_scale = s.floats(first + kAttentionResidualScale, width);
-    layer.up = s.matrix(first + kUpWeight, h.gated_ffn ? 2 * wide : wide, width);
-    layer.down = s.matrix(first + kDownWeight, width, wide);
-    layer.ffn_norm = s.norm(first + kFfnNormWeight, width);
-    layer.ffn_norm.residual_scale = s.floats(first + kFfnResidualScale, width);
-    layer.local = h.window && i % h.global_every != 0;
-    const bool whole = layer.qkv.packed && layer.out.packed && layer.up.packed && layer.down.packed &&
-                       layer.ffn_norm.weight && layer.ffn_norm.bias &&
-                       (layer.attention_norm.weight ? layer.attention_norm.bias != nullptr : h.norm_first && i == 0);
-    STD_TORCH_CHECK(whole, op, ": the packed encoder is damaged: layer ", i, " is not complete");
-  }
-  return m;
+  return read_encoder(op, encoder_data(op, packed), static_cast<size_t>(packed.numel()), dispatch(), linear_engine());
 }
 
 }  // namespace
@@ -214,35 +108,29 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
                   " layers, got ", weights.size());
   const DType type = float_type(op, "the word table", weights[kWordTable]);
   std::vector<Tensor> parts;
-  std::vector<Section> table;
-  uint64_t end = sizeof(EncoderHeader) + weights.size() * sizeof(Section);
+  std::vector<uint64_t> part_bytes;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
     check_cpu(op, "weights", w);
-    const bool layered = i >= kEncoderSections;
-    const size_t kind = layered ? (i - kEncoderSections) % kLayerSections : i;
-    const bool matrix = layered ? kind == kQkvWeight || kind == kOutWeight || kind == kUpWeight || kind == kDownWeight
-                                : kind == kProjectionWeight;
-    const bool is_table = !layered && kind <= kTokenTypeTable;
-    const ScalarType wanted = matrix ? ScalarType::Byte : is_table ? scalar_type(type) : ScalarType::Float;
+    const SectionKind kind = section_kind(i);
+    const ScalarType wanted = kind == SectionKind::kMatrix  ? ScalarType::Byte
+                              : kind == SectionKind::kTable ? scalar_type(type)
+                                                            : ScalarType::Float;
     STD_TORCH_CHECK(w.numel() == 0 || w.scalar_type() == wanted, op, ": expected weight ", i, " as ",
-                    matrix     ? "a packed weight"
-                    : is_table ? "a table in the dtype of the first one"
-                               : "fp32",
+                    kind == SectionKind::kMatrix  ? "a packed weight"
+                    : kind == SectionKind::kTable ? "a table in the dtype of the first one"
+                                                  : "fp32",
                     ", got ", describe(w));
     parts.push_back(as_contiguous(w));
-    const uint64_t element = matrix ? 1 : is_table ? dtype_bytes(type) : sizeof(float);
-    end = round_up(end, kPackedAlignment);
-    table.push_back({end, static_cast<uint64_t>(w.numel()) * element});
-    end += table.back().bytes;
+    const uint64_t element = kind == SectionKind::kMatrix  ? 1
+                             : kind == SectionKind::kTable ? dtype_bytes(type)
+                                                           : sizeof(float);
+    part_bytes.push_back(static_cast<uint64_t>(w.numel()) * element);
   }
+  const EncoderLayout layout = lay_out_encoder(part_bytes);
   const Tensor& word = weights[kWordTable];
   STD_TORCH_CHECK(word.dim() == 2 && word.numel() > 0, op, ": expected the word table [V, E], got ", describe(word));
   EncoderHeader h = {};
-  std::memcpy(h.magic, kEncoderMagic, sizeof h.magic);
-  h.version = kEncoderVersion;
-  h.sections = static_cast<uint32_t>(weights.size());
-  h.bytes = end;
   h.hidden_size = static_cast<uint32_t>(hidden_size);
   h.num_layers = static_cast<uint32_t>(num_layers);
   h.num_heads = static_cast<uint32_t>(num_heads);
@@ -262,26 +150,22 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   h.norm_first = norm_first;
   h.gated_ffn = gated_ffn;
   h.type = static_cast<uint8_t>(type);
-  h.checksum = encoder_checksum(h, table.data());
 
-  const int64_t row_bytes = (static_cast<int64_t>(end) + hidden_size - 1) / hidden_size;
+  const int64_t row_bytes = (static_cast<int64_t>(layout.bytes) + hidden_size - 1) / hidden_size;
   const Tensor packed = new_tensor(word, {hidden_size, row_bytes}, ScalarType::Byte);
   char* const data = static_cast<char*>(packed.mutable_data_ptr());
-  uint64_t written = sizeof h + table.size() * sizeof(Section);
-  std::memcpy(data, &h, sizeof h);
-  std::memcpy(data + sizeof h, table.data(), table.size() * sizeof(Section));
+  write_encoder_header(h, layout, data);
   for (size_t i = 0; i < parts.size(); ++i) {
-    std::memset(data + written, 0, table[i].offset - written);
-    if (table[i].bytes) std::memcpy(data + table[i].offset, parts[i].const_data_ptr(), table[i].bytes);
-    written = table[i].offset + table[i].bytes;
+    const Section& s = layout.sections[i];
+    if (s.bytes) std::memcpy(data + s.offset, parts[i].const_data_ptr(), static_cast<size_t>(s.bytes));
   }
-  std::memset(data + written, 0, static_cast<size_t>(packed.numel()) - written);
+  std::memset(data + layout.bytes, 0, static_cast<size_t>(packed.numel()) - static_cast<size_t>(layout.bytes));
   read_encoder(op, packed);  // every size is checked there
   return packed;
 }
 
 Tensor encoder_sections(const Tensor& packed) {
-  const EncoderHeader& h = read_header("_encoder_sections", packed);
+  const EncoderHeader& h = *static_cast<const EncoderHeader*>(encoder_data("_encoder_sections", packed));
   const Tensor table = new_tensor(packed, {static_cast<int64_t>(h.sections), 2}, ScalarType::Long);
   std::memcpy(table.mutable_data_ptr(), &h + 1, h.sections * sizeof(Section));
   return table;

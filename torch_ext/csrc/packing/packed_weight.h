@@ -70,6 +70,18 @@ inline size_t payload_offset(const PackedHeader& h) {
   return sizeof(PackedHeader) + round_up(static_cast<size_t>(h.metadata_bytes), kPackedAlignment);
 }
 
+/// Bytes of a whole packed weight.
+inline size_t packed_bytes(const PackedHeader& h) { return payload_offset(h) + static_cast<size_t>(h.payload_bytes); }
+
+/// The header of the packed weight in `bytes` bytes at `data`. Throws std::runtime_error unless it is sound.
+PackedHeader read_packed_header(const char* op, const char* data, size_t bytes);
+
+/// Throws std::runtime_error unless the weight lies as this process' kernel, of level `isa`, takes it.
+void check_layout(const char* op, const PackedHeader& h, Layout layout, size_t nr, size_t kr, const char* isa);
+
+/// Writes all that comes before the payload: the header with its checksum, and the metadata.
+void write_packed_header(const PackedHeader& h, const void* metadata, char* data);
+
 inline const char* layout_name(Layout layout) {
   switch (layout) {
     case Layout::kBf16Pairs:
