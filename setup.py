@@ -1,6 +1,9 @@
-"""Build of ``torch_ext._C``, the library behind ``torch.ops.torch_ext``. Metadata and tools live in pyproject.toml.
+"""Build of the compiled parts of ``torch_ext``. Metadata and tools live in pyproject.toml.
 
-The library uses LibTorch's stable ABI only: one ``cp310-abi3`` wheel per architecture serves every Python from 3.10 and
+There are three, of the same objects: ``_C``, behind ``torch.ops.torch_ext``; ``libtorch_ext_runtime.so``, the encoder for
+programs without torch, with a C interface; and ``_runtime``, which is that interface for Python.
+
+``_C`` uses LibTorch's stable ABI only: one ``cp310-abi3`` wheel per architecture serves every Python from 3.10 and
 every torch from 2.10. It is built for the ABI baseline of the architecture; faster kernels are chosen at run time.
 
 Native build, with torch already installed::
@@ -31,6 +34,12 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("torch_ext") / "csrc"
+
+# The extension whose name and suffix are those of a plain shared library.
+RUNTIME = "torch_ext.libtorch_ext_runtime"
+
+# What each shows to the outside; the ops are registered by static constructors, and need to show nothing.
+EXPORTS = {RUNTIME: "exports_runtime.map", "torch_ext._runtime": "exports_python.map"}
 
 # The oldest libtorch whose stable ABI the library may use: 2.10.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -106,13 +115,14 @@ def link_stub(directory: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def check_library(path: Path) -> None:
-    """Stop unless the library is for the target's architecture and names libtorch_cpu.so as needed.
+def check_library(path: Path, needs_torch: bool) -> None:
+    """Stop unless the library is for the target's architecture, and names libtorch_cpu.so as needed or does not.
 
-    Without the second, ``torch.ops.load_library`` would fail later with a misleading "undefined symbol".
+    Without that, ``torch.ops.load_library`` would fail later with a misleading "undefined symbol".
 
     Args:
         path: the library that was just linked.
+        needs_torch: whether it holds ops.
     """
     image = path.read_bytes()
     (machine,) = struct.unpack_from("<H", image, 18)
@@ -120,8 +130,9 @@ def check_library(path: Path) -> None:
         sys.exit(
             f"torch-ext: {path} is for ELF machine {machine}, expected {target_machine()}: is CXX the right compiler?"
         )
-    if b"\0libtorch_cpu.so\0" not in image:
-        sys.exit(f"torch-ext: {path} does not name libtorch_cpu.so as needed: check LDCXXSHARED and LDFLAGS")
+    if (b"\0libtorch_cpu.so\0" in image) != needs_torch:
+        does = "does not name" if needs_torch else "names"
+        sys.exit(f"torch-ext: {path} {does} libtorch_cpu.so as needed: check LDCXXSHARED and LDFLAGS")
 
 
 class BuildLibrary(BuildExtension):
@@ -150,17 +161,36 @@ class BuildLibrary(BuildExtension):
             libraries = library_paths()
         for extension in self.extensions:
             # After the objects; --no-as-needed, since nothing but DT_NEEDED is wanted from it.
+            needed = [*(f"-L{directory}" for directory in libraries)]
+            needed += ["-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"]
+            if extension.name == RUNTIME:
+                needed = ["-pthread", "-Wl,-soname,libtorch_ext_runtime.so", "-Wl,-z,defs"]
+            elif extension.name == "torch_ext._runtime":
+                runtime = Path(self.get_ext_fullpath(RUNTIME)).resolve()
+                needed = [f"-L{runtime.parent}", "-ltorch_ext_runtime", "-Wl,-rpath,$ORIGIN"]
+            exports = EXPORTS.get(extension.name, "exports.map")
             extension.extra_link_args = [
-                *(f"-L{directory}" for directory in libraries),
-                *("-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"),
-                *("-Wl,--gc-sections", f"-Wl,--version-script={ROOT / CSRC / 'compat' / 'exports.map'}"),
+                *needed,
+                *("-Wl,--gc-sections", f"-Wl,--version-script={ROOT / CSRC / 'compat' / exports}"),
             ]
             # ninja sees changed sources, but setuptools would keep an old library if a source was removed.
             Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         super().build_extensions()
         for extension in self.extensions:
             if sys.platform == "linux":
-                check_library(Path(self.get_ext_fullpath(extension.name)))
+                check_library(Path(self.get_ext_fullpath(extension.name)), needs_torch=extension.name == "torch_ext._C")
+
+    def build_extension(self, extension: setuptools.Extension) -> None:
+        """Give the runtime the objects that the ops were made of just before."""
+        if extension.name == RUNTIME:
+            extension.extra_objects = self.compiler.object_filenames(sources("core"), output_dir=self.build_temp)
+        super().build_extension(extension)
+
+    def get_ext_filename(self, name: str) -> str:
+        """Name the runtime as programs link it."""
+        if name in (RUNTIME, RUNTIME.rpartition(".")[2]):
+            return str(Path(*name.split("."))) + ".so"
+        return str(super().get_ext_filename(name))
 
 
 class Build(build):
@@ -172,13 +202,41 @@ class Build(build):
         super().run()
 
 
-def sources() -> list[str]:
-    """Every C++ file; those of other architectures guard themselves by macros."""
+def sources(part: str) -> list[str]:
+    """The C++ files of a part; those of other architectures guard themselves by macros.
+
+    Args:
+        part: ``core``, which knows nothing of torch or Python, ``ops``, ``runtime`` or ``python``.
+    """
     os.chdir(ROOT)
-    found = sorted(str(path) for path in CSRC.rglob("*.cpp"))
-    if not found and COMPILES:
+    found: dict[str, list[str]] = {"core": [], "ops": [], "runtime": [], "python": []}
+    for path in sorted(CSRC.rglob("*.cpp")):
+        folder = path.relative_to(CSRC).parts[0]
+        found[{"registration.cpp": "ops"}.get(folder, folder if folder in found else "core")].append(str(path))
+    if not all(found.values()) and COMPILES:
         sys.exit(f"torch-ext: no C++ sources under {CSRC}: is this a complete checkout?")
-    return found
+    return found[part]
+
+
+def extension(name: str, files: list[str], include: list[str]) -> setuptools.Extension:
+    """One compiled part of the package; all are compiled with the same flags."""
+    return setuptools.Extension(
+        name,
+        sources=files,
+        # compat/ comes first: its sys/single_threaded.h lowers the glibc that the library needs.
+        include_dirs=[str(ROOT / CSRC / "compat"), str(ROOT / CSRC), *include],
+        extra_compile_args={
+            "cxx": [
+                *("-O3", "-std=c++20", "-ffp-contract=fast", "-g0", "-fvisibility=hidden"),
+                *("-fvisibility-inlines-hidden", "-ffunction-sections", "-fdata-sections"),
+                *("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"),
+                f"-ffile-prefix-map={ROOT}/=",  # Messages name files relative to the checkout.
+                f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            ]
+        },
+        py_limited_api=True,
+        language="c++",
+    )
 
 
 if is_cross() and COMPILES:
@@ -186,32 +244,12 @@ if is_cross() and COMPILES:
 
 setuptools.setup(
     packages=["torch_ext", "torch_ext.encoder"],  # An allow-list: nothing else is ever installed into site-packages.
-    package_data={"torch_ext": ["py.typed"]},
+    package_data={"torch_ext": ["py.typed", "_runtime.pyi", "include/*.h"]},
     include_package_data=False,
     ext_modules=[
-        setuptools.Extension(
-            "torch_ext._C",
-            sources=sources(),
-            # compat/ comes first: its sys/single_threaded.h lowers the glibc that the library needs.
-            include_dirs=[str(ROOT / CSRC / "compat"), str(ROOT / CSRC), *include_paths()],
-            extra_compile_args={
-                "cxx": [
-                    *("-O3", "-std=c++20", "-ffp-contract=fast", "-g0", "-fvisibility=hidden"),
-                    *(
-                        "-fvisibility-inlines-hidden",
-                        "-ffunction-sections",
-                        "-fdata-sections",
-                        "-Wall",
-                        "-Wextra",
-                        "-Wno-unused-parameter",
-                    ),
-                    f"-ffile-prefix-map={ROOT}/=",  # Messages name files relative to the checkout.
-                    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-                ]
-            },
-            py_limited_api=True,
-            language="c++",
-        )
+        extension("torch_ext._C", sources("core") + sources("ops"), include_paths()),
+        extension(RUNTIME, sources("runtime"), []),
+        extension("torch_ext._runtime", sources("python"), []),
     ],
     cmdclass={"build": Build, "build_ext": BuildLibrary},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -42,10 +42,10 @@ __all__ = [
 ]
 
 Activation = Literal["none", "gelu", "gelu_tanh", "relu", "tanh", "silu"]
-PoolingMode = Literal["mean", "cls", "max"]
+PoolingMode = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 
 ACTIVATIONS: tuple[str, ...] = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu")
-POOLING_MODES: tuple[str, ...] = ("mean", "cls", "max")
+POOLING_MODES: tuple[str, ...] = get_args(PoolingMode)
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -400,7 +400,9 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode = "mean", normali
     Args:
         hidden: bf16 or fp32 ``[T, H]``.
         cu_seqlens: i32 ``[B + 1]``; every sequence has at least one token.
-        mode: ``mean`` over the tokens, ``cls`` for the first one, ``max`` per component.
+        mode: as sentence-transformers names them: ``mean`` over the tokens, ``cls`` for the first one, ``max`` per
+            component, ``lasttoken``, ``weightedmean`` where token i of n counts ``i / (1 + ... + n)``,
+            ``mean_sqrt_len_tokens`` for the sum divided by the square root of the number of tokens.
         normalize: divide each vector by its Euclidean length.
 
     Returns:
@@ -742,6 +744,16 @@ def _(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool) -> Tensor:
 def _(weights: list[Tensor], *, hidden_size: int, **_: Any) -> Tensor:
     row_bytes = torch.library.get_ctx().new_dynamic_size()
     return weights[0].new_empty((hidden_size, row_bytes), dtype=torch.uint8)
+
+
+@_fake("_rotary_table")
+def _(like: Tensor, positions: int, head_size: int, theta: float) -> Tensor:
+    return like.new_empty((positions, head_size), dtype=torch.float32)
+
+
+@_fake("_relative_bias_table")
+def _(bias: Tensor, reach: int) -> Tensor:
+    return bias.new_empty((bias.shape[1], 2 * reach + 1))
 
 
 @_fake("_encoder_sections")

@@ -31,6 +31,8 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "_pack_encoder(Tensor[] weights, *, int hidden_size, int num_layers, int num_heads, int intermediate_size, "
       "str activation, float layer_norm_eps, int max_positions, int position_offset, int padding_id, int window, "
       "int global_every, bool norm_first, bool gated_ffn) -> Tensor");
+  m.def("_rotary_table(Tensor like, int positions, int head_size, float theta) -> Tensor");
+  m.def("_relative_bias_table(Tensor bias, int reach) -> Tensor");
   m.def("_encoder_sections(Tensor packed) -> Tensor");
   m.def(
       "encoder_forward(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor packed, bool fp32=False) "
@@ -61,6 +63,8 @@ STABLE_TORCH_LIBRARY_IMPL(torch_ext, CPU, m) {
   m.impl("gate", TORCH_BOX(&torch_ext::gate));
   m.impl("embed_layer_norm", TORCH_BOX(&torch_ext::embed_layer_norm));
   m.impl("pool", TORCH_BOX(&torch_ext::pool));
+  m.impl("_rotary_table", TORCH_BOX(&torch_ext::rotary_table));
+  m.impl("_relative_bias_table", TORCH_BOX(&torch_ext::relative_bias_table));
   m.impl("_pack_encoder", TORCH_BOX(&torch_ext::pack_encoder));
   m.impl("_encoder_sections", TORCH_BOX(&torch_ext::encoder_sections));
   m.impl("encoder_forward", TORCH_BOX(&torch_ext::encoder_forward));

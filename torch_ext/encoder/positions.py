@@ -23,9 +23,8 @@ def rotary_table(spec: EncoderSpec, theta: float) -> Tensor:
         fp32 ``[max_positions, D]``. Angles are rounded to fp32, as models were trained with.
     """
     size = spec.hidden_size // spec.num_heads
-    per_position = 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    angles = torch.outer(torch.arange(spec.max_positions, dtype=torch.float32), per_position)
-    return torch.cat((angles.cos(), angles.sin()), dim=1)
+    table: Tensor = torch.ops.torch_ext._rotary_table(torch.empty(0), spec.max_positions, size, theta)
+    return table
 
 
 def relative_buckets(distances: Tensor, buckets: int, max_distance: int) -> Tensor:
@@ -37,7 +36,7 @@ def relative_buckets(distances: Tensor, buckets: int, max_distance: int) -> Tens
         max_distance: from here on all distances share a half's last bucket.
 
     Returns:
-        i64, of the same shape, from 0 to ``buckets - 1``.
+        i64, of the same shape, from 0 to ``buckets - 1``; written to be read, csrc/positions.cpp fills the tables.
     """
     half = buckets // 2
     single = half // 2  # Distances that have a bucket of their own.
@@ -58,6 +57,5 @@ def relative_bias_table(spec: EncoderSpec, bias: Tensor) -> Tensor:
     Returns:
         fp32 ``[num_heads, 2 * max_distance + 1]``; column ``max_distance + d`` is for keys ``d`` behind the query.
     """
-    reach = spec.relative_attention_max_distance
-    distances = torch.arange(-reach, reach + 1)
-    return bias[relative_buckets(distances, spec.relative_attention_buckets, reach)].T.contiguous()
+    table: Tensor = torch.ops.torch_ext._relative_bias_table(bias, spec.relative_attention_max_distance)
+    return table

@@ -133,9 +133,6 @@ Tensor linear_torch(const LinearCall& call, const Packed& packed) {
   return finish(call, stable::detail::to<Tensor>(stack[0]), false, call.x);
 }
 
-// Sums of as many products of s8 fit into an s32: 127^2 * 133144 <= 2^31 - 1.
-constexpr int64_t kMaxS8Products = ((int64_t{1} << 31) - 1) / (127 * 127);
-
 // Symmetric, each row by its largest magnitude.
 void quantize_rows(const float* weight, size_t n, size_t k, int8_t* q, float* scales) {
   for (size_t j = 0; j < n; ++j) {

@@ -38,6 +38,10 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
                         const std::optional<Tensor>& token_type, const Tensor& weight, const Tensor& bias, double eps,
                         int64_t position_offset, int64_t padding_id);
 Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& mode, bool normalize);
+/// fp32 [positions, head_size], on the device of `like`; see positions.h.
+Tensor rotary_table(const Tensor& like, int64_t positions, int64_t head_size, double theta);
+/// fp32 [heads, 2 * reach + 1] of fp32 [buckets, heads].
+Tensor relative_bias_table(const Tensor& bias, int64_t reach);
 /// Everything that an encoder's forward pass reads, as one byte tensor [hidden_size, bytes / hidden_size]. `weights` are
 /// in the order of packing/packed_encoder.h, empty ones for what the model has not got.
 Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int64_t num_layers, int64_t num_heads,

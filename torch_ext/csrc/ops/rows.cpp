@@ -1,4 +1,4 @@
-// add_layer_norm, add_rms_norm, rotary_embedding, gate, embed_layer_norm, pool, _isa_report: what works row by row.
+// add_layer_norm, add_rms_norm, rotary_embedding, gate, embed_layer_norm, pool, _rotary_table, _relative_bias_table, _isa_report: what works row by row.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -6,6 +6,8 @@
 #include "dispatch.h"
 #include "gemm.h"
 #include "ops/ops.h"
+#include "pool.h"
+#include "positions.h"
 #include "rows.h"
 
 namespace torch_ext {
@@ -198,8 +200,8 @@ Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& m
   check_cpu(op, "hidden", hidden);
   const DType type = float_type(op, "hidden", hidden);
   STD_TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) >= 1, op, ": expected hidden [T, H], got ", describe(hidden));
-  STD_TORCH_CHECK(mode == "mean" || mode == "cls" || mode == "max", op, ": expected mode mean, cls or max, got '", mode,
-                  "'");
+  const std::optional<Pooling> pooling = find_pooling(mode);
+  STD_TORCH_CHECK(pooling, op, ": expected mode one of ", pooling_names(), "; got '", mode, "'");
   const int64_t tokens = hidden.size(0), width = hidden.size(1);
   const Sequences sequences = check_sequences(op, cu_seqlens, tokens);
   for (size_t s = 0; s < sequences.count; ++s) {
@@ -209,29 +211,46 @@ Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& m
   const Tensor source = as_contiguous(hidden);
   const Tensor out = new_tensor(hidden, {static_cast<int64_t>(sequences.count), width}, ScalarType::Float);
   const VecKernels& vec = *dispatch().vec;
-  float* const pooled = static_cast<float*>(out.mutable_data_ptr());
-  const size_t n = static_cast<size_t>(width);
-  const auto fold = mode == "max" ? vec.max_row : vec.accumulate_row;
-  const bool whole = mode != "cls";
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(sequences.count),
-      row_grain(width * std::max<int64_t>(1, tokens / std::max<int64_t>(1, static_cast<int64_t>(sequences.count)))),
-      [&](int64_t begin, int64_t end) {
-        for (int64_t s = begin; s < end; ++s) {
-          float* const acc = pooled + static_cast<size_t>(s) * n;
-          const int64_t first = sequences.offsets[s], last = whole ? sequences.offsets[s + 1] : first + 1;
-          std::fill(acc, acc + n, mode == "max" ? -INFINITY : 0.0f);
-          for (int64_t t = first; t < last; ++t) fold(n, row_of(source, t, width, type), type, acc);
-          float factor = mode == "mean" ? 1.0f / static_cast<float>(last - first) : 1.0f;
-          if (normalize) {
-            // The same as torch.nn.functional.normalize: the norm is at least 1e-12.
-            const float norm = std::sqrt(vec.sum_squares(n, acc)) * factor;
-            factor /= std::max(norm, 1e-12f);
-          }
-          if (factor != 1.0f) vec.scale_rows(1, n, acc, n, &factor, acc, n, DType::kF32);
-        }
-      });
+  const PoolProblem problem{.hidden = source.const_data_ptr(),
+                            .type = type,
+                            .width = static_cast<size_t>(width),
+                            .cu_seqlens = sequences.offsets,
+                            .mode = *pooling,
+                            .normalize = normalize,
+                            .kept = static_cast<size_t>(width),
+                            .out = static_cast<float*>(out.mutable_data_ptr())};
+  const int64_t count = std::max<int64_t>(1, static_cast<int64_t>(sequences.count));
+  torch::stable::parallel_for(0, static_cast<int64_t>(sequences.count),
+                              row_grain(width * std::max<int64_t>(1, tokens / count)), [&](int64_t begin, int64_t end) {
+                                pool_texts(problem, vec, static_cast<size_t>(begin), static_cast<size_t>(end));
+                              });
   return out;
+}
+
+Tensor rotary_table(const Tensor& like, int64_t positions, int64_t head_size, double theta) {
+  STD_TORCH_CHECK(positions >= 1 && head_size >= 2 && head_size % 2 == 0 && theta > 0.0,
+                  "_rotary_table: expected positions of at least 1, an even head_size and a positive theta, got ",
+                  positions, ", ", head_size, " and ", theta);
+  const Tensor table = new_tensor(like, {positions, head_size}, ScalarType::Float);
+  fill_rotary_table(static_cast<size_t>(positions), static_cast<size_t>(head_size), theta,
+                    static_cast<float*>(table.mutable_data_ptr()));
+  return table;
+}
+
+Tensor relative_bias_table(const Tensor& bias, int64_t reach) {
+  const char* const op = "_relative_bias_table";
+  check_cpu(op, "bias", bias);
+  STD_TORCH_CHECK(bias.dim() == 2 && bias.scalar_type() == ScalarType::Float && bias.size(0) >= 4 &&
+                      bias.size(0) % 4 == 0 && reach > bias.size(0) / 4,
+                  op,
+                  ": expected fp32 [buckets, heads] with buckets a multiple of 4 and reach above a quarter of them, ",
+                  "got ", describe(bias), " and ", reach);
+  const Tensor source = as_contiguous(bias);
+  const Tensor table = new_tensor(bias, {bias.size(1), 2 * reach + 1}, ScalarType::Float);
+  fill_relative_bias(static_cast<const float*>(source.const_data_ptr()), static_cast<size_t>(bias.size(0)),
+                     static_cast<size_t>(bias.size(1)), static_cast<size_t>(reach),
+                     static_cast<float*>(table.mutable_data_ptr()));
+  return table;
 }
 
 std::string isa_report() { return isa_report_json(); }

@@ -31,6 +31,9 @@ constexpr char kPackedMagic[8] = {'T', 'X', 'P', 'A', 'C', 'K', 'E', 'D'};
 constexpr uint32_t kPackedVersion = 2;
 constexpr size_t kPackedAlignment = 64;
 
+/// Sums of as many products of s8 fit into an s32: 127^2 * 133144 <= 2^31 - 1.
+constexpr int64_t kMaxS8Products = ((int64_t{1} << 31) - 1) / (127 * 127);
+
 constexpr size_t round_up(size_t x, size_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 /// FNV-1a on words of eight bytes, continued from `sum`: tells damage by accident, not by intent.

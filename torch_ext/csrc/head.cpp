@@ -1,0 +1,65 @@
+#include "head.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace torch_ext {
+namespace {
+
+template <typename F>
+void parallel(EncoderHost& host, size_t tasks, const F& fn) {
+  host.parallel(
+      tasks, [](void* context, size_t i) { (*static_cast<const F*>(context))(i); },
+      const_cast<void*>(static_cast<const void*>(&fn)));
+}
+
+// act(x W^T + bias), fp32.
+void linear(const Matrix& matrix, const void* x, DType type, size_t rows, Activation activation,
+            const Dispatch& dispatch, EncoderHost& host, float* out) {
+  const GemmKernel& kernel = *dispatch.gemm_for(matrix.header.layout);
+  GemmProblem problem;
+  problem.m = rows;
+  problem.n = matrix.n();
+  problem.k = problem.ld_lhs = matrix.k();
+  problem.lhs = x;
+  problem.lhs_type = type;
+  problem.panels = matrix.payload();
+  problem.activation = activation;
+  problem.epilogue.bias = matrix.bias;
+  problem.epilogue.out = out;
+  problem.epilogue.ld_out = problem.n;
+  problem.epilogue.out_type = DType::kF32;
+  const GemmPlan plan = plan_gemm(kernel, rows, problem.n, problem.k, host.threads());
+  parallel(host, plan.tasks(), [&](size_t task) { run_gemm_task(kernel, *dispatch.vec, problem, plan, task); });
+}
+
+}  // namespace
+
+void run_head(const HeadModel& head, const void* x, DType type, size_t rows, const Dispatch& dispatch,
+              EncoderHost& host, float* out) {
+  if (rows == 0) return;
+  std::vector<float> hidden;
+  if (head.dense.packed) {
+    const size_t n = head.dense.n();
+    hidden.resize(rows * n);
+    linear(head.dense, x, type, rows, head.activation, dispatch, host, hidden.data());
+    if (head.norm.weight) {
+      const size_t tasks = std::clamp<size_t>(rows * n / kRowGrain, 1, host.threads());
+      parallel(host, tasks, [&](size_t task) {
+        for (size_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
+          float* const at = hidden.data() + row * n;
+          dispatch.vec->sum_layer_norm_row(n, at, nullptr, nullptr, nullptr, head.norm.weight, head.norm.bias,
+                                           head.layer_norm_eps, at, DType::kF32);
+        }
+      });
+    }
+    x = hidden.data();
+    type = DType::kF32;
+  }
+  linear(head.out, x, type, rows, Activation::kNone, dispatch, host, out);
+}
+
+}  // namespace torch_ext

@@ -1,0 +1,230 @@
+#include "runtime/engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+
+#include "head.h"
+#include "rows.h"
+#include "runtime/error.h"
+
+namespace torch_ext::runtime {
+namespace {
+
+// Logits that top_k holds at a time, in bytes.
+constexpr size_t kLogitsBytes = size_t{16} << 20;
+
+template <typename F>
+void parallel(EncoderHost& host, size_t tasks, const F& fn) {
+  host.parallel(
+      tasks, [](void* context, size_t i) { (*static_cast<const F*>(context))(i); },
+      const_cast<void*>(static_cast<const void*>(&fn)));
+}
+
+void check_ids(const char* name, const int64_t* ids, size_t tokens, int64_t rows) {
+  for (size_t i = 0; i < tokens; ++i) {
+    expect(ids[i] >= 0 && ids[i] < rows, "Encoder: expected ", name, " from 0 to ", rows - 1, ", got ", ids[i], " at ",
+           i);
+  }
+}
+
+}  // namespace
+
+/// The engine's own threads. No matrix is PyTorch's here.
+class Engine::Host : public EncoderHost {
+ public:
+  explicit Host(const ThreadPool::Options& options) : pool_(options) {}
+  size_t threads() const override { return pool_.threads(); }
+  void parallel(size_t tasks, void (*task)(void* context, size_t i), void* context) override {
+    pool_.parallel(tasks, task, context);
+  }
+  size_t preferred_rows(size_t tokens) const override { return tokens; }
+  const bf16* foreign_linear(const Matrix&, const bf16*, size_t, Activation) override { return nullptr; }
+
+ private:
+  ThreadPool pool_;
+};
+
+static ThreadPool::Options pool_options(const Options& options) {
+  expect(options.threads <= 4096, "Encoder: expected threads of at most 4096, got ", options.threads);
+  const size_t threads = options.threads        ? options.threads
+                         : options.cpus.empty() ? default_threads()
+                                                : options.cpus.size();
+  return {.threads = threads, .cpus = options.cpus, .pin = options.pin};
+}
+
+Engine::Engine(const Options& options) : dispatch_(own_dispatch()), host_(new Host(pool_options(options))) {}
+Engine::~Engine() = default;
+
+EncoderHost& Engine::host() const { return *host_; }
+size_t Engine::threads() const { return host_->threads(); }
+
+std::shared_ptr<Engine> Engine::open(const std::string& path, const Options& options) {
+  const ModelFile model = read_model_file(path, options.dtype);
+  return from_weights(path, model.specs, model.weights, options);
+}
+
+std::shared_ptr<Engine> Engine::from_weights(const std::string& name, const Specs& specs, const Weights& weights,
+                                             const Options& options) {
+  const std::shared_ptr<Engine> engine(new Engine(options));
+  engine->image_ = Image::pack(name, specs, weights, engine->dispatch_, *engine->host_, options.shared);
+  return engine;
+}
+
+std::shared_ptr<Engine> Engine::from_image(int fd, const std::string& name, const Options& options) {
+  const std::shared_ptr<Engine> engine(new Engine(options));
+  engine->image_ = Image::map(fd, name, engine->dispatch_);
+  return engine;
+}
+
+std::shared_ptr<Engine> Engine::from_image(const std::string& path, const Options& options) {
+  const std::shared_ptr<Engine> engine(new Engine(options));
+  engine->image_ = Image::map(path, engine->dispatch_);
+  return engine;
+}
+
+std::unique_ptr<States> Engine::encode(const int64_t* ids, size_t tokens, const int32_t* cu_seqlens, size_t texts,
+                                       const int64_t* type_ids) const {
+  const EncoderSpec& spec = image_.specs().encoder;
+  expect(texts >= 1, "Encoder: expected at least one text (cu_seqlens [texts + 1]), got an empty batch");
+  expect(cu_seqlens[0] == 0 && cu_seqlens[texts] >= 0 && static_cast<size_t>(cu_seqlens[texts]) == tokens,
+         "Encoder: expected cu_seqlens from 0 to ", tokens, " (tokens), got ", cu_seqlens[0], " to ",
+         cu_seqlens[texts]);
+  for (size_t i = 0; i < texts; ++i) {
+    expect(cu_seqlens[i] < cu_seqlens[i + 1], "Encoder: expected cu_seqlens to rise, got ", cu_seqlens[i], " then ",
+           cu_seqlens[i + 1], ": text ", i, " has no tokens");
+    const int64_t length = int64_t{cu_seqlens[i + 1]} - cu_seqlens[i];
+    expect(length <= spec.max_positions, "Encoder: text ", i, " has ", length, " tokens, the model takes at most ",
+           spec.max_positions, ": truncate it");
+  }
+  check_ids("input_ids", ids, tokens, spec.vocab_size);
+  if (type_ids) {
+    check_ids("token_type_ids", type_ids, tokens, std::max<int64_t>(spec.type_vocab_size, 1));
+    if (!spec.type_vocab_size) type_ids = nullptr;
+  }
+  auto states = std::make_unique<States>(shared_from_this(), tokens, cu_seqlens, texts);
+  const EncoderBatch batch{
+      .ids = ids, .type_ids = type_ids, .cu_seqlens = cu_seqlens, .sequences = texts, .tokens = tokens};
+  run_encoder(image_.encoder(), batch, dispatch_, *host_, states->data());
+  return states;
+}
+
+void States::Free::operator()(void* p) const { std::free(p); }
+
+States::States(std::shared_ptr<const Engine> engine, size_t tokens, const int32_t* cu_seqlens, size_t texts)
+    : engine_(std::move(engine)), tokens_(tokens), cu_seqlens_(cu_seqlens, cu_seqlens + texts + 1) {
+  const EncoderHeader& h = engine_->image().encoder().header;
+  const size_t bytes = tokens * h.hidden_size * dtype_bytes(DType{h.type});
+  hidden_.reset(std::aligned_alloc(kPackedAlignment, round_up(bytes, kPackedAlignment)));
+  if (!hidden_) fail(ErrorCode::kMemory, "Encoder: no memory for hidden states of ", bytes, " bytes");
+}
+
+const HeadModel& States::head() const {
+  const std::optional<HeadModel>& head = engine_->image().head();
+  expect(head.has_value(), "Encoder: this model has no head: its hidden states and embeddings are all it answers");
+  return *head;
+}
+
+size_t States::outputs() const { return head().out.n(); }
+
+void States::copy_hidden(float* out) const {
+  const EncoderHeader& h = engine_->image().encoder().header;
+  const size_t n = h.hidden_size;
+  const DType type{h.type};
+  if (type == DType::kF32) {
+    std::memcpy(out, hidden_.get(), tokens_ * n * sizeof(float));
+    return;
+  }
+  const auto* const from = static_cast<const bf16*>(hidden_.get());
+  for (size_t i = 0; i < tokens_ * n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i].bits) << 16;
+    std::memcpy(out + i, &bits, sizeof bits);
+  }
+}
+
+void States::pool(Pooling mode, bool normalize, size_t dimensions, float* out) const {
+  const EncoderHeader& h = engine_->image().encoder().header;
+  expect(dimensions <= h.hidden_size, "Encoder: expected dimensions of at most ", h.hidden_size, ", got ", dimensions);
+  const PoolProblem problem{.hidden = hidden_.get(),
+                            .type = DType{h.type},
+                            .width = h.hidden_size,
+                            .cu_seqlens = cu_seqlens(),
+                            .mode = mode,
+                            .normalize = normalize,
+                            .kept = dimensions ? dimensions : h.hidden_size,
+                            .out = out};
+  const size_t count = texts();
+  const size_t tasks = std::clamp<size_t>(tokens_ * h.hidden_size / kRowGrain, 1, std::min(count, engine_->threads()));
+  parallel(engine_->host(), tasks, [&](size_t i) {
+    pool_texts(problem, *engine_->dispatch().vec, count * i / tasks, count * (i + 1) / tasks);
+  });
+}
+
+void States::text_logits(float* out) const {
+  const HeadModel& model = head();
+  const HeadSpec& spec = *engine_->image().specs().head;
+  expect(spec.task == "text-classification", "Encoder: expected a head for text-classification, this one is for ",
+         spec.task);
+  std::vector<float> pooled(texts() * static_cast<size_t>(spec.hidden_size));
+  pool(*find_pooling(spec.pooling), false, 0, pooled.data());
+  run_head(model, pooled.data(), DType::kF32, texts(), engine_->dispatch(), engine_->host(), out);
+}
+
+void States::check_rows(const int64_t* rows, size_t count) const {
+  const auto tokens = static_cast<int64_t>(tokens_);
+  for (size_t i = 0; i < count; ++i) {
+    expect(rows[i] >= 0 && rows[i] < tokens, "Encoder: expected rows from 0 to ", tokens - 1, ", got ", rows[i]);
+  }
+}
+
+void States::token_logits(const int64_t* rows, size_t count, float* out) const {
+  const HeadModel& model = head();
+  const EncoderHeader& h = engine_->image().encoder().header;
+  const DType type{h.type};
+  if (!rows) {
+    run_head(model, hidden_.get(), type, tokens_, engine_->dispatch(), engine_->host(), out);
+    return;
+  }
+  check_rows(rows, count);
+  const size_t row_bytes = h.hidden_size * dtype_bytes(type);
+  std::vector<char> gathered(count * row_bytes);
+  for (size_t i = 0; i < count; ++i) {
+    const char* const row = static_cast<const char*>(hidden_.get()) + static_cast<size_t>(rows[i]) * row_bytes;
+    std::memcpy(gathered.data() + i * row_bytes, row, row_bytes);
+  }
+  run_head(model, gathered.data(), type, count, engine_->dispatch(), engine_->host(), out);
+}
+
+void States::top_k(const int64_t* rows, size_t count, size_t k, int64_t* indices, float* probabilities) const {
+  const size_t n = outputs();
+  expect(k >= 1 && k <= n, "Encoder: expected k from 1 to ", n, ", got ", k);
+  check_rows(rows, count);
+  const size_t step = std::max<size_t>(1, kLogitsBytes / (n * sizeof(float)));
+  std::vector<float> logits(std::min(step, count) * n);
+  for (size_t first = 0; first < count; first += step) {
+    const size_t part = std::min(step, count - first);
+    token_logits(rows + first, part, logits.data());
+    parallel(engine_->host(), part, [&](size_t i) {
+      const float* const row = logits.data() + i * n;
+      std::vector<int64_t> order(n);
+      std::iota(order.begin(), order.end(), int64_t{0});
+      // NaN comes last, so that the order is one.
+      const auto better = [&](int64_t a, int64_t b) {
+        const float x = std::isnan(row[a]) ? -INFINITY : row[a], y = std::isnan(row[b]) ? -INFINITY : row[b];
+        return x != y ? x > y : a < b;
+      };
+      std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k), order.end(), better);
+      const float largest = row[order[0]];
+      double sum = 0.0;
+      for (size_t j = 0; j < n; ++j) sum += std::exp(row[j] - largest);
+      for (size_t j = 0; j < k; ++j) {
+        indices[(first + i) * k + j] = order[j];
+        probabilities[(first + i) * k + j] = static_cast<float>(std::exp(row[order[j]] - largest) / sum);
+      }
+    });
+  }
+}
+
+}  // namespace torch_ext::runtime

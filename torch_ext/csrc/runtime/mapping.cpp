@@ -1,0 +1,65 @@
+#include "runtime/mapping.h"
+
+#include <cerrno>
+#include <cstring>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "runtime/error.h"
+
+namespace torch_ext::runtime {
+
+void fail_by_errno(const std::string& what) {
+  const int code = errno;
+  const ErrorCode kind = code == ENOENT   ? ErrorCode::kNotFound
+                         : code == ENOMEM ? ErrorCode::kMemory
+                                          : ErrorCode::kSystem;
+  fail(kind, what, ": ", std::strerror(code));
+}
+
+Mapping::~Mapping() {
+  if (data_) munmap(data_, bytes_);
+}
+
+static char* map(size_t bytes, int protection, int flags, int fd, const std::string& name) {
+  void* const data = mmap(nullptr, bytes, protection, flags, fd, 0);
+  if (data == MAP_FAILED) fail_by_errno(joined("cannot map ", bytes, " bytes of ", name));
+  return static_cast<char*>(data);
+}
+
+Mapping Mapping::anonymous(size_t bytes) {
+  Mapping m;
+  m.data_ = map(bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, "memory");
+  m.bytes_ = bytes;
+  madvise(m.data_, bytes, MADV_HUGEPAGE);
+  return m;
+}
+
+Mapping Mapping::of_file(int fd, size_t bytes, bool writable, const std::string& name) {
+  Mapping m;
+  m.data_ = map(bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, name);
+  m.bytes_ = bytes;
+  madvise(m.data_, bytes, MADV_HUGEPAGE);  // means something for files of memory alone
+  return m;
+}
+
+File::~File() {
+  if (fd_ >= 0) close(fd_);
+}
+
+File File::open_to_read(const std::string& path) {
+  File file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (file.fd_ < 0) fail_by_errno("cannot open " + path);
+  return file;
+}
+
+size_t File::size(const std::string& name) const {
+  struct statx status;  // fstat would need a newer C library than the rest
+  if (statx(fd_, "", AT_EMPTY_PATH, STATX_TYPE | STATX_SIZE, &status) != 0) fail_by_errno("cannot look at " + name);
+  if (!S_ISREG(status.stx_mode)) fail(ErrorCode::kValue, name, " is not a regular file");
+  return static_cast<size_t>(status.stx_size);
+}
+
+}  // namespace torch_ext::runtime

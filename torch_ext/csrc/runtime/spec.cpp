@@ -1,0 +1,223 @@
+#include "runtime/spec.h"
+
+#include <algorithm>
+#include <optional>
+#include <span>
+#include <variant>
+
+#include "runtime/error.h"
+#include "runtime/json.h"
+
+namespace torch_ext::runtime {
+namespace {
+
+template <typename Spec>
+struct Field {
+  const char* name;
+  std::variant<std::string Spec::*, int64_t Spec::*, double Spec::*, bool Spec::*> member;
+  bool required = false;
+};
+
+constexpr Field<EncoderSpec> kEncoderFields[] = {
+    {"architecture", &EncoderSpec::architecture, true},
+    {"hidden_size", &EncoderSpec::hidden_size, true},
+    {"num_layers", &EncoderSpec::num_layers, true},
+    {"num_heads", &EncoderSpec::num_heads, true},
+    {"intermediate_size", &EncoderSpec::intermediate_size, true},
+    {"activation", &EncoderSpec::activation, true},
+    {"max_positions", &EncoderSpec::max_positions, true},
+    {"position_offset", &EncoderSpec::position_offset, true},
+    {"layer_norm_eps", &EncoderSpec::layer_norm_eps, true},
+    {"vocab_size", &EncoderSpec::vocab_size, true},
+    {"type_vocab_size", &EncoderSpec::type_vocab_size, true},
+    {"embedding_size", &EncoderSpec::embedding_size},
+    {"absolute_positions", &EncoderSpec::absolute_positions},
+    {"relative_attention_buckets", &EncoderSpec::relative_attention_buckets},
+    {"relative_attention_max_distance", &EncoderSpec::relative_attention_max_distance},
+    {"rotary_theta", &EncoderSpec::rotary_theta},
+    {"rotary_theta_local", &EncoderSpec::rotary_theta_local},
+    {"window", &EncoderSpec::window},
+    {"global_every", &EncoderSpec::global_every},
+    {"norm_first", &EncoderSpec::norm_first},
+    {"norm_first_attention", &EncoderSpec::norm_first_attention},
+    {"gated_ffn", &EncoderSpec::gated_ffn},
+    {"padding_id", &EncoderSpec::padding_id},
+};
+
+constexpr Field<HeadSpec> kHeadFields[] = {
+    {"task", &HeadSpec::task, true},
+    {"hidden_size", &HeadSpec::hidden_size, true},
+    {"activation", &HeadSpec::activation, true},
+    {"norm", &HeadSpec::norm, true},
+    {"layer_norm_eps", &HeadSpec::layer_norm_eps, true},
+    {"num_outputs", &HeadSpec::num_outputs, true},
+    {"dense", &HeadSpec::dense},
+    {"dense_size", &HeadSpec::dense_size},
+    {"pooling", &HeadSpec::pooling},
+};
+
+void set(std::string& to, const Json& value, const char* name) {
+  expect(value.is(Json::Kind::kString), "expected ", name, " of type str");
+  to = value.string;
+}
+void set(int64_t& to, const Json& value, const char* name) {
+  expect(value.is(Json::Kind::kInteger), "expected ", name, " of type int");
+  to = value.integer;
+}
+void set(double& to, const Json& value, const char* name) {
+  expect(value.is(Json::Kind::kInteger) || value.is(Json::Kind::kNumber), "expected ", name, " of type float");
+  to = value.number;
+}
+void set(bool& to, const Json& value, const char* name) {
+  expect(value.is(Json::Kind::kBool), "expected ", name, " of type bool");
+  to = value.boolean;
+}
+
+template <typename Spec>
+Spec parse(std::string_view json, std::span<const Field<Spec>> known) {
+  const Json tree = parse_json(json);
+  expect(tree.is(Json::Kind::kObject), "expected an object");
+  Spec spec;
+  for (const auto& [name, value] : tree.fields) {
+    const auto field = std::find_if(known.begin(), known.end(), [&](const Field<Spec>& f) { return f.name == name; });
+    expect(field != known.end(), "this torch_ext does not know its field '", name, "': update torch-ext");
+    std::visit([&](auto member) { set(spec.*member, value, field->name); }, field->member);
+  }
+  for (const Field<Spec>& field : known) {
+    expect(!field.required || tree.find(field.name), "field '", field.name, "' is missing");
+  }
+  return spec;
+}
+
+// Sizes are multiplied with each other in 64 bits: each is below 2^30.
+void expect_size(int64_t value, int64_t least, const char* name) {
+  expect(value >= least && value < int64_t{1} << 30, "expected ", name, " of at least ", least, ", got ", value);
+}
+
+void add_linear(Shapes& shapes, const std::string& name, int64_t rows, int64_t columns) {
+  shapes[name + ".weight"] = {static_cast<uint64_t>(rows), static_cast<uint64_t>(columns)};
+  shapes[name + ".bias"] = {static_cast<uint64_t>(rows)};
+}
+
+void add_norm(Shapes& shapes, const std::string& name, int64_t size) {
+  shapes[name + ".weight"] = shapes[name + ".bias"] = {static_cast<uint64_t>(size)};
+}
+
+bool ends_with(std::string_view s, std::string_view end) { return s.ends_with(end); }
+
+// Architectures whose positions are counted over tokens other than padding. In files from before padding_id was a field it
+// is the row before the first token's.
+constexpr const char* kCountedWithoutPadding[] = {"roberta", "xlm-roberta", "camembert", "mpnet"};
+
+}  // namespace
+
+Activation activation_of(const std::string& name) {
+  for (size_t i = 0; i < kActivationCount; ++i) {
+    if (name == kActivationNames[i]) return static_cast<Activation>(i);
+  }
+  fail(ErrorCode::kValue, "unknown activation '", name, "'");
+}
+
+EncoderSpec parse_encoder_spec(std::string_view json) {
+  EncoderSpec s = parse<EncoderSpec>(json, kEncoderFields);
+  if (!parse_json(json).find("padding_id")) {
+    for (const char* const name : kCountedWithoutPadding) {
+      if (s.architecture == name) s.padding_id = s.position_offset - 1;
+    }
+  }
+  expect_size(s.hidden_size, 1, "hidden_size");
+  expect_size(s.num_layers, 1, "num_layers");
+  expect_size(s.num_heads, 1, "num_heads");
+  expect_size(s.intermediate_size, 1, "intermediate_size");
+  expect_size(s.max_positions, 1, "max_positions");
+  expect_size(s.vocab_size, 1, "vocab_size");
+  expect_size(s.global_every, 1, "global_every");
+  expect_size(s.position_offset, 0, "position_offset");
+  expect_size(s.type_vocab_size, 0, "type_vocab_size");
+  expect_size(s.embedding_size, 0, "embedding_size");
+  expect_size(s.window, 0, "window");
+  expect(s.rotary_theta >= 0.0 && s.rotary_theta_local >= 0.0, "expected rotary_theta of at least 0");
+  expect(s.padding_id == -1 || (s.padding_id >= 0 && s.padding_id < int64_t{1} << 30 && s.position_offset > 0),
+         "expected padding_id -1, or an id and position_offset of at least 1, got ", s.padding_id, " and ",
+         s.position_offset);
+  expect(s.hidden_size % s.num_heads == 0, "num_heads=", s.num_heads, " does not divide hidden_size=", s.hidden_size);
+  expect(s.rotary_theta == 0.0 || s.hidden_size / s.num_heads % 2 == 0,
+         "rotary positions need heads of an even size, got ", s.hidden_size, " / ", s.num_heads);
+  const int64_t buckets = s.relative_attention_buckets, distance = s.relative_attention_max_distance;
+  expect(buckets == 0 ||
+             (buckets >= 4 && buckets % 4 == 0 && buckets < 1 << 20 && distance > buckets / 4 && distance < 1 << 20),
+         "expected relative_attention_buckets divisible by 4, and relative_attention_max_distance above a quarter of ",
+         "them, got ", buckets, " and ", distance);
+  expect(s.norm_first_attention || s.norm_first, "norm_first_attention=False means nothing without norm_first");
+  activation_of(s.activation);
+  return s;
+}
+
+HeadSpec parse_head_spec(std::string_view json) {
+  HeadSpec s = parse<HeadSpec>(json, kHeadFields);
+  expect(s.task == "text-classification" || s.task == "token-classification" || s.task == "fill-mask", "unknown task '",
+         s.task, "'");
+  expect(s.pooling == "cls" || s.pooling == "mean", "unknown pooling '", s.pooling, "'");
+  expect_size(s.hidden_size, 1, "hidden_size");
+  expect_size(s.num_outputs, 1, "num_outputs");
+  expect_size(s.dense_size, 0, "dense_size");
+  expect(s.dense || (s.activation == "none" && !s.norm && !s.dense_size),
+         "activation, norm and dense_size mean nothing without a dense layer");
+  activation_of(s.activation);
+  return s;
+}
+
+Shapes weight_shapes(const EncoderSpec& s) {
+  const int64_t hidden = s.hidden_size, wide = s.intermediate_size, embedded = s.embedded();
+  const auto table = [&](int64_t rows) {
+    return std::vector<uint64_t>{static_cast<uint64_t>(rows), static_cast<uint64_t>(embedded)};
+  };
+  Shapes shapes;
+  shapes["embeddings.word"] = table(s.vocab_size);
+  if (s.absolute_positions) shapes["embeddings.position"] = table(s.max_positions + s.position_offset);
+  if (s.type_vocab_size) shapes["embeddings.token_type"] = table(s.type_vocab_size);
+  add_norm(shapes, "embeddings.norm", embedded);
+  if (s.embedding_size) add_linear(shapes, "embeddings.projection", hidden, embedded);
+  if (s.relative_attention_buckets) {
+    shapes["relative_attention_bias"] = {static_cast<uint64_t>(s.relative_attention_buckets),
+                                         static_cast<uint64_t>(s.num_heads)};
+  }
+  for (int64_t i = 0; i < s.num_layers; ++i) {
+    const std::string prefix = "layers." + std::to_string(i);
+    add_linear(shapes, prefix + ".attention.qkv", 3 * hidden, hidden);
+    add_linear(shapes, prefix + ".attention.out", hidden, hidden);
+    if (i || s.norm_first_attention) add_norm(shapes, prefix + ".attention.norm", hidden);
+    add_linear(shapes, prefix + ".ffn.up", s.gated_ffn ? 2 * wide : wide, hidden);
+    add_linear(shapes, prefix + ".ffn.down", hidden, wide);
+    add_norm(shapes, prefix + ".ffn.norm", hidden);
+  }
+  if (s.norm_first) add_norm(shapes, "final_norm", hidden);
+  return shapes;
+}
+
+Shapes optional_shapes(const EncoderSpec& s) {
+  Shapes shapes;
+  if (s.norm_first) return shapes;
+  for (int64_t i = 0; i < s.num_layers; ++i) {
+    for (const char* const part : {"attention", "ffn"}) {
+      shapes[joined("layers.", i, ".", part, ".residual_scale")] = {static_cast<uint64_t>(s.hidden_size)};
+    }
+  }
+  return shapes;
+}
+
+Shapes weight_shapes(const HeadSpec& s) {
+  Shapes shapes;
+  if (s.dense) add_linear(shapes, "head.dense", s.width(), s.hidden_size);
+  if (s.norm) add_norm(shapes, "head.norm", s.width());
+  add_linear(shapes, "head.out", s.num_outputs, s.width());
+  return shapes;
+}
+
+bool is_matrix(std::string_view name) { return ends_with(name, ".weight") && !ends_with(name, "norm.weight"); }
+
+bool is_table(std::string_view name) {
+  return name == "embeddings.word" || name == "embeddings.position" || name == "embeddings.token_type";
+}
+
+}  // namespace torch_ext::runtime

@@ -1,0 +1,360 @@
+"""Encoders without torch: the kernels and the forward pass of :class:`torch_ext.Encoder`, with threads of their own.
+
+For programs that serve, or that start often: importing this takes milliseconds, and nothing but Python is needed. Results
+are equal, bit for bit, to those of :class:`torch_ext.Encoder`. Arrays come in and go out by the buffer protocol or DLPack:
+numpy's, torch's, ``array.array`` or ``memoryview``::
+
+    from torch_ext.runtime import Encoder
+
+    encoder = Encoder.open("bundle/encoder_bf16.safetensors")
+    states = encoder.encode(ids, cu_seqlens)  # int64 [tokens], int32 [texts + 1]
+    vectors = numpy.asarray(states.pool("mean", normalize=True))  # fp32 [texts, hidden_size], no copy
+
+Programs that are not Python have the same in ``torch_ext/include/torch_ext_runtime.h``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+try:
+    from torch_ext import _runtime
+except ImportError as error:
+    raise ImportError(
+        f"torch_ext: cannot load the runtime ({error}): the package was not built for this environment; install a wheel, "
+        "or in a checkout run pip install --no-build-isolation -e ."
+    ) from error
+
+__all__ = ["Array", "Encoder", "Pooling", "States", "default_threads", "isa_report"]
+
+Pooling = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
+
+_ELEMENT_TYPES = {"F32": 0, "F16": 1, "BF16": 2, "I8": 3}  # As torch_ext_runtime.h numbers them.
+
+
+class Array(Protocol):
+    """Rows of numbers, ``numpy.asarray`` and ``torch.from_dlpack`` take them without a copy."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def __buffer__(self, flags: int, /) -> memoryview:
+        """The memory."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """A DLPack capsule over the memory."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """The CPU."""
+
+    def tolist(self) -> list[list[float]]:
+        """Rows as lists of Python numbers."""
+
+
+class Tensor(NamedTuple):
+    """A weight in memory, or a part of one.
+
+    Attributes:
+        dtype: ``F32``, ``F16``, ``BF16`` or ``I8``, as safetensors name them.
+        shape: Its sizes.
+        data: Any object with the buffer protocol that holds the elements, row after row.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Any
+
+
+class States:
+    """The hidden states of one batch, and what the model makes of them. All results are fp32."""
+
+    def __init__(self, states: Any) -> None:
+        self._states = states
+
+    def hidden(self) -> Array:
+        """The last hidden states, ``[tokens, hidden_size]``."""
+        result: Array = self._states.hidden()
+        return result
+
+    def pool(self, mode: Pooling = "mean", normalize: bool = False, dimensions: int | None = None) -> Array:
+        """One vector for each text, ``[texts, dimensions]``.
+
+        Args:
+            mode: How the states of its tokens become one; as sentence-transformers names it.
+            normalize: Divide each vector by its Euclidean length.
+            dimensions: Leading dimensions to keep, before normalizing; None: all. For models that were trained for it
+                (Matryoshka).
+
+        Raises:
+            ValueError: ``mode`` is not known, or there are not as many dimensions.
+        """
+        result: Array = self._states.pool(mode, normalize, 0 if dimensions is None else _at_least_1(dimensions))
+        return result
+
+    def text_logits(self) -> Array:
+        """What a head for text classification says of each text, ``[texts, outputs]``.
+
+        Raises:
+            ValueError: The model has no such head.
+        """
+        result: Array = self._states.text_logits()
+        return result
+
+    def token_logits(self, rows: Any = None) -> Array:
+        """What the head says of tokens: labels, start and end of an answer, or words for a mask.
+
+        Args:
+            rows: Which of the batch's tokens, int64 ``[n]``; None: all.
+
+        Returns:
+            ``[n, outputs]``.
+
+        Raises:
+            ValueError: The model has no head, or a row is out of range.
+            TypeError: ``rows`` are no int64.
+        """
+        result: Array = self._states.token_logits(None if rows is None else _integers(rows, "q"))
+        return result
+
+    def top_k(self, rows: Any, k: int) -> tuple[Array, Array]:
+        """The likeliest outputs of the head for some tokens: the best words for each mask.
+
+        Args:
+            rows: Which of the batch's tokens, int64 ``[n]``.
+            k: How many, at most ``outputs``.
+
+        Returns:
+            Their indices, int64, and their probabilities (softmax over all), each ``[n, k]``, likeliest first.
+
+        Raises:
+            ValueError: The model has no head, or ``k`` or a row is out of range.
+            TypeError: ``rows`` are no int64.
+        """
+        indices, probabilities = self._states.top_k(_integers(rows, "q"), k)
+        return indices, probabilities
+
+
+class Encoder:
+    """A model that is ready to run. Immutable; several threads may call it at once, which take turns on its threads.
+
+    In a process forked from one with an encoder it works, too: it gets threads of its own there.
+
+    Attributes:
+        architecture: Where the model comes from, such as ``bert``.
+        dtype: ``bf16``, ``fp32`` or ``int8``, of its matrices.
+        task: What its head is for, or None.
+        isa: The instruction set that its kernels are for.
+        hidden_size: Width of hidden states.
+        num_layers: Transformer layers.
+        max_positions: The longest text, in tokens.
+        vocab_size: Token ids are below this.
+        type_vocab_size: Token types are below this; 0: the model has none.
+        outputs: Of its head; 0: it has none.
+        threads: That work on a batch, the caller's included.
+        image_bytes: Memory that weights and tables take.
+    """
+
+    architecture: str
+    dtype: str
+    task: str | None
+    isa: str
+    hidden_size: int
+    num_layers: int
+    max_positions: int
+    vocab_size: int
+    type_vocab_size: int
+    outputs: int
+    threads: int
+    image_bytes: int
+
+    def __init__(self, encoder: Any) -> None:
+        """Users call :meth:`open`, :meth:`open_image` or :meth:`pack`."""
+        self._encoder = encoder
+        self._info: dict[str, Any] = encoder.info()
+        for name in type(self).__annotations__:
+            setattr(self, name, self._info[name])
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        dtype: Literal["bf16", "fp32", "int8"] | None = None,
+        *,
+        threads: int | None = None,
+        cpus: Iterable[int] = (),
+        pin: bool = False,
+        shared: bool = False,
+    ) -> Encoder:
+        """Reads what :meth:`torch_ext.Encoder.save` or the exporter wrote, and packs it for this CPU.
+
+        Args:
+            path: The file, with or without a head.
+            dtype: What to run it as; None: as it was saved. Files in fp32 run as bf16, too.
+            threads: That work on a batch; None: as many as the affinity and the CPU quota of the process allow.
+            cpus: CPUs that the threads may run on; none named: those of the process.
+            pin: Bind each thread, except the caller's, to one of ``cpus``.
+            shared: Keep the weights in memory that other processes can map: :meth:`share` costs nothing then.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, of another kind or version, or holds other weights than ``dtype`` asks for.
+            OSError: The system refuses threads or CPUs.
+        """
+        return cls(_runtime.open(os.fspath(path), _options(dtype, threads, cpus, pin, shared)))
+
+    @classmethod
+    def open_image(
+        cls,
+        source: str | os.PathLike[str] | int,
+        *,
+        threads: int | None = None,
+        cpus: Iterable[int] = (),
+        pin: bool = False,
+    ) -> Encoder:
+        """Maps packed weights that another process shares, read-only: they are in memory once, for all.
+
+        Args:
+            source: A file that :meth:`save_image` wrote, or a descriptor that :meth:`share` gave, which stays open.
+            threads: See :meth:`open`.
+            cpus: See :meth:`open`.
+            pin: See :meth:`open`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, of another version, not sealed, or for another kind of CPU.
+        """
+        where = source if isinstance(source, int) else os.fspath(source)
+        return cls(_runtime.open_image(where, _options(None, threads, cpus, pin, False)))
+
+    @classmethod
+    def pack(
+        cls,
+        spec: Mapping[str, Any],
+        tensors: Mapping[str, Tensor | Sequence[Tensor]],
+        head: Mapping[str, Any] | None = None,
+        dtype: Literal["bf16", "fp32", "int8"] = "bf16",
+        *,
+        name: str = "the model",
+        threads: int | None = None,
+        cpus: Iterable[int] = (),
+        pin: bool = False,
+        shared: bool = False,
+    ) -> Encoder:
+        """Packs weights that are in memory.
+
+        Args:
+            spec: The fields of :class:`torch_ext.EncoderSpec`.
+            tensors: Weights by the names of ``EncoderSpec.shapes()`` and ``HeadSpec.shapes()``; one in several parts has
+                them one after the other along its first dimension. They are copied.
+            head: The fields of :class:`torch_ext.HeadSpec`; None: no head.
+            dtype: What to run it as. Weights of int8 come quantized, with ``NAME.weight_scale``.
+            name: What messages call the model.
+            threads: See :meth:`open`.
+            cpus: See :meth:`open`.
+            pin: See :meth:`open`.
+            shared: See :meth:`open`.
+
+        Raises:
+            ValueError: A specification is not valid, or the weights do not fit it.
+        """
+        parts = [
+            (weight, _ELEMENT_TYPES[part.dtype], tuple(part.shape), part.data)
+            for weight, given in tensors.items()
+            for part in ([given] if isinstance(given, Tensor) else given)
+        ]
+        head_json = None if head is None else json.dumps(dict(head))
+        options = _options(dtype, threads, cpus, pin, shared)
+        return cls(_runtime.pack(name, json.dumps(dict(spec)), head_json, parts, options))
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The fields of :class:`torch_ext.EncoderSpec`."""
+        result: dict[str, Any] = json.loads(self._info["encoder_json"])
+        return result
+
+    @property
+    def head_spec(self) -> dict[str, Any] | None:
+        """The fields of :class:`torch_ext.HeadSpec`, or None."""
+        text = self._info["head_json"]
+        return None if text is None else json.loads(text)
+
+    def encode(self, input_ids: Any, cu_seqlens: Any, token_type_ids: Any = None) -> States:
+        """Runs a batch of texts, without the GIL.
+
+        Args:
+            input_ids: int64 ``[tokens]``, the tokens of all texts, one text after the other, special tokens included.
+            cu_seqlens: int32 ``[texts + 1]``; from 0 to ``tokens``: where each text begins, and the end.
+            token_type_ids: int64 ``[tokens]``; None: type 0 everywhere.
+
+        Raises:
+            TypeError: An argument has the wrong dtype.
+            ValueError: An id is out of range, ``cu_seqlens`` does not fit, or a text is empty or too long.
+        """
+        types = None if token_type_ids is None else _integers(token_type_ids, "q")
+        return States(self._encoder.encode(_integers(input_ids, "q"), _integers(cu_seqlens, "i"), types))
+
+    def share(self) -> int:
+        """A descriptor of the packed weights in sealed memory, for :meth:`open_image` in another process.
+
+        The caller passes it on (``pass_fds`` of ``subprocess``, ``socket.send_fds``) and closes it.
+        """
+        fd: int = self._encoder.share()
+        return fd
+
+    def save_image(self, path: str | os.PathLike[str]) -> None:
+        """Writes the packed weights as a file, for :meth:`open_image` on machines of the same kind.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        self._encoder.save_image(os.fspath(path))
+
+    def __repr__(self) -> str:
+        head = f", task={self.task}" if self.task else ""
+        return (
+            f"runtime.Encoder({self.architecture}, dtype={self.dtype}, isa={self.isa}{head}, "
+            f"hidden_size={self.hidden_size}, num_layers={self.num_layers}, threads={self.threads})"
+        )
+
+
+def isa_report() -> dict[str, Any]:
+    """What this CPU can do, and which kernels are chosen: see :func:`torch_ext.isa_report`.
+
+    Raises:
+        RuntimeError: ``TORCH_EXT_ISA`` names what there is not, or what needs torch.
+    """
+    result: dict[str, Any] = json.loads(_runtime.isa_report())
+    return result
+
+
+def default_threads() -> int:
+    """Threads that an encoder gets that asks for none: what the affinity and the CPU quota of the process allow."""
+    count: int = _runtime.default_threads()
+    return count
+
+
+def _options(
+    dtype: str | None, threads: int | None, cpus: Iterable[int], pin: bool, shared: bool
+) -> tuple[str | None, int, tuple[int, ...], bool, bool]:
+    return dtype, 0 if threads is None else _at_least_1(threads), tuple(cpus), pin, shared
+
+
+def _at_least_1(number: int) -> int:
+    if number < 1:
+        raise ValueError(f"Encoder: expected a number of at least 1, got {number}")
+    return number
+
+
+def _integers(values: Any, kind: Literal["q", "i"]) -> Any:
+    """Lists as arrays; everything else as it is."""
+    return array(kind, values) if isinstance(values, (list, tuple, range)) else values
+
+
