@@ -6,9 +6,12 @@ From the command line::
     python tests/csrc/build.py aarch64 --cpu cortex-a72 -- --quick   # cross-compiled, under qemu-aarch64-static
     python tests/csrc/build.py aarch64-clang -- --quick      # the same as clang compiles it
     python tests/csrc/build.py sanitize                      # this machine, AddressSanitizer and UBSan
+    python tests/csrc/build.py thread-sanitize -- --filter thread_pool   # ThreadSanitizer, for what has threads
     python tests/csrc/build.py native -- --random 2000 --filter random --seed 7   # a long randomized run
 
-Arguments after ``--`` go to the program; ``-- --help`` lists them.
+Arguments after ``--`` go to the program; ``-- --help`` lists them. ``CXX`` is the compiler for this machine;
+ThreadSanitizer follows the tests that fork with clang++ and LLVM's compiler-rt only. If it stops with "unexpected
+memory mapping", run the program that ``--build-only`` prints under ``setarch -R``.
 Objects are kept in ``build/csrc-tests`` under a hash of everything that went into them.
 """
 
@@ -60,6 +63,7 @@ class Variant:
     runner: tuple[str, ...] = ()
 
 
+_THREAD_SANITIZER = ("-O1", "-g", "-std=c++20", "-fsanitize=thread")
 _SANITIZERS = ("-O1", "-g", "-std=c++20", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 VARIANTS = {
@@ -67,6 +71,7 @@ VARIANTS = {
     "aarch64": Variant("aarch64-linux-gnu-g++", link_flags=("-static",), runner=(EMULATOR,)),
     "aarch64-clang": Variant("clang++-19 --target=aarch64-linux-gnu", link_flags=("-static",), runner=(EMULATOR,)),
     "sanitize": Variant(os.environ.get("CXX", "g++"), _SANITIZERS, _SANITIZERS, _SANITIZERS),
+    "thread-sanitize": Variant(os.environ.get("CXX", "g++"), _THREAD_SANITIZER, _THREAD_SANITIZER, _THREAD_SANITIZER),
 }
 
 
