@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import platform
 import re
+from pathlib import Path
 
 from deploy.bundle import Machine
 from deploy.host import host, name_cpu
 
-__all__ = ["available_memory_bytes", "cpu_name", "machine", "usable_cpus"]
+__all__ = ["available_memory_bytes", "cpu_name", "machine", "usable_cpus", "versions"]
 
 _INSTRUCTION_SETS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
@@ -48,3 +52,20 @@ def usable_cpus() -> int:
 def available_memory_bytes() -> int | None:
     """Memory that can be had without swapping, within the limits of all control groups; None where it is not told."""
     return host().available_memory_bytes()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what runs variants, by package; `none` for one that is not installed."""
+    result = {"torch_ext": "none", "torch": "none", "onnxruntime": "none"}
+    for name in ("torch", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            result[name] = importlib.metadata.version(name)
+    # In a checkout, torch_ext is not installed; importing it would import torch.
+    package = importlib.util.find_spec("torch_ext")
+    if package is not None and package.origin is not None:
+        with contextlib.suppress(OSError):
+            found = re.search(
+                r'^__version__ = "([^"]+)"', Path(package.origin).read_text(encoding="utf-8"), re.MULTILINE
+            )
+            result["torch_ext"] = found[1] if found else "unknown"
+    return result

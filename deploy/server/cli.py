@@ -14,15 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle import VARIANTS, BundleError, load_manifest
+from ..bundle import BundleError, load_manifest
 from ..options import positive as _positive
-from .choice import AUTO
 from .limits import Settings
-from .selection import Selection
-from .speed_cache import CACHE_VARIABLE, OFF, default_folder
+from .variants import Selection, add_options
 
 if TYPE_CHECKING:
-    from .batching import Engine
+    from ..engines.engine import Engine
 
 __all__ = ["main", "settle_threads"]
 
@@ -51,18 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "2 the bundle, the options or the address are wrong.",
     )
     parser.add_argument("bundle", type=Path, metavar="DIR", help="folder written by python -m deploy export")
-    parser.add_argument(
-        "--variant",
-        default=AUTO,
-        help=f"{', '.join(VARIANTS)}; {AUTO} (default): the fastest of them that keeps its accuracy bound, as measured "
-        "at the first start",
-    )
-    parser.add_argument(
-        "--cache-dir",
-        metavar="DIR",
-        help=f"folder that keeps such measurements; {OFF}: measure at every start (default: {CACHE_VARIABLE}, else "
-        "torch-ext/serve in XDG_CACHE_HOME or ~/.cache)",
-    )
+    add_options(parser)
     parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     parser.add_argument(
         "--port",
@@ -203,20 +190,15 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     threads = arguments.threads or usable_cpus()
     settle_threads(threads)
-    if arguments.cache_dir is None:
-        cache_folder = default_folder(os.environ)
-    else:
-        cache_folder = None if arguments.cache_dir == OFF else Path(arguments.cache_dir)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    selection = Selection(manifest, arguments.variant or AUTO, threads, cache_folder)
+    selection = Selection(manifest, arguments.variant, threads, arguments.cache_dir)
     manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
 
     from ..engines.open import load_engine
     from ..tasks import open_task
     from .app import App
-    from .batching import Batcher
     from .lifecycle import Server, listen
-    from .tokens import TextTokenizer
+    from .service import Batcher, TextTokenizer
 
     settings = Settings(
         host=arguments.host,

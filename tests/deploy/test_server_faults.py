@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import VOCABULARY, FakeEngine, LiveServer, Reply, make_manifest, raw, running, wait_until
 
 from deploy.bundle import Manifest
-from deploy.server import limits, service
-from deploy.server.batching import Batcher, Work
+from deploy.server import limits
 from deploy.server.callers import Caller, CallerLeft
 from deploy.server.errors import ApiError
 from deploy.server.limits import Settings
 from deploy.server.protocol import MAX_HEADER_BYTES, MAX_HEADERS
-from deploy.server.tokens import TextTokenizer
+from deploy.server.service import service
+from deploy.server.service.batching import Batcher, Work
+from deploy.server.service.tokens import TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"inputs": "w1 w2"}

@@ -22,19 +22,15 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import ApiError
+from ..errors import ApiError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Batcher", "Cost", "Engine", "Item", "LoadCancelled", "Work"]
+__all__ = ["Batcher", "Cost", "Engine", "Item", "Work"]
 
 log = logging.getLogger("deploy.server")
-
-
-class LoadCancelled(Exception):  # noqa: N818 - nothing went wrong
-    """The server is to stop before its engine is loaded."""
 
 
 class Work:
@@ -118,7 +114,7 @@ class Batcher:
         queued_tokens: Tokens that wait or run.
         running: Whether the engine is loaded and takes work.
         failure: Why the engine could not be loaded, or why its thread ended; None while all is well.
-        cancel_load: Ends loading early if that can be done; then it raises `LoadCancelled`.
+        cancel_load: Ends loading early if that can be done; then it raises `variants.LoadCancelled`.
         on_batch: Told the texts and tokens of every batch, on the event loop.
         on_death: Told, on the event loop, that the engine thread has ended by itself; `failure` says why.
     """

@@ -19,14 +19,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from ..bundle import Prompts
-from ..engines.batch import PairIds
-from .errors import ApiError
+from ...bundle import Prompts
+from ...engines.batch import PairIds
+from ..errors import ApiError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..bundle import Manifest
+    from ...bundle import Manifest
 
 __all__ = ["TextTokenizer"]
 

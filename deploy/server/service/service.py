@@ -13,16 +13,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Manifest
-from ..tasks.feature_extraction import EmbedOptions
-from ..tasks.fill_mask import FillMaskOptions
+from ...bundle import Manifest
+from ...machine import versions
+from ...tasks.feature_extraction import EmbedOptions
+from ...tasks.fill_mask import FillMaskOptions
+from ..callers import Caller, CallerLeft
+from ..errors import ApiError
+from ..limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings
+from ..metrics import Metrics
+from ..variants import Choice
 from .batching import Batcher, Work
-from .callers import Caller, CallerLeft
-from .choice import Choice
-from .errors import ApiError
-from .limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings
-from .metrics import Metrics
-from .speed_cache import versions
 from .tokens import TextTokenizer
 
 __all__ = ["Result", "Served", "Service"]

@@ -18,14 +18,16 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .batching import LoadCancelled
-
-__all__ = ["Job", "Measurement", "Outcome"]
+__all__ = ["Job", "LoadCancelled", "Measurement", "Outcome"]
 
 log = logging.getLogger("deploy.server")
 
-COMMAND = (sys.executable, "-m", "deploy.server.measure")
+COMMAND = (sys.executable, "-m", "deploy.server.variants.measure")
 """The measuring process."""
+
+
+class LoadCancelled(Exception):  # noqa: N818 - nothing went wrong
+    """The server is to stop before its engine is loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
