@@ -171,7 +171,6 @@ class Task(ABC):
         optimum_task: What optimum calls the task when it writes ONNX.
         onnx_output: First output of the ONNX graph.
         spare_weights: Parts of names of weights that a model may lack.
-        bound_names: Which figures of `comparison` can be bounded.
         usual: Options of an ordinary request.
         logits_per_token: How many logits a padded graph computes for each token; 0: hidden states at most.
         model: The manifest.
@@ -185,7 +184,6 @@ class Task(ABC):
     optimum_task: ClassVar[str]
     onnx_output: ClassVar[str] = "logits"
     spare_weights: ClassVar[tuple[str, ...]] = ()
-    bound_names: ClassVar[tuple[str, ...]] = BOUND_NAMES
     usual: Any = None
     logits_per_token: int = 0
 
@@ -207,6 +205,18 @@ class Task(ABC):
             TaskError: A file says what the task cannot do.
         """
         return {}
+
+    @classmethod
+    def bound_names(cls, folder: ModelFolder) -> tuple[str, ...]:
+        """Which bounds the task can be held to: the figures that its `comparison` measures of such a model.
+
+        Args:
+            folder: What the model's folder says.
+
+        Raises:
+            TaskError: See `read`.
+        """
+        return BOUND_NAMES
 
     @classmethod
     def inputs(cls, texts: Sequence[str]) -> list[Any]:

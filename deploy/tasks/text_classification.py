@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .bounds import AGREEMENT, RELATIVE, pick
+from .bounds import AGREEMENT, BOUND_NAMES, RELATIVE, pick
 from .task import RAW, ModelFolder, Needs, States, Task, TaskError, not_finite
 
 if TYPE_CHECKING:
@@ -111,6 +111,13 @@ class TextClassification(Task):
             "problem_type": read_problem_type(folder, len(labels)),
             "activation": read_activation(folder, len(labels)),
         }
+
+    @classmethod
+    def bound_names(cls, folder: ModelFolder) -> tuple[str, ...]:
+        """See `Task.bound_names`; logits that are answered as they are have no probabilities."""
+        if cls.read(folder)["activation"] == "none":
+            return ("mean", "min", "logit_error")
+        return BOUND_NAMES
 
     @property
     def activation(self) -> str:
