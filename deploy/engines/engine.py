@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..tasks import States, Task
-from ..tasks.fill_mask import LOGITS_BYTES
+from ..tasks.task import LOGITS_BYTES
 from .batch import Batch, Ids, PairIds, groups
 from .pooling import pool_padded
 
@@ -20,7 +20,7 @@ __all__ = ["Engine", "PaddedEngine"]
 
 
 class Engine(ABC):
-    """Runs batches. All methods are called on one thread.
+    """Runs batches. All methods but `cost` are called on one thread.
 
     Attributes:
         task: Makes answers of states.
@@ -61,8 +61,8 @@ class Engine(ABC):
         (answer,) = self.task.answers(states, [option])
         return answer
 
-    def cost(self, ids: Ids | PairIds, options: Any = None) -> int:
-        """What a text costs of a token budget; see `Task.cost_tokens`."""
+    def cost(self, ids: Ids | PairIds) -> int:
+        """What a text costs of a token budget; see `Task.cost_tokens`. On any thread."""
         return self.task.cost_tokens(ids.ids if isinstance(ids, PairIds) else ids)
 
     def warm_up(self, max_batch_tokens: int) -> None:  # noqa: B027 - nothing to do for most

@@ -12,10 +12,9 @@ from typing import Any
 
 from deploy.bundle import CONFIG_FILE, TASKS, Pooling, Prompts
 from deploy.export.errors import ExportError
-from deploy.export.hub import find_model
 from deploy.export.sentence import SentenceFiles, read_json, read_sentence_files
 
-__all__ = ["MODEL_TYPES", "Source", "find_model", "read_source"]
+__all__ = ["MODEL_TYPES", "Source", "read_source"]
 
 MODEL_TYPES: Mapping[str, bool] = {
     "bert": True,

@@ -64,13 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         "--max-batch-tokens",
         type=_positive,
         default=defaults.max_batch_tokens,
-        help="token budget of a batch (default: %(default)s)",
+        help="token budget of a batch; in fill-mask, a mask counts as several tokens (default: %(default)s)",
     )
     limits.add_argument(
         "--max-queue-tokens",
         type=_positive,
         default=defaults.max_queue_tokens,
-        help="tokens that may wait; more is answered with 429 (default: %(default)s)",
+        help="tokens of that budget that may wait or run; more is answered with 429 (default: %(default)s)",
     )
     limits.add_argument(
         "--max-inputs", type=_positive, default=defaults.max_inputs, help="texts in a request (default: %(default)s)"
@@ -195,7 +195,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
 
     from ..engines.open import load_engine
-    from ..tasks import open_task
     from .app import App
     from .lifecycle import Server, listen
     from .service import Batcher, TextTokenizer
@@ -249,13 +248,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     def announce() -> None:
         print(f"serving {manifest.model.name} ({manifest.task}) on {url} {started}", flush=True)
 
-    task = open_task(manifest)
-    batcher = Batcher(
-        load,
-        settings.max_batch_tokens,
-        settings.max_queue_tokens,
-        cost=lambda text, options: task.cost_tokens(text),
-    )
+    batcher = Batcher(load, settings.max_batch_tokens, settings.max_queue_tokens)
     batcher.cancel_load = selection.cancel
     app = App(manifest, tokenizer, batcher, settings)
     batcher.on_batch = app.count_batch

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
 
-__all__ = ["RAW", "Described", "ModelFolder", "Needs", "States", "Task", "TaskError", "not_finite"]
+__all__ = ["LOGITS_BYTES", "RAW", "Described", "ModelFolder", "Needs", "States", "Task", "TaskError", "not_finite"]
 
 
 class TaskError(ValueError):
@@ -35,6 +35,10 @@ class _Raw:
 
 RAW = _Raw()
 """Options of a text whose answer is what the model computed for it, before any activation: f32 logits."""
+
+
+LOGITS_BYTES = 128 << 20
+"""Most memory that one call may spend on logits of tokens; a single text may take more."""
 
 
 @dataclass(frozen=True)

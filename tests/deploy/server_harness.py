@@ -96,6 +96,9 @@ class FakeEngine:
     death: int = -1
     drop: bool = False
 
+    def cost(self, ids: NDArray[np.int64]) -> int:
+        return len(ids)
+
     def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
         self.batches.append([text.tolist() for text in ids])
         self.options.append(list(options))

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -93,35 +93,46 @@ def test_a_batch_that_fails_is_run_request_by_request(manifest: Manifest, caplog
         assert server.batcher.queued_tokens == 0
 
 
-def test_a_batch_holds_what_its_texts_cost(manifest: Manifest) -> None:
-    """Four texts of 3 tokens cost 5 each where the budget is 12."""
+def test_batches_and_queue_hold_what_texts_cost(manifest: Manifest) -> None:
+    """Texts of 3 tokens that cost 5 each, where a batch holds 12 and the queue 20."""
+    gate = threading.Event()
+    batches: list[int] = []
 
-    async def sizes(cost: Callable[[Any, Any], int] | None) -> list[int]:
-        batches: list[int] = []
+    class Engine:
+        def cost(self, ids: Any) -> int:
+            return 5
 
-        class Engine:
-            def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
-                batches.append(len(ids))
-                return list(ids)
+        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+            batches.append(len(ids))
+            assert gate.wait(20)
+            return list(ids)
 
-        batcher = Batcher(Engine, 12, 1000, cost=cost)
+    counted: list[tuple[int, int]] = []
+
+    async def run() -> None:
+        batcher = Batcher(Engine, 12, 20, on_batch=lambda texts, tokens: counted.append((texts, tokens)))
         await batcher.start()
-        ids = [np.array([2, 5, 3])] * 4
-        work = Work(ids, "options", asyncio.get_running_loop().create_future())
-        batcher.submit(work)
+
+        def submit(texts: int) -> Work:
+            ids = [np.array([2, 5, 3])] * texts
+            work = Work(ids, "options", asyncio.get_running_loop().create_future())
+            batcher.submit(work)
+            return work
+
+        with pytest.raises(ApiError, match=r"at most 20 tokens in one request, got 25 \(15, and what masks add\)"):
+            submit(5)
+        work = submit(4)
+        assert batcher.queued_tokens == 20
+        with pytest.raises(ApiError, match="20 tokens are waiting and the queue holds 20"):
+            submit(1)
+        gate.set()
         assert len(await work.future) == 4
+        assert batcher.queued_tokens == 0
         await batcher.close()
-        return batches
 
-    asked: list[object] = []
-
-    def five(ids: Any, options: Any) -> int:
-        asked.append(options)
-        return 5
-
-    assert asyncio.run(sizes(None)) == [4]
-    assert asyncio.run(sizes(five)) == [2, 2]
-    assert asked == ["options"] * 4
+    asyncio.run(run())
+    assert batches == [2, 2]
+    assert counted == [(2, 6), (2, 6)]  # Metrics count tokens as they are.
 
 
 # The engine thread.
