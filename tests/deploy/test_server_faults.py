@@ -28,9 +28,10 @@ from deploy.bundle import Manifest
 from deploy.server import limits
 from deploy.server.callers import Caller, CallerLeft
 from deploy.server.errors import ApiError
-from deploy.server.limits import Settings
+from deploy.server.limits import Limits, Settings
+from deploy.server.metrics import Metrics
 from deploy.server.protocol import MAX_HEADER_BYTES, MAX_HEADERS
-from deploy.server.service import service
+from deploy.server.service import Service, service
 from deploy.server.service.batching import Batcher, Work
 from deploy.server.service.tokens import TextTokenizer
 
@@ -239,6 +240,50 @@ def test_a_full_tokenising_backlog_names_its_own_limit(manifest: Manifest, monke
             assert "retry-after" in reply.headers
             tokenizer.gate.set()
             assert slow.result().status == 200
+
+
+def test_pairs_are_tokenised_in_turns_like_texts(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long ones part by part on a helper thread, within the backlog; short ones at once."""
+    parts: list[tuple[int, int, str]] = []
+
+    class Tokenizer(TextTokenizer):
+        def encode_pairs(self, pairs: Any, truncate: bool, first: int = 0) -> Any:
+            parts.append((first, len(pairs), threading.current_thread().name.partition("_")[0]))
+            return super().encode_pairs(pairs, truncate, first)
+
+    class Engine(FakeEngine):
+        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+            return [text.types.tolist() for text in ids]
+
+    async def run() -> None:
+        batcher = Batcher(Engine, 1000, 100_000)
+        await batcher.start()
+        inner = Service(manifest, Tokenizer.from_manifest(manifest), batcher, Settings(), Metrics())
+
+        def ask(pairs: list[tuple[str, str]], truncate: bool = True) -> Any:
+            return inner.classify_pairs(pairs, Caller(), Limits(inputs=10, chars=50_000), truncate=truncate)
+
+        assert (await ask([("w1 w2", "w3")])).values == [[0, 0, 1]]
+        assert parts == [(0, 1, "MainThread")]
+        long = ("w1 " * 1000, "w2 " * 1000)
+        monkeypatch.setattr(service, "TURN_CHARS", 12_000)
+        parts.clear()
+        assert len((await ask([long] * 5)).values) == 5
+        assert parts == [(0, 2, "helper"), (2, 2, "helper"), (4, 1, "helper")]
+        with pytest.raises(ApiError, match="input 3: expected at most 16 tokens in a pair"):
+            await ask([*[("w1", "w2" + " " * 6000)] * 3, long], truncate=False)
+        with pytest.raises(ApiError, match="input 1: expected at most 50000 characters"):
+            ask([("w1", "w2"), ("w1", "w" * 50_001)])
+        with pytest.raises(ApiError, match="input 0: expected text, got a NUL"):
+            ask([("w1", "w\0")])
+        inner._tokenizing_chars = 1
+        monkeypatch.setattr(service, "TOKENIZE_BACKLOG_CHARS", 6000)
+        with pytest.raises(ApiError, match="1 characters are waiting to be tokenised"):
+            await ask([long])
+        inner.close()
+        await batcher.close()
+
+    asyncio.run(run())
 
 
 # The wire.
@@ -479,9 +524,9 @@ def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Ma
         aside = []
         tokenize = inner._tokenize
 
-        async def note(texts: Sequence[str], *rest: Any) -> list[Any]:
-            aside.append(list(texts))
-            return await tokenize(texts, *rest)
+        async def note(request: Any, sizes: Sequence[int]) -> list[Any]:
+            aside.append(list(request.inputs))
+            return await tokenize(request, sizes)
 
         inner._tokenize = note  # type: ignore[method-assign]
         assert server("POST", "/embed", {"inputs": ["w1", "w2"]}).status == 200
