@@ -50,7 +50,7 @@ def usable_cpus() -> int:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that can be had without swapping, within the limits of all control groups; None where it is not told."""
+    """Memory that can be had without swapping, within the limits of all control groups; None if unknown."""
     return host().available_memory_bytes()
 
 

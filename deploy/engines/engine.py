@@ -25,7 +25,7 @@ class Engine(ABC):
     Attributes:
         task: Makes answers of states.
         isa: What runs the model: an instruction set of torch_ext, or a library and its version.
-        couples_texts: Whether texts that run together have an influence on each other beyond rounding.
+        couples_texts: Whether texts in one batch change each other's results by more than rounding.
     """
 
     isa: str = ""

@@ -194,7 +194,7 @@ def _fail(options: argparse.Namespace, message: str, code: int) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # What can be told without loading a model is told first.
+    # First the checks that need no model.
     _check_accuracy(options, options.variants)
     from deploy.export.hub import find_model
     from deploy.export.source import read_source

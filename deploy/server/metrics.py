@@ -78,7 +78,7 @@ class Metrics:
         Gauge("serve_ready", "1 while /ready answers 200.", registry=self._registry).set_function(ready)
 
     def serves(self, model: str, variant: str, task: str) -> None:
-        """Told once what is served; on any thread."""
+        """Sets the labels of what is served; called once, on any thread."""
         self._model.labels(model=model, variant=variant, task=task).set(1)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:

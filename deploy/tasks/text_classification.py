@@ -56,9 +56,9 @@ def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def read_problem_type(folder: ModelFolder, labels: int) -> str:
     """How the logits of a classifier were trained, as far as the config says; one logit alone: as a regression."""
-    told = folder.config.get("problem_type")
-    if told in PROBLEM_TYPES:
-        return str(told)
+    declared = folder.config.get("problem_type")
+    if declared in PROBLEM_TYPES:
+        return str(declared)
     return "regression" if labels == 1 else "single_label_classification"
 
 

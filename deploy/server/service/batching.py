@@ -120,8 +120,8 @@ class Batcher:
         running: Whether the engine is loaded and takes work.
         failure: Why the engine could not be loaded, or why its thread ended; None while all is well.
         cancel_load: Ends loading early if that can be done; then it raises `variants.LoadCancelled`.
-        on_batch: Told the texts and tokens of every batch, on the event loop.
-        on_death: Told, on the event loop, that the engine thread has ended by itself; `failure` says why.
+        on_batch: Called on the event loop with the texts and tokens of every batch.
+        on_death: Called on the event loop when the engine thread has ended by itself; `failure` says why.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Batcher:
             load: Makes the engine; called on the engine thread.
             max_batch_tokens: Token budget of a batch, in the unit of `Engine.cost`; a single text may exceed it.
             max_queue_tokens: Most that may wait or run, in the same unit.
-            on_batch: Told the texts and tokens of every batch, on the event loop.
+            on_batch: Called on the event loop with the texts and tokens of every batch.
         """
         self.max_batch_tokens = max_batch_tokens
         self.max_queue_tokens = max_queue_tokens
@@ -237,7 +237,7 @@ class Batcher:
             if work.abandoned:
                 continue
             if isinstance(work.results[index], Exception):
-                self._fail(work, _told(index, work.results[index]))
+                self._fail(work, _text_error(index, work.results[index]))
                 continue
             work.waiting -= work.costs[index]
             self.queued_tokens -= work.costs[index]
@@ -369,8 +369,8 @@ class _BatchError(Exception):
     """The engine failed on a batch that held this text."""
 
 
-def _told(index: int, error: Exception) -> ApiError:
-    """What the client of a text on which the engine failed is told."""
+def _text_error(index: int, error: Exception) -> ApiError:
+    """The error for the client of a text on which the engine failed."""
     if isinstance(error, _BatchError):
         return ApiError("internal", "the engine failed on the batch of this request; see the server's log")
     log.error("the engine failed on a text: %s", error, exc_info=error)

@@ -104,7 +104,7 @@ def compare(
         texts: Token ids of texts with these lengths.
         lengths: Lengths of texts to run, longest first.
         accuracies: By name; of two that are equally fast, the more accurate one stays loaded.
-        report: Told what happens, as `Measurement` reads it.
+        report: Called with each event, as `Measurement` reads it.
         clock: Seconds.
 
     Returns:

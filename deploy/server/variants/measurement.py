@@ -32,7 +32,7 @@ class LoadCancelled(Exception):  # noqa: N818 - nothing went wrong
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the measuring process is told.
+    """What the measuring process has to do.
 
     Attributes:
         bundle: Folder of the bundle.
