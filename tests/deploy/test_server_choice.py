@@ -35,7 +35,7 @@ from deploy.bundle import (
     write_manifest,
 )
 from deploy.server.limits import Settings
-from deploy.server.variants import LoadCancelled, choice, selection
+from deploy.server.variants import LoadCancelled, choice, measurement, selection
 from deploy.server.variants.choice import AUTO, Choice, candidates, fastest, misses
 from deploy.server.variants.measure import compare, deal, make_lengths
 from deploy.server.variants.measurement import Job, Measurement, Outcome
@@ -312,6 +312,17 @@ def test_a_process_that_does_not_start_measures_nothing(command: list[str], capl
     outcome = Measurement(job("a", "b"), 60, command=command).run()
     assert (outcome.texts_per_s, outcome.failed, set(outcome.unmeasured)) == ({}, {}, {"a", "b"})
     assert not outcome.lasting
+
+
+def test_the_measuring_process_is_found_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    code = (
+        f"import importlib.util, json; found = importlib.util.find_spec({measurement.COMMAND[-1]!r}) is not None; "
+        "print(json.dumps({'speeds': {'a': float(found)}})); print(json.dumps({'done': True}))"
+    )
+    outcome = Measurement(job("a"), 60, command=[sys.executable, "-S", "-c", code]).run()
+    assert outcome.texts_per_s == {"a": 1.0}
 
 
 def test_a_server_that_is_stopped_while_it_measures(tmp_path: Path) -> None:

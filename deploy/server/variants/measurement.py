@@ -138,7 +138,7 @@ class Measurement:
 
     def _attempt(self, names: Sequence[str]) -> _Report:
         """One life of the measuring process."""
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         report = _Report()
         with self._lock:
