@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from torch_ext.encoder.spec import EncoderSpec, HeadSpec, check_dtype, check_weights
+from torch_ext.encoder.spec import EncoderSpec, HeadSpec, check_dtype
+from torch_ext.encoder.weights import check_weights
 
 __all__ = ["has_part", "read", "stored_dtype", "write"]
 
