@@ -203,3 +203,13 @@ def test_schemas_are_wrapped() -> None:
         schema = getattr(torch.ops.torch_ext, name).default._schema
         code = getattr(torch_ext.ops, name).__code__
         assert code.co_varnames[: code.co_argcount] == tuple(argument.name for argument in schema.arguments)
+
+
+def test_files_need_safetensors_and_say_so(tmp_path: Path) -> None:
+    program = without("safetensors") + (
+        "import pathlib, torch_ext\n"
+        "try: torch_ext.Head.load(pathlib.Path('none'), dtype='bf16')\n"
+        "except ImportError as error: print(error)"
+    )
+    expected = "files of encoders need safetensors, which is not installed: pip install 'torch-ext[torch]'"
+    assert run(program) == [expected]
