@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -209,7 +210,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         cache_folder = None if arguments.cache_dir == OFF else Path(arguments.cache_dir)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     selection = Selection(manifest, arguments.variant or AUTO, threads, cache_folder)
-    manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
+    # The hashes of large files take as long as the imports, and need another core for it.
+    checks = ThreadPoolExecutor(1)
+    checked = checks.submit(load_manifest, arguments.bundle, verify=True, variants=selection.names)
+    checks.shutdown(wait=False)
 
     from ..engines.open import load_engine
     from ..tasks import open_task
@@ -218,6 +222,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from .lifecycle import Server, listen
     from .tokens import TextTokenizer
 
+    manifest = checked.result()
     settings = Settings(
         host=arguments.host,
         port=port,
