@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import platform
 import re
-from pathlib import Path
 
 from deploy.bundle import Machine
 from deploy.host import host, name_cpu
@@ -56,16 +53,14 @@ def available_memory_bytes() -> int | None:
 
 def versions() -> dict[str, str]:
     """Versions of what runs variants, by package; `none` for one that is not installed."""
+    import importlib.metadata  # Takes 15 ms, which a start that nobody asks for it need not spend.
+
     result = {"torch_ext": "none", "torch": "none", "onnxruntime": "none"}
     for name in ("torch", "onnxruntime"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             result[name] = importlib.metadata.version(name)
-    # In a checkout, torch_ext is not installed; importing it would import torch.
-    package = importlib.util.find_spec("torch_ext")
-    if package is not None and package.origin is not None:
-        with contextlib.suppress(OSError):
-            found = re.search(
-                r'^__version__ = "([^"]+)"', Path(package.origin).read_text(encoding="utf-8"), re.MULTILINE
-            )
-            result["torch_ext"] = found[1] if found else "unknown"
+    with contextlib.suppress(ModuleNotFoundError):
+        import torch_ext  # In a checkout it is not installed, so that the line above would not find it.
+
+        result["torch_ext"] = torch_ext.__version__
     return result

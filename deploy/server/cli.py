@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,13 +193,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     settle_threads(threads)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     selection = Selection(manifest, arguments.variant, threads, arguments.cache_dir)
-    manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
+    # The hashes of large files take as long as the imports, and need another core for it.
+    checks = ThreadPoolExecutor(1)
+    checked = checks.submit(load_manifest, arguments.bundle, verify=True, variants=selection.names)
+    checks.shutdown(wait=False)
 
     from ..engines.open import load_engine
     from .app import App
     from .lifecycle import Server, listen
     from .service import Batcher, TextTokenizer
 
+    manifest = checked.result()
     settings = Settings(
         host=arguments.host,
         port=port,

@@ -57,12 +57,15 @@ class Served:
     Attributes:
         choice: The variant, and why it was taken.
         isa: What runs it.
-        versions: Of the packages that compute.
     """
 
     choice: Choice
     isa: str
-    versions: dict[str, str]
+
+    @functools.cached_property
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that compute; looked up for who asks first."""
+        return versions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,7 @@ class Service:
 
     def serves(self, choice: Choice, isa: str) -> None:
         """Records which variant is served; called once, on any thread."""
-        self.served = Served(choice, isa, versions())
+        self.served = Served(choice, isa)
 
     def check_ready(self) -> None:
         """Refuses while new requests are not welcome.
