@@ -237,7 +237,7 @@ def direct(bundle: str, variant: str, threads: int, texts: Sequence[str], second
 
     import torch_ext
     from deploy.bundle import load_manifest
-    from deploy.server.tokens import TextTokenizer
+    from deploy.server.service.tokens import TextTokenizer
 
     torch.set_num_threads(threads)
     manifest = load_manifest(bundle, verify=False)
@@ -281,8 +281,8 @@ def serve_framework(name: str) -> None:
     import orjson
     import uvicorn
 
+    from deploy.server.api.schemas import EmbedRequest
     from deploy.server.lifecycle import listen
-    from deploy.server.schemas import EmbedRequest
 
     row = np.random.default_rng(0).standard_normal((1, 384), np.float32)
     decoder = msgspec.json.Decoder(EmbedRequest)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 
 from deploy.bundle import Machine
 from deploy.host import host, name_cpu
 
-__all__ = ["available_memory_bytes", "cpu_name", "machine", "usable_cpus"]
+__all__ = ["available_memory_bytes", "cpu_name", "machine", "usable_cpus", "versions"]
 
 _INSTRUCTION_SETS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
@@ -46,5 +47,20 @@ def usable_cpus() -> int:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that can be had without swapping, within the limits of all control groups; None where it is not told."""
+    """Memory that can be had without swapping, within the limits of all control groups; None if unknown."""
     return host().available_memory_bytes()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what runs variants, by package; `none` for one that is not installed."""
+    import importlib.metadata  # Takes 15 ms, which a start that nobody asks for it need not spend.
+
+    result = {"torch_ext": "none", "torch": "none", "onnxruntime": "none"}
+    for name in ("torch", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            result[name] = importlib.metadata.version(name)
+    with contextlib.suppress(ModuleNotFoundError):
+        import torch_ext  # In a checkout it is not installed, so that the line above would not find it.
+
+        result["torch_ext"] = torch_ext.__version__
+    return result

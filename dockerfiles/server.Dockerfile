@@ -51,7 +51,7 @@ ARG TORCH
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhouse \
     --mount=type=cache,target=/build/uv-cache \
-    sh build.sh requirements pyproject.toml dependencies serve >requirements.txt && \
+    sh build.sh requirements pyproject.toml torch serve >requirements.txt && \
     sh build.sh install "$TARGETARCH" --compile-bytecode --target /app/site-packages \
       -r requirements.txt "torch${TORCH:+==$TORCH}" && \
     if [ -e /app/site-packages/nvidia ]; then echo "error: this torch is a CUDA build: see TORCH in dockerfiles/README.md"; exit 1; fi && \

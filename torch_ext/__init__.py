@@ -9,12 +9,43 @@ The ways in, from little to much:
   packed weights, :func:`matmul`, :func:`bmm`, :func:`addmm`, attention, norms.
 
 ``python -m torch_ext.doctor`` tells what this machine can do, and what is set wrong.
+
+Importing this package imports no torch. The first use of one of its names does, and ``torch.ops.torch_ext.*`` are
+registered as soon as both are imported, in either order.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torch_ext._imports import lazy_names, when_imported
+from torch_ext._library import register_ops
+
+if TYPE_CHECKING:
+    from torch_ext.accelerate import Acceleration, accelerate
+    from torch_ext.encoder import Encoder, EncoderSpec, Head, HeadSpec
+    from torch_ext.nn import PackedLinear, optimize
+    from torch_ext.ops import (
+        add_layer_norm,
+        add_rms_norm,
+        addmm,
+        bmm,
+        embed_layer_norm,
+        encoder_forward,
+        gate,
+        isa_report,
+        linear,
+        matmul,
+        pack_linear_weight,
+        pack_linear_weight_int8,
+        pool,
+        rotary_embedding,
+        unpack_linear_weight,
+        unpack_linear_weight_int8,
+        varlen_attention,
+    )
 
 __version__ = "0.1.0"
 
@@ -47,74 +78,47 @@ __all__ = [
     "isa_report",
 ]
 
-_LIBRARY = Path(__file__).resolve().parent / "_C.abi3.so"
+# Names by the module that has them, for the first use; type checkers read the imports above.
+_HOMES = {
+    "torch_ext.accelerate": ("Acceleration", "accelerate"),
+    "torch_ext.encoder.model": ("Encoder", "Head"),
+    "torch_ext.encoder.spec": ("EncoderSpec", "HeadSpec"),
+    "torch_ext.nn": ("PackedLinear", "optimize"),
+    "torch_ext.ops": (
+        "add_layer_norm",
+        "add_rms_norm",
+        "addmm",
+        "bmm",
+        "embed_layer_norm",
+        "encoder_forward",
+        "gate",
+        "isa_report",
+        "linear",
+        "matmul",
+        "pack_linear_weight",
+        "pack_linear_weight_int8",
+        "pool",
+        "rotary_embedding",
+        "unpack_linear_weight",
+        "unpack_linear_weight_int8",
+        "varlen_attention",
+    ),
+}
+_SUBMODULES = ("encoder", "flops", "nn", "ops", "patterns", "quantize", "read_only", "sensitivity")
+
+if not TYPE_CHECKING:  # Else any misspelt name would be right.
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES, _SUBMODULES)
 
 
-def _load_library() -> None:
-    """Register ``torch.ops.torch_ext.*``.
+class _Package(ModuleType):
+    """Keeps ``torch_ext.accelerate`` the function, although an import binds the module of that name."""
 
-    Raises:
-        ImportError: torch is missing or too old, the library was not built, or it does not load; says what to do.
-    """
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise ImportError("torch_ext needs torch>=2.10, which is not installed: pip install torch") from error
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 10):
-        raise ImportError(f"torch_ext needs torch>=2.10, found {torch.__version__}: pip install -U torch")
-    if not _LIBRARY.is_file():
-        raise ImportError(
-            f"torch_ext: {_LIBRARY} is missing: the package was not built for this environment. Install a wheel, or "
-            "in a checkout run pip install --no-build-isolation -e . (python setup.py build_ext --inplace builds only "
-            "the library)"
-        )
-    try:
-        torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
-    except OSError as error:
-        text = str(error)
-        if "static TLS block" in text:
-            hint = "start Python with LD_PRELOAD set to the library named above"
-        elif "wrong ELF class" in text or "cannot open shared object" in text or "invalid ELF header" in text:
-            hint = "it was built for another architecture or system: reinstall torch-ext for this one"
-        else:
-            hint = (
-                "rebuild it against the torch that is installed: pip install --no-build-isolation --force-reinstall ."
-            )
-        raise ImportError(f"torch_ext: cannot load {_LIBRARY}: {text}; {hint}") from error
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "accelerate" and isinstance(value, ModuleType):
+            value = value.accelerate
+        super().__setattr__(name, value)
 
 
-try:
-    _load_library()
-except ImportError:
-    # The doctor has to be able to say what is wrong.
-    if not any("torch_ext.doctor" in argument for argument in sys.orig_argv):
-        raise
-else:
-    from torch_ext.accelerate import Acceleration, accelerate
-    from torch_ext.encoder import Encoder, EncoderSpec, Head, HeadSpec
-    from torch_ext.flops import register_when_imported as _register_flop_formulas
-    from torch_ext.nn import PackedLinear, optimize
-    from torch_ext.ops import (
-        add_layer_norm,
-        add_rms_norm,
-        addmm,
-        bmm,
-        embed_layer_norm,
-        encoder_forward,
-        gate,
-        isa_report,
-        linear,
-        matmul,
-        pack_linear_weight,
-        pack_linear_weight_int8,
-        pool,
-        rotary_embedding,
-        unpack_linear_weight,
-        unpack_linear_weight_int8,
-        varlen_attention,
-    )
+sys.modules[__name__].__class__ = _Package
 
-    _register_flop_formulas()
+when_imported("torch", register_ops)

@@ -75,6 +75,9 @@ def _check_torch() -> Finding:
     try:
         import torch
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            advice = "pip install 'torch-ext[torch]'"
+            return Finding("torch", "FAIL", "not installed: torch_ext.optimize, Encoder and the ops need it", advice)
         return Finding("torch", "FAIL", f"cannot be imported: {error}", "pip install torch (2.10 or newer)")
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     detail = f"{torch.__version__}, Python {platform.python_version()}"
@@ -89,13 +92,13 @@ def _check_torch() -> Finding:
 
 
 def _check_extension() -> Finding:
-    import torch_ext
+    from torch_ext import __version__, _library
 
     try:
-        torch_ext._load_library()
+        _library.load_library()
     except ImportError as error:
         return Finding("extension", "FAIL", str(error), "see the message")
-    return Finding("extension", "OK", f"torch_ext {torch_ext.__version__}, {torch_ext._LIBRARY}")
+    return Finding("extension", "OK", f"torch_ext {__version__}, {_library.LIBRARY}")
 
 
 def _check_isa(machine: Machine) -> Finding:

@@ -1,18 +1,14 @@
 """What :class:`torch.utils.flop_counter.FlopCounterMode` counts for our ops: products and sums, as for PyTorch's own.
 
 Like PyTorch's formulas, these leave out what is done element by element. PyTorch's module of formulas takes time to
-import, seconds where it brings triton along; :func:`register_when_imported` adds ours once somebody imports it.
+import, seconds where it brings triton along; :mod:`torch_ext.ops` adds ours once somebody imports it.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import struct
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from collections.abc import Sequence
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -20,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["register_when_imported"]
+import torch_ext.ops  # noqa: F401 - registers the ops
 
-_COUNTER = "torch.utils.flop_counter"
+__all__ = ["register"]
 
 _ops = torch.ops.torch_ext
 
@@ -89,49 +85,15 @@ def _encoder_forward(
     return int(2 * tokens * weights + 4 * pairs * hidden)
 
 
-def _register(counter: ModuleType) -> None:
-    """Adds the formulas to PyTorch's, once."""
+def register(counter: ModuleType) -> None:
+    """Adds the formulas to those of PyTorch's module, once."""
     if _ops.linear in counter.flop_registry:
         return
-    register = counter.register_flop_formula
+    add = counter.register_flop_formula
     # These get shapes ...
-    register(_ops.linear)(_linear)
-    register([_ops.matmul, _ops.bmm])(_matmul)
-    register(_ops.addmm)(_addmm)
+    add(_ops.linear)(_linear)
+    add([_ops.matmul, _ops.bmm])(_matmul)
+    add(_ops.addmm)(_addmm)
     # ... and these the tensors, whose values they need.
-    register(_ops.varlen_attention, get_raw=True)(_varlen_attention)
-    register(_ops.encoder_forward, get_raw=True)(_encoder_forward)
-
-
-class _Finder(MetaPathFinder):
-    """Finds PyTorch's module as the other finders do, and has the formulas added at the end of its import.
-
-    It stays in ``sys.meta_path``: if it were removed there, an import in another thread could skip a finder.
-    """
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The module's specification; None for any other module."""
-        if name != _COUNTER:
-            return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader.exec_module = _then_register(spec.loader.exec_module)  # type: ignore[assignment, method-assign]
-                return spec
-        return None
-
-
-def _then_register(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-    def exec_module(module: ModuleType) -> None:
-        execute(module)
-        if module.__name__ == _COUNTER:  # A loader may have several modules.
-            _register(module)
-
-    return exec_module
-
-
-def register_when_imported() -> None:
-    """Adds the formulas to PyTorch's: at once if its module is there, else at the end of its import."""
-    sys.meta_path.insert(0, _Finder())
-    if _COUNTER in sys.modules:
-        _register(importlib.import_module(_COUNTER))  # Waits where another thread is still importing it.
+    add(_ops.varlen_attention, get_raw=True)(_varlen_attention)
+    add(_ops.encoder_forward, get_raw=True)(_encoder_forward)

@@ -1,6 +1,6 @@
 """What this machine is: its CPU's name, and the CPUs and memory that the process may use.
 
-Standard library only, and nothing of torch_ext: programs that must not import torch load this file alone.
+Standard library only: programs that must not import torch use it.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from torch_ext.ops import refuse_derivatives
+from torch_ext.ops import layer_weight, refuse_derivatives
 from torch_ext.patterns import as_patterns, matches
-from torch_ext.quantize import check_inputs, dequantize_weight, quantize_weight
+from torch_ext.quantize import check_inputs, quantize_weight
 from torch_ext.read_only import ReadOnlyTensor
 from torch_ext.sensitivity import Report, Sample, Similarity, choose_layers, output_rows, similarity
 
@@ -46,33 +46,14 @@ _ADVICE = (
 )
 
 
-def _unpacked(packed: Tensor, columns: int, dtype: torch.dtype, is_int8: bool) -> Tensor:
-    """The weight ``[N, columns]`` that was packed, in ``dtype``."""
-    unpacked: Tensor = dequantize_weight(*_unpack_int8(packed)) if is_int8 else _unpack(packed)
-    return unpacked.to(dtype)
-
-
 def _unpacked_for(layer: weakref.ref[PackedLinear], *args: Any) -> Tensor:
     """The same, for a layer, which is to hold it no longer than whoever reads it."""
     owner = layer()
     if owner is not None:
         owner._unread = None
-    return _unpacked(*args)
+    return layer_weight(*args)
 
 
-# The same as an op whose shapes are known while torch.compile traces: what reads only dtype or shape of a weight then
-# leaves nothing in the compiled code.
-_library = torch.library.Library("torch_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
-_schema = "_layer_weight(Tensor packed, int columns, ScalarType dtype, bool is_int8) -> Tensor"
-_library.define(_schema)  # type: ignore[no-untyped-call]
-_library.impl("_layer_weight", _unpacked, "CPU")  # type: ignore[no-untyped-call]
-
-
-def _fake_layer_weight(packed: Tensor, columns: int, dtype: torch.dtype, is_int8: bool) -> Tensor:
-    return packed.new_empty((packed.shape[0], columns), dtype=dtype)
-
-
-torch.library.register_fake("torch_ext::_layer_weight", _fake_layer_weight, lib=_library)
 _layer_weight = torch.ops.torch_ext._layer_weight.default
 
 

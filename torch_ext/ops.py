@@ -7,6 +7,7 @@ Sequences are concatenated without padding: ``cu_seqlens`` is i32 ``[B + 1]``, s
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torch_ext.quantize import check_inputs
+from torch_ext._imports import when_imported
+from torch_ext._library import load_library
+from torch_ext.encoder.spec import ACTIVATIONS
+from torch_ext.quantize import check_inputs, dequantize_weight
 
 __all__ = [
     "ACTIVATIONS",
@@ -44,10 +48,11 @@ __all__ = [
 Activation = Literal["none", "gelu", "gelu_tanh", "relu", "tanh", "silu"]
 PoolingMode = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 
-ACTIVATIONS: tuple[str, ...] = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu")
 POOLING_MODES: tuple[str, ...] = get_args(PoolingMode)
 
 _FLOATS = (torch.float32, torch.bfloat16)
+
+load_library()
 
 
 def isa_report() -> dict[str, Any]:
@@ -772,3 +777,28 @@ def _(
     )
     dtype = torch.float32 if fp32 else torch.bfloat16
     return packed.new_empty((input_ids.shape[0], packed.shape[0]), dtype=dtype)
+
+
+def layer_weight(packed: Tensor, columns: int, dtype: torch.dtype, is_int8: bool) -> Tensor:
+    """The weight ``[N, columns]`` that was packed for a :class:`torch_ext.PackedLinear`, in ``dtype``."""
+    unpacked = dequantize_weight(*unpack_linear_weight_int8(packed)) if is_int8 else unpack_linear_weight(packed)
+    return unpacked.to(dtype)
+
+
+# The same as an op whose shapes are known while torch.compile traces: what reads only dtype or shape of a weight then
+# leaves nothing in the compiled code.
+_library = torch.library.Library("torch_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
+_schema = "_layer_weight(Tensor packed, int columns, ScalarType dtype, bool is_int8) -> Tensor"
+_library.define(_schema)  # type: ignore[no-untyped-call]
+_library.impl("_layer_weight", layer_weight, "CPU")  # type: ignore[no-untyped-call]
+
+
+def _fake_layer_weight(packed: Tensor, columns: int, dtype: torch.dtype, is_int8: bool) -> Tensor:
+    return packed.new_empty((packed.shape[0], columns), dtype=dtype)
+
+
+torch.library.register_fake("torch_ext::_layer_weight", _fake_layer_weight, lib=_library)
+
+
+# PyTorch's counter takes time to import, seconds where it brings triton along: our formulas wait for it.
+when_imported("torch.utils.flop_counter", lambda counter: importlib.import_module("torch_ext.flops").register(counter))

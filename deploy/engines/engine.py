@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..tasks import States, Task
-from ..tasks.fill_mask import LOGITS_BYTES
+from ..tasks.task import LOGITS_BYTES
 from .batch import Batch, Ids, PairIds, groups
 from .pooling import pool_padded
 
@@ -20,12 +20,12 @@ __all__ = ["Engine", "PaddedEngine"]
 
 
 class Engine(ABC):
-    """Runs batches. All methods are called on one thread.
+    """Runs batches. All methods but `cost` are called on one thread.
 
     Attributes:
         task: Makes answers of states.
         isa: What runs the model: an instruction set of torch_ext, or a library and its version.
-        couples_texts: Whether texts that run together have an influence on each other beyond rounding.
+        couples_texts: Whether texts in one batch change each other's results by more than rounding.
     """
 
     isa: str = ""
@@ -61,8 +61,8 @@ class Engine(ABC):
         (answer,) = self.task.answers(states, [option])
         return answer
 
-    def cost(self, ids: Ids | PairIds, options: Any = None) -> int:
-        """What a text costs of a token budget; see `Task.cost_tokens`."""
+    def cost(self, ids: Ids | PairIds) -> int:
+        """What a text costs of a token budget; see `Task.cost_tokens`. On any thread."""
         return self.task.cost_tokens(ids.ids if isinstance(ids, PairIds) else ids)
 
     def warm_up(self, max_batch_tokens: int) -> None:  # noqa: B027 - nothing to do for most

@@ -9,12 +9,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy.bundle import POOLING_MODES, TASKS, VARIANTS, BundleError
 from deploy.export.errors import ExportError, Interrupted, first_line, is_disk_full
 from deploy.options import positive
 from deploy.tasks.bounds import BOUND_NAMES
 from deploy.texts import TextsError
+
+if TYPE_CHECKING:
+    from deploy.export.source import Source
 
 __all__ = ["main"]
 
@@ -190,7 +194,7 @@ def _fail(options: argparse.Namespace, message: str, code: int) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # What can be told without loading a model is told first.
+    # First the checks that need no model.
     _check_accuracy(options, options.variants)
     from deploy.export.hub import find_model
     from deploy.export.source import read_source
@@ -206,17 +210,13 @@ def _run(options: argparse.Namespace) -> int:
     )
     variants = _allowed(source.model_type, source.supported_by_torch_ext, options)
     _check_accuracy(options, variants)
+    bounds = _bounds(source, options.bound)
 
     from deploy.export.options import Options
     from deploy.export.pipeline import export, step_count
     from deploy.export.progress import Progress, megabytes
     from deploy.export.report import print_table
 
-    bounds: dict[str, dict[str, float]] = {}
-    for variant, key, value in options.bound:
-        if key not in (names := TASKS[source.task].bound_names):
-            raise ExportError(f"--bound {variant}.{key}: {source.task} has the bounds {' and '.join(names)}")
-        bounds.setdefault(variant, {})[key] = value
     progress = Progress(step_count(variants), silent=options.quiet)
     pooling = ""
     if source.pooling is not None:
@@ -251,6 +251,20 @@ def _run(options: argparse.Namespace) -> int:
 def _check_accuracy(options: argparse.Namespace, variants: Sequence[str]) -> None:
     if options.accuracy is not None and "torch_ext-int8" not in variants:
         raise ExportError(f"--accuracy is for torch_ext-int8, and the variants are {','.join(variants)}")
+
+
+def _bounds(source: Source, given: Sequence[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
+    """The bounds of `--bound`, by variant; only those whose figures are measured of the model."""
+    bounds: dict[str, dict[str, float]] = {}
+    for variant, name, value in given:
+        names = TASKS[source.task].bound_names(source)
+        if name not in names:
+            raise ExportError(
+                f"--bound {variant}.{name}: expected a figure that is measured of {source.name} ({source.task}), one "
+                f"of {', '.join(names)}"
+            )
+        bounds.setdefault(variant, {})[name] = value
+    return bounds
 
 
 def _allowed(model_type: str, torch_ext: bool, options: argparse.Namespace) -> list[str]:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["BoundMissed", "choose_encoder"]
 
 _RANKED_ON = 4
-"""Layers are ranked on every fourth batch; whether a choice of them is good enough, all texts tell."""
+"""Layers are ranked on every fourth batch; whether a choice of them is good enough is measured on all texts."""
 
 
-class BoundMissed(Exception):  # noqa: N818 - told as an ExportError
+class BoundMissed(Exception):  # noqa: N818 - write_torch_ext makes an ExportError of it
     """Not even with all layers in bf16 are the bounds kept.
 
     Attributes:

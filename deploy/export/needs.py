@@ -15,7 +15,7 @@ __all__ = ["check_disk", "import_libraries", "memory_note", "threads"]
 
 
 def import_libraries(names: Sequence[str]) -> None:
-    """Imports what is needed, so that something that is missing is told before any work."""
+    """Imports the libraries that an export needs; a missing one is an error before any work is done."""
     try:
         import tokenizers
         import torch
@@ -44,7 +44,7 @@ def import_libraries(names: Sequence[str]) -> None:
 
 
 def memory_note(source: Source, variants: Collection[str]) -> str | None:
-    """What to tell where less memory is free than an export needs at its peak."""
+    """The note for the user if less memory is free than an export needs at its peak; else None."""
     # Measured: ONNX Runtime's quantizer holds several copies.
     required = (8 if "onnx-int8" in variants else 4) * source.weights_bytes + (1 << 30)
     available = available_memory_bytes()

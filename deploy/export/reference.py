@@ -8,7 +8,7 @@ Folders saved by transformers 5 say some things in another way than transformers
 | `tokenizer_config.json` | `extra_special_tokens` | a list | `additional_special_tokens`, a list |
 | `config.json` | `rope_parameters` | bases and scaling of rotary positions | fields of each model's own |
 
-`readable_folder` gives it a copy that says them in the old way. Nobody's folder is changed.
+`readable_folder` makes a copy with the old fields; the user's folder is not changed.
 """
 
 from __future__ import annotations

@@ -181,14 +181,14 @@ def _read_pooling(root: Path, files: SentenceFiles) -> None:
         return
     settings = read_json(path, dict)
     files.include_prompt = settings.get("include_prompt") is not False
-    told = settings.get("pooling_mode")
-    if told is None:
-        told = [
+    declared = settings.get("pooling_mode")
+    if declared is None:
+        declared = [
             _POOLING_KEYS.get(key, key.removeprefix("pooling_mode_"))
             for key, value in settings.items()
             if key.startswith("pooling_mode_") and value
         ] or ["mean"]
-    modes = told if isinstance(told, list) else [told]
+    modes = declared if isinstance(declared, list) else [declared]
     if len(modes) == 1 and modes[0] in POOLING_MODES:
         files.mode = modes[0]
     else:
@@ -232,10 +232,10 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
             f"{path}: embeddings are cut to {settings['truncate_dim']} dimensions (truncate_dim), which is not "
             "supported"
         )
-    told = settings.get("prompts") or {}
-    if not isinstance(told, dict) or not all(isinstance(text, str | None) for text in told.values()):
-        raise ExportError(f"{path}: prompts: expected an object of strings, got {told!r:.80}")
-    texts = {name: text or "" for name, text in told.items()}
+    declared = settings.get("prompts") or {}
+    if not isinstance(declared, dict) or not all(isinstance(text, str | None) for text in declared.values()):
+        raise ExportError(f"{path}: prompts: expected an object of strings, got {declared!r:.80}")
+    texts = {name: text or "" for name, text in declared.items()}
     default = settings.get("default_prompt_name")
     known = (None, "query", "document", *texts)  # sentence-transformers knows two names without a text.
     if default not in known:

@@ -1,6 +1,6 @@
 """Reads what a model folder says about itself, before any library is loaded.
 
-Everything here takes milliseconds, so that a wrong folder, task or option is told at once.
+Everything here takes milliseconds: the error for a wrong folder, task or option comes at once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 
 from deploy.bundle import CONFIG_FILE, TASKS, Pooling, Prompts
 from deploy.export.errors import ExportError
-from deploy.export.hub import find_model
 from deploy.export.sentence import SentenceFiles, read_json, read_sentence_files
 
-__all__ = ["MODEL_TYPES", "Source", "find_model", "read_source"]
+__all__ = ["MODEL_TYPES", "Source", "read_source"]
 
 MODEL_TYPES: Mapping[str, bool] = {
     "bert": True,
@@ -129,7 +128,7 @@ def read_source(
         root: The folder.
         name: Name for people.
         revision: Commit on the hub, or None.
-        task: Overrides the task that the folder tells.
+        task: Overrides the task that the folder names.
         pooling: Overrides the pooling mode.
         normalize: Overrides whether embeddings are normalized.
         max_tokens: Overrides the longest input.
@@ -256,10 +255,10 @@ def _max_positions(config: Mapping[str, Any], model_type: str, where: Path) -> i
     return positions
 
 
-def _longest(option: int | None, told: int | None, positions: int) -> int | None:
+def _longest(option: int | None, declared: int | None, positions: int) -> int | None:
     if option is not None and not 3 <= option <= positions:
         raise ExportError(f"--max-tokens {option}: expected 3 to {positions} (the model's positions)")
-    limit = option if option is not None else told
+    limit = option if option is not None else declared
     return limit if limit is None or 3 <= limit <= positions else positions
 
 

@@ -67,8 +67,8 @@ class Tokens:
             )
         _check_vocabulary(source, backend)
         # Without a limit of its own a tokenizer says 1e30.
-        told = self._reference.model_max_length
-        limit = source.max_positions if told is None or told < 3 else min(int(told), source.max_positions)
+        declared = self._reference.model_max_length
+        limit = source.max_positions if declared is None or declared < 3 else min(int(declared), source.max_positions)
         self.max_tokens = source.max_tokens or limit
         self.special = {name: self._special(name) for name in ("pad", "mask", "cls", "sep")}
         self.special["pad"] = self.special["pad"] or _padding_of_config(source, backend)
@@ -91,12 +91,14 @@ class Tokens:
         self._backend.no_truncation()
         # Python lower-cases some letters by their place in the word, a tokenizer never does: such texts prove nothing.
         same = [index for index, given in enumerate(inputs) if "".join(given).isascii() or not self._lowercase]
-        told = [[given] if isinstance(given, str) else list(given) for given in (inputs[index] for index in same)]
+        checked = [[given] if isinstance(given, str) else list(given) for given in (inputs[index] for index in same)]
         if self._lowercase:
-            told = [[text.lower() for text in given] for given in told]
+            checked = [[text.lower() for text in given] for given in checked]
         # One list of texts, or two for pairs.
-        columns = [list(column) for column in zip(*told, strict=True)]
-        expected = self._reference(*columns, truncation=True, max_length=self.max_tokens)["input_ids"] if told else []
+        columns = [list(column) for column in zip(*checked, strict=True)]
+        expected = (
+            self._reference(*columns, truncation=True, max_length=self.max_tokens)["input_ids"] if checked else []
+        )
         for index, row in zip(same, expected, strict=True):
             if encodings[index].ids != row:
                 raise ExportError(
@@ -124,8 +126,8 @@ def _check_vocabulary(source: Source, backend: Any) -> None:
 
 
 def _padding_of_config(source: Source, backend: Any) -> SpecialToken:
-    told = source.config.get("pad_token_id")
-    token = backend.id_to_token(told) if isinstance(told, int) else None
+    declared = source.config.get("pad_token_id")
+    token = backend.id_to_token(declared) if isinstance(declared, int) else None
     if token is None:
         raise ExportError(f"{source.folder}: the tokenizer has no padding token; set tokenizer.pad_token and save it")
-    return SpecialToken(int(told or 0), token)
+    return SpecialToken(int(declared or 0), token)

@@ -29,18 +29,16 @@ import orjson
 
 from ..bundle import Manifest
 from .api import ROUTES
-from .batching import Batcher
 from .bodies import INLINE_BYTES, Large, decode, decode_in_parts, encode_in_parts
 from .callers import CallerLeft
-from .choice import Choice
 from .errors import ApiError
 from .http import Headers, Receive, Response, Scope, Send, authorize, error_response, read_body
 from .limits import Settings
 from .metrics import Metrics
 from .openapi import document
 from .route import NATIVE, Context, Dialect, Route
-from .service import Service
-from .tokens import TextTokenizer
+from .service import Batcher, Service, TextTokenizer
+from .variants import Choice
 
 __all__ = ["App"]
 

@@ -11,18 +11,17 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle import VARIANTS, BundleError, load_manifest
+from ..bundle import BundleError, load_manifest
 from ..options import positive as _positive
-from .choice import AUTO
 from .limits import Settings
-from .selection import Selection
-from .speed_cache import CACHE_VARIABLE, OFF, default_folder
+from .variants import Selection, add_options
 
 if TYPE_CHECKING:
-    from .batching import Engine
+    from ..engines.engine import Engine
 
 __all__ = ["main", "settle_threads"]
 
@@ -51,18 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "2 the bundle, the options or the address are wrong.",
     )
     parser.add_argument("bundle", type=Path, metavar="DIR", help="folder written by python -m deploy export")
-    parser.add_argument(
-        "--variant",
-        default=AUTO,
-        help=f"{', '.join(VARIANTS)}; {AUTO} (default): the fastest of them that keeps its accuracy bound, as measured "
-        "at the first start",
-    )
-    parser.add_argument(
-        "--cache-dir",
-        metavar="DIR",
-        help=f"folder that keeps such measurements; {OFF}: measure at every start (default: {CACHE_VARIABLE}, else "
-        "torch-ext/serve in XDG_CACHE_HOME or ~/.cache)",
-    )
+    add_options(parser)
     parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     parser.add_argument(
         "--port",
@@ -77,13 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         "--max-batch-tokens",
         type=_positive,
         default=defaults.max_batch_tokens,
-        help="token budget of a batch (default: %(default)s)",
+        help="token budget of a batch; in fill-mask, a mask counts as several tokens (default: %(default)s)",
     )
     limits.add_argument(
         "--max-queue-tokens",
         type=_positive,
         default=defaults.max_queue_tokens,
-        help="tokens that may wait; more is answered with 429 (default: %(default)s)",
+        help="tokens of that budget that may wait or run; more is answered with 429 (default: %(default)s)",
     )
     limits.add_argument(
         "--max-inputs", type=_positive, default=defaults.max_inputs, help="texts in a request (default: %(default)s)"
@@ -203,21 +191,19 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     threads = arguments.threads or usable_cpus()
     settle_threads(threads)
-    if arguments.cache_dir is None:
-        cache_folder = default_folder(os.environ)
-    else:
-        cache_folder = None if arguments.cache_dir == OFF else Path(arguments.cache_dir)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    selection = Selection(manifest, arguments.variant or AUTO, threads, cache_folder)
-    manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
+    selection = Selection(manifest, arguments.variant, threads, arguments.cache_dir)
+    # The hashes of large files take as long as the imports, and need another core for it.
+    checks = ThreadPoolExecutor(1)
+    checked = checks.submit(load_manifest, arguments.bundle, verify=True, variants=selection.names)
+    checks.shutdown(wait=False)
 
     from ..engines.open import load_engine
-    from ..tasks import open_task
     from .app import App
-    from .batching import Batcher
     from .lifecycle import Server, listen
-    from .tokens import TextTokenizer
+    from .service import Batcher, TextTokenizer
 
+    manifest = checked.result()
     settings = Settings(
         host=arguments.host,
         port=port,
@@ -267,13 +253,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     def announce() -> None:
         print(f"serving {manifest.model.name} ({manifest.task}) on {url} {started}", flush=True)
 
-    task = open_task(manifest)
-    batcher = Batcher(
-        load,
-        settings.max_batch_tokens,
-        settings.max_queue_tokens,
-        cost=lambda text, options: task.cost_tokens(text),
-    )
+    batcher = Batcher(load, settings.max_batch_tokens, settings.max_queue_tokens)
     batcher.cancel_load = selection.cancel
     app = App(manifest, tokenizer, batcher, settings)
     batcher.on_batch = app.count_batch

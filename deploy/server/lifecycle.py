@@ -24,9 +24,10 @@ from types import FrameType
 import uvicorn
 
 from .app import App
-from .batching import Batcher, LoadCancelled
 from .limits import Settings
 from .protocol import HttpProtocol
+from .service import Batcher
+from .variants import LoadCancelled
 
 __all__ = ["Server", "listen"]
 

@@ -72,11 +72,13 @@ class Metrics:
 
     def gauges(self, queue_tokens: Callable[[], int], ready: Callable[[], bool]) -> None:
         """Registers values that are read when they are asked for."""
-        Gauge("serve_queue_tokens", "Tokens that wait or run.", registry=self._registry).set_function(queue_tokens)
+        Gauge(
+            "serve_queue_tokens", "What waits or runs, in tokens of the budget.", registry=self._registry
+        ).set_function(queue_tokens)
         Gauge("serve_ready", "1 while /ready answers 200.", registry=self._registry).set_function(ready)
 
     def serves(self, model: str, variant: str, task: str) -> None:
-        """Told once what is served; on any thread."""
+        """Sets the labels of what is served; called once, on any thread."""
         self._model.labels(model=model, variant=variant, task=task).set(1)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from ..bundle import Manifest
+from .api.schemas import ErrorResponse
 from .errors import ERRORS
 from .limits import Settings
 from .route import JSON, Route
-from .schemas import ErrorResponse
 
 __all__ = ["document"]
 

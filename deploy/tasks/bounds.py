@@ -63,7 +63,10 @@ class Measured(Protocol):
 
 
 def missed(accuracy: Measured) -> list[tuple[str, float, float]]:
-    """For every bound that a measurement misses: name, measured value, bound. NaN misses every bound."""
+    """For every bound that a measurement misses: name, measured value, bound. NaN misses every bound.
+
+    A bound of a figure that was not measured is passed over: the exporter refuses it, but earlier bundles may hold one.
+    """
     figures = {**accuracy.details, "mean": accuracy.mean, "min": accuracy.min}
     return [
         (name, figures[name], bound)

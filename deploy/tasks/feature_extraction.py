@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .bounds import COSINE, pick
-from .task import Described, Needs, States, Task, not_finite
+from .task import Described, ModelFolder, Needs, States, Task, not_finite
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -36,8 +36,12 @@ class FeatureExtraction(Task):
     optimum_task = "feature-extraction"
     onnx_output = "last_hidden_state"
     spare_weights = (".pooler.",)  # sentence-transformers does not use it, and many models come without.
-    bound_names = ("mean", "min")
     usual = EmbedOptions(True)
+
+    @classmethod
+    def bound_names(cls, folder: ModelFolder) -> tuple[str, ...]:
+        """See `Task.bound_names`."""
+        return ("mean", "min")
 
     def __init__(self, model: Described, token_text: Callable[[int], str] = str) -> None:
         super().__init__(model, token_text)

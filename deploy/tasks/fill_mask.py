@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .bounds import AGREEMENT, pick
-from .task import RAW, Described, Needs, States, Task, TaskError, not_finite
+from .task import LOGITS_BYTES, RAW, Described, Needs, States, Task, TaskError, not_finite
 from .text_classification import softmax
 
 if TYPE_CHECKING:
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
 
-__all__ = ["LOGITS_BYTES", "FillMask", "FillMaskOptions"]
-
-LOGITS_BYTES = 128 << 20
-"""Most memory that one call may spend on logits over the vocabulary; a single text may take more."""
+__all__ = ["FillMask", "FillMaskOptions"]
 
 _USUAL_VOCABULARY = 32_768
 """Assumed where neither the manifest nor the model's configuration has its size."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
 
-__all__ = ["RAW", "Described", "ModelFolder", "Needs", "States", "Task", "TaskError", "not_finite"]
+__all__ = ["LOGITS_BYTES", "RAW", "Described", "ModelFolder", "Needs", "States", "Task", "TaskError", "not_finite"]
 
 
 class TaskError(ValueError):
@@ -35,6 +35,10 @@ class _Raw:
 
 RAW = _Raw()
 """Options of a text whose answer is what the model computed for it, before any activation: f32 logits."""
+
+
+LOGITS_BYTES = 128 << 20
+"""Most memory that one call may spend on logits of tokens; a single text may take more."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,6 @@ class Task(ABC):
         optimum_task: What optimum calls the task when it writes ONNX.
         onnx_output: First output of the ONNX graph.
         spare_weights: Parts of names of weights that a model may lack.
-        bound_names: Which figures of `comparison` can be bounded.
         usual: Options of an ordinary request.
         logits_per_token: How many logits a padded graph computes for each token; 0: hidden states at most.
         model: The manifest.
@@ -185,7 +188,6 @@ class Task(ABC):
     optimum_task: ClassVar[str]
     onnx_output: ClassVar[str] = "logits"
     spare_weights: ClassVar[tuple[str, ...]] = ()
-    bound_names: ClassVar[tuple[str, ...]] = BOUND_NAMES
     usual: Any = None
     logits_per_token: int = 0
 
@@ -207,6 +209,18 @@ class Task(ABC):
             TaskError: A file says what the task cannot do.
         """
         return {}
+
+    @classmethod
+    def bound_names(cls, folder: ModelFolder) -> tuple[str, ...]:
+        """Which bounds the task can be held to: the figures that its `comparison` measures of such a model.
+
+        Args:
+            folder: What the model's folder says.
+
+        Raises:
+            TaskError: See `read`.
+        """
+        return BOUND_NAMES
 
     @classmethod
     def inputs(cls, texts: Sequence[str]) -> list[Any]:

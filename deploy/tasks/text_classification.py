@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .bounds import AGREEMENT, RELATIVE, pick
+from .bounds import AGREEMENT, BOUND_NAMES, RELATIVE, pick
 from .task import RAW, ModelFolder, Needs, States, Task, TaskError, not_finite
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def read_problem_type(folder: ModelFolder, labels: int) -> str:
     """How the logits of a classifier were trained, as far as the config says; one logit alone: as a regression."""
-    told = folder.config.get("problem_type")
-    if told in PROBLEM_TYPES:
-        return str(told)
+    declared = folder.config.get("problem_type")
+    if declared in PROBLEM_TYPES:
+        return str(declared)
     return "regression" if labels == 1 else "single_label_classification"
 
 
@@ -111,6 +111,13 @@ class TextClassification(Task):
             "problem_type": read_problem_type(folder, len(labels)),
             "activation": read_activation(folder, len(labels)),
         }
+
+    @classmethod
+    def bound_names(cls, folder: ModelFolder) -> tuple[str, ...]:
+        """See `Task.bound_names`; logits that are answered as they are have no probabilities."""
+        if cls.read(folder)["activation"] == "none":
+            return ("mean", "min", "logit_error")
+        return BOUND_NAMES
 
     @property
     def activation(self) -> str:

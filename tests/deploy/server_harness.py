@@ -20,12 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, SpecialToken, Variant
 from deploy.server.api import ROUTES
 from deploy.server.app import App
-from deploy.server.batching import Batcher
-from deploy.server.choice import Choice
 from deploy.server.lifecycle import Server, listen
 from deploy.server.limits import Settings
 from deploy.server.route import Route
-from deploy.server.tokens import TextTokenizer
+from deploy.server.service.batching import Batcher
+from deploy.server.service.tokens import TextTokenizer
+from deploy.server.variants.choice import Choice
 
 WIDTH = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -95,6 +95,9 @@ class FakeEngine:
     infinite: int = -1
     death: int = -1
     drop: bool = False
+
+    def cost(self, ids: NDArray[np.int64]) -> int:
+        return len(ids)
 
     def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
         self.batches.append([text.tolist() for text in ids])

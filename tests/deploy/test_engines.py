@@ -28,9 +28,9 @@ from deploy.engines.pooling import pool_packed, pool_padded
 from deploy.engines.torch_ext import TorchExtEngine
 from deploy.engines.transformers import TransformersEngine
 from deploy.export.cli import main
-from deploy.server.choice import Choice
 from deploy.server.limits import Settings
-from deploy.server.tokens import TextTokenizer
+from deploy.server.service.tokens import TextTokenizer
+from deploy.server.variants.choice import Choice
 from deploy.tasks import RAW, TASKS, open_task
 from deploy.tasks.feature_extraction import EmbedOptions
 from deploy.tasks.text_classification import TextClassification

@@ -25,7 +25,7 @@ from deploy.engines.open import load_engine
 from deploy.export.cli import main
 from deploy.machine import cpu_name, machine, usable_cpus
 from deploy.onnx_session import kernels, session_options
-from deploy.server.tokens import TextTokenizer
+from deploy.server.service.tokens import TextTokenizer
 from deploy.tasks.feature_extraction import EmbedOptions
 from deploy.texts import sample
 from torch_ext import Encoder, Head, doctor, isa_report

@@ -377,7 +377,23 @@ def test_bounds_that_are_missed(
 
 def test_bounds_of_another_task(tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
     arguments = [str(tiny_model()), "-o", str(tmp_path / "out"), *QUICK]
-    fails(capsys, [*arguments, "--bound", "onnx-fp32.logit_error=1"], "feature-extraction has the bounds mean and min")
+    fails(capsys, [*arguments, "--bound", "onnx-fp32.logit_error=1"], r"\(feature-extraction\), one of mean, min")
+
+
+def test_bounds_of_figures_that_are_not_measured(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A regression has no probabilities: said before anything is computed, and the figures that it has are taken."""
+    monkeypatch.setattr("deploy.export.pipeline.export", lambda *arguments: pytest.fail("it has begun"))
+    regression = tiny_model("bert", "text-classification", num_labels=1, problem_type="regression")
+    for name in ("max_prob_diff", "mean_prob_diff"):
+        bound = f"onnx-fp32.{name}=0.1"
+        message = rf"--bound onnx-fp32.{name}: .*\(text-classification\), one of mean, min, logit_error"
+        fails(capsys, [str(regression), "-o", str(tmp_path / "out"), *QUICK, "--bound", bound], message)
+    classifier = tiny_model("bert", "text-classification")
+    for model, taken in ((regression, "logit_error"), (classifier, "max_prob_diff"), (classifier, "logit_error")):
+        with pytest.raises(pytest.fail.Exception, match="it has begun"):
+            main([str(model), "-o", str(tmp_path / "out"), *QUICK, "--bound", f"onnx-fp32.{taken}=0.1"])
 
 
 # A disk that is full

@@ -13,7 +13,8 @@ import pytest
 from deploy.bundle import Pooling, Prompts
 from deploy.export import source as sources
 from deploy.export.errors import ExportError
-from deploy.export.source import MODEL_TYPES, find_model, read_source
+from deploy.export.hub import find_model
+from deploy.export.source import MODEL_TYPES, read_source
 from deploy.tasks import TASKS, TaskError
 
 CONFIG = {

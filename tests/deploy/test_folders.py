@@ -19,7 +19,7 @@ from deploy.export.cli import main
 from deploy.export.pipeline import STAGES, step_count
 from deploy.export.reference import older_config, older_tokenizer_config
 from deploy.server.errors import ApiError
-from deploy.server.tokens import TextTokenizer
+from deploy.server.service.tokens import TextTokenizer
 
 QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet", "--variants", "torch-fp32"]
 TEXTS = ["a list of the values", "it returns the name of the file, or none if there is no such name", "x"]

@@ -36,7 +36,7 @@ from server_harness import (
 )
 
 from deploy.bundle import Manifest
-from deploy.server import schemas
+from deploy.server.api import schemas
 from deploy.server.errors import ERRORS
 from deploy.server.limits import INLINE_CHARS, Settings
 
@@ -446,7 +446,7 @@ def test_error_table_is_complete(server: LiveServer) -> None:
     source = Path(sys.modules["deploy.server.app"].__file__ or "").parent
     used = {
         kind
-        for file in source.glob("*.py")
+        for file in source.rglob("*.py")
         for kind in re.findall(r'ApiError\(\s*"([a-z_]+)"', file.read_text(encoding="utf-8"))
     }
     assert used == set(ERRORS)

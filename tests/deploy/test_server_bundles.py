@@ -32,10 +32,10 @@ from deploy.engines.batch import groups
 from deploy.engines.onnx import OnnxEngine
 from deploy.engines.open import load_engine
 from deploy.machine import usable_cpus
-from deploy.server import schemas
-from deploy.server.choice import fastest
-from deploy.server.measurement import Job
-from deploy.server.tokens import TextTokenizer
+from deploy.server.api import schemas
+from deploy.server.service.tokens import TextTokenizer
+from deploy.server.variants.choice import fastest
+from deploy.server.variants.measurement import Job
 from deploy.tasks.fill_mask import FillMaskOptions
 from deploy.texts import sample
 
@@ -420,7 +420,7 @@ def test_without_a_variant_the_measured_choice_is_served_and_kept(tiny_bundle: B
 
 def test_measuring_process_ends_with_the_server(tiny_bundle: BundleMaker) -> None:
     job = Job(str(tiny_bundle("bert", "feature-extraction")), ("torch_ext-bf16", "onnx-fp32"), 1, 2048, 100)
-    command = [sys.executable, "-m", "deploy.server.measure"]
+    command = [sys.executable, "-m", "deploy.server.variants.measure"]
     line = json.dumps(dataclasses.asdict(job)) + "\n"
     # Its input ends, as when the server is killed.
     done = subprocess.run(command, cwd=ROOT, input=line, capture_output=True, text=True, timeout=60, check=False)

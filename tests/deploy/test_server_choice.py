@@ -34,14 +34,13 @@ from deploy.bundle import (
     load_manifest,
     write_manifest,
 )
-from deploy.server import choice, measurement, selection
-from deploy.server.batching import LoadCancelled
-from deploy.server.choice import AUTO, Choice, candidates, fastest, misses
 from deploy.server.limits import Settings
-from deploy.server.measure import compare, deal, make_lengths
-from deploy.server.measurement import Job, Measurement, Outcome
-from deploy.server.selection import Selection
-from deploy.server.speed_cache import SpeedCache, default_folder, fingerprint
+from deploy.server.variants import LoadCancelled, choice, measurement, selection
+from deploy.server.variants.choice import AUTO, Choice, candidates, fastest, misses
+from deploy.server.variants.measure import compare, deal, make_lengths
+from deploy.server.variants.measurement import Job, Measurement, Outcome
+from deploy.server.variants.selection import Selection
+from deploy.server.variants.speed_cache import SpeedCache, default_folder, fingerprint
 
 EXACT = Accuracy("cosine", 1.0, 0.9999999, 9)
 BF16 = Accuracy("cosine", 0.99998, 0.9999, 9)
@@ -315,6 +314,17 @@ def test_a_process_that_does_not_start_measures_nothing(command: list[str], capl
     assert not outcome.lasting
 
 
+def test_the_measuring_process_is_found_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    code = (
+        f"import importlib.util, json; found = importlib.util.find_spec({measurement.COMMAND[-1]!r}) is not None; "
+        "print(json.dumps({'speeds': {'a': float(found)}})); print(json.dumps({'done': True}))"
+    )
+    outcome = Measurement(job("a"), 60, command=[sys.executable, "-S", "-c", code]).run()
+    assert outcome.texts_per_s == {"a": 1.0}
+
+
 def test_a_server_that_is_stopped_while_it_measures(tmp_path: Path) -> None:
     """It answers that it lives and is not ready, and ends at once and cleanly."""
     started = tmp_path / "started"
@@ -454,7 +464,7 @@ class FakeMeasurement:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeMeasurement]:
     kind = type("Fake", (FakeMeasurement,), {})
-    monkeypatch.setattr(measurement, "Measurement", kind)
+    monkeypatch.setattr(selection, "Measurement", kind)
     installed(monkeypatch, "torch", "torch_ext", "onnxruntime")
     # The fingerprint asks where packages are; here they are nowhere.
     monkeypatch.setattr(selection, "fingerprint", lambda manifest, names, threads: {**KEY, "candidates": names})
@@ -529,6 +539,6 @@ def test_selection_without_any_candidate(tmp_path: Path) -> None:
 
 def test_the_choice_needs_the_standard_library_only() -> None:
     code = "import deploy.server.cli, sys; print(*{'numpy', 'orjson', 'torch'} & set(sys.modules))"
-    root = Path(choice.__file__).resolve().parents[2]
+    root = Path(choice.__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import VOCABULARY, FakeEngine, LiveServer, Reply, make_manifest, raw, running, wait_until
 
 from deploy.bundle import Manifest
-from deploy.server import limits, service
-from deploy.server.batching import Batcher, Work
+from deploy.server import limits
 from deploy.server.callers import Caller, CallerLeft
 from deploy.server.errors import ApiError
-from deploy.server.limits import Settings
+from deploy.server.limits import Limits, Settings
+from deploy.server.metrics import Metrics
 from deploy.server.protocol import MAX_HEADER_BYTES, MAX_HEADERS
-from deploy.server.tokens import TextTokenizer
+from deploy.server.service import Service, service
+from deploy.server.service.batching import Batcher, Work
+from deploy.server.service.tokens import TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"inputs": "w1 w2"}
@@ -92,35 +94,46 @@ def test_a_batch_that_fails_is_run_request_by_request(manifest: Manifest, caplog
         assert server.batcher.queued_tokens == 0
 
 
-def test_a_batch_holds_what_its_texts_cost(manifest: Manifest) -> None:
-    """Four texts of 3 tokens cost 5 each where the budget is 12."""
+def test_batches_and_queue_hold_what_texts_cost(manifest: Manifest) -> None:
+    """Texts of 3 tokens that cost 5 each, where a batch holds 12 and the queue 20."""
+    gate = threading.Event()
+    batches: list[int] = []
 
-    async def sizes(cost: Callable[[Any, Any], int] | None) -> list[int]:
-        batches: list[int] = []
+    class Engine:
+        def cost(self, ids: Any) -> int:
+            return 5
 
-        class Engine:
-            def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
-                batches.append(len(ids))
-                return list(ids)
+        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+            batches.append(len(ids))
+            assert gate.wait(20)
+            return list(ids)
 
-        batcher = Batcher(Engine, 12, 1000, cost=cost)
+    counted: list[tuple[int, int]] = []
+
+    async def run() -> None:
+        batcher = Batcher(Engine, 12, 20, on_batch=lambda texts, tokens: counted.append((texts, tokens)))
         await batcher.start()
-        ids = [np.array([2, 5, 3])] * 4
-        work = Work(ids, "options", asyncio.get_running_loop().create_future())
-        batcher.submit(work)
+
+        def submit(texts: int) -> Work:
+            ids = [np.array([2, 5, 3])] * texts
+            work = Work(ids, "options", asyncio.get_running_loop().create_future())
+            batcher.submit(work)
+            return work
+
+        with pytest.raises(ApiError, match=r"at most 20 tokens in one request, got 25 \(15, and what masks add\)"):
+            submit(5)
+        work = submit(4)
+        assert batcher.queued_tokens == 20
+        with pytest.raises(ApiError, match="20 tokens are waiting and the queue holds 20"):
+            submit(1)
+        gate.set()
         assert len(await work.future) == 4
+        assert batcher.queued_tokens == 0
         await batcher.close()
-        return batches
 
-    asked: list[object] = []
-
-    def five(ids: Any, options: Any) -> int:
-        asked.append(options)
-        return 5
-
-    assert asyncio.run(sizes(None)) == [4]
-    assert asyncio.run(sizes(five)) == [2, 2]
-    assert asked == ["options"] * 4
+    asyncio.run(run())
+    assert batches == [2, 2]
+    assert counted == [(2, 6), (2, 6)]  # Metrics count tokens as they are.
 
 
 # The engine thread.
@@ -227,6 +240,50 @@ def test_a_full_tokenising_backlog_names_its_own_limit(manifest: Manifest, monke
             assert "retry-after" in reply.headers
             tokenizer.gate.set()
             assert slow.result().status == 200
+
+
+def test_pairs_are_tokenised_in_turns_like_texts(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long ones part by part on a helper thread, within the backlog; short ones at once."""
+    parts: list[tuple[int, int, str]] = []
+
+    class Tokenizer(TextTokenizer):
+        def encode_pairs(self, pairs: Any, truncate: bool, first: int = 0) -> Any:
+            parts.append((first, len(pairs), threading.current_thread().name.partition("_")[0]))
+            return super().encode_pairs(pairs, truncate, first)
+
+    class Engine(FakeEngine):
+        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+            return [text.types.tolist() for text in ids]
+
+    async def run() -> None:
+        batcher = Batcher(Engine, 1000, 100_000)
+        await batcher.start()
+        inner = Service(manifest, Tokenizer.from_manifest(manifest), batcher, Settings(), Metrics())
+
+        def ask(pairs: list[tuple[str, str]], truncate: bool = True) -> Any:
+            return inner.classify_pairs(pairs, Caller(), Limits(inputs=10, chars=50_000), truncate=truncate)
+
+        assert (await ask([("w1 w2", "w3")])).values == [[0, 0, 1]]
+        assert parts == [(0, 1, "MainThread")]
+        long = ("w1 " * 1000, "w2 " * 1000)
+        monkeypatch.setattr(service, "TURN_CHARS", 12_000)
+        parts.clear()
+        assert len((await ask([long] * 5)).values) == 5
+        assert parts == [(0, 2, "helper"), (2, 2, "helper"), (4, 1, "helper")]
+        with pytest.raises(ApiError, match="input 3: expected at most 16 tokens in a pair"):
+            await ask([*[("w1", "w2" + " " * 6000)] * 3, long], truncate=False)
+        with pytest.raises(ApiError, match="input 1: expected at most 50000 characters"):
+            ask([("w1", "w2"), ("w1", "w" * 50_001)])
+        with pytest.raises(ApiError, match="input 0: expected text, got a NUL"):
+            ask([("w1", "w\0")])
+        inner._tokenizing_chars = 1
+        monkeypatch.setattr(service, "TOKENIZE_BACKLOG_CHARS", 6000)
+        with pytest.raises(ApiError, match="1 characters are waiting to be tokenised"):
+            await ask([long])
+        inner.close()
+        await batcher.close()
+
+    asyncio.run(run())
 
 
 # The wire.
@@ -467,9 +524,9 @@ def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Ma
         aside = []
         tokenize = inner._tokenize
 
-        async def note(texts: Sequence[str], *rest: Any) -> list[Any]:
-            aside.append(list(texts))
-            return await tokenize(texts, *rest)
+        async def note(request: Any, sizes: Sequence[int]) -> list[Any]:
+            aside.append(list(request.inputs))
+            return await tokenize(request, sizes)
 
         inner._tokenize = note  # type: ignore[method-assign]
         assert server("POST", "/embed", {"inputs": ["w1", "w2"]}).status == 200

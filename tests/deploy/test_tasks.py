@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import make_manifest
 
 from deploy.tasks import RAW, TASKS, TaskError, open_task
+from deploy.tasks.bounds import BOUND_NAMES
 from deploy.tasks.feature_extraction import EmbedOptions
 from deploy.tasks.fill_mask import FillMaskOptions
-from deploy.tasks.text_classification import read_labels
+from deploy.tasks.text_classification import PROBLEM_TYPES, read_labels
 
 MASK = 4
 NAN, INF = float("nan"), float("inf")
@@ -52,8 +55,6 @@ MULTI, SINGLE = "multi_label_classification", "single_label_classification"
 
 
 def classifier(folder: Path, activation: str | None, problem_type: str, labels: Sequence[str]) -> Any:
-    import dataclasses
-
     manifest = make_manifest(folder, "text-classification")
     fields = {"activation": activation, "problem_type": problem_type, "labels": tuple(labels)}
     return open_task(dataclasses.replace(manifest, **fields))
@@ -126,8 +127,6 @@ def test_fill_mask_keeps_masks_apart_and_memory_bounded(tmp_path: Path, monkeypa
 
 
 def test_cost_counts_the_vocabulary(tmp_path: Path) -> None:
-    import dataclasses
-
     ids = np.array([2, MASK, 9, MASK, 3])
     for task in TASKS.values():
         if not task.needs.mask_token:
@@ -161,3 +160,19 @@ def test_a_number_of_labels_that_is_none_is_refused(count: object) -> None:
 def test_labels_without_names_are_numbered() -> None:
     assert read_labels({}) == ("LABEL_0", "LABEL_1")
     assert read_labels({"num_labels": 1}) == ("LABEL_0",)
+
+
+def test_what_can_be_bounded_is_measured(tmp_path: Path) -> None:
+    for task in TASKS.values():
+        for problem in PROBLEM_TYPES:
+            folder = SimpleNamespace(
+                config={"num_labels": 2, "problem_type": problem}, cross_encoder=False, named_activation=None
+            )
+            fields = task.read(folder)
+            manifest = dataclasses.replace(make_manifest(tmp_path, task.name), **fields)
+            comparison = open_task(manifest).comparison(2)
+            rows = np.float32([[[1, 2]], [[3, 1]]]) if task.needs.mask_token else np.float32([[1, 2], [3, 1]])
+            for text, row in enumerate(rows):
+                comparison.remember(text, row)
+            _, details = comparison.measure(list(enumerate(rows)))
+            assert set(task.bound_names(folder)) == {"mean", "min"} | (set(details) & set(BOUND_NAMES))

@@ -99,7 +99,7 @@ def test_unknown_step_is_refused() -> None:
 
 
 def test_requirements_are_those_of_the_project() -> None:
-    result = run("requirements", str(ROOT / "pyproject.toml"), "dependencies", "serve")
+    result = run("requirements", str(ROOT / "pyproject.toml"), "torch", "serve")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     metadata = (ROOT / "pyproject.toml").read_text()
@@ -108,8 +108,14 @@ def test_requirements_are_those_of_the_project() -> None:
     assert {"torch", "safetensors", "uvicorn", "onnxruntime", "tokenizers"} <= names
 
 
-def test_the_servers_image_gets_neither_transformers_nor_optimum() -> None:
+def test_the_wheel_itself_needs_no_package() -> None:
+    assert run("requirements", str(ROOT / "pyproject.toml"), "dependencies").stdout.split() == []
+
+
+def test_serving_needs_neither_torch_nor_transformers_nor_optimum() -> None:
     result = run("requirements", str(ROOT / "pyproject.toml"), "dependencies", "serve")
     names = result.stdout.lower()
+    assert "uvicorn" in names
+    assert "torch" not in names
     assert "transformers" not in names
     assert "optimum" not in names

@@ -65,9 +65,9 @@ def test_the_server_may_drain_before_it_is_killed(compose: dict[str, Any]) -> No
 
 
 def test_the_server_knows_its_options(compose: dict[str, Any]) -> None:
-    from deploy.server.choice import AUTO
     from deploy.server.cli import _parser
     from deploy.server.limits import Settings
+    from deploy.server.variants.choice import AUTO
 
     arguments = _parser().parse_args([default(word) for word in compose["services"]["server"]["command"]])
     assert str(arguments.bundle) == "/bundle"

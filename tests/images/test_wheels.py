@@ -66,6 +66,15 @@ def test_nothing_but_the_package_is_installed(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
 
 
+def test_nothing_is_installed_with_it_unasked(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    needed = [line for line in lines if line.startswith("Requires-Dist:")]
+    assert any(re.match(r"Requires-Dist: torch\b.*extra == .torch.", line) for line in needed)
+    assert [line for line in needed if "extra ==" not in line] == []
+
+
 def test_the_library_is_for_the_wheels_architecture(library: Path, machine: str) -> None:
     found = re.search(r"Machine:\s+(.*)", readelf("--file-header", library))
     assert found is not None

@@ -422,7 +422,7 @@ def test_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:
     finding = next(finding for finding in report["findings"] if finding["name"] == "extension")
     assert finding["status"] == "FAIL"
     assert "_C.abi3.so is missing" in finding["detail"]
-    process = python("-c", "import torch_ext")
+    process = python("-c", "import torch_ext; torch_ext.optimize")
     assert process.returncode == 1
     assert "ImportError: torch_ext: " in process.stderr
     assert "pip install --no-build-isolation" in process.stderr
@@ -431,3 +431,15 @@ def test_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:
     process = python("-m", "torch_ext.doctor")
     assert process.returncode == 1
     assert "cannot load" in process.stdout
+
+
+def test_runs_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = run("--json", PYTHONPATH=path)
+    assert process.returncode == 1, process.stderr
+    findings = {finding["name"]: finding for finding in json.loads(process.stdout)["findings"]}
+    assert findings["torch"]["status"] == "FAIL"
+    assert findings["torch"]["detail"].startswith("not installed")
+    assert findings["torch"]["advice"] == "pip install 'torch-ext[torch]'"
+    assert "memory" in findings

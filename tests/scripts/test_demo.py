@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deploy.server.choice import Choice
+from deploy.server.variants.choice import Choice
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -54,6 +54,17 @@ def test_targets_of_make_exist() -> None:
             assert name in targets, f"{page}: make {name} is no target"
 
 
+def test_options_of_the_load_test_are_listed() -> None:
+    """Locust prints its help before it reads the load test's file."""
+    page = (ROOT / "docs" / "load-test.md").read_text(encoding="utf-8")
+    options = re.findall(r'^ +(?:\w+\.)?\w+\(?\s*"(--[a-z0-9-]+)"|^ +"(--[a-z0-9-]+)",$',
+                         (ROOT / "loadtest" / "options.py").read_text(encoding="utf-8"), re.MULTILINE)  # fmt: skip
+    names = {first or second for first, second in options}
+    assert {"--task", "--slo-p95-ms", "--think-time-s", "--api-key"} <= names
+    for name in names:
+        assert f"`{name}`" in page, f"docs/load-test.md lacks {name}"
+
+
 def test_first_screen() -> None:
     """One sentence, counts before times, a few lines to install and use, CPUs and limits, then links."""
     assert len(README.splitlines()) <= 120

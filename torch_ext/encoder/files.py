@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from torch_ext.encoder.spec import EncoderSpec, HeadSpec, check_dtype, check_weights
+from torch_ext.encoder.spec import EncoderSpec, HeadSpec, check_dtype
+from torch_ext.encoder.weights import check_weights
 
 __all__ = ["has_part", "read", "stored_dtype", "write"]
 
@@ -26,13 +27,32 @@ _COUNTED_WITHOUT_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")
 Spec = TypeVar("Spec", EncoderSpec, HeadSpec)
 
 
+def _safetensors() -> Any:
+    """The library of the file format.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "safetensors":
+            raise
+        raise ImportError(
+            "files of encoders need safetensors, which is not installed: pip install 'torch-ext[torch]'",
+            name="safetensors",
+        ) from error
+    return safetensors
+
+
 def write(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write beside ``path``, then rename: the file appears under its name only when it is complete.
 
     Raises:
         OSError: the file cannot be written.
+        ImportError: safetensors is not installed.
     """
-    from safetensors.torch import save_file
+    save_file = _safetensors().torch.save_file
 
     name = str(path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp"))
     handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -50,15 +70,14 @@ def write(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 def _open(path: Path) -> tuple[dict[str, str], Any]:
     """The metadata of a file, checked for format and version, and the open file."""
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = _safetensors()
     if not path.is_file():
         raise FileNotFoundError(f"no encoder file {path}")
     try:
-        file = safe_open(str(path), framework="pt")
-    except SafetensorError as error:
+        file = safetensors.safe_open(str(path), framework="pt")
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged, or is not a safetensors file: {error}") from error
-    metadata: dict[str, str] = file.metadata() or {}  # type: ignore[no-untyped-call]
+    metadata: dict[str, str] = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by torch_ext.Encoder.save(): its metadata has no format {FORMAT!r}")
     if metadata.get("format_version") != str(FORMAT_VERSION):

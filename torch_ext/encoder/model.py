@@ -16,22 +16,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+import torch_ext.ops  # noqa: F401 - registers the ops
 from torch_ext.encoder import files
 from torch_ext.encoder.balance import Observe, balance, random_texts
 from torch_ext.encoder.huggingface import read_encoder, read_head
 from torch_ext.encoder.packing import LAYER_PARTS, pack_encoder
 from torch_ext.encoder.positions import relative_bias_table, rotary_table
-from torch_ext.encoder.spec import (
-    DTYPES,
-    Dtype,
-    EncoderSpec,
-    HeadSpec,
-    check_dtype,
-    check_weights,
-    is_matrix,
-    is_table,
-    scale_name,
-)
+from torch_ext.encoder.spec import Dtype, EncoderSpec, HeadSpec, check_dtype, is_matrix, is_table, scale_name
+from torch_ext.encoder.weights import TABLE_DTYPES, check_weights
 from torch_ext.patterns import select
 from torch_ext.quantize import check_inputs, quantize_weight
 
@@ -142,7 +134,7 @@ class _Weighted(Generic[Spec]):
             return packed
         if is_matrix(name):
             return (_pack_fp32 if self.dtype == "fp32" else _pack)(tensor.contiguous())  # type: ignore[no-any-return]
-        kind = DTYPES[self.dtype] if is_table(name) else torch.float32
+        kind = TABLE_DTYPES[self.dtype] if is_table(name) else torch.float32
         return tensor.to(kind, copy=True).contiguous()
 
     def _linear(
@@ -686,7 +678,7 @@ class Head(_Weighted[HeadSpec]):
     def _check_hidden(self, hidden: Tensor) -> None:
         if hidden.dim() != 2 or hidden.shape[1] != self.spec.hidden_size:
             raise ValueError(f"Head: expected hidden [T, {self.spec.hidden_size}], got {list(hidden.shape)}")
-        if hidden.dtype not in DTYPES.values():
+        if hidden.dtype not in TABLE_DTYPES.values():
             raise TypeError(f"Head: expected hidden of fp32 or bf16, got {hidden.dtype}")
 
     def _run(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+import torch_ext.ops  # noqa: F401 - registers the ops
 from torch_ext.encoder.spec import EncoderSpec
 
 __all__ = ["LAYER_PARTS", "pack_encoder"]

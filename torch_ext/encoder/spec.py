@@ -1,23 +1,17 @@
-"""What encoders and heads compute, and which weights that takes: data, not one class per model."""
+"""What encoders and heads compute, and which weights that takes: data, not one class per model. Needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from torch_ext.ops import ACTIVATIONS
-
 __all__ = [
+    "ACTIVATIONS",
     "DTYPES",
     "Dtype",
     "EncoderSpec",
     "HeadSpec",
     "check_dtype",
-    "check_weights",
     "is_matrix",
     "is_table",
     "scale_name",
@@ -25,10 +19,11 @@ __all__ = [
 
 Dtype = Literal["bf16", "fp32", "int8"]
 
+ACTIVATIONS: tuple[str, ...] = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu")
+
 TASKS = ("text-classification", "token-classification", "fill-mask")
 
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}
-"""By the dtype of an encoder, that of its tables and its hidden state."""
+DTYPES: tuple[Dtype, ...] = ("bf16", "fp32", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +36,7 @@ class EncoderSpec:
         num_layers: number of transformer layers.
         num_heads: attention heads per layer; divides H.
         intermediate_size: width of the feed-forward part, I.
-        activation: of the feed-forward part; one of :data:`torch_ext.ops.ACTIVATIONS`.
+        activation: of the feed-forward part; one of :data:`ACTIVATIONS`.
         max_positions: the longest sequence, in tokens.
         position_offset: row of the position table that the first token takes.
         layer_norm_eps: added to variances.
@@ -177,7 +172,7 @@ class HeadSpec:
     Attributes:
         task: ``text-classification``, ``token-classification`` or ``fill-mask``.
         hidden_size: H.
-        activation: after the dense layer; one of :data:`torch_ext.ops.ACTIVATIONS`.
+        activation: after the dense layer; one of :data:`ACTIVATIONS`.
         norm: whether a layer norm follows.
         layer_norm_eps: added to its variances.
         num_outputs: labels, or the size of the vocabulary.
@@ -271,34 +266,6 @@ def check_dtype(dtype: str) -> Dtype:
 def scale_name(name: str) -> str:
     """The name of an int8 matrix's scales, one for each row."""
     return f"{name}_scale"
-
-
-def check_weights(spec: EncoderSpec | HeadSpec, weights: Mapping[str, Tensor]) -> None:
-    """Check that the tensors of a specification are there, and no others, with their shapes, on the CPU.
-
-    All are fp32 or bf16. Matrices may be i8 instead, and have fp32 scales ``[N]`` beside them then.
-
-    Raises:
-        ValueError: a name, shape, dtype or device is wrong.
-    """
-    shapes = spec.shapes()
-    shapes.update({name: shape for name, shape in spec.optional_shapes().items() if name in weights})
-    quantized = {name for name in shapes if is_matrix(name) and name in weights and weights[name].dtype == torch.int8}
-    shapes = {**shapes, **{scale_name(name): shapes[name][:1] for name in quantized}}
-    missing, extra = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
-    if missing or extra:
-        raise ValueError(
-            f"weights do not fit the specification: missing {missing or 'none'}, unexpected {extra or 'none'}"
-        )
-    scales = {scale_name(name) for name in quantized}
-    for name, shape in shapes.items():
-        tensor = weights[name]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"expected {name} {list(shape)}, got {list(tensor.shape)}")
-        allowed = (torch.float32,) if name in scales else (torch.float32, torch.bfloat16)
-        if tensor.device.type != "cpu" or (tensor.dtype not in allowed and name not in quantized):
-            expected = "fp32" if name in scales else "fp32 or bf16"
-            raise ValueError(f"expected {name} of {expected} on the CPU, got {tensor.dtype} on {tensor.device}")
 
 
 def is_matrix(name: str) -> bool:

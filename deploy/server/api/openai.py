@@ -20,7 +20,7 @@ from ..route import (
     error_fields,
     server_timing,
 )
-from ..schemas import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse, OpenAIModels
+from .schemas import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse, OpenAIModels
 
 __all__ = ["OPENAI", "ROUTES"]
 

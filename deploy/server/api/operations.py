@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..route import ApiError, Caller, Context, Response, Route, encode
-from ..schemas import InfoResponse, StatusResponse
+from .schemas import InfoResponse, StatusResponse
 
 __all__ = ["ROUTES"]
 

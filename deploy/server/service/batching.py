@@ -22,19 +22,15 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import ApiError
+from ..errors import ApiError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Batcher", "Cost", "Engine", "Item", "LoadCancelled", "Work"]
+__all__ = ["Batcher", "Engine", "Item", "Work"]
 
 log = logging.getLogger("deploy.server")
-
-
-class LoadCancelled(Exception):  # noqa: N818 - nothing went wrong
-    """The server is to stop before its engine is loaded."""
 
 
 class Work:
@@ -46,7 +42,8 @@ class Work:
         results: Per text what the engine made of it.
         tokens: Tokens of all texts.
         future: Done when every text has its result.
-        costs: Per text what it counts for in a batch's token budget; None: its tokens.
+        costs: Per text what it takes of a token budget; set when the work is queued.
+        waiting: What the texts without a result take of a token budget.
         abandoned: Nobody waits any more; what did not run yet is dropped.
         submitted_s: When it was queued, by `time.perf_counter`.
         started_s: When its first batch started.
@@ -66,17 +63,17 @@ class Work:
         "started_s",
         "submitted_s",
         "tokens",
-        "unanswered_tokens",
+        "waiting",
     )
 
     def __init__(self, ids: Sequence[NDArray[np.int64]], options: Any, future: asyncio.Future[list[Any]]) -> None:
         self.ids = ids
         self.options = options
         self.future = future
-        self.costs: list[int] | None = None
+        self.costs: list[int] = []
         self.results: list[Any] = [None] * len(ids)
         self.tokens = sum(map(len, ids))
-        self.unanswered_tokens = self.tokens
+        self.waiting = 0
         self.left = len(ids)
         self.next = 0
         self.abandoned = False
@@ -90,7 +87,15 @@ Item = tuple[Work, int]
 
 
 class Engine(Protocol):
-    """Runs batches. All methods are called on the engine thread only."""
+    """Runs batches, on the engine thread."""
+
+    def cost(self, ids: NDArray[np.int64]) -> int:
+        """What a text takes of a token budget: its tokens, or more. Called on the event loop.
+
+        Args:
+            ids: Its token ids, i64 [tokens].
+        """
+        ...
 
     def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
         """Runs a batch.
@@ -105,22 +110,18 @@ class Engine(Protocol):
         ...
 
 
-Cost = Callable[["NDArray[np.int64]", Any], int]
-"""From the token ids and options of a text to what it counts for in a batch's token budget."""
-
-
 class Batcher:
     """The queue and the engine thread.
 
     Methods are called on the event loop, except `_main` and what it calls.
 
     Attributes:
-        queued_tokens: Tokens that wait or run.
+        queued_tokens: What the texts that wait or run take, in the unit of the token budget.
         running: Whether the engine is loaded and takes work.
         failure: Why the engine could not be loaded, or why its thread ended; None while all is well.
-        cancel_load: Ends loading early if that can be done; then it raises `LoadCancelled`.
-        on_batch: Told the texts and tokens of every batch, on the event loop.
-        on_death: Told, on the event loop, that the engine thread has ended by itself; `failure` says why.
+        cancel_load: Ends loading early if that can be done; then it raises `variants.LoadCancelled`.
+        on_batch: Called on the event loop with the texts and tokens of every batch.
+        on_death: Called on the event loop when the engine thread has ended by itself; `failure` says why.
     """
 
     def __init__(
@@ -129,16 +130,14 @@ class Batcher:
         max_batch_tokens: int,
         max_queue_tokens: int,
         on_batch: Callable[[int, int], None] = lambda texts, tokens: None,
-        cost: Cost | None = None,
     ) -> None:
         """Prepares, without starting a thread.
 
         Args:
             load: Makes the engine; called on the engine thread.
-            max_batch_tokens: Token budget of a batch, in the unit of `cost`; a single text may exceed it.
-            max_queue_tokens: Most tokens that wait or run.
-            on_batch: Told the texts and tokens of every batch, on the event loop.
-            cost: What a text counts for in the token budget; None: its tokens. Called on the event loop.
+            max_batch_tokens: Token budget of a batch, in the unit of `Engine.cost`; a single text may exceed it.
+            max_queue_tokens: Most that may wait or run, in the same unit.
+            on_batch: Called on the event loop with the texts and tokens of every batch.
         """
         self.max_batch_tokens = max_batch_tokens
         self.max_queue_tokens = max_queue_tokens
@@ -149,10 +148,10 @@ class Batcher:
         self.cancel_load: Callable[[], None] = lambda: None
         self.on_batch = on_batch
         self.on_death: Callable[[], None] = lambda: None
-        self._cost = cost
+        self._engine: Engine | None = None
         self._inbox: SimpleQueue[Work | None] = SimpleQueue()
         self._round: deque[Work] = deque()
-        self._tokens_per_s = 0.0
+        self._cost_per_s = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -178,18 +177,19 @@ class Batcher:
         """
         if not self.running:
             raise self._stopped()
-        waiting = self.queued_tokens + work.tokens
-        if waiting > self.max_queue_tokens:
-            if work.tokens > self.max_queue_tokens:
+        assert self._engine is not None
+        work.costs = [self._engine.cost(text) for text in work.ids]
+        work.waiting = sum(work.costs)
+        if self.queued_tokens + work.waiting > self.max_queue_tokens:
+            if work.waiting > self.max_queue_tokens:
+                more = "" if work.waiting == work.tokens else f" ({work.tokens}, and what masks add)"
                 raise ApiError(
                     "too_large",
-                    f"expected at most {self.max_queue_tokens} tokens in one request, got {work.tokens}; send fewer "
-                    "texts at a time",
+                    f"expected at most {self.max_queue_tokens} tokens in one request, got {work.waiting}{more}; send "
+                    "fewer texts at a time",
                 )
             raise self.queue_full()
-        if self._cost is not None:
-            work.costs = [self._cost(text, work.options) for text in work.ids]
-        self.queued_tokens = waiting
+        self.queued_tokens += work.waiting
         work.submitted_s = time.perf_counter()
         self._inbox.put(work)
 
@@ -199,7 +199,7 @@ class Batcher:
 
     def try_later(self, reason: str) -> ApiError:
         """The error of a request that there is no room for now, with a Retry-After from the measured speed."""
-        wait_s = math.ceil(self.queued_tokens / self._tokens_per_s) if self._tokens_per_s else 1
+        wait_s = math.ceil(self.queued_tokens / self._cost_per_s) if self._cost_per_s else 1
         retry_after = str(min(max(wait_s, 1), 60))
         return ApiError("queue_full", f"{reason}; try again later", {"Retry-After": retry_after})
 
@@ -207,8 +207,8 @@ class Batcher:
         """Drops what is left of a request whose client has left."""
         if not work.abandoned and not work.future.done():
             work.abandoned = True
-            self.queued_tokens -= work.unanswered_tokens
-            work.unanswered_tokens = 0
+            self.queued_tokens -= work.waiting
+            work.waiting = 0
             work.future.cancel()
 
     async def close(self) -> None:
@@ -228,20 +228,19 @@ class Batcher:
         else:
             self._ready.set_exception(self.failure)
 
-    def _deliver(self, batch: list[Item], tokens: int, seconds: float) -> None:
+    def _deliver(self, batch: list[Item], seconds: float) -> None:
         """Hands the results of a batch to the requests that are complete now."""
-        rate = tokens / max(seconds, 1e-9)
-        self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
-        self.on_batch(len(batch), tokens)
+        rate = sum(work.costs[index] for work, index in batch) / max(seconds, 1e-9)
+        self._cost_per_s = rate if not self._cost_per_s else 0.9 * self._cost_per_s + 0.1 * rate
+        self.on_batch(len(batch), sum(len(work.ids[index]) for work, index in batch))
         for work, index in batch:
             if work.abandoned:
                 continue
             if isinstance(work.results[index], Exception):
-                self._fail(work, _told(index, work.results[index]))
+                self._fail(work, _text_error(index, work.results[index]))
                 continue
-            count = len(work.ids[index])
-            work.unanswered_tokens -= count
-            self.queued_tokens -= count
+            work.waiting -= work.costs[index]
+            self.queued_tokens -= work.costs[index]
             work.left -= 1
             if work.left == 0 and not work.future.done():
                 work.future.set_result(work.results)
@@ -249,8 +248,8 @@ class Batcher:
     def _fail(self, work: Work, error: ApiError) -> None:
         """Ends a request with an error, and drops what is left of it."""
         if not work.abandoned and not work.future.done():
-            self.queued_tokens -= work.unanswered_tokens
-            work.unanswered_tokens = 0
+            self.queued_tokens -= work.waiting
+            work.waiting = 0
             work.abandoned = True
             work.future.set_exception(error)
 
@@ -274,7 +273,7 @@ class Batcher:
     def _main(self) -> None:
         assert self._loop is not None
         try:
-            engine = self._load()
+            engine = self._engine = self._load()
         except BaseException as error:
             self.failure = error
             self._loop.call_soon_threadsafe(self._loaded)
@@ -282,9 +281,9 @@ class Batcher:
         self._loop.call_soon_threadsafe(self._loaded)
         items: list[Item] = []
         try:
-            while (batch := self._take()) is not None:
-                items, tokens = batch
-                self._run(engine, items, tokens)
+            while (taken := self._take()) is not None:
+                items = taken
+                self._run(engine, items)
         except BaseException as error:  # What ends a thread: SystemExit, lack of memory, a fault of this class.
             if self._loop.is_closed():  # Nobody is left to answer.
                 return
@@ -292,13 +291,14 @@ class Batcher:
             log.critical("the engine thread has ended, and the server with it", exc_info=error)
             self._loop.call_soon_threadsafe(self._died, items)
 
-    def _run(self, engine: Engine, items: list[Item], tokens: int) -> None:
+    def _run(self, engine: Engine, items: list[Item]) -> None:
         """Runs a batch and hands its results to the event loop."""
         assert self._loop is not None
         started_s = time.perf_counter()
         try:
             self._call(engine, items)
         except Exception:
+            tokens = sum(len(work.ids[index]) for work, index in items)
             log.exception("the engine failed on a batch of %d texts, %d tokens", len(items), tokens)
             self._call_by_request(engine, items)
         seconds = time.perf_counter() - started_s
@@ -306,7 +306,7 @@ class Batcher:
             if work.started_s == 0.0:
                 work.started_s = started_s
             work.infer_s += seconds
-        self._loop.call_soon_threadsafe(self._deliver, items, tokens, seconds)
+        self._loop.call_soon_threadsafe(self._deliver, items, seconds)
 
     @staticmethod
     def _call(engine: Engine, items: list[Item]) -> None:
@@ -331,12 +331,12 @@ class Batcher:
             for work, index in alone:
                 work.results[index] = _BatchError()
 
-    def _take(self) -> tuple[list[Item], int] | None:
-        """The next batch and its tokens: waits only while there is nothing at all. None: the batcher was closed."""
+    def _take(self) -> list[Item] | None:
+        """The next batch: waits only while there is nothing at all. None: the batcher was closed."""
         inbox, ready = self._inbox, self._round
         items: list[Item] = []
         budget = self.max_batch_tokens
-        tokens = spent = 0
+        spent = 0
         while not items:
             if not ready:
                 work = inbox.get()
@@ -353,26 +353,24 @@ class Batcher:
                 work = ready.popleft()
                 if work.abandoned:
                     continue
-                size = len(work.ids[work.next])
-                cost = size if work.costs is None else work.costs[work.next]
+                cost = work.costs[work.next]
                 if items and spent + cost > budget:
                     ready.appendleft(work)
                     break
                 items.append((work, work.next))
-                tokens += size
                 spent += cost
                 work.next += 1
                 if work.next < len(work.ids):
                     ready.append(work)
-        return items, tokens
+        return items
 
 
 class _BatchError(Exception):
     """The engine failed on a batch that held this text."""
 
 
-def _told(index: int, error: Exception) -> ApiError:
-    """What the client of a text on which the engine failed is told."""
+def _text_error(index: int, error: Exception) -> ApiError:
+    """The error for the client of a text on which the engine failed."""
     if isinstance(error, _BatchError):
         return ApiError("internal", "the engine failed on the batch of this request; see the server's log")
     log.error("the engine failed on a text: %s", error, exc_info=error)

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Manifest
-from ..tasks.feature_extraction import EmbedOptions
-from ..tasks.fill_mask import FillMaskOptions
+from ...bundle import Manifest
+from ...machine import versions
+from ...tasks.feature_extraction import EmbedOptions
+from ...tasks.fill_mask import FillMaskOptions
+from ..callers import Caller, CallerLeft
+from ..errors import ApiError
+from ..limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings
+from ..metrics import Metrics
+from ..variants import Choice
 from .batching import Batcher, Work
-from .callers import Caller, CallerLeft
-from .choice import Choice
-from .errors import ApiError
-from .limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings
-from .metrics import Metrics
-from .speed_cache import versions
 from .tokens import TextTokenizer
 
 __all__ = ["Result", "Served", "Service"]
@@ -57,12 +57,38 @@ class Served:
     Attributes:
         choice: The variant, and why it was taken.
         isa: What runs it.
-        versions: Of the packages that compute.
     """
 
     choice: Choice
     isa: str
-    versions: dict[str, str]
+
+    @functools.cached_property
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that compute; looked up for who asks first."""
+        return versions()
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a client asks about.
+
+    Attributes:
+        inputs: Texts, or pairs of texts, as the client sent them.
+        caller: Who waits.
+        limits: Of the route.
+        truncate: Cut inputs that are longer than the model takes.
+        encode: Makes token ids of some inputs: gets them, `truncate`, and the index of the first.
+        options: For the task.
+        check: Refuses token ids that the task cannot take.
+    """
+
+    inputs: Sequence[Any]
+    caller: Caller
+    limits: Limits
+    truncate: bool
+    encode: Callable[..., list[Any]]
+    options: Any = None
+    check: Callable[[Sequence[Any], Limits], None] = lambda ids, limits: None
 
 
 class Service:
@@ -109,7 +135,7 @@ class Service:
 
     def serves(self, choice: Choice, isa: str) -> None:
         """Records which variant is served; called once, on any thread."""
-        self.served = Served(choice, isa, versions())
+        self.served = Served(choice, isa)
 
     def check_ready(self) -> None:
         """Refuses while new requests are not welcome.
@@ -172,7 +198,7 @@ class Service:
             CallerLeft: The client has left.
         """
         options = _EMBED_OPTIONS[self._normalize if normalize is None else normalize]
-        return self._texts(texts, caller, limits, truncate, options)
+        return self._ask(_Request(texts, caller, limits, truncate, self._tokenizer.encode, options))
 
     def embed_ids(self, texts: Sequence[Sequence[int]], caller: Caller, limits: Limits) -> Awaitable[Result]:
         """Embeddings of texts that are token ids already; see `embed`."""
@@ -193,45 +219,46 @@ class Service:
         self, texts: Sequence[str], caller: Caller, limits: Limits, *, truncate: bool = True
     ) -> Awaitable[Result]:
         """Labels with scores of texts, best first; see `embed`."""
-        return self._texts(texts, caller, limits, truncate, None)
+        return self._ask(_Request(texts, caller, limits, truncate, self._tokenizer.encode))
 
-    async def classify_pairs(
+    def classify_pairs(
         self, pairs: Sequence[tuple[str, str]], caller: Caller, limits: Limits, *, truncate: bool = True
-    ) -> Result:
+    ) -> Awaitable[Result]:
         """What the task answers to pairs of texts, where its inputs are pairs; see `embed`."""
-        started_s = time.perf_counter()
-        for side in (0, 1):
-            self._check_texts([pair[side] for pair in pairs], limits)
-        ids = await self.aside(self._tokenizer.encode_pairs, pairs, truncate)
-        return await self._run(ids, None, caller, started_s)
+        return self._ask(_Request(pairs, caller, limits, truncate, self._tokenizer.encode_pairs))
 
     def fill(
         self, texts: Sequence[str], caller: Caller, limits: Limits, *, top_k: int, truncate: bool = True
     ) -> Awaitable[Result]:
         """The best `top_k` tokens for every mask token of texts; see `embed`."""
-        return self._texts(texts, caller, limits, truncate, FillMaskOptions(top_k), self._check_masks)
+        encode, options = self._tokenizer.encode, FillMaskOptions(top_k)
+        return self._ask(_Request(texts, caller, limits, truncate, encode, options, self._check_masks))
 
     # How it is done.
 
-    def _check_texts(self, texts: Sequence[str], limits: Limits) -> int:
-        """Checks texts against the limits and returns how many characters they have."""
-        if len(texts) > limits.inputs:
-            raise _too_many(len(texts), limits)
-        if not texts:
+    def _sizes(self, request: _Request) -> list[int]:
+        """Checks the inputs against the limits and returns how many characters each has, with the prompt."""
+        inputs, limits = request.inputs, request.limits
+        if len(inputs) > limits.inputs:
+            raise _too_many(len(inputs), limits)
+        if not inputs:
             raise ApiError("invalid_request", "expected at least one input, got an empty list")
-        total = 0
-        for index, text in enumerate(texts):
-            size = len(text)
-            if size > limits.chars:
-                raise ApiError(
-                    "too_large",
-                    f"input {index}: expected at most {limits.chars} characters, got {size}; the model "
-                    f"reads {self._tokenizer.max_tokens} tokens only",
-                )
-            if "\0" in text:
-                raise ApiError("invalid_request", f"input {index}: expected text, got a NUL character")
-            total += size
-        return total
+        sizes = []
+        for index, given in enumerate(inputs):
+            total = self._prompt_chars
+            for text in (given,) if isinstance(given, str) else given:
+                size = len(text)
+                if size > limits.chars:
+                    raise ApiError(
+                        "too_large",
+                        f"input {index}: expected at most {limits.chars} characters, got {size}; the model "
+                        f"reads {self._tokenizer.max_tokens} tokens only",
+                    )
+                if "\0" in text:
+                    raise ApiError("invalid_request", f"input {index}: expected text, got a NUL character")
+                total += size
+            sizes.append(total)
+        return sizes
 
     def _check_masks(self, ids: Sequence[NDArray[np.int64]], limits: Limits) -> None:
         for index, text in enumerate(ids):
@@ -243,64 +270,35 @@ class Service:
                     f"{self._tokenizer.max_tokens} tokens, got {masks}",
                 )
 
-    def _texts(
-        self,
-        texts: Sequence[str],
-        caller: Caller,
-        limits: Limits,
-        truncate: bool,
-        options: Any,
-        check: Callable[[Sequence[NDArray[np.int64]], Limits], None] = lambda ids, limits: None,
-    ) -> Awaitable[Result]:
-        """Checks, tokenises and runs texts.
-
-        Args:
-            texts: As a client sent them.
-            caller: Who waits.
-            limits: Of the route.
-            truncate: Cut texts that are longer than the model takes.
-            options: For the engine's head.
-            check: Refuses token ids that the task cannot take.
-        """
+    def _ask(self, request: _Request) -> Awaitable[Result]:
+        """Checks, tokenises and runs what a client asks about: short requests here, long ones part by part."""
         started_s = time.perf_counter()
-        chars = self._check_texts(texts, limits) + len(texts) * self._prompt_chars
-        if chars > INLINE_CHARS:
-            return self._long_texts(texts, caller, limits, truncate, options, check, chars, started_s)
-        ids = self._tokenizer.encode(texts, truncate)
-        check(ids, limits)
-        return self._run(ids, options, caller, started_s)
+        sizes = self._sizes(request)
+        if sum(sizes) > INLINE_CHARS:
+            return self._ask_in_parts(request, sizes, started_s)
+        ids = request.encode(request.inputs, request.truncate)
+        request.check(ids, request.limits)
+        return self._run(ids, request.options, request.caller, started_s)
 
-    async def _long_texts(
-        self,
-        texts: Sequence[str],
-        caller: Caller,
-        limits: Limits,
-        truncate: bool,
-        options: Any,
-        check: Callable[[Sequence[NDArray[np.int64]], Limits], None],
-        chars: int,
-        started_s: float,
-    ) -> Result:
-        ids = await self._tokenize(texts, caller, truncate, chars)
-        check(ids, limits)
-        return await self._run(ids, options, caller, started_s)
+    async def _ask_in_parts(self, request: _Request, sizes: Sequence[int], started_s: float) -> Result:
+        ids = await self._tokenize(request, sizes)
+        request.check(ids, request.limits)
+        return await self._run(ids, request.options, request.caller, started_s)
 
-    async def _tokenize(
-        self, texts: Sequence[str], caller: Caller, truncate: bool, chars: int
-    ) -> list[NDArray[np.int64]]:
-        """Token ids of long texts, part by part on helper threads, so that other requests get their turn in between."""
-        waiting = self._tokenizing_chars
+    async def _tokenize(self, request: _Request, sizes: Sequence[int]) -> list[Any]:
+        """Token ids of a long request, part by part on helper threads: other requests get their turn in between."""
+        waiting, chars = self._tokenizing_chars, sum(sizes)
         if waiting and waiting + chars > TOKENIZE_BACKLOG_CHARS:
             raise self._batcher.try_later(
                 f"{waiting} characters are waiting to be tokenised; with {chars} more, they would be more than "
                 f"{TOKENIZE_BACKLOG_CHARS}"
             )
-        ids: list[NDArray[np.int64]] = []
+        ids: list[Any] = []
         self._tokenizing_chars += chars
         try:
-            for start, stop in _turns(texts, self._prompt_chars):
-                ids += await self.aside(self._tokenizer.encode, texts[start:stop], truncate, start)
-                if caller.gone:
+            for start, stop in _turns(sizes):
+                ids += await self.aside(request.encode, request.inputs[start:stop], request.truncate, start)
+                if request.caller.gone:
                     raise CallerLeft
         finally:
             self._tokenizing_chars -= chars
@@ -338,18 +336,17 @@ def _too_many(found: int, limits: Limits) -> ApiError:
     return ApiError("too_large", f"expected at most {limits.inputs} inputs in one request, got {found}")
 
 
-def _turns(texts: Sequence[str], prompt_chars: int) -> Iterator[tuple[int, int]]:
-    """Parts of a long request: index of the first text of each, and of the one behind its last.
+def _turns(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Parts of a long request: index of the first input of each, and of the one behind its last.
 
     Args:
-        texts: Of the request.
-        prompt_chars: Characters that go before each.
+        sizes: Characters of each input.
     """
     start = chars = 0
-    for index, text in enumerate(texts):
-        chars += len(text) + prompt_chars
+    for index, size in enumerate(sizes):
+        chars += size
         if chars >= TURN_CHARS:
             yield start, index + 1
             start, chars = index + 1, 0
-    if start < len(texts):
-        yield start, len(texts)
+    if start < len(sizes):
+        yield start, len(sizes)

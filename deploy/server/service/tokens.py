@@ -19,14 +19,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from ..bundle import Prompts
-from ..engines.batch import PairIds
-from .errors import ApiError
+from ...bundle import Prompts
+from ...engines.batch import PairIds
+from ..errors import ApiError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..bundle import Manifest
+    from ...bundle import Manifest
 
 __all__ = ["TextTokenizer"]
 
@@ -101,7 +101,7 @@ class TextTokenizer:
         if prompt:
             texts = [prompt + text for text in texts]
         result = []
-        for index, encoding in enumerate(self._encodings(texts), first):
+        for index, encoding in enumerate(_encodings(self._tokenizer, texts), first):
             ids = encoding.ids
             if len(ids) > limit:
                 if not truncate:
@@ -119,11 +119,6 @@ class TextTokenizer:
                 raise ApiError("invalid_request", f"input {index}: expected a text with at least one token, got none")
             result.append(np.array(ids, dtype=np.int64))
         return result
-
-    def _encodings(self, texts: Sequence[str]) -> Iterator[Encoding]:
-        """Encodings of texts, a few at a time: that of a long text takes far more memory than the ids that are kept."""
-        for start in range(0, len(texts), _SLICE_TEXTS):
-            yield from self._tokenizer.encode_batch_fast(texts[start : start + _SLICE_TEXTS])
 
     def check_ids(self, index: int, ids: Sequence[int]) -> NDArray[np.int64]:
         """Token ids that a client sent, with special tokens added where they do not start with the first one.
@@ -157,15 +152,20 @@ class TextTokenizer:
         tokenizer.enable_truncation(self.max_tokens, direction="left" if self._cut_left else "right")
         return tokenizer
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]], truncate: bool) -> list[PairIds]:
-        """Token ids of pairs of texts, for tasks that need them; see `encode`.
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], truncate: bool, first: int = 0) -> list[PairIds]:
+        """Token ids of pairs of texts, for tasks that need them.
+
+        Args:
+            pairs: At least one; no lone surrogates.
+            truncate: Cut to `max_tokens`, the longer text first; otherwise a longer pair is an error.
+            first: Index of the first of them in its request, for messages.
 
         Raises:
             ApiError: A pair is too long and `truncate` is false.
         """
         tokenizer = self._pair_tokenizer if truncate else self._tokenizer
         result = []
-        for index, encoding in enumerate(tokenizer.encode_batch_fast(list(pairs))):
+        for index, encoding in enumerate(_encodings(tokenizer, pairs), first):
             if len(encoding.ids) > self.max_tokens:
                 raise ApiError(
                     "invalid_request",
@@ -178,3 +178,9 @@ class TextTokenizer:
     def token(self, token_id: int) -> str:
         """How a token id reads."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+def _encodings(tokenizer: Tokenizer, inputs: Sequence[str] | Sequence[tuple[str, str]]) -> Iterator[Encoding]:
+    """Encodings of inputs, a few at a time: that of a long text takes far more memory than the ids that are kept."""
+    for start in range(0, len(inputs), _SLICE_TEXTS):
+        yield from tokenizer.encode_batch_fast(list(inputs[start : start + _SLICE_TEXTS]))

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
 import os
 import platform
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import MANIFEST_FILE, Manifest
+from ...bundle import MANIFEST_FILE, Manifest
+from ...machine import versions
 
-__all__ = ["CACHE_VARIABLE", "SpeedCache", "default_folder", "fingerprint", "versions"]
+__all__ = ["CACHE_VARIABLE", "SpeedCache", "default_folder", "fingerprint"]
 
 log = logging.getLogger("deploy.server")
 
@@ -58,23 +57,6 @@ def default_folder(environ: Mapping[str, str]) -> Path | None:
         if base.is_absolute():
             return base / "torch-ext" / "serve"
     return None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what runs variants, by package; `none` for one that is not installed."""
-    result = {"torch_ext": "none", "torch": "none", "onnxruntime": "none"}
-    for name in ("torch", "onnxruntime"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            result[name] = importlib.metadata.version(name)
-    # In a checkout, torch_ext is not installed; importing it would import torch.
-    package = importlib.util.find_spec("torch_ext")
-    if package is not None and package.origin is not None:
-        with contextlib.suppress(OSError):
-            found = re.search(
-                r'^__version__ = "([^"]+)"', Path(package.origin).read_text(encoding="utf-8"), re.MULTILINE
-            )
-            result["torch_ext"] = found[1] if found else "unknown"
-    return result
 
 
 def _extension_digest() -> str:

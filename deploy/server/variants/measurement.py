@@ -18,19 +18,21 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .batching import LoadCancelled
-
-__all__ = ["Job", "Measurement", "Outcome"]
+__all__ = ["Job", "LoadCancelled", "Measurement", "Outcome"]
 
 log = logging.getLogger("deploy.server")
 
-COMMAND = (sys.executable, "-m", "deploy.server.measure")
+COMMAND = (sys.executable, "-m", "deploy.server.variants.measure")
 """The measuring process."""
+
+
+class LoadCancelled(Exception):  # noqa: N818 - nothing went wrong
+    """The server is to stop before its engine is loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the measuring process is told.
+    """What the measuring process has to do.
 
     Attributes:
         bundle: Folder of the bundle.
@@ -136,7 +138,7 @@ class Measurement:
 
     def _attempt(self, names: Sequence[str]) -> _Report:
         """One life of the measuring process."""
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         report = _Report()
         with self._lock:

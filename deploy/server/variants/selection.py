@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..bundle import BundleError, Manifest
+from ...bundle import VARIANTS, BundleError, Manifest
 from .choice import AUTO, Choice, candidates, fastest
-from .speed_cache import SpeedCache, fingerprint
+from .measurement import Job, Measurement
+from .speed_cache import CACHE_VARIABLE, OFF, SpeedCache, default_folder, fingerprint
 
-if TYPE_CHECKING:
-    from .measurement import Measurement
+__all__ = ["Selection", "add_options"]
 
-__all__ = ["Selection"]
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--variant` and `--cache-dir`, whose values `Selection` takes."""
+    parser.add_argument(
+        "--variant",
+        type=lambda text: text or AUTO,
+        default=AUTO,
+        help=f"{', '.join(VARIANTS)}; {AUTO} (default): the fastest of them that keeps its accuracy bound, as measured "
+        "at the first start",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=lambda text: None if text == OFF else Path(text),
+        default=default_folder(os.environ),
+        metavar="DIR",
+        help=f"folder that keeps such measurements; {OFF}: measure at every start (default: {CACHE_VARIABLE}, else "
+        "torch-ext/serve in XDG_CACHE_HOME or ~/.cache)",
+    )
 
 
 class Selection:
@@ -66,8 +84,6 @@ class Selection:
             limit_s: Most time for the measurement.
         """
         if self._choice is None:
-            from .measurement import Job, Measurement
-
             job = Job(str(self._manifest.root), tuple(self.names), self._threads, max_batch_tokens, vocab_size)
             self._measurement = Measurement(job, limit_s)
 

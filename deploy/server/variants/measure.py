@@ -1,8 +1,8 @@
 """Measures variants against each other on this machine, in a process of its own.
 
-The process (`python -m deploy.server.measure`) loads the candidates one after the other, keeps the better one of two
-and drops the other: at no time are there more than two, and all of their memory is free again when it ends. The two
-take turns on the same batches, so that a disturbance hits both, and the median of the ratios counts.
+The process (`python -m deploy.server.variants.measure`) loads the candidates one after the other, keeps the better one
+of two and drops the other: at no time are there more than two, and all of their memory is free again when it ends. The
+two take turns on the same batches, so that a disturbance hits both, and the median of the ratios counts.
 
 The server (`measurement`) sends a `Job` as one line of JSON and gets lines back: `begin`, `failed`, `speeds`, and
 `done` at the end.
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import Accuracy, load_manifest
+from ...bundle import Accuracy, load_manifest
 from .choice import fastest
 from .measurement import Job
 
@@ -104,7 +104,7 @@ def compare(
         texts: Token ids of texts with these lengths.
         lengths: Lengths of texts to run, longest first.
         accuracies: By name; of two that are equally fast, the more accurate one stays loaded.
-        report: Told what happens, as `Measurement` reads it.
+        report: Called with each event, as `Measurement` reads it.
         clock: Seconds.
 
     Returns:
@@ -176,7 +176,7 @@ def _end_with(descriptor: int) -> None:
 
 def _room_for(bytes_: int) -> None:
     """Raises MemoryError where a variant of that size would not fit beside the one that is loaded."""
-    from ..machine import available_memory_bytes
+    from ...machine import available_memory_bytes
 
     needed = 3 * bytes_ + (64 << 20)
     available = available_memory_bytes()
@@ -199,8 +199,8 @@ def main() -> int:
 
     import numpy as np
 
-    from ..engines.open import load_engine
-    from ..tasks import open_task
+    from ...engines.open import load_engine
+    from ...tasks import open_task
 
     manifest = load_manifest(job.bundle, verify=False, variants=job.names)
     task = open_task(manifest)

@@ -9,8 +9,8 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..bundle import VARIANTS, Accuracy, Manifest
-from ..tasks.bounds import in_words, missed
+from ...bundle import VARIANTS, Accuracy, Manifest
+from ...tasks.bounds import in_words, missed
 
 __all__ = ["AUTO", "TIE", "Choice", "candidates", "fastest", "misses"]
 

@@ -1,0 +1,9 @@
+"""The model as a service, without HTTP: texts to token ids (`tokens`), to batches (`batching`), and results back."""
+
+from __future__ import annotations
+
+from .batching import Batcher
+from .service import Result, Served, Service
+from .tokens import TextTokenizer
+
+__all__ = ["Batcher", "Result", "Served", "Service", "TextTokenizer"]

@@ -1,0 +1,71 @@
+"""The library behind ``torch.ops.torch_ext.*``, and when it is loaded: once both torch and torch_ext are imported."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["LIBRARY", "load_library", "register_ops"]
+
+LIBRARY = Path(__file__).resolve().parent / "_C.abi3.so"
+
+
+def load_library() -> None:
+    """Define ``torch.ops.torch_ext.*``; :mod:`torch_ext.ops` adds what torch.compile needs of them.
+
+    Raises:
+        ImportError: torch is missing or too old, the library was not built, or it does not load; says what to do.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            "torch.ops.torch_ext needs torch>=2.10, which is not installed: pip install 'torch-ext[torch]'",
+            name="torch",
+        ) from error
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 10):
+        raise ImportError(f"torch_ext needs torch>=2.10, found {torch.__version__}: pip install -U torch")
+    if not LIBRARY.is_file():
+        raise ImportError(
+            f"torch_ext: {LIBRARY} is missing: the package was not built for this environment. Install a wheel, or "
+            "in a checkout run pip install --no-build-isolation -e . (python setup.py build_ext --inplace builds only "
+            "the library)"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        text = str(error)
+        if "static TLS block" in text:
+            hint = "start Python with LD_PRELOAD set to the library named above"
+        elif "wrong ELF class" in text or "cannot open shared object" in text or "invalid ELF header" in text:
+            hint = "it was built for another architecture or system: reinstall torch-ext for this one"
+        else:
+            hint = (
+                "rebuild it against the torch that is installed: pip install --no-build-isolation --force-reinstall ."
+            )
+        raise ImportError(f"torch_ext: cannot load {LIBRARY}: {text}; {hint}") from error
+
+
+def register_ops(torch: ModuleType) -> None:
+    """Import :mod:`torch_ext.ops`, for those who call ``torch.ops.torch_ext.*`` only.
+
+    Called at the end of an import of torch, which must not fail: an error is a warning here, and is raised at the first
+    use of a name of torch_ext.
+
+    Args:
+        torch: just imported.
+    """
+    if "torch_ext.ops" in sys.modules:
+        return  # It is what imports torch, or was there before.
+    try:
+        importlib.import_module("torch_ext.ops")
+    except Exception as error:
+        with contextlib.suppress(RuntimeWarning):  # Raised where warnings are errors.
+            warnings.warn(f"torch.ops.torch_ext has no ops: {error}", RuntimeWarning, stacklevel=2)
