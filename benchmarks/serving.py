@@ -426,7 +426,7 @@ def main() -> int:
             print(f"{variant}: {speedup:.1f}x the requests/s of Flask (promised for torch_ext-bf16: at least 5)")
             report[f"{variant} speedup over Flask"] = speedup
             broken |= variant == "torch_ext-bf16" and speedup < 5
-        if variant in ("torch_ext-bf16", "torch-fp32"):
+        if variant in ("torch_ext-bf16", "torch_ext-fp32"):
             command = [*own, arguments.bundle, "--direct", variant, "--threads", str(arguments.threads)]
             command += ["--texts", str(arguments.texts), "--seed", str(arguments.seed), "--seconds", "4"]
             found = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)

@@ -356,5 +356,3 @@ def _at_least_1(number: int) -> int:
 def _integers(values: Any, kind: Literal["q", "i"]) -> Any:
     """Lists as arrays; everything else as it is."""
     return array(kind, values) if isinstance(values, (list, tuple, range)) else values
-
-

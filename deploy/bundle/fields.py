@@ -67,7 +67,7 @@ VARIANTS: Mapping[str, VariantKind] = {
     "torch_ext-int8": VariantKind("encoder_int8.safetensors", "torch_ext", "int8"),
     "onnx-int8": VariantKind("model_int8.onnx", "onnxruntime", "int8"),
     "onnx-fp32": VariantKind("model.onnx", "onnxruntime", "fp32"),
-    "torch-fp32": VariantKind("encoder_fp32.safetensors", "torch_ext", "fp32"),
+    "torch_ext-fp32": VariantKind("encoder_fp32.safetensors", "torch_ext", "fp32"),
 }
 """Every variant that an export writes, in the order in which a server tries them."""
 

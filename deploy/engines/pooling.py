@@ -1,16 +1,11 @@
-"""From hidden states to one vector per text, in every mode of a bundle; padded and packed."""
+"""From padded hidden states to one vector per text, in every mode of a bundle."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["pool_packed", "pool_padded"]
+__all__ = ["pool_padded"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,31 +41,3 @@ def pool_padded(hidden: Floats, lengths: npt.NDArray[np.int64], mode: str) -> Fl
         return np.asarray(np.where(here[..., None], hidden, -np.inf).max(axis=1), np.float32)
     shares = _shares(mode, lengths, hidden.shape[1])
     return np.asarray(np.matmul(shares[:, None], hidden)[:, 0])
-
-
-def pool_packed(hidden: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
-    """Vectors of packed texts, not normalised, fp32 [texts, width].
-
-    torch_ext has kernels for `mean`, `cls` and `max`; the others are made of `mean`.
-
-    Args:
-        hidden: Hidden states bf16 or fp32 [tokens, width].
-        cu_seqlens: i32 [texts + 1].
-        mode: One of the bundle's pooling modes.
-    """
-    import torch
-
-    import torch_ext
-
-    if mode in {"mean", "cls", "max"}:
-        kernel: Any = mode
-        return torch_ext.pool(hidden, cu_seqlens, mode=kernel)
-    if mode == "lasttoken":
-        return hidden.index_select(0, cu_seqlens[1:] - 1).float()
-    lengths = cu_seqlens.diff()
-    if mode == "weightedmean":
-        starts, counts = cu_seqlens[:-1].long(), lengths.long()
-        place = torch.arange(len(hidden)) - torch.repeat_interleave(starts, counts)
-        share = 2 * (place + 1) / torch.repeat_interleave(counts + 1, counts)
-        return torch_ext.pool(hidden.float() * share[:, None], cu_seqlens)
-    return torch_ext.pool(hidden, cu_seqlens) * lengths.sqrt()[:, None]

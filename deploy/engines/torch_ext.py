@@ -1,76 +1,60 @@
-"""The padding-free encoder of torch_ext: a batch is one `[tokens, hidden]` matrix."""
+"""The padding-free encoder of torch_ext, without torch: a batch is one `[tokens, hidden]` matrix."""
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-import torch_ext
-from torch_ext import Encoder, Head
+from torch_ext.runtime import Encoder
+from torch_ext.runtime import States as HiddenStates
 
 from ..bundle import BundleError
 from ..tasks import States, Task
 from .batch import Batch, Ids
 from .engine import Engine
-from .pooling import pool_packed
 
-__all__ = ["PackedStates", "TorchExtEngine"]
+__all__ = ["TorchExtEngine"]
 
-WARM_UP_S = 2.0
-"""Most time that start-up spends on running every size of batch once."""
+Floats = npt.NDArray[np.float32]
 
 
-class PackedStates:
+class _PackedStates:
     """Hidden states of a batch.
 
     Attributes:
         ids: Token ids of each text.
-        hidden: bf16 or fp32 [tokens, hidden].
-        cu_seqlens: i32 [texts + 1].
     """
 
-    def __init__(self, batch: Batch, hidden: torch.Tensor, bounds: npt.NDArray[np.int32], head: Head | None) -> None:
+    def __init__(self, batch: Batch, states: HiddenStates, bounds: npt.NDArray[np.int32]) -> None:
         self.ids = batch.ids
-        self.hidden = hidden
-        self.cu_seqlens = torch.from_numpy(bounds)
+        self._states = states
         self._bounds = bounds
-        self._head = head
 
-    def pooled(self, mode: str) -> npt.NDArray[np.float32]:
+    def pooled(self, mode: str) -> Floats:
         """See `States.pooled`."""
-        return self.vectors(mode).numpy()
+        pooling: Any = mode
+        return np.asarray(self._states.pool(pooling))
 
-    def vectors(self, mode: str) -> torch.Tensor:
-        """The same as a tensor."""
-        return pool_packed(self.hidden, self.cu_seqlens, mode)
-
-    def text_logits(self) -> npt.NDArray[np.float32]:
+    def text_logits(self) -> Floats:
         """See `States.text_logits`."""
-        assert self._head is not None
-        return self._head.classify(self.hidden, self.cu_seqlens).numpy()
+        return np.asarray(self._states.text_logits())
 
-    def token_logits(self, texts: Ids, positions: Ids) -> npt.NDArray[np.float32]:
+    def token_logits(self, texts: Ids, positions: Ids) -> Floats:
         """See `States.token_logits`."""
-        assert self._head is not None
-        return self._head(self.hidden, torch.from_numpy(self._bounds[texts] + positions)).numpy()
+        return np.asarray(self._states.token_logits(self._bounds[texts] + positions))
 
 
 class TorchExtEngine(Engine):
     """Runs an encoder of torch_ext, and the head that its task needs."""
 
-    def __init__(self, encoder: Encoder, head: Head | None, task: Task) -> None:
+    def __init__(self, encoder: Encoder, task: Task) -> None:
         super().__init__(task)
-        self.isa = str(torch_ext.isa_report()["isa"])
+        self.isa = encoder.isa
         self._encoder = encoder
-        self._head = head
-        self._inference = torch.inference_mode()
 
     @classmethod
     def load(cls, path: Path, dtype: str, threads: int, task: Task) -> TorchExtEngine:
@@ -79,50 +63,20 @@ class TorchExtEngine(Engine):
         Args:
             path: The file.
             dtype: Of its weights.
-            threads: Threads of torch in this process, from now on.
+            threads: Threads of the engine.
             task: What the answers are.
 
         Raises:
             BundleError: The file has no head, though the task needs one.
             ValueError: It is damaged, or of another kind.
         """
-        torch.set_num_threads(threads)
         kind: Any = dtype
-        head = None
-        if task.needs.head:
-            head = Head.load(path, dtype=kind)
-            if head is None:
-                raise BundleError(f"{path}: no head for {task.name} in this file; export the model again")
-        return cls(Encoder.load(path, dtype=kind), head, task)
-
-    def encode(self, batch: Batch) -> PackedStates:
-        """Hidden states of a batch."""
-        bounds = batch.bounds()
-        types = None if batch.types is None else torch.from_numpy(np.concatenate(batch.types))
-        hidden = self._encoder(torch.from_numpy(np.concatenate(batch.ids)), torch.from_numpy(bounds), types)
-        return PackedStates(batch, hidden, bounds, self._head)
+        encoder = Encoder.open(path, kind, threads=threads)
+        if task.needs.head and not encoder.outputs:
+            raise BundleError(f"{path}: no head for {task.name} in this file; export the model again")
+        return cls(encoder, task)
 
     def _states(self, batch: Batch) -> Iterator[tuple[Batch, States]]:
-        yield batch, self.encode(batch)
-
-    def _mode(self) -> contextlib.AbstractContextManager[Any]:
-        return self._inference
-
-    def warm_up(self, max_batch_tokens: int) -> None:
-        """Runs a batch of every size that has a cost of its own, shortest first, for `WARM_UP_S` at most.
-
-        oneDNN makes code for every number of rows; torch_ext fills batches up to few different ones.
-        """
-        preferred = torch.ops.torch_ext._preferred_rows
-        sizes = sorted({preferred(tokens) for tokens in range(1, max_batch_tokens + 1)})
-        has_bf16 = self._encoder.dtype == "bf16" or bool(self._encoder.kept_bf16)
-        if not has_bf16 or len(sizes) == max_batch_tokens:
-            return  # These kernels make no code: all sizes are equally good.
-        longest = self.task.model.max_tokens
-        begun_s = time.monotonic()
-        with self._mode():
-            for size in sizes:
-                if time.monotonic() - begun_s > WARM_UP_S:
-                    break
-                lengths = [longest] * (size // longest) + [size % longest] * (size % longest > 0)
-                self.encode(Batch([np.full(length, self.task.pad_id, dtype=np.int64) for length in lengths]))
+        bounds = batch.bounds()
+        types = None if batch.types is None else np.concatenate(batch.types)
+        yield batch, _PackedStates(batch, self._encoder.encode(np.concatenate(batch.ids), bounds, types), bounds)

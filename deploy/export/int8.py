@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from deploy.engines.batch import Batch
+import numpy as np
+import numpy.typing as npt
+
+from deploy.engines.batch import Batch, Ids
 from deploy.export.accuracy import Result, Verification
 from deploy.export.errors import ExportError
 
@@ -53,24 +56,22 @@ def choose_encoder(
     """
     import torch
 
-    from deploy.engines.torch_ext import TorchExtEngine
-    from torch_ext import Encoder, Head
+    from torch_ext import Encoder, Head, pool
     from torch_ext.sensitivity import AccuracyError, Mixtures, choose_layers, similarity
 
     mixtures = Mixtures(model)
     task, work = verification.task, verification.work
     head = Head.from_transformers(model, dtype="int8") if task.needs.head else None
-    mode = "mean" if task.model.pooling is None else task.model.pooling.mode
+    mode: Any = "mean" if task.model.pooling is None else task.model.pooling.mode
 
     def run(encoder: Encoder, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[tuple[int, Any]]]:
         """A row per text, and what the task answers with its index."""
-        engine = TorchExtEngine(encoder, head, task)
         rows: list[torch.Tensor] = []
         answers: list[tuple[int, Any]] = []
         for batch in batches:
             with torch.inference_mode():
-                states = engine.encode(batch)
-                rows.append(states.vectors(mode))
+                states = _EncoderStates(batch, encoder, head)
+                rows.append(pool(states.hidden, states.cu_seqlens, mode))
                 answers += zip(batch.texts, task.answers(states, [task.exact] * len(batch)), strict=True)
         return rows, answers
 
@@ -93,3 +94,43 @@ def choose_encoder(
             raise BoundMissed(result) from error
         raise ExportError(f"--accuracy {accuracy:g}: torch_ext-int8: {error}") from error
     return mixtures(report.kept), head, report
+
+
+class _EncoderStates:
+    """States of a batch from an encoder of torch, whose layers are in memory: the same numbers that the engine computes.
+
+    Attributes:
+        ids: Token ids of each text.
+        hidden: bf16 or fp32 [tokens, hidden].
+        cu_seqlens: i32 [texts + 1].
+    """
+
+    def __init__(self, batch: Batch, encoder: Encoder, head: Head | None) -> None:
+        import torch
+
+        bounds = batch.bounds()
+        types = None if batch.types is None else torch.from_numpy(np.concatenate(batch.types))
+        self.ids = batch.ids
+        self.cu_seqlens = torch.from_numpy(bounds)
+        self.hidden = encoder(torch.from_numpy(np.concatenate(batch.ids)), self.cu_seqlens, types)
+        self._bounds = bounds
+        self._head = head
+
+    def pooled(self, mode: str) -> npt.NDArray[np.float32]:
+        """See `States.pooled`."""
+        from torch_ext import pool
+
+        kind: Any = mode
+        return pool(self.hidden, self.cu_seqlens, kind).numpy()
+
+    def text_logits(self) -> npt.NDArray[np.float32]:
+        """See `States.text_logits`."""
+        assert self._head is not None
+        return self._head.classify(self.hidden, self.cu_seqlens).numpy()
+
+    def token_logits(self, texts: Ids, positions: Ids) -> npt.NDArray[np.float32]:
+        """See `States.token_logits`."""
+        import torch
+
+        assert self._head is not None
+        return self._head(self.hidden, torch.from_numpy(self._bounds[texts] + positions)).numpy()

@@ -71,7 +71,7 @@ def check_disk(source: Source, parameters: int, variants: Collection[str], targe
     per_parameter = {
         "torch_ext-bf16": 2.0,
         "torch_ext-int8": 2.0,
-        "torch-fp32": 4.0,
+        "torch_ext-fp32": 4.0,
         "onnx-fp32": 4.0,
         "onnx-int8": 1.3,
     }

@@ -183,7 +183,7 @@ def test_a_bundle_of_every_pooling(mode: str, tiny_model: ModelMaker, tmp_path: 
 
         modules = [models.Transformer(str(model)), models.Pooling(64, pooling_mode=mode)]
         expected = SentenceTransformer(modules=modules, device="cpu").encode(texts)
-    for name in ("torch-fp32", "onnx-fp32"):
+    for name in ("torch_ext-fp32", "onnx-fp32"):
         engine, _ = load_engine(manifest, manifest.variant(name), 1)
         found = np.stack(engine.run(tokenizer.encode(texts, True), [EmbedOptions(False)] * 3))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -255,7 +255,7 @@ def test_a_model_that_is_broken_is_not_served(tiny_bundle: BundleMaker, monkeypa
         "deploy.engines.torch_ext.pool_packed", lambda hidden, bounds, mode: torch.full((len(bounds) - 1, 64), np.nan)
     )
     with pytest.raises(FloatingPointError, match="not finite"):
-        load_engine(manifest, manifest.variant("torch-fp32"), 1)
+        load_engine(manifest, manifest.variant("torch_ext-fp32"), 1)
 
 
 # Scores, and pairs of texts.
@@ -283,7 +283,7 @@ def test_scores_are_those_of_the_libraries(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["sentence_transformers"] = {"activation_fn": named}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    arguments = ["-o", str(tmp_path / "out"), "--variants", "torch-fp32,onnx-fp32", *QUICK]
+    arguments = ["-o", str(tmp_path / "out"), "--variants", "torch_ext-fp32,onnx-fp32", *QUICK]
     assert main([str(folder), *arguments]) == 0
     manifest = load_manifest(tmp_path / "out")
     with warnings.catch_warnings():
@@ -315,7 +315,7 @@ def test_pairs_have_types(tiny_model: ModelMaker, tiny_bundle: BundleMaker) -> N
     assert types.tolist() == [[0] * 6, [0, 0, 0, 0, 1, 1]]
     assert (ids[0].tolist(), mask[0].tolist()) == ([2, 30, 3, 0, 0, 0], [1, 1, 1, 0, 0, 0])
     manifest = load_manifest(tiny_bundle("bert", "text-classification"), verify=False)
-    for name in ("torch-fp32", "onnx-fp32"):
+    for name in ("torch_ext-fp32", "onnx-fp32"):
         engine = open_engine(manifest, manifest.variant(name), 1)
         typed, plain = engine.run([pair], [RAW]), engine.run([pair.ids], [RAW])
         both = engine.run([pair, pair.ids], [RAW] * 2)
@@ -347,6 +347,6 @@ def test_a_new_task_is_one_class(tiny_model: ModelMaker, tmp_path: Path, monkeyp
 
         expected = CrossEncoder(str(folder), device="cpu").predict(PAIRS)
     ids = TextTokenizer.from_manifest(manifest).encode_pairs(PAIRS, truncate=True)
-    for name in ("torch-fp32", "onnx-fp32"):
+    for name in ("torch_ext-fp32", "onnx-fp32"):
         engine, _ = load_engine(manifest, manifest.variant(name), 1)
         np.testing.assert_allclose(engine.run(ids, [None] * len(ids)), expected, atol=1e-4)

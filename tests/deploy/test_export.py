@@ -144,7 +144,7 @@ def test_every_task_of_every_architecture(
         "torch_ext-int8": 0.06,
         "onnx-int8": ONNX_INT8_BOUND,
         "onnx-fp32": 1e-5,
-        "torch-fp32": 1e-5,
+        "torch_ext-fp32": 1e-5,
     }
     runs = {
         name: onnx_runtime(bundle / kind.file)
@@ -233,7 +233,7 @@ def test_real_model(minilm_bundle: Path, minilm_model: Path) -> None:
         "torch_ext-int8": (0.996, 0.99),
         "onnx-int8": (0.985, 0.95),
         "onnx-fp32": (0.99999, 0.99999),
-        "torch-fp32": (0.99999, 0.99999),
+        "torch_ext-fp32": (0.99999, 0.99999),
     }.items():
         variant = manifest.variant(name)
         assert variant.accuracy.mean >= bounds[0], name
@@ -243,9 +243,9 @@ def test_real_model(minilm_bundle: Path, minilm_model: Path) -> None:
         assert variant.speed.threads >= 1
     sizes = {name: variant.bytes for name, variant in manifest.variants.items()}
     assert sizes["onnx-int8"] < 0.27 * sizes["onnx-fp32"]
-    assert sizes["torch_ext-bf16"] < 0.51 * sizes["torch-fp32"]
+    assert sizes["torch_ext-bf16"] < 0.51 * sizes["torch_ext-fp32"]
     # Tables in bf16, which is half of MiniLM.
-    assert sizes["torch_ext-int8"] < 0.39 * sizes["torch-fp32"]
+    assert sizes["torch_ext-int8"] < 0.39 * sizes["torch_ext-fp32"]
     assert manifest.variant("torch_ext-int8").accuracy.details["layers_in_bf16"] == 0
     assert manifest.variant("torch_ext-int8").quantization["kept_bf16"] == []
     assert "layers_in_fp32" in manifest.variant("onnx-int8").accuracy.details

@@ -448,7 +448,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path | None]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("variant", ["onnx-fp32", "torch-fp32", "onnx-int8"])
+@pytest.mark.parametrize("variant", ["onnx-fp32", "torch_ext-fp32", "onnx-int8"])
 def test_disk_that_is_really_full(
     variant: str,
     small_disk: Path | None,
@@ -514,7 +514,7 @@ import os, sys
 from transformers import AutoModel, AutoTokenizer
 from deploy.export.cli import main
 model, texts, *targets = sys.argv[1:]
-options = ["--force", "--variants", "torch-fp32", "--texts", texts, "--speed-seconds", "600"]
+options = ["--force", "--variants", "torch_ext-fp32", "--texts", texts, "--speed-seconds", "600"]
 processes = []
 for target in targets:
     process = os.fork()
@@ -573,7 +573,7 @@ def test_terminated_and_killed_exports(tiny_model: Callable[..., Path], tmp_path
     # Nobody can clean up behind SIGKILL, but the target is as it was, and the next export cleans up.
     assert contents(killed) == old
     assert len(list(killed.parent.iterdir())) == 2
-    assert main([str(tiny_model()), "-o", str(killed), "--force", *QUICK[:-1], "torch-fp32"]) == 0
+    assert main([str(tiny_model()), "-o", str(killed), "--force", *QUICK[:-1], "torch_ext-fp32"]) == 0
     assert [path.name for path in killed.parent.iterdir()] == ["out"]
     assert "old" not in contents(killed)
     load_manifest(killed, verify=True)
@@ -774,7 +774,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     ("module", "variant", "message"),
     [
         ("optimum.exporters.onnx", "onnx-fp32", r"export needs more packages .*pip install 'torch-ext\[export\]'"),
-        ("torch_ext", "torch-fp32", "or leave it out with --variants onnx-int8,onnx-fp32"),
+        ("torch_ext", "torch_ext-fp32", "or leave it out with --variants onnx-int8,onnx-fp32"),
     ],
 )
 def test_packages_that_are_missing(

@@ -21,7 +21,7 @@ from deploy.export.reference import older_config, older_tokenizer_config
 from deploy.server.errors import ApiError
 from deploy.server.service.tokens import TextTokenizer
 
-QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet", "--variants", "torch-fp32"]
+QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet", "--variants", "torch_ext-fp32"]
 TEXTS = ["a list of the values", "it returns the name of the file, or none if there is no such name", "x"]
 PROMPT = "find the value: "
 
@@ -159,6 +159,6 @@ def test_scores_of_a_classifier_with_one_label(tiny_model: ModelMaker, tmp_path:
 def test_stages_of_an_export() -> None:
     names = [stage.name for stage in STAGES]
     assert names == ["load", "reference", "write_torch_ext", "write_onnx", "verify", "describe"]
-    assert step_count(["torch-fp32"]) == 5
+    assert step_count(["torch_ext-fp32"]) == 5
     assert step_count(["onnx-fp32", "onnx-int8"]) == 6
-    assert step_count(["torch_ext-bf16", "torch_ext-int8", "onnx-int8", "onnx-fp32", "torch-fp32"]) == 12
+    assert step_count(["torch_ext-bf16", "torch_ext-int8", "onnx-int8", "onnx-fp32", "torch_ext-fp32"]) == 12

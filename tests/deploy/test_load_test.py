@@ -112,7 +112,7 @@ def test_other_tasks(
 
 def test_full_queue_is_refused_not_failed(minilm_bundle: Path, tmp_path: Path) -> None:
     limits = ("--max-batch-tokens", "256", "--max-queue-tokens", "256", "--threads", "1")
-    with server(minilm_bundle, "torch-fp32", *limits) as host:
+    with server(minilm_bundle, "torch_ext-fp32", *limits) as host:
         run = load(host, tmp_path, "--inputs-per-request", "8", "--slo-error-rate", "0")
     assert run.code == 0, run.output
     assert run.summary["refused"] > 0

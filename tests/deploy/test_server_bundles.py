@@ -49,7 +49,7 @@ COSINE = {
     "torch_ext-int8": 0.975,
     "onnx-int8": 0.95,
     "onnx-fp32": 0.99999,
-    "torch-fp32": 0.99999,
+    "torch_ext-fp32": 0.99999,
 }
 
 # Starts the command with modules that it must not import, and prints at the end what it did import.
@@ -262,7 +262,7 @@ TOKEN_BOUND = {"torch_ext-bf16": 0.1, "torch_ext-int8": 0.16}
 TASK_TEXTS = ["the name of the file", "returns a list of all values in the object", "x"]
 
 
-@pytest.mark.parametrize("variant", ["torch_ext-bf16", "torch_ext-int8", "onnx-fp32", "torch-fp32"])
+@pytest.mark.parametrize("variant", ["torch_ext-bf16", "torch_ext-int8", "onnx-fp32", "torch_ext-fp32"])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
 def test_predict_equals_transformers(
     tiny_bundle: BundleMaker, tiny_model: Callable[..., Path], model_type: str, variant: str
@@ -285,7 +285,7 @@ def test_predict_equals_transformers(
             assert item["score"] == pytest.approx(float(expected[index]), abs=bound)
 
 
-@pytest.mark.parametrize("variant", ["torch_ext-bf16", "torch_ext-int8", "onnx-fp32", "torch-fp32"])
+@pytest.mark.parametrize("variant", ["torch_ext-bf16", "torch_ext-int8", "onnx-fp32", "torch_ext-fp32"])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
 def test_fill_mask_equals_transformers(
     tiny_bundle: BundleMaker, tiny_model: Callable[..., Path], model_type: str, variant: str
@@ -345,7 +345,7 @@ def test_task_endpoints(tiny_bundle: BundleMaker, task: str, path: str) -> None:
 
 def test_masks_count_in_the_token_budget(tiny_bundle: BundleMaker) -> None:
     """523 logits per mask take as much memory as 3 tokens of this model: one text of 6 + 4 * 3 in each batch."""
-    options = ("--variant", "torch-fp32", "--threads", 1, "--max-batch-tokens", 20)
+    options = ("--variant", "torch_ext-fp32", "--threads", 1, "--max-batch-tokens", 20)
     with serving(tiny_bundle("bert", "fill-mask"), *options) as server:
         reply = server("POST", "/fill-mask", {"inputs": ["[MASK] " * 4] * 8, "top_k": 1})
         assert (reply.status, reply.json["usage"]["tokens"]) == (200, 8 * 6)

@@ -113,7 +113,7 @@ def bundle_with(folder: Path, variants: Mapping[str, Accuracy]) -> Manifest:
     return load_manifest(folder)
 
 
-ALL = {"torch-fp32": EXACT, "onnx-int8": INT8, "torch_ext-bf16": BF16}
+ALL = {"torch_ext-fp32": EXACT, "onnx-int8": INT8, "torch_ext-bf16": BF16}
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
@@ -125,12 +125,12 @@ def test_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = bundle_with(tmp_path, {**ALL, "onnx-fp32": EXACT, "torch_ext-int8": missed})
     installed(monkeypatch, "torch", "torch_ext", "onnxruntime")
     names, left_out = candidates(manifest)
-    assert names == ["torch_ext-bf16", "onnx-int8", "onnx-fp32", "torch-fp32"]
+    assert names == ["torch_ext-bf16", "onnx-int8", "onnx-fp32", "torch_ext-fp32"]
     assert left_out == {"torch_ext-int8": "its bound is missed (mean 0.993 < 0.996)"}
     (tmp_path / VARIANTS["onnx-fp32"].file).unlink()
     assert candidates(manifest)[1]["onnx-fp32"] == "model.onnx is missing"
     installed(monkeypatch, "torch", "torch_ext")
-    assert candidates(manifest)[0] == ["torch_ext-bf16", "torch-fp32"]
+    assert candidates(manifest)[0] == ["torch_ext-bf16", "torch_ext-fp32"]
     installed(monkeypatch, "onnxruntime", "torch")
     names, left_out = candidates(manifest)
     assert names == ["onnx-int8"]
@@ -450,7 +450,7 @@ def test_fingerprint_tells_bundles_and_settings_apart(tmp_path: Path, monkeypatc
 class FakeMeasurement:
     """Stands for the measuring process."""
 
-    outcome = Outcome({"onnx-int8": 130.0, "torch_ext-bf16": 110.0, "torch-fp32": 90.0}, {}, {}, True)
+    outcome = Outcome({"onnx-int8": 130.0, "torch_ext-bf16": 110.0, "torch_ext-fp32": 90.0}, {}, {}, True)
     runs = 0
 
     def __init__(self, job: Job, limit_s: float) -> None:
@@ -483,13 +483,13 @@ def test_selection_measures_once(tmp_path: Path, fake: type[FakeMeasurement]) ->
     manifest = bundle_with(folder, ALL)
     taken, _ = select(manifest, tmp_path)
     assert (taken.variant, taken.by, dict(taken.texts_per_s)) == ("onnx-int8", "measurement", fake.outcome.texts_per_s)
-    assert str(taken) == "measured: onnx-int8 130.0, torch_ext-bf16 110.0, torch-fp32 90.0 texts/s"
+    assert str(taken) == "measured: onnx-int8 130.0, torch_ext-bf16 110.0, torch_ext-fp32 90.0 texts/s"
     again, made = select(manifest, tmp_path)
     assert (again.variant, again.by, fake.runs) == ("onnx-int8", "cache", 1)
     assert again.texts_per_s == taken.texts_per_s
     assert made.names == ["onnx-int8"], "no other file need be checked"
-    named, _ = select(manifest, tmp_path, "torch-fp32")
-    assert (named.variant, named.by, str(named), fake.runs) == ("torch-fp32", "option", "by --variant", 1)
+    named, _ = select(manifest, tmp_path, "torch_ext-fp32")
+    assert (named.variant, named.by, str(named), fake.runs) == ("torch_ext-fp32", "option", "by --variant", 1)
     _, made = select(manifest, None)
     assert fake.runs == 2
     assert set(made.names) == set(ALL)
@@ -507,34 +507,34 @@ def test_selection_keeps_lasting_measurements_only(tmp_path: Path, fake: type[Fa
     folder = tmp_path / "bundle"
     folder.mkdir()
     manifest = bundle_with(folder, ALL)
-    fake.outcome = Outcome({"torch_ext-bf16": 110.0}, {"onnx-int8": "no memory"}, {"torch-fp32": "no time"}, False)
+    fake.outcome = Outcome({"torch_ext-bf16": 110.0}, {"onnx-int8": "no memory"}, {"torch_ext-fp32": "no time"}, False)
     taken, _ = select(manifest, tmp_path)
     assert (taken.variant, dict(taken.left_out)) == (
         "torch_ext-bf16",
-        {"onnx-int8": "no memory", "torch-fp32": "no time"},
+        {"onnx-int8": "no memory", "torch_ext-fp32": "no time"},
     )
-    assert "; without onnx-int8: no memory; without torch-fp32: no time" in str(taken)
+    assert "; without onnx-int8: no memory; without torch_ext-fp32: no time" in str(taken)
     assert not list(tmp_path.glob("*.json"))
 
 
 def test_selection_without_any_measurement(tmp_path: Path, fake: type[FakeMeasurement]) -> None:
     manifest = bundle_with(tmp_path, ALL)
-    fake.outcome = Outcome({}, {"torch_ext-bf16": "SIGILL"}, {"onnx-int8": "no time", "torch-fp32": "no time"}, False)
+    fake.outcome = Outcome({}, {"torch_ext-bf16": "SIGILL"}, {"onnx-int8": "no time", "torch_ext-fp32": "no time"}, False)
     taken, _ = select(manifest, None)
     assert (taken.variant, taken.by) == ("onnx-int8", "default")
-    assert taken.left_out == {"torch_ext-bf16": "SIGILL", "torch-fp32": "no time"}
+    assert taken.left_out == {"torch_ext-bf16": "SIGILL", "torch_ext-fp32": "no time"}
     fake.outcome = Outcome({}, dict.fromkeys(ALL, "SIGILL"), {}, True)
     with pytest.raises(BundleError, match=r"torch_ext-bf16: SIGILL.*--variant"):
         select(manifest, None)
 
 
 def test_selection_without_any_candidate(tmp_path: Path) -> None:
-    manifest = bundle_with(tmp_path, {"torch-fp32": dataclasses.replace(EXACT, bound={"mean": 2.0})})
-    with pytest.raises(BundleError, match=r"torch-fp32: its bound is missed"):
+    manifest = bundle_with(tmp_path, {"torch_ext-fp32": dataclasses.replace(EXACT, bound={"mean": 2.0})})
+    with pytest.raises(BundleError, match=r"torch_ext-fp32: its bound is missed"):
         Selection(manifest, AUTO, 1, None)
     with pytest.raises(BundleError, match="torch_ext-bf16"):
         Selection(manifest, "torch_ext-bf16", 1, None)
-    assert Selection(manifest, "torch-fp32", 1, None).names == ["torch-fp32"]
+    assert Selection(manifest, "torch_ext-fp32", 1, None).names == ["torch_ext-fp32"]
 
 
 def test_the_choice_needs_the_standard_library_only() -> None:

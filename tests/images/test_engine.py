@@ -79,7 +79,7 @@ def of_this_machine(variant: str) -> list[list[float]]:
 
 @pytest.fixture(scope="module")
 def fp32() -> list[list[float]]:
-    return of_this_machine("torch-fp32")
+    return of_this_machine("torch_ext-fp32")
 
 
 @pytest.fixture(scope="module")

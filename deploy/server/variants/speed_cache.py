@@ -60,12 +60,12 @@ def default_folder(environ: Mapping[str, str]) -> Path | None:
 
 
 def _extension_digest() -> str:
-    """SHA-256 of torch_ext's library: its version alone stays the same in a checkout that is built again."""
+    """SHA-256 of torch_ext's runtime: its version alone stays the same in a checkout that is built again."""
     package = importlib.util.find_spec("torch_ext")
     if package is None or package.origin is None:
         return "none"
     digest = hashlib.sha256()
-    for path in sorted(Path(package.origin).parent.glob("_C*.so")):
+    for path in sorted(Path(package.origin).parent.glob("*runtime*.so")):
         with contextlib.suppress(OSError):
             digest.update(path.read_bytes())
     return digest.hexdigest()
