@@ -23,6 +23,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ApiError
+from .limits import exceeded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,8 +184,7 @@ class Batcher:
             if work.tokens > self.max_queue_tokens:
                 raise ApiError(
                     "too_large",
-                    f"expected at most {self.max_queue_tokens} tokens in one request, got {work.tokens}; send fewer "
-                    "texts at a time",
+                    f"{exceeded('tokens', self.max_queue_tokens, work.tokens)}; send fewer texts at a time",
                 )
             raise self.queue_full()
         if self._cost is not None:

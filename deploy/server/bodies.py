@@ -17,7 +17,7 @@ import msgspec
 import orjson
 
 from .errors import ApiError
-from .limits import Limits
+from .limits import Limits, exceeded
 
 __all__ = [
     "INLINE_BYTES",
@@ -103,7 +103,7 @@ def _leading_texts(body: bytes, start: int, limits: Limits) -> tuple[list[str], 
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             break
         if len(texts) > limits.inputs:
-            raise _too_many(limits.inputs, "inputs")
+            raise ApiError("too_large", exceeded("inputs", limits.inputs))
         start = cut + 2
         time.sleep(_GIVE_WAY_S)
     return texts, start
@@ -123,8 +123,9 @@ def _check_values(body: bytes, limits: Limits) -> None:
         lists += between.count(b"[")
         commas += between.count(b",")
         if commas > most + limits.ids or (commas > most and lists > most):
-            what = "token ids" if limits.ids and lists <= most else "inputs"
-            raise _too_many(limits.ids if what == "token ids" else limits.inputs, what)
+            if limits.ids and lists <= most:
+                raise ApiError("too_large", exceeded("tokens", limits.ids))
+            raise ApiError("too_large", exceeded("inputs", limits.inputs))
 
 
 def _outside_texts(body: bytes) -> Iterator[bytes]:
@@ -143,10 +144,6 @@ def _outside_texts(body: bytes) -> Iterator[bytes]:
         else:
             return
     yield body[end:]
-
-
-def _too_many(most: int, what: str) -> ApiError:
-    return ApiError("too_large", f"expected at most {most} {what} in one request, got more")
 
 
 def _malformed(message: str, body: bytes) -> ApiError:

@@ -103,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         help="a request has to arrive within this time (default: %(default)s)",
     )
     times.add_argument(
+        "--response-timeout",
+        type=_seconds,
+        default=defaults.response_timeout_s,
+        metavar="S",
+        help="a client that reads nothing of its answer for this time is disconnected (default: %(default)s)",
+    )
+    times.add_argument(
         "--keep-alive",
         type=_seconds,
         default=defaults.keep_alive_s,
@@ -228,6 +235,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         max_inputs=arguments.max_inputs,
         max_chars=arguments.max_chars,
         request_timeout_s=arguments.request_timeout,
+        response_timeout_s=arguments.response_timeout,
         keep_alive_s=arguments.keep_alive,
         drain_delay_s=arguments.drain_delay,
         drain_timeout_s=arguments.drain_timeout,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from .bodies import Large
 from .callers import CallerLeft
 from .errors import ERRORS, ApiError
+from .limits import exceeded
 
 __all__ = [
     "JSON_HEADER",
@@ -77,7 +78,7 @@ async def read_body(headers: Headers, receive: Receive, limit_bytes: int) -> byt
         CallerLeft: The client has left.
     """
     if int(headers.get(b"content-length", b"0")) > limit_bytes:
-        raise _too_large(limit_bytes, f"{int(headers[b'content-length'])} bytes")
+        raise _too_large(limit_bytes, int(headers[b"content-length"]))
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise ApiError("unsupported_media_type", "content-encoding: expected none, send plain JSON in UTF-8")
     message = await receive()
@@ -93,13 +94,13 @@ async def read_body(headers: Headers, receive: Receive, limit_bytes: int) -> byt
                 raise CallerLeft
             size += len(message["body"])
             if size > limit_bytes:
-                raise _too_large(limit_bytes, "more")
+                raise _too_large(limit_bytes)
             parts.append(message["body"])
         body = b"".join(parts)
     if len(body) > limit_bytes:
-        raise _too_large(limit_bytes, f"{len(body)} bytes")
+        raise _too_large(limit_bytes, len(body))
     return body
 
 
-def _too_large(limit_bytes: int, found: str) -> ApiError:
-    return ApiError("too_large", f"body: expected at most {limit_bytes} bytes, got {found}")
+def _too_large(limit_bytes: int, found: int | None = None) -> ApiError:
+    return ApiError("too_large", exceeded("body_bytes", limit_bytes, found, "body: "))

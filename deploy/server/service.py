@@ -20,7 +20,7 @@ from .batching import Batcher, Work
 from .callers import Caller, CallerLeft
 from .choice import Choice
 from .errors import ApiError
-from .limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings
+from .limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings, exceeded
 from .metrics import Metrics
 from .speed_cache import versions
 from .tokens import TextTokenizer
@@ -225,8 +225,8 @@ class Service:
             if size > limits.chars:
                 raise ApiError(
                     "too_large",
-                    f"input {index}: expected at most {limits.chars} characters, got {size}; the model "
-                    f"reads {self._tokenizer.max_tokens} tokens only",
+                    f"{exceeded('chars', limits.chars, size, f'input {index}: ')}; the model reads "
+                    f"{self._tokenizer.max_tokens} tokens only",
                 )
             if "\0" in text:
                 raise ApiError("invalid_request", f"input {index}: expected text, got a NUL character")
@@ -335,7 +335,7 @@ class Service:
 
 
 def _too_many(found: int, limits: Limits) -> ApiError:
-    return ApiError("too_large", f"expected at most {limits.inputs} inputs in one request, got {found}")
+    return ApiError("too_large", exceeded("inputs", limits.inputs, found))
 
 
 def _turns(texts: Sequence[str], prompt_chars: int) -> Iterator[tuple[int, int]]:
