@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle import VARIANTS, BundleError, load_manifest
+from ..bundle import VARIANTS, BundleError, check_config, load_manifest
 from ..options import positive as _positive
 from .choice import AUTO
 from .limits import Settings
@@ -217,6 +217,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     selection = Selection(manifest, arguments.variant or AUTO, threads, cache_folder)
     manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
+    check_config(manifest)
 
     from ..engines.open import load_engine
     from ..tasks import open_task
