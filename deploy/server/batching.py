@@ -199,9 +199,12 @@ class Batcher:
 
     def try_later(self, reason: str) -> ApiError:
         """The error of a request that there is no room for now, with a Retry-After from the measured speed."""
+        return ApiError("queue_full", f"{reason}; try again later", {"Retry-After": self.retry_after()})
+
+    def retry_after(self) -> str:
+        """How many seconds what is queued now will take, for the header Retry-After: 1 to 60."""
         wait_s = math.ceil(self.queued_tokens / self._tokens_per_s) if self._tokens_per_s else 1
-        retry_after = str(min(max(wait_s, 1), 60))
-        return ApiError("queue_full", f"{reason}; try again later", {"Retry-After": retry_after})
+        return str(min(max(wait_s, 1), 60))
 
     def abandon(self, work: Work) -> None:
         """Drops what is left of a request whose client has left."""

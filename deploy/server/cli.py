@@ -94,6 +94,20 @@ def _parser() -> argparse.ArgumentParser:
     limits.add_argument(
         "--max-body-bytes", type=_positive, default=defaults.max_body_bytes, help="request body (default: %(default)s)"
     )
+    limits.add_argument(
+        "--max-values",
+        type=_positive,
+        default=defaults.max_values,
+        help="numbers in one answer: texts x width of embeddings, masks x top_k x 3 (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-memory-mb",
+        type=_positive,
+        default=defaults.max_memory_mb,
+        metavar="MB",
+        help="memory that all connections and requests may hold; more is answered with 429 (default: half of what is "
+        "available once the model is loaded, within the limits of the control groups)",
+    )
     times = parser.add_argument_group("times")
     times.add_argument(
         "--request-timeout",
@@ -235,6 +249,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         max_body_bytes=arguments.max_body_bytes,
         max_inputs=arguments.max_inputs,
         max_chars=arguments.max_chars,
+        max_values=arguments.max_values,
+        max_memory_mb=arguments.max_memory_mb,
         request_timeout_s=arguments.request_timeout,
         response_timeout_s=arguments.response_timeout,
         keep_alive_s=arguments.keep_alive,

@@ -24,8 +24,10 @@ from types import FrameType
 
 import uvicorn
 
+from ..machine import available_memory_bytes
 from .app import App
 from .batching import Batcher, LoadCancelled
+from .budget import CONNECTION_BYTES, give_back
 from .limits import Settings
 from .protocol import HttpProtocol
 
@@ -135,6 +137,7 @@ class Server(uvicorn.Server):
             # What is there now stays: the collector need not look at torch's half a million objects again.
             gc.collect()
             gc.freeze()
+            self._app.service.budget.settle(available_memory_bytes())
             if not self.should_exit:
                 self._on_ready()
 
@@ -156,8 +159,13 @@ class Server(uvicorn.Server):
 
     def _check_connections(self, settings: Settings) -> None:
         now_s = time.monotonic()
+        budget = self._app.service.budget
+        budget.connection_bytes = 0
         for connection in self._connections:
             connection.check(now_s, settings)
+            budget.connection_bytes += CONNECTION_BYTES + connection.unsent_bytes
+        if budget.trim_due():
+            asyncio.get_running_loop().run_in_executor(None, give_back)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains: answers everything that was accepted."""

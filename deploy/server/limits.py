@@ -141,7 +141,7 @@ BOUNDS: Mapping[str, Bound] = {
     "inputs": Bound("a request", "inputs in one request", "max_inputs"),
     "chars": Bound("one text", "characters", "max_chars"),
     "tokens": Bound("a request, and all requests that wait", "tokens in one request", "max_queue_tokens"),
-    "masks": Bound("one text of fill-mask", "mask tokens in one text", fixed=MASKS_PER_TEXT),
+    "masks": Bound("one text of fill-mask", "mask tokens in one text", fixed=MASKS_PER_TEXT, status=422),
     "top_k": Bound("fill-mask", "predictions per mask token", fixed=MAX_TOP_K, status=422),
     "values": Bound("an answer", "numbers in one answer", "max_values"),
     "memory": Bound("all connections and requests", "MB of memory for one request", "max_memory_mb"),

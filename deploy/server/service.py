@@ -17,6 +17,7 @@ from ..bundle import Manifest
 from ..tasks.feature_extraction import EmbedOptions
 from ..tasks.fill_mask import FillMaskOptions
 from .batching import Batcher, Work
+from .budget import TEXT_BYTES, MemoryBudget
 from .callers import Caller, CallerLeft
 from .choice import Choice
 from .errors import ApiError
@@ -76,6 +77,7 @@ class Service:
         draining: Set once on shutdown: no more requests are welcome.
         served: What is served; None until it is loaded.
         helper_threads: Threads that do what would hold the event loop up.
+        budget: Memory of all requests and connections.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Service:
         self.draining = False
         self.served: Served | None = None
         self.helper_threads = settings.helper_threads
+        self.budget = MemoryBudget.of(settings.max_memory_mb, batcher.retry_after)
         self._tokenizer = tokenizer
         self._batcher = batcher
         self._metrics = metrics
@@ -187,7 +190,7 @@ class Service:
                     f"input {index}: expected at most {longest} tokens with special tokens, got {len(text)}",
                 )
         ids = [self._tokenizer.check_ids(index, text) for index, text in enumerate(texts)]
-        return self._run(ids, _EMBED_OPTIONS[self._normalize], caller, started_s)
+        return self._run(ids, _EMBED_OPTIONS[self._normalize], caller, limits, started_s)
 
     def classify(
         self, texts: Sequence[str], caller: Caller, limits: Limits, *, truncate: bool = True
@@ -203,7 +206,7 @@ class Service:
         for side in (0, 1):
             self._check_texts([pair[side] for pair in pairs], limits)
         ids = await self.aside(self._tokenizer.encode_pairs, pairs, truncate)
-        return await self._run(ids, None, caller, started_s)
+        return await self._run(ids, None, caller, limits, started_s)
 
     def fill(
         self, texts: Sequence[str], caller: Caller, limits: Limits, *, top_k: int, truncate: bool = True
@@ -233,15 +236,19 @@ class Service:
             total += size
         return total
 
-    def _check_masks(self, ids: Sequence[NDArray[np.int64]], limits: Limits) -> None:
+    def _check_masks(self, ids: Sequence[NDArray[np.int64]], limits: Limits) -> int:
+        """Checks how many masks each text has, and returns how many all have."""
+        total = 0
         for index, text in enumerate(ids):
             masks = int((text == self._mask_id).sum())
             if not 1 <= masks <= limits.masks:
                 raise ApiError(
                     "invalid_request",
                     f"input {index}: expected 1 to {limits.masks} {self._mask_token} among the first "
-                    f"{self._tokenizer.max_tokens} tokens, got {masks}",
+                    f"{self._tokenizer.max_tokens} tokens, got {masks}; the limit of masks is fixed",
                 )
+            total += masks
+        return total
 
     def _texts(
         self,
@@ -250,7 +257,7 @@ class Service:
         limits: Limits,
         truncate: bool,
         options: Any,
-        check: Callable[[Sequence[NDArray[np.int64]], Limits], None] = lambda ids, limits: None,
+        check: Callable[[Sequence[NDArray[np.int64]], Limits], int] = lambda ids, limits: len(ids),
     ) -> Awaitable[Result]:
         """Checks, tokenises and runs texts.
 
@@ -260,15 +267,15 @@ class Service:
             limits: Of the route.
             truncate: Cut texts that are longer than the model takes.
             options: For the engine's head.
-            check: Refuses token ids that the task cannot take.
+            check: Refuses token ids that the task cannot take; returns how many answers the others get.
         """
         started_s = time.perf_counter()
         chars = self._check_texts(texts, limits) + len(texts) * self._prompt_chars
         if chars > INLINE_CHARS:
             return self._long_texts(texts, caller, limits, truncate, options, check, chars, started_s)
         ids = self._tokenizer.encode(texts, truncate)
-        check(ids, limits)
-        return self._run(ids, options, caller, started_s)
+        units = check(ids, limits)
+        return self._run(ids, options, caller, limits, started_s, units)
 
     async def _long_texts(
         self,
@@ -277,13 +284,13 @@ class Service:
         limits: Limits,
         truncate: bool,
         options: Any,
-        check: Callable[[Sequence[NDArray[np.int64]], Limits], None],
+        check: Callable[[Sequence[NDArray[np.int64]], Limits], int],
         chars: int,
         started_s: float,
     ) -> Result:
         ids = await self._tokenize(texts, caller, truncate, chars)
-        check(ids, limits)
-        return await self._run(ids, options, caller, started_s)
+        units = check(ids, limits)
+        return await self._run(ids, options, caller, limits, started_s, units)
 
     async def _tokenize(
         self, texts: Sequence[str], caller: Caller, truncate: bool, chars: int
@@ -306,18 +313,33 @@ class Service:
             self._tokenizing_chars -= chars
         return ids
 
-    async def _run(self, ids: Sequence[Any], options: Any, caller: Caller, started_s: float) -> Result:
+    async def _run(
+        self,
+        ids: Sequence[Any],
+        options: Any,
+        caller: Caller,
+        limits: Limits,
+        started_s: float,
+        units: int | None = None,
+    ) -> Result:
         """Runs texts through the engine.
 
         Args:
             ids: Per text token ids, i64 [tokens], or those of a pair.
             options: For the engine's head.
             caller: Who waits.
+            limits: Of the route.
             started_s: When tokenisation began, by `time.perf_counter`.
+            units: How many answers of `Caller.values_each` numbers there will be; None: one to each text.
         """
         if caller.gone:  # While its body was read or tokenised.
             raise CallerLeft
+        units = len(ids) if units is None else units
+        asked = caller.values_each * units
+        if asked > limits.values:
+            raise ApiError("too_large", exceeded("values", limits.values, asked))
         work = Work(ids, options, asyncio.get_running_loop().create_future())
+        self.budget.hold(caller, TEXT_BYTES * (len(ids) + units) + 8 * work.tokens + caller.value_bytes * asked)
         self._batcher.submit(work)
         caller.on_leave = functools.partial(self._batcher.abandon, work)
         try:
