@@ -205,6 +205,8 @@ class InfoLimits(Struct):
     max_inputs: int
     max_chars: int
     max_body_bytes: int
+    max_values: int
+    max_memory_mb: int
 
 
 class InfoResponse(Struct):
