@@ -183,7 +183,8 @@ class Batcher:
         work.waiting = sum(work.costs)
         if self.queued_tokens + work.waiting > self.max_queue_tokens:
             if work.waiting > self.max_queue_tokens:
-                more = "" if work.waiting == work.tokens else f"; masks add {work.waiting - work.tokens} to {work.tokens} tokens"
+                added = work.waiting - work.tokens
+                more = f"; masks add {added} to {work.tokens} tokens" if added else ""
                 raise ApiError(
                     "too_large",
                     f"{exceeded('tokens', self.max_queue_tokens, work.waiting)}{more}; send fewer texts at a time",
