@@ -99,11 +99,18 @@ class App:
             lambda: batcher.queued_tokens, lambda: self.service.budget.held_bytes, lambda: self.service.ready
         )
         self._dialects = sorted({route.dialect for route in routes}, key=lambda dialect: -len(dialect.prefix))
-        written = functools.cache(lambda variant: orjson.dumps(document(routes, manifest, variant, settings)))
+        written = functools.cache(
+            lambda variant, memory_mb: orjson.dumps(document(routes, manifest, variant, settings, tokenizer, memory_mb))
+        )
         key = None if settings.api_key is None else settings.api_key.encode()
         self._routes: dict[str, dict[str, _Endpoint]] = {}
         for route in routes:
-            context = Context(self.service, route.limits(settings), self._metrics, lambda: written(self._variant))
+            context = Context(
+                self.service,
+                route.limits(settings),
+                self._metrics,
+                lambda: written(self._variant, self.service.budget.limit_mb),
+            )
             endpoint = _Endpoint(route, context, key, _wrong_task(route, routes, manifest))
             self._routes.setdefault(route.path, {})[route.method] = endpoint
 

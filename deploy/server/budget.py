@@ -75,6 +75,11 @@ class MemoryBudget:
             self.limit_bytes = max(available_bytes // 2, LEAST_BYTES)
 
     @property
+    def limit_mb(self) -> int:
+        """The limit in MB."""
+        return self.limit_bytes >> 20
+
+    @property
     def held_bytes(self) -> int:
         """What is held in all."""
         return self.request_bytes + self.connection_bytes
@@ -102,7 +107,7 @@ class MemoryBudget:
             self._left_bytes += size_bytes
 
     def _refusal(self, asked_bytes: int) -> ApiError:
-        limit_mb, asked_mb = self.limit_bytes >> 20, -(-asked_bytes >> 20)
+        limit_mb, asked_mb = self.limit_mb, -(-asked_bytes >> 20)
         if asked_bytes > self.limit_bytes:
             return ApiError("too_large", exceeded("memory", limit_mb, asked_mb))
         return ApiError(

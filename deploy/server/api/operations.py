@@ -56,7 +56,7 @@ async def info(context: Context, request: None, caller: Caller) -> Response:
             "max_chars": settings.max_chars,
             "max_body_bytes": settings.max_body_bytes,
             "max_values": settings.max_values,
-            "max_memory_mb": service.budget.limit_bytes >> 20,
+            "max_memory_mb": service.budget.limit_mb,
         },
         "versions": served.versions,
         "chosen_by": choice.by,
