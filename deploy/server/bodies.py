@@ -53,11 +53,28 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         ApiError: It is no JSON in UTF-8, or not of the type (422).
     """
     try:
-        return decoder.decode(body)
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+            # To JSON Schema, 3.0 is an integer.
+            return msgspec.convert(_whole(msgspec.json.decode(body)), decoder.type)
     except msgspec.ValidationError as error:
         raise ApiError("invalid_request", str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(str(error), body) from None
+
+
+def _whole(value: Any) -> Any:
+    """The same with integers in place of floats that are whole."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _whole(item) for name, item in value.items()}
+    return value
 
 
 def decode_in_parts(decoder: msgspec.json.Decoder[Any], body: bytes, limits: Limits) -> Any:

@@ -129,6 +129,19 @@ def test_the_description_has_every_limit(tmp_path: Path) -> None:
         assert "x-bound" not in json.dumps(document)
 
 
+def test_whole_numbers_are_integers_however_they_are_written(tmp_path: Path) -> None:
+    with running(make_manifest(tmp_path, max_tokens=MAX_TOKENS)) as server:
+        same = [
+            b'{"input": [[2, 9, 3], [2, 3]], "dimensions": 8}',
+            b'{"input": [[2.0, 9e0, 3], [2, 3.0]], "dimensions": 8.0}',
+        ]
+        first, second = (server("POST", "/v1/embeddings", body) for body in same)
+        assert first.status == 200
+        assert second.body == first.body
+        for body in (b'{"input": [2.5]}', b'{"input": [1e400]}', b'{"input": 2.0}', b'{"input": ["w1", 2.0]}'):
+            assert server("POST", "/v1/embeddings", body).status == 422
+
+
 def refused(server: LiveServer, body: Any, path: str = "/embed") -> str:
     reply = server("POST", path, body)
     assert (reply.status, reply.kind) == (413, "too_large")
