@@ -8,10 +8,12 @@ that a server that runs ONNX Runtime loads neither torch nor transformers for it
 | `manifest` | the whole: `Manifest`, reading and writing it |
 | `fields` | its parts, the names that are allowed, and how JSON becomes each of them |
 | `files` | the files beside it: names, sizes, digests |
+| `config` | whether the manifest agrees with the model's own configuration |
 """
 
 from __future__ import annotations
 
+from deploy.bundle.config import OFFSET_POSITIONS, check_config
 from deploy.bundle.fields import (
     ACTIVATIONS,
     CONFIG_FILE,
@@ -46,6 +48,7 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "MANIFEST_FILE",
+    "OFFSET_POSITIONS",
     "POOLING_MODES",
     "PROBLEM_TYPES",
     "TASKS",
@@ -64,6 +67,7 @@ __all__ = [
     "Speed",
     "Variant",
     "VariantKind",
+    "check_config",
     "file_entry",
     "load_manifest",
     "owned_files",

@@ -97,7 +97,7 @@ def choose_encoder(
 
 
 class _EncoderStates:
-    """States of a batch from an encoder of torch, whose layers are in memory: the same numbers that the engine computes.
+    """States of a batch from an encoder that is in memory: the numbers that the engine computes of its file.
 
     Attributes:
         ids: Token ids of each text.

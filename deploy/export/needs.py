@@ -35,7 +35,7 @@ def import_libraries(names: Sequence[str]) -> None:
         ) from error
     if any(VARIANTS[name].engine == "torch_ext" for name in names):
         try:
-            import torch_ext
+            import torch_ext.ops  # The package alone imports without torch and its library.
 
             del torch_ext
         except ImportError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import CONFIG_FILE, TASKS, Pooling, Prompts
+from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts
 from deploy.export.errors import ExportError
 from deploy.export.sentence import SentenceFiles, read_json, read_sentence_files
 
@@ -31,9 +31,6 @@ MODEL_TYPES: Mapping[str, bool] = {
 _TASK_OF_SUFFIX = {task.architecture: name for name, task in reversed([*TASKS.items()])}
 _EMBEDS = next(name for name, task in TASKS.items() if task.needs.pooling)
 """The task of a folder that sentence-transformers makes embeddings with."""
-
-# Positions of these begin behind the padding index.
-_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -247,7 +244,7 @@ def _max_positions(config: Mapping[str, Any], model_type: str, where: Path) -> i
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int) or isinstance(positions, bool) or positions < 0:
         raise ExportError(f"{where}: max_position_embeddings: expected a whole number, got {positions!r}")
-    if model_type in _OFFSET_POSITIONS:
+    if model_type in OFFSET_POSITIONS:
         padding = config.get("pad_token_id")
         positions -= (padding if isinstance(padding, int) else 1) + 1
     if positions < 3:

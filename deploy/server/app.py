@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -29,8 +29,8 @@ import orjson
 
 from ..bundle import Manifest
 from .api import ROUTES
-from .bodies import INLINE_BYTES, Large, decode, decode_in_parts, encode_in_parts
-from .callers import CallerLeft
+from .bodies import INLINE_BYTES, Large, decode, decode_in_parts, encode_in_parts, parts
+from .callers import Caller, CallerLeft
 from .errors import ApiError
 from .http import Headers, Receive, Response, Scope, Send, authorize, error_response, read_body
 from .limits import Settings
@@ -48,7 +48,7 @@ log = logging.getLogger("deploy.server")
 class _Endpoint:
     """A row, made ready: what every request of it needs is looked up once."""
 
-    __slots__ = ("_api_key", "_service", "_wrong_task", "body_bytes", "context", "decoder", "handler", "route")
+    __slots__ = ("_api_key", "_running", "_wrong_task", "body_bytes", "context", "decoder", "handler", "route")
 
     def __init__(self, route: Route, context: Context, api_key: bytes | None, wrong_task: str | None) -> None:
         self.route = route
@@ -56,7 +56,7 @@ class _Endpoint:
         self.handler = route.handler
         self.decoder: Any = None if route.request is None else msgspec.json.Decoder(route.request)
         self.body_bytes = context.limits.body_bytes
-        self._service = context.service if route.task is not None else None
+        self._running = route.task is not None
         self._api_key = api_key if route.secured else None
         self._wrong_task = wrong_task
 
@@ -66,8 +66,20 @@ class _Endpoint:
             authorize(headers, self._api_key)
         if self._wrong_task is not None:
             raise ApiError("wrong_task", self._wrong_task)
-        if self._service is not None:
-            self._service.check_running()
+        if self._running:
+            self.context.service.check_running()
+
+    async def request(self, headers: Headers, receive: Receive, caller: Caller) -> Any:
+        """Reads and decodes a body, and says what its answer will be like."""
+        service = self.context.service
+        body = await read_body(headers, receive, self.body_bytes, functools.partial(service.budget.hold_body, caller))
+        if len(body) <= INLINE_BYTES:
+            request = decode(self.decoder, body)
+        else:
+            request = await service.aside(decode_in_parts, self.decoder, body, self.context.limits)
+        caller.values_each = self.route.values(service.manifest, request)
+        caller.value_bytes = self.route.value_bytes
+        return request
 
 
 class App:
@@ -83,13 +95,22 @@ class App:
     ) -> None:
         self._metrics = Metrics()
         self.service = Service(manifest, tokenizer, batcher, settings, self._metrics)
-        self._metrics.gauges(lambda: batcher.queued_tokens, lambda: self.service.ready)
+        self._metrics.gauges(
+            lambda: batcher.queued_tokens, lambda: self.service.budget.held_bytes, lambda: self.service.ready
+        )
         self._dialects = sorted({route.dialect for route in routes}, key=lambda dialect: -len(dialect.prefix))
-        written = functools.cache(lambda variant: orjson.dumps(document(routes, manifest, variant, settings)))
+        written = functools.cache(
+            lambda variant, memory_mb: orjson.dumps(document(routes, manifest, variant, settings, tokenizer, memory_mb))
+        )
         key = None if settings.api_key is None else settings.api_key.encode()
         self._routes: dict[str, dict[str, _Endpoint]] = {}
         for route in routes:
-            context = Context(self.service, route.limits(settings), self._metrics, lambda: written(self._variant))
+            context = Context(
+                self.service,
+                route.limits(settings),
+                self._metrics,
+                lambda: written(self._variant, self.service.budget.limit_mb),
+            )
             endpoint = _Endpoint(route, context, key, _wrong_task(route, routes, manifest))
             self._routes.setdefault(route.path, {})[route.method] = endpoint
 
@@ -129,7 +150,9 @@ class App:
         """Answers one request; `HttpProtocol` adds `deploy.headers` and `deploy.caller` to its scope."""
         started_s = time.perf_counter()
         path: str = scope["path"]
+        caller: Caller = scope["deploy.caller"]
         label = "other"
+        rest: Iterator[bytes] | None = None
         try:
             methods = self._routes.get(path)
             if methods is None:
@@ -144,16 +167,15 @@ class App:
             endpoint.admit(headers)
             request = None
             if endpoint.decoder is not None:
-                body = await read_body(headers, receive, endpoint.body_bytes)
-                if len(body) <= INLINE_BYTES:
-                    request = decode(endpoint.decoder, body)
-                else:
-                    limits = endpoint.context.limits
-                    request = await self.service.aside(decode_in_parts, endpoint.decoder, body, limits)
-            response = await endpoint.handler(endpoint.context, request, scope["deploy.caller"])
+                request = await endpoint.request(headers, receive, caller)
+            response = await endpoint.handler(endpoint.context, request, caller)
             data = response.body
             if isinstance(data, Large):
-                data = await self.service.aside(encode_in_parts, data)
+                if scope["http_version"] == "1.0":  # It knows no chunks.
+                    data = await self.service.aside(encode_in_parts, data)
+                else:
+                    rest = parts(data)
+                    data = await self.service.aside(next, rest)
         except ApiError as error:
             response, data = self._error(error, path)
         except CallerLeft:
@@ -162,12 +184,39 @@ class App:
         except Exception:
             log.exception("%s failed", path)
             response, data = self._error(ApiError("internal", "unexpected failure; the server's log says more"), path)
-        fields = [*response.headers, (b"content-length", b"%d" % len(data))]
+        finally:
+            if rest is None:
+                self.service.budget.release(caller)
+        fields = [*response.headers]
+        if rest is None:
+            fields.append((b"content-length", b"%d" % len(data)))
         if self.service.draining:
             fields.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": response.status, "headers": fields})
-        await send({"type": "http.response.body", "body": data})
+        if rest is None:
+            await send({"type": "http.response.body", "body": data})
+        elif isinstance(data, bytes):
+            try:
+                await self._send_parts(data, rest, send, caller)
+            except CallerLeft:
+                self._metrics.abandoned()
+                return
+            finally:
+                self.service.budget.release(caller)
         self._metrics.answered(label, response.status, time.perf_counter() - started_s)
+
+    async def _send_parts(self, part: bytes, rest: Iterator[bytes], send: Send, caller: Caller) -> None:
+        """Sends a large answer, each part as soon as the client has read most of those before.
+
+        Raises:
+            CallerLeft: The client has left.
+        """
+        while part:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            if caller.gone:
+                raise CallerLeft
+            part = await self.service.aside(next, rest, b"")
+        await send({"type": "http.response.body", "body": b""})
 
     def _error(self, error: ApiError, path: str) -> tuple[Response, bytes]:
         """The answer that tells of an error, and its body."""

@@ -17,7 +17,7 @@ import msgspec
 import orjson
 
 from .errors import ApiError
-from .limits import Limits
+from .limits import Limits, exceeded
 
 __all__ = [
     "INLINE_BYTES",
@@ -28,6 +28,8 @@ __all__ = [
     "encode",
     "encode_in_parts",
     "encode_list",
+    "encode_part",
+    "parts",
 ]
 
 INLINE_BYTES = 65_536
@@ -51,11 +53,28 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         ApiError: It is no JSON in UTF-8, or not of the type (422).
     """
     try:
-        return decoder.decode(body)
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+            # To JSON Schema, 3.0 is an integer.
+            return msgspec.convert(_whole(msgspec.json.decode(body)), decoder.type)
     except msgspec.ValidationError as error:
         raise ApiError("invalid_request", str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(str(error), body) from None
+
+
+def _whole(value: Any) -> Any:
+    """The same with integers in place of floats that are whole."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _whole(item) for name, item in value.items()}
+    return value
 
 
 def decode_in_parts(decoder: msgspec.json.Decoder[Any], body: bytes, limits: Limits) -> Any:
@@ -103,7 +122,7 @@ def _leading_texts(body: bytes, start: int, limits: Limits) -> tuple[list[str], 
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             break
         if len(texts) > limits.inputs:
-            raise _too_many(limits.inputs, "inputs")
+            raise ApiError("too_large", exceeded("inputs", limits.inputs))
         start = cut + 2
         time.sleep(_GIVE_WAY_S)
     return texts, start
@@ -123,8 +142,9 @@ def _check_values(body: bytes, limits: Limits) -> None:
         lists += between.count(b"[")
         commas += between.count(b",")
         if commas > most + limits.ids or (commas > most and lists > most):
-            what = "token ids" if limits.ids and lists <= most else "inputs"
-            raise _too_many(limits.ids if what == "token ids" else limits.inputs, what)
+            if limits.ids and lists <= most:
+                raise ApiError("too_large", exceeded("tokens", limits.ids))
+            raise ApiError("too_large", exceeded("inputs", limits.inputs))
 
 
 def _outside_texts(body: bytes) -> Iterator[bytes]:
@@ -145,10 +165,6 @@ def _outside_texts(body: bytes) -> Iterator[bytes]:
     yield body[end:]
 
 
-def _too_many(most: int, what: str) -> ApiError:
-    return ApiError("too_large", f"expected at most {most} {what} in one request, got more")
-
-
 def _malformed(message: str, body: bytes) -> ApiError:
     hint = ""
     if b"\\ud" in body or b"\\uD" in body:
@@ -157,8 +173,8 @@ def _malformed(message: str, body: bytes) -> ApiError:
 
 
 def encode(body: Any) -> bytes:
-    """JSON of an answer; rows may be float32 arrays of NumPy."""
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    """JSON of an answer; rows may be float32 arrays of NumPy, or sequences that make their items when they are read."""
+    return orjson.dumps(body, list, orjson.OPT_SERIALIZE_NUMPY)
 
 
 class Large(NamedTuple):
@@ -184,16 +200,30 @@ def encode_list(body: dict[str, Any], key: str, values_each: int) -> bytes | Lar
 
 def encode_in_parts(large: Large) -> bytes:
     """The same of a large answer."""
-    return b"{%s}" % b",".join(
-        b"%s:%s" % (encode(name), _encode_list(value, large.values_each) if name == large.key else encode(value))
-        for name, value in large.body.items()
-    )
-
-
-def _encode_list(items: Sequence[Any], values_each: int) -> bytes:
-    step = max(1, _PART_VALUES // max(values_each, 1))
-    parts = []
-    for start in range(0, len(items), step):
-        parts.append(encode(items[start : start + step])[1:-1])
+    found = []
+    for part in parts(large):
+        found.append(part)
         time.sleep(_GIVE_WAY_S)
-    return b"[%s]" % b",".join(parts)
+    return b"".join(found)
+
+
+def parts(large: Large) -> Iterator[bytes]:
+    """The same, one part after the other; each takes a millisecond or less to make."""
+    before = b"{"
+    for name, value in large.body.items():
+        before += encode(name) + b":"
+        if name != large.key:
+            before += encode(value) + b","
+            continue
+        before += b"["
+        step = max(1, _PART_VALUES // max(large.values_each, 1))
+        for start in range(0, len(value), step):
+            yield before + encode_part(value[start : start + step])
+            before = b","
+        before = b"]," if value else before + b"],"
+    yield before[:-1] + b"}"
+
+
+def encode_part(items: Sequence[Any]) -> bytes:
+    """JSON of some items of a list, without its brackets."""
+    return encode(items)[1:-1]

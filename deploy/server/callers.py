@@ -1,4 +1,4 @@
-"""Who waits for an answer, and how the work for somebody who has left is ended."""
+"""Who waits for an answer, what that holds, and how the work for somebody who has left is ended."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ class Caller:
     Attributes:
         gone: The client has left.
         on_leave: Called once when it leaves; None while nothing runs for it that could be ended.
+        held_bytes: Memory that the request holds of the budget.
+        values_each: Numbers that the answer to each of its inputs has, by its route.
+        value_bytes: Memory that one of them holds until it is sent.
     """
 
-    __slots__ = ("gone", "on_leave")
+    __slots__ = ("gone", "held_bytes", "on_leave", "value_bytes", "values_each")
 
     def __init__(self) -> None:
         self.gone = False
         self.on_leave: Callable[[], None] | None = None
+        self.held_bytes = 0
+        self.values_each = 0
+        self.value_bytes = 4
 
     def leave(self) -> None:
         """The client has left; further calls do nothing."""

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle import BundleError, load_manifest
+from ..bundle import BundleError, check_config, load_manifest
 from ..options import positive as _positive
 from .limits import Settings
 from .variants import Selection, add_options
@@ -82,6 +82,20 @@ def _parser() -> argparse.ArgumentParser:
     limits.add_argument(
         "--max-body-bytes", type=_positive, default=defaults.max_body_bytes, help="request body (default: %(default)s)"
     )
+    limits.add_argument(
+        "--max-values",
+        type=_positive,
+        default=defaults.max_values,
+        help="numbers in one answer: texts x width of embeddings, masks x top_k x 3 (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-memory-mb",
+        type=_positive,
+        default=defaults.max_memory_mb,
+        metavar="MB",
+        help="memory that all connections and requests may hold; more is answered with 429 (default: half of what is "
+        "available once the model is loaded, within the limits of the control groups)",
+    )
     times = parser.add_argument_group("times")
     times.add_argument(
         "--request-timeout",
@@ -89,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.request_timeout_s,
         metavar="S",
         help="a request has to arrive within this time (default: %(default)s)",
+    )
+    times.add_argument(
+        "--response-timeout",
+        type=_seconds,
+        default=defaults.response_timeout_s,
+        metavar="S",
+        help="a client that reads nothing of its answer for this time is disconnected (default: %(default)s)",
     )
     times.add_argument(
         "--keep-alive",
@@ -204,6 +225,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from .service import Batcher, TextTokenizer
 
     manifest = checked.result()
+    check_config(manifest)
     settings = Settings(
         host=arguments.host,
         port=port,
@@ -213,7 +235,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         max_body_bytes=arguments.max_body_bytes,
         max_inputs=arguments.max_inputs,
         max_chars=arguments.max_chars,
+        max_values=arguments.max_values,
+        max_memory_mb=arguments.max_memory_mb,
         request_timeout_s=arguments.request_timeout,
+        response_timeout_s=arguments.response_timeout,
         keep_alive_s=arguments.keep_alive,
         drain_delay_s=arguments.drain_delay,
         drain_timeout_s=arguments.drain_timeout,

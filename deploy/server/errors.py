@@ -35,10 +35,13 @@ ERRORS: Mapping[str, ErrorKind] = {
     "not_found": ErrorKind(404, "no such path"),
     "method_not_allowed": ErrorKind(405, "the path exists, with another method"),
     "timeout": ErrorKind(408, "the request did not arrive completely in time"),
-    "too_large": ErrorKind(413, "body, number of inputs, or length of one text above the limit"),
+    "too_large": ErrorKind(
+        413, "body, inputs, length of a text, tokens, or numbers of the answer above a limit, which the message names"
+    ),
     "unsupported_media_type": ErrorKind(415, "the body is compressed; send plain JSON in UTF-8"),
     "invalid_request": ErrorKind(422, "not JSON in UTF-8, a missing or unknown field, a wrong type, or an empty list"),
     "queue_full": ErrorKind(429, "more tokens are waiting than the queue holds", retry=True),
+    "memory_full": ErrorKind(429, "other requests hold the memory that this one needs", retry=True),
     "malformed_http": ErrorKind(400, "not HTTP/1.1; the connection is closed"),
     "headers_too_large": ErrorKind(
         431, "more header lines, or more bytes of them, than the server takes; the connection is closed"

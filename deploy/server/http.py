@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from .bodies import Large
 from .callers import CallerLeft
 from .errors import ERRORS, ApiError
+from .limits import exceeded
 
 __all__ = [
     "JSON_HEADER",
@@ -66,20 +67,28 @@ def authorize(headers: Headers, api_key: bytes) -> None:
         )
 
 
-async def read_body(headers: Headers, receive: Receive, limit_bytes: int) -> bytes:
+async def read_body(headers: Headers, receive: Receive, limit_bytes: int, hold: Callable[[int], None]) -> bytes:
     """Reads a request body.
+
+    Args:
+        headers: Of the request.
+        receive: Gives its parts.
+        limit_bytes: Longest body.
+        hold: Told how many bytes are to be read before they are; raises if there is no memory for them.
 
     The rest of a body that is too large is not kept: the server takes and drops it, so that the client, which reads
     only after it has written, gets the answer.
 
     Raises:
-        ApiError: The body is too large (413) or compressed (415).
+        ApiError: The body is too large (413) or compressed (415), or there is no memory for it (429).
         CallerLeft: The client has left.
     """
-    if int(headers.get(b"content-length", b"0")) > limit_bytes:
-        raise _too_large(limit_bytes, f"{int(headers[b'content-length'])} bytes")
+    told = int(headers.get(b"content-length", b"0"))
+    if told > limit_bytes:
+        raise _too_large(limit_bytes, told)
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise ApiError("unsupported_media_type", "content-encoding: expected none, send plain JSON in UTF-8")
+    hold(told)
     message = await receive()
     if message["type"] == "http.disconnect":
         raise CallerLeft
@@ -93,13 +102,15 @@ async def read_body(headers: Headers, receive: Receive, limit_bytes: int) -> byt
                 raise CallerLeft
             size += len(message["body"])
             if size > limit_bytes:
-                raise _too_large(limit_bytes, "more")
+                raise _too_large(limit_bytes)
+            if not told:
+                hold(len(message["body"]))
             parts.append(message["body"])
         body = b"".join(parts)
     if len(body) > limit_bytes:
-        raise _too_large(limit_bytes, f"{len(body)} bytes")
+        raise _too_large(limit_bytes, len(body))
     return body
 
 
-def _too_large(limit_bytes: int, found: str) -> ApiError:
-    return ApiError("too_large", f"body: expected at most {limit_bytes} bytes, got {found}")
+def _too_large(limit_bytes: int, found: int | None = None) -> ApiError:
+    return ApiError("too_large", exceeded("body_bytes", limit_bytes, found, "body: "))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import logging
 import os
@@ -23,7 +24,9 @@ from types import FrameType
 
 import uvicorn
 
+from ..machine import available_memory_bytes
 from .app import App
+from .budget import CONNECTION_BYTES, give_back
 from .limits import Settings
 from .protocol import HttpProtocol
 from .service import Batcher
@@ -38,6 +41,12 @@ LOADING_GRACE_S = 1.0
 
 IDLE_GRACE_S = 1.0
 """While draining, how long a connection without a request may still send one."""
+
+RECEIVING_GRACE_S = 2.0
+"""While draining, how long a request may take to arrive that has begun."""
+
+READING_GRACE_S = 5.0
+"""While draining, how long a client may read nothing of its answer."""
 
 
 def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
@@ -129,6 +138,7 @@ class Server(uvicorn.Server):
             # What is there now stays: the collector need not look at torch's half a million objects again.
             gc.collect()
             gc.freeze()
+            self._app.service.budget.settle(available_memory_bytes())
             if not self.should_exit:
                 self._on_ready()
 
@@ -139,15 +149,24 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Every 0.1 s; every second closes connections whose request does not arrive."""
+        """Every 0.1 s; every second closes connections whose client is too slow."""
         if counter % 10 == 0:
-            before_s = time.monotonic() - self._settings.request_timeout_s
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, HttpProtocol):
-                    since_s = connection.receiving_since_s
-                    if since_s is not None and since_s < before_s:
-                        connection.expire()
+            self._check_connections(self._settings)
         return await super().on_tick(counter)
+
+    @property
+    def _connections(self) -> list[HttpProtocol]:
+        return [found for found in list(self.server_state.connections) if isinstance(found, HttpProtocol)]
+
+    def _check_connections(self, settings: Settings) -> None:
+        now_s = time.monotonic()
+        budget = self._app.service.budget
+        budget.connection_bytes = 0
+        for connection in self._connections:
+            connection.check(now_s, settings)
+            budget.connection_bytes += CONNECTION_BYTES + connection.unsent_bytes
+        if budget.trim_due():
+            asyncio.get_running_loop().run_in_executor(None, give_back)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains: answers everything that was accepted."""
@@ -160,14 +179,21 @@ class Server(uvicorn.Server):
         begun_s = time.monotonic()
         deadline_s = begun_s + self._settings.drain_timeout_s
         await self._stop_listening(sockets or [])
+        slowest = dataclasses.replace(
+            self._settings, response_timeout_s=min(READING_GRACE_S, self._settings.response_timeout_s)
+        )
         while (self.server_state.connections or self.server_state.tasks) and not self.force_exit:
             now_s = time.monotonic()
             if now_s > deadline_s:
                 break
-            if now_s - begun_s > IDLE_GRACE_S or not self._batcher.running:
-                for connection in list(self.server_state.connections):
-                    if isinstance(connection, HttpProtocol) and connection.idle:
-                        connection.transport.close()
+            idle_too_long = now_s - begun_s > IDLE_GRACE_S or not self._batcher.running
+            too_late = now_s - begun_s > RECEIVING_GRACE_S
+            for connection in self._connections:
+                if (idle_too_long and connection.idle) or (
+                    too_late and connection.receiving_since_s is not None and not connection.stop_receiving()
+                ):
+                    connection.transport.close()
+            self._check_connections(slowest)
             await asyncio.sleep(0.02)
         unanswered = len(self.server_state.tasks)
         if unanswered:
@@ -177,6 +203,9 @@ class Server(uvicorn.Server):
                 self._settings.drain_timeout_s,
             )
             self.exit_code = self.exit_code or 1
+        for connection in self._connections:  # Whoever still waits for them ends without a word.
+            connection.transport.abort()
+        await asyncio.sleep(0)
         self._app.close()
         with contextlib.suppress(asyncio.TimeoutError):
             left_s = LOADING_GRACE_S if loading else max(deadline_s - time.monotonic(), 0.1)

@@ -1,14 +1,33 @@
 """What a request may cost, and the server's other settings.
 
-A limit that is hit is told with the limit and the value that came, as 413 (one request is too large whatever the load),
-422 (`truncate: false` and a text above the model's limit) or 429 (the request fits, but not now).
+`BOUNDS` is the table of all limits: the options' help, the OpenAPI document, the messages of errors and the table in
+docs/serving.md follow it. A limit that is hit is told with the limit, the option that sets it and the value that came,
+as 413 (one request is too large whatever the load), 422 (`truncate: false` and a text above the model's limit), 431
+(headers) or 429 (the request fits, but not now).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["INLINE_CHARS", "MASKS_PER_TEXT", "MAX_TOP_K", "TOKENIZE_BACKLOG_CHARS", "TURN_CHARS", "Limits", "Settings"]
+__all__ = [
+    "BOUNDS",
+    "INLINE_CHARS",
+    "MASKS_PER_TEXT",
+    "MAX_HEADERS",
+    "MAX_HEADER_BYTES",
+    "MAX_PIPELINED",
+    "MAX_PIPELINED_BYTES",
+    "MAX_TOP_K",
+    "TOKENIZE_BACKLOG_CHARS",
+    "TURN_CHARS",
+    "Bound",
+    "Limits",
+    "Settings",
+    "exceeded",
+]
 
 INLINE_CHARS = 4096
 """Requests with at most this many characters in all are tokenised on the event loop: about 1 ms of CPU at worst, while
@@ -25,6 +44,19 @@ MASKS_PER_TEXT = 32
 
 MAX_TOP_K = 100
 """Most predictions per mask token."""
+
+MAX_HEADERS = 100
+"""Most header lines of a request; clients send 5 to 10, behind proxies 30."""
+
+MAX_HEADER_BYTES = 64 << 10
+"""Longest request line and header section, and longest framing of a chunked body between two pieces of it, trailers
+included; httptools itself has no bound."""
+
+MAX_PIPELINED = 32
+"""Most requests of one connection that wait behind the one that is answered."""
+
+MAX_PIPELINED_BYTES = 256 << 10
+"""How many bytes of them are read ahead."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +79,10 @@ class Settings:
         measure_limit_s: Most time to measure the variants of a bundle at start; one not measured by then is left out.
         api_key: Key that inference requests have to bring, or None.
         access_log: One line per request.
+        max_values: Most numbers in one answer.
+        max_memory_mb: Most memory that all connections and requests may hold, in MB; None: half of what is available
+            when the model is loaded, within the limits of all control groups.
+        response_timeout_s: A client that reads nothing of its answer for this time is disconnected.
     """
 
     host: str = "127.0.0.1"
@@ -64,11 +100,74 @@ class Settings:
     measure_limit_s: float = 30.0
     api_key: str | None = None
     access_log: bool = False
+    max_values: int = 2 << 20
+    max_memory_mb: int | None = None
+    response_timeout_s: float = 30.0
 
     @property
     def helper_threads(self) -> int:
         """Threads that tokenise long requests and read large bodies: for each 8 of the engine one, and at least 2."""
         return max(2, self.threads // 8)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A row of the table of limits.
+
+    Attributes:
+        what: What is bounded.
+        unit: What it is counted in.
+        setting: Field of `Settings` that sets it; None: it is fixed.
+        fixed: The limit, if it is.
+        status: What a request above it is answered with; None: its connection is closed.
+    """
+
+    what: str
+    unit: str
+    setting: str | None = None
+    fixed: int | None = None
+    status: int | None = 413
+
+    @property
+    def option(self) -> str | None:
+        """The option that sets it."""
+        if self.setting is None:
+            return None
+        return "--" + self.setting.removesuffix("_s").replace("_", "-")
+
+
+BOUNDS: Mapping[str, Bound] = {
+    "body_bytes": Bound("a request body", "bytes", "max_body_bytes"),
+    "inputs": Bound("a request", "inputs in one request", "max_inputs"),
+    "chars": Bound("one text", "characters", "max_chars"),
+    "tokens": Bound("a request, and all requests that wait", "tokens in one request", "max_queue_tokens"),
+    "masks": Bound("one text of fill-mask", "mask tokens in one text", fixed=MASKS_PER_TEXT, status=422),
+    "top_k": Bound("fill-mask", "predictions per mask token", fixed=MAX_TOP_K, status=422),
+    "values": Bound("an answer", "numbers in one answer", "max_values"),
+    "memory": Bound("all connections and requests", "MB of memory for one request", "max_memory_mb"),
+    "headers": Bound("headers, and trailers", "header lines", fixed=MAX_HEADERS, status=431),
+    "header_bytes": Bound("headers, and trailers", "bytes of headers or trailers", fixed=MAX_HEADER_BYTES, status=431),
+    "pipelined": Bound("a connection", "requests that wait behind another one", fixed=MAX_PIPELINED, status=None),
+    "receive_s": Bound("a request arrives", "seconds", "request_timeout_s", status=408),
+    "read_s": Bound("a client reads nothing of its answer", "seconds", "response_timeout_s", status=None),
+    "idle_s": Bound("a connection is idle", "seconds", "keep_alive_s", status=None),
+}
+"""Every limit of the server."""
+
+
+def exceeded(name: str, limit: float, found: float | None = None, where: str = "") -> str:
+    """The message to a request above a limit.
+
+    Args:
+        name: Key in `BOUNDS`.
+        limit: The limit.
+        found: What came; None: it was not counted to its end.
+        where: What the message begins with.
+    """
+    row = BOUNDS[name]
+    setter = "this limit is fixed" if row.option is None else f"{row.option} sets this limit"
+    got = "more" if found is None else str(found)
+    return f"{where}expected at most {limit} {row.unit}, got {got}; {setter}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +180,7 @@ class Limits:
         chars: Longest text, in code points.
         masks: Most mask tokens in one text.
         ids: Most token ids, where they are taken instead of texts.
+        values: Most numbers in the answer.
     """
 
     body_bytes: int = 0
@@ -88,6 +188,7 @@ class Limits:
     chars: int = 0
     masks: int = 0
     ids: int = 0
+    values: int = 0
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
@@ -97,14 +198,14 @@ class Limits:
     @classmethod
     def of_texts(cls, settings: Settings) -> Limits:
         """Those of a route that takes texts."""
-        return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars)
+        return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars, values=settings.max_values)
 
     @classmethod
     def of_texts_or_ids(cls, settings: Settings) -> Limits:
         """Those of a route that takes texts or token ids."""
-        return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars, ids=settings.max_queue_tokens)
+        return dataclasses.replace(cls.of_texts(settings), ids=settings.max_queue_tokens)
 
     @classmethod
     def of_masked_texts(cls, settings: Settings) -> Limits:
         """Those of a route that takes texts with mask tokens."""
-        return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars, MASKS_PER_TEXT)
+        return dataclasses.replace(cls.of_texts(settings), masks=MASKS_PER_TEXT)

@@ -70,11 +70,16 @@ class Metrics:
         self._child = functools.cache(lambda endpoint, status: self._requests.labels(endpoint, str(status)))
         self._timer = functools.cache(self._seconds.labels)
 
-    def gauges(self, queue_tokens: Callable[[], int], ready: Callable[[], bool]) -> None:
+    def gauges(self, queue_tokens: Callable[[], int], held_bytes: Callable[[], int], ready: Callable[[], bool]) -> None:
         """Registers values that are read when they are asked for."""
         Gauge(
             "serve_queue_tokens", "What waits or runs, in tokens of the budget.", registry=self._registry
         ).set_function(queue_tokens)
+        Gauge(
+            "serve_held_bytes",
+            "Memory that requests and connections hold, of --max-memory-mb.",
+            registry=self._registry,
+        ).set_function(held_bytes)
         Gauge("serve_ready", "1 while /ready answers 200.", registry=self._registry).set_function(ready)
 
     def serves(self, model: str, variant: str, task: str) -> None:

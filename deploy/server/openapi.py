@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from ..bundle import Manifest
-from .api.schemas import ErrorResponse
+from .api.schemas import BOUND, ErrorResponse
 from .errors import ERRORS
-from .limits import Settings
+from .limits import BOUNDS, Limits, Settings
 from .route import JSON, Route
+from .service import TextTokenizer
 
 __all__ = ["document"]
 
@@ -23,7 +25,14 @@ _SERVER_TIMING = {
 }
 
 
-def document(routes: Sequence[Route], manifest: Manifest, variant: str | None, settings: Settings) -> dict[str, Any]:
+def document(
+    routes: Sequence[Route],
+    manifest: Manifest,
+    variant: str | None,
+    settings: Settings,
+    tokenizer: TextTokenizer,
+    memory_mb: int,
+) -> dict[str, Any]:
     """The OpenAPI 3.1 document of a server.
 
     Args:
@@ -31,6 +40,8 @@ def document(routes: Sequence[Route], manifest: Manifest, variant: str | None, s
         manifest: What is served.
         variant: Which variant of it; None while it is not chosen yet.
         settings: Limits, which the document names.
+        tokenizer: Says which token ids there are.
+        memory_mb: What all requests may hold.
 
     Returns:
         A JSON object. Endpoints of other tasks are listed too: they answer 400.
@@ -40,6 +51,9 @@ def document(routes: Sequence[Route], manifest: Manifest, variant: str | None, s
         [*dict.fromkeys(types), ErrorResponse], ref_template="#/components/schemas/{name}"
     )
     mask = manifest.special_tokens["mask"]
+    for route in routes:
+        if route.request is not None:
+            _write_bounds(schemas[route.request.__name__], _bounds(route.limits(settings), manifest, tokenizer))
     fill = {"{model}": manifest.model.name, "{mask}": "[MASK]" if mask is None else mask.token}
     secured = settings.api_key is not None
     paths: dict[str, Any] = {}
@@ -49,7 +63,8 @@ def document(routes: Sequence[Route], manifest: Manifest, variant: str | None, s
     limits = (
         f"Limits: {settings.max_inputs} inputs a request, {settings.max_chars} characters a text, "
         f"{manifest.max_tokens} tokens a text (longer ones are cut unless `truncate` is false), "
-        f"{settings.max_body_bytes} bytes a body, {settings.max_queue_tokens} tokens waiting."
+        f"{settings.max_body_bytes} bytes a body, {settings.max_queue_tokens} tokens waiting, {settings.max_values} "
+        "numbers an answer. `x-limits` has them all."
     )
     version = manifest.created_with.get("torch_ext", "0")
     components: dict[str, Any] = {"schemas": schemas}
@@ -64,7 +79,61 @@ def document(routes: Sequence[Route], manifest: Manifest, variant: str | None, s
         },
         "paths": paths,
         "components": components,
+        "x-limits": _table(settings, memory_mb),
     }
+
+
+def _table(settings: Settings, memory_mb: int) -> dict[str, Any]:
+    """The table of limits, with their values."""
+    result = {}
+    for name, row in BOUNDS.items():
+        limit = row.fixed if row.setting is None else getattr(settings, row.setting)
+        result[name] = {
+            "of": row.what,
+            "limit": memory_mb if name == "memory" else limit,
+            "unit": row.unit,
+            "option": row.option,
+            "status": row.status,
+        }
+    return result
+
+
+def _bounds(limits: Limits, manifest: Manifest, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What the marks in types of requests stand for, by their names."""
+    no_nul = r"[^\u0000]*"
+    mask = manifest.special_tokens["mask"]
+    masked = re.escape("[MASK]" if mask is None else mask.token)
+    texts = {"minItems": 1, "maxItems": limits.inputs}
+    text = {"maxLength": limits.chars, "pattern": f"^{no_nul}$"}
+    some_text = {"type": "string", **text}
+    # Ids that lack the special tokens get them.
+    room = manifest.max_tokens - len(tokenizer.prefix) - len(tokenizer.suffix)
+    some_ids = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0, "maximum": tokenizer.vocab_size - 1},
+        "minItems": 1,
+        "maxItems": room,
+    }
+    lists = [{"type": "array", "items": items, **texts} for items in (some_text, some_ids)]
+    return {
+        "text": text,
+        "texts": texts,
+        "masked": {**text, "pattern": f"^{no_nul}{masked}{no_nul}$"},
+        "texts or ids": {"anyOf": [some_text, lists[0], some_ids, lists[1]]},
+        "width": {"anyOf": [{"const": manifest.hidden_size}, {"type": "null"}]},
+    }
+
+
+def _write_bounds(schema: Any, bounds: Mapping[str, Any]) -> None:
+    """Replaces the marks in the schema of a request by what they stand for."""
+    if isinstance(schema, list):
+        for item in schema:
+            _write_bounds(item, bounds)
+    elif isinstance(schema, dict):
+        for item in schema.values():
+            _write_bounds(item, bounds)
+        if (name := schema.pop(BOUND, None)) is not None:
+            schema.update(bounds[name])
 
 
 def _operation(route: Route, task: str, fill: dict[str, str], secured: bool) -> dict[str, Any]:

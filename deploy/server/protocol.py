@@ -1,27 +1,41 @@
-"""uvicorn's HTTP protocol with bounds on headers and time, and news of lost clients."""
+"""uvicorn's HTTP protocol with bounds on headers and time, and news of lost clients.
+
+docs/http-layer.md says why it is uvicorn, and what each part of this class makes up for.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
-from typing import Any
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from .callers import Caller
 from .errors import ApiError, error_body
+from .limits import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_PIPELINED_BYTES, Settings, exceeded
 
 __all__ = ["MAX_HEADERS", "MAX_HEADER_BYTES", "HttpProtocol"]
 
-MAX_HEADERS = 100
-"""Most header lines of a request; clients send 5 to 10, behind proxies 30."""
+PROBE_AFTER_S = 1.0
+"""How long after the end of what a client sends it is asked whether it still reads."""
 
-MAX_HEADER_BYTES = 64 << 10
-"""Longest request line and header section, and longest framing of a chunked body between two pieces of it, trailers
-included; httptools itself has no bound."""
+PROBE_EVERY_S = 5.0
+"""How often, after that."""
+
+LINGER_S = 2.0
+"""How long what a refused client still sends is dropped before its connection is closed: a close with unread bytes
+would reset the connection, and the client might never see the answer."""
+
+READ_BYTES = 32 << 10
+"""How much of an answer a client has to read in `Settings.response_timeout_s`, or all that is left."""
+
+_RESET_IS_HERE_S = 0.25
+_TCP_CLOSE = 7
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -50,12 +64,27 @@ class HttpProtocol(HttpToolsProtocol):
         self._refusal: ApiError | None = None
         self._offer: dict[bytes, bytes] | None = None
         self._replaying = False
-        self._earlier: list[Any] = []
+        self._earlier: list[RequestResponseCycle] = []
+        self._dropping = False
+        self._lingering_since_s: float | None = None
+        self._pipelined_bytes = 0
+        self._paused = False
+        self._unsent_bytes = 0
+        self._unsent_since_s = 0.0
 
     @property
     def idle(self) -> bool:
         """Whether no request is being received or answered."""
         return not self._in_message and (self.cycle is None or self.cycle.response_complete)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of answers that the client has not taken yet."""
+        return 0 if self.transport.is_closing() else self.transport.get_write_buffer_size()
+
+    def _unanswered(self) -> list[RequestResponseCycle]:
+        """Requests whose answers are not complete, in their order."""
+        return [cycle for cycle in (*self._earlier, self.cycle) if cycle is not None and not cycle.response_complete]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
@@ -64,15 +93,50 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone: so is whoever waits for answers to the requests on it."""
-        for cycle in (*self._earlier, self.cycle):
-            if cycle is not None and not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
-                cycle.scope["deploy.caller"].leave()
+        for cycle in self._unanswered():
+            _leave(cycle)
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends nothing more: it has left, or it only says so and reads on (a half-close).
+
+        Returns:
+            Whether the connection stays open, for answers.
+        """
+        if not self.stop_receiving():
+            return False
+        self.loop.call_later(PROBE_AFTER_S, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        """Asks a client that sends nothing more whether it still reads, by an interim answer.
+
+        The end of what it sends looks the same whether it has left or reads on. Bytes for somebody who has left are
+        answered with a reset; a client that reads skips interim answers (RFC 9110, 15.2).
+        """
+        waiting = self._unanswered()
+        if self.transport.is_closing() or not waiting:
+            return
+        if waiting[0].scope["http_version"] == "1.0":  # It knows no interim answers.
+            self.transport.abort()
+            return
+        if not waiting[0].response_started:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.loop.call_later(_RESET_IS_HERE_S, self._hear)
+
+    def _hear(self) -> None:
+        """Closes the connection if the client has reset it; nothing is read any more, so nobody else hears of it."""
+        if self.transport.is_closing():
+            return
+        if _is_reset(self.transport):
+            self.transport.abort()
+        else:
+            self.loop.call_later(PROBE_EVERY_S, self._probe)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of requests."""
+        if self._dropping:
+            return
         self._unset_keepalive_if_required()
         self._framing_bytes += len(data)
         try:
@@ -81,10 +145,22 @@ class HttpProtocol(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as stop:
                 self._ignore_offers(data, stop)
         except httptools.HttpParserError:
-            self.send_400_response("expected HTTP/1.1, got something else")
+            if not self._dropping:
+                self.send_400_response("expected HTTP/1.1, got something else")
             return
-        if self._framing_bytes > MAX_HEADER_BYTES and self._in_message:
-            self._refuse(_headers_too_large(f"{MAX_HEADER_BYTES} bytes"))
+        if self._in_message:
+            if self._framing_bytes > MAX_HEADER_BYTES:
+                self._refuse(_headers_too_large("header_bytes", MAX_HEADER_BYTES))
+            elif len(self.headers) > MAX_HEADERS:
+                self._refuse(_headers_too_large("headers", MAX_HEADERS))
+        elif self.receiving_since_s is None and self.idle:  # Empty lines, or so: a request has to follow.
+            self.receiving_since_s = time.monotonic()
+        if self.pipeline:
+            self._pipelined_bytes += len(data)
+            if self._pipelined_bytes > MAX_PIPELINED_BYTES:
+                self.flow.pause_reading()
+        else:
+            self._pipelined_bytes = 0
 
     def _ignore_offers(self, data: bytes, stop: httptools.HttpParserUpgrade | None) -> None:
         """Goes on where the parser stopped, at a request that offers another protocol.
@@ -109,6 +185,9 @@ class HttpProtocol(HttpToolsProtocol):
         """The first byte of a request."""
         if self._replaying:
             return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.stop_receiving()
+            raise _EnoughError
         self.receiving_since_s = time.monotonic()
         self._in_message = True
         self._in_head = True
@@ -137,6 +216,7 @@ class HttpProtocol(HttpToolsProtocol):
         if before is not None and not before.response_complete:  # Pipelined.
             self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
             self._earlier.append(before)
+            self.flow.resume_reading()  # Who does not read does not hear of a client that leaves.
         self.headers = []  # Trailers are headers to the parser; nobody reads them.
 
     def _check(self, headers: dict[bytes, bytes]) -> None:
@@ -145,9 +225,9 @@ class HttpProtocol(HttpToolsProtocol):
         # What came so far may be the head and a part of the body.
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if len(self.headers) > MAX_HEADERS:
-            self._refusal = _headers_too_large(f"{MAX_HEADERS} header lines")
+            self._refusal = _headers_too_large("headers", MAX_HEADERS, len(self.headers))
         elif size > MAX_HEADER_BYTES:
-            self._refusal = _headers_too_large(f"{MAX_HEADER_BYTES} bytes")
+            self._refusal = _headers_too_large("header_bytes", MAX_HEADER_BYTES, size)
         elif b"host" not in headers and self.parser.get_http_version() == "1.1":
             self._refusal = ApiError("malformed_http", "expected the header Host, got none")
         elif codings not in ([], [b"chunked"]):
@@ -168,37 +248,109 @@ class HttpProtocol(HttpToolsProtocol):
         self.receiving_since_s = None
         self._in_message = False
         super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()  # A long body has paused it, and the end of the connection has to be seen.
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP, in the JSON of all errors, and closes the connection."""
         self._refuse(self._refusal or ApiError("malformed_http", msg))
 
+    def check(self, now_s: float, settings: Settings) -> None:
+        """Closes the connection if the client takes too long to send or to read; called about every second.
+
+        Args:
+            now_s: By `time.monotonic`.
+            settings: How long is too long.
+        """
+        if self.receiving_since_s is not None and now_s - self.receiving_since_s > settings.request_timeout_s:
+            self.expire()
+        if self._lingering_since_s is not None and now_s - self._lingering_since_s > LINGER_S:
+            self.transport.close()
+        # A request that waits behind another one may fill its share; then the rest is dropped to hear of the end.
+        waiting = bool(self.pipeline) and self.flow.read_paused
+        if waiting and self._paused:
+            self.stop_receiving()
+            self.flow.resume_reading()
+        self._paused = waiting
+        unsent_bytes = self.transport.get_write_buffer_size()
+        if not unsent_bytes or not self._unsent_bytes or unsent_bytes <= self._unsent_bytes - READ_BYTES:
+            self._unsent_bytes = unsent_bytes
+            self._unsent_since_s = now_s
+        elif now_s - self._unsent_since_s > settings.response_timeout_s:
+            self.transport.abort()
+
+    def resume_writing(self) -> None:
+        """The client has read most of what there was."""
+        self._unsent_bytes = 0
+        super().resume_writing()
+
     def expire(self) -> None:
         """Gives a request up that did not arrive in time."""
-        if self._in_head:
-            self._refuse(ApiError("timeout", "the headers of the request did not arrive in time"))
-        else:
+        if self._in_head and not self._unanswered():
+            self._refuse(ApiError("timeout", "the headers of the request did not arrive in time (--request-timeout)"))
+        elif not self.stop_receiving():
             self.transport.close()
+
+    def stop_receiving(self) -> bool:
+        """Takes nothing more from this client: what has arrived is answered, and the connection is closed after that.
+
+        Returns:
+            Whether there is anything to answer; if not, it is the caller's to close the connection.
+        """
+        self._dropping = True
+        self.receiving_since_s = None
+        waiting = self._unanswered()
+        if waiting and waiting[-1].more_body:  # Its body will never be complete.
+            _leave(waiting.pop())
+        self._in_message = False
+        if waiting:
+            waiting[-1].keep_alive = False
+        return bool(waiting)
 
     def _refuse(self, error: ApiError) -> None:
         """Answers a request that is not all there, and closes the connection."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._dropping:
             return
-        before = [cycle for cycle in (*self._earlier, self.cycle) if cycle is not None]
-        current = before.pop() if self._in_message and not self._in_head else None
-        answered = current is not None and current.response_started
-        if not answered and all(cycle.response_complete for cycle in before):
-            body = error_body(error)
-            self.transport.write(
-                STATUS_LINE[error.status]
-                + b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-                + body
-            )
-        self.transport.close()
+        waiting = self._unanswered()
+        current = waiting.pop() if waiting and waiting[-1].more_body else None
+        started = self.cycle is not None and self.cycle.response_started and self._in_message and not self._in_head
+        self.stop_receiving()
+        if waiting or started or (current is not None and current.response_started):
+            self.transport.close()
+            return
+        body = error_body(error)
+        self.transport.write(
+            STATUS_LINE[error.status]
+            + b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            + body
+        )
+        self._lingering_since_s = time.monotonic()
+        with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
+            self.transport.write_eof()
 
 
-def _headers_too_large(limit: str) -> ApiError:
-    return ApiError("headers_too_large", f"headers and trailers: expected at most {limit}, got more")
+class _EnoughError(Exception):
+    """Stops the parser: more requests wait than a connection may have."""
+
+
+def _headers_too_large(name: str, limit: int, found: int | None = None) -> ApiError:
+    return ApiError("headers_too_large", exceeded(name, limit, found))
+
+
+def _leave(cycle: RequestResponseCycle) -> None:
+    """Nobody waits for this answer any more."""
+    cycle.disconnected = True
+    cycle.message_event.set()
+    cycle.scope["deploy.caller"].leave()  # type: ignore[typeddict-item]
+
+
+def _is_reset(transport: asyncio.Transport) -> bool:
+    """Whether the other side has reset the connection."""
+    try:
+        state: bytes = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    except (OSError, AttributeError):  # Another kind of socket, or of system: writes tell.
+        return False
+    return state[0] == _TCP_CLOSE
 
 
 def _same_body(headers: dict[bytes, bytes]) -> bytes:

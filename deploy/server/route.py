@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..bundle import Manifest
 from .bodies import encode, encode_list
 from .callers import Caller
 from .errors import ApiError, error_body, error_fields
@@ -107,6 +108,8 @@ class Route:
         media_type: Of the answer.
         errors: Kinds of errors besides those that follow from the other fields.
         limits: What one request may cost, from the server's settings.
+        values: Numbers in the answer to each input (fill-mask: to each mask) of a request, before it is run.
+        value_bytes: Memory that each of them holds until it is sent.
         secured: Whether the API key is asked for.
         tag: Heading in the documentation.
     """
@@ -124,6 +127,8 @@ class Route:
     media_type: str = JSON
     errors: tuple[str, ...] = ()
     limits: Callable[[Settings], Limits] = Limits.of
+    values: Callable[[Manifest, Any], int] = lambda manifest, request: 0
+    value_bytes: int = 4
     secured: bool = False
     tag: str = "operation"
 
@@ -137,7 +142,7 @@ class Route:
         """Kinds of errors that it answers with."""
         kinds = list(self.errors)
         if self.task is not None:
-            kinds += ["wrong_task", "queue_full", "internal", "loading", "draining"]
+            kinds += ["wrong_task", "queue_full", "memory_full", "internal", "loading", "draining"]
         if self.request is not None:
             kinds += ["timeout", "too_large", "unsupported_media_type", "invalid_request"]
         return kinds

@@ -24,7 +24,7 @@ from deploy.bundle import POOLING_MODES, VARIANTS, load_manifest
 from deploy.engines.batch import BATCH_TOKENS, Batch, PairIds, batches, groups
 from deploy.engines.engine import Engine, PaddedEngine
 from deploy.engines.open import load_engine, open_engine
-from deploy.engines.pooling import pool_packed, pool_padded
+from deploy.engines.pooling import pool_padded
 from deploy.engines.torch_ext import TorchExtEngine
 from deploy.engines.transformers import TransformersEngine
 from deploy.export.cli import main
@@ -34,7 +34,7 @@ from deploy.server.variants.choice import Choice
 from deploy.tasks import RAW, TASKS, open_task
 from deploy.tasks.feature_extraction import EmbedOptions
 from deploy.tasks.text_classification import TextClassification
-from torch_ext import Encoder, Head
+from torch_ext import Encoder, Head, pool
 
 QUICK = ["--max-texts", "24", "--speed-seconds", "0", "--quiet"]
 BundleMaker = Callable[[str, str], Path]
@@ -160,8 +160,9 @@ def test_poolings_are_those_of_sentence_transformers(mode: str) -> None:
     np.testing.assert_allclose(pool_padded(padding, lengths, mode), expected, rtol=2e-6, atol=2e-6)
     packed = torch.from_numpy(hidden[mask])
     cu_seqlens = torch.tensor([0, 1, 8, 12], dtype=torch.int32)
-    np.testing.assert_allclose(pool_packed(packed, cu_seqlens, mode).numpy(), expected, rtol=2e-6, atol=2e-6)
-    rounded = pool_packed(packed.bfloat16(), cu_seqlens, mode)
+    kind: Any = mode
+    np.testing.assert_allclose(pool(packed, cu_seqlens, kind).numpy(), expected, rtol=2e-6, atol=2e-6)
+    rounded = pool(packed.bfloat16(), cu_seqlens, kind)
     assert rounded.dtype == torch.float32
     np.testing.assert_allclose(rounded.numpy(), expected, atol=0.02 * np.abs(expected).max())
 
@@ -252,7 +253,7 @@ def test_texts_that_share_a_scale_are_run_alone_after_a_failure(tmp_path: Path) 
 def test_a_model_that_is_broken_is_not_served(tiny_bundle: BundleMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = load_manifest(tiny_bundle("bert", "feature-extraction"), verify=False)
     monkeypatch.setattr(
-        "deploy.engines.torch_ext.pool_packed", lambda hidden, bounds, mode: torch.full((len(bounds) - 1, 64), np.nan)
+        "deploy.engines.torch_ext._PackedStates.pooled", lambda self, mode: np.full((len(self.ids), 64), np.nan, "f4")
     )
     with pytest.raises(FloatingPointError, match="not finite"):
         load_engine(manifest, manifest.variant("torch_ext-fp32"), 1)

@@ -206,7 +206,9 @@ def test_what_is_no_bundle(folder: Path, tmp_path: Path) -> None:
 
 def test_unknown_variant_and_file(folder: Path) -> None:
     manifest = load_manifest(folder)
-    with pytest.raises(BundleError, match="no variant 'torch_ext-fp32' in this bundle; choose one of onnx-int8, onnx-fp32"):
+    with pytest.raises(
+        BundleError, match="no variant 'torch_ext-fp32' in this bundle; choose one of onnx-int8, onnx-fp32"
+    ):
         manifest.variant("torch_ext-fp32")
     with pytest.raises(BundleError, match="no file"):
         manifest.path("../secret")

@@ -775,6 +775,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     [
         ("optimum.exporters.onnx", "onnx-fp32", r"export needs more packages .*pip install 'torch-ext\[export\]'"),
         ("torch_ext", "torch_ext-fp32", "or leave it out with --variants onnx-int8,onnx-fp32"),
+        ("torch_ext.ops", "torch_ext-fp32", "or leave it out with --variants onnx-int8,onnx-fp32"),
     ],
 )
 def test_packages_that_are_missing(

@@ -168,12 +168,13 @@ def test_large_bodies_are_read_and_written_on_a_helper_thread(tmp_path: Path, mo
         threads["read"].append(threading.current_thread().name)
         return decode_in_parts(*arguments)
 
-    def part_of(items: Sequence[Any], values_each: int) -> bytes:
+    def part_of(items: Sequence[Any]) -> bytes:
         threads["written"].append(threading.current_thread().name)
-        return encode(items)
+        return encode_part(items)
 
     monkeypatch.setattr(app, "decode_in_parts", decoded)
-    monkeypatch.setattr(bodies, "_encode_list", part_of)
+    encode_part = bodies.encode_part
+    monkeypatch.setattr(bodies, "encode_part", part_of)
     settings = Settings(port=0, max_inputs=1 << 20, max_queue_tokens=1 << 30)
     with running(make_manifest(tmp_path), settings) as server:
         many = INLINE_VALUES // WIDTH + 1

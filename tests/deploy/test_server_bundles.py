@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from server_harness import Client, Reply, wait_until
 
-from deploy.bundle import VARIANTS, load_manifest
+from deploy.bundle import VARIANTS, BundleError, check_config, load_manifest
 from deploy.engines.batch import groups
 from deploy.engines.onnx import OnnxEngine
 from deploy.engines.open import load_engine
@@ -391,6 +391,40 @@ def test_changed_weights_are_refused(tiny_bundle: BundleMaker, tmp_path: Path) -
     assert "SHA-256" in fails(bundle, "--variant", "torch_ext-bf16")
     weights.unlink()
     assert weights.name in fails(bundle, "--variant", "torch_ext-bf16")
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "value", "expected"),
+    [
+        ("limits", "max_tokens", 100, "limits.max_tokens: expected at most 66, the model's positions, got 100"),
+        (None, "hidden_size", 65, "hidden_size: expected 64, the model's, got 65"),
+        (None, "vocab_size", 9, "the model's, got 9"),
+    ],
+)
+def test_a_manifest_that_the_model_does_not_fit_is_refused(
+    tiny_bundle: BundleMaker, tmp_path: Path, place: str | None, field: str, value: int, expected: str
+) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for file in tiny_bundle("bert", "feature-extraction").iterdir():
+        (bundle / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((bundle / "manifest.json").read_bytes())
+    (manifest if place is None else manifest[place])[field] = value
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    line = fails(bundle, "--variant", "torch_ext-bf16")
+    assert expected in line
+    assert "export the model again" in line
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert"])
+def test_sizes_are_those_of_each_type_of_model(tiny_bundle: BundleMaker, model_type: str) -> None:
+    manifest = load_manifest(tiny_bundle(model_type, "feature-extraction"), verify=False)
+    check_config(manifest)
+    positions = 64 if model_type == "roberta" else 66  # RoBERTa's begin behind the padding index.
+    check_config(dataclasses.replace(manifest, max_tokens=positions))
+    for change in ({"max_tokens": positions + 1}, {"hidden_size": 32}):
+        with pytest.raises(BundleError, match="disagree"):
+            check_config(dataclasses.replace(manifest, **change))
 
 
 def test_without_a_variant_the_measured_choice_is_served_and_kept(tiny_bundle: BundleMaker, tmp_path: Path) -> None:

@@ -519,7 +519,9 @@ def test_selection_keeps_lasting_measurements_only(tmp_path: Path, fake: type[Fa
 
 def test_selection_without_any_measurement(tmp_path: Path, fake: type[FakeMeasurement]) -> None:
     manifest = bundle_with(tmp_path, ALL)
-    fake.outcome = Outcome({}, {"torch_ext-bf16": "SIGILL"}, {"onnx-int8": "no time", "torch_ext-fp32": "no time"}, False)
+    fake.outcome = Outcome(
+        {}, {"torch_ext-bf16": "SIGILL"}, {"onnx-int8": "no time", "torch_ext-fp32": "no time"}, False
+    )
     taken, _ = select(manifest, None)
     assert (taken.variant, taken.by) == ("onnx-int8", "default")
     assert taken.left_out == {"torch_ext-bf16": "SIGILL", "torch_ext-fp32": "no time"}

@@ -29,7 +29,14 @@ MODULES = (
     "torch_ext.machine",
 )
 
-TORCH_FREE = ("torch_ext", "torch_ext.encoder", "torch_ext.encoder.spec", "torch_ext.doctor", "torch_ext.machine")
+TORCH_FREE = (
+    "torch_ext",
+    "torch_ext.encoder",
+    "torch_ext.encoder.spec",
+    "torch_ext.doctor",
+    "torch_ext.machine",
+    "torch_ext.runtime",
+)
 
 
 def run(program: str, *options: str, **environ: str) -> list[str]:

@@ -87,6 +87,8 @@ ROUTES = (
         example={"input": ["A server answers."], "model": "{model}", "encoding_format": "float"},
         answer=OpenAIEmbeddingsResponse,
         limits=Limits.of_texts_or_ids,
+        values=lambda manifest, request: manifest.hidden_size,
+        value_bytes=10,  # 4, and 6 of base64.
         secured=True,
         tag="inference",
     ),

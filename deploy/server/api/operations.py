@@ -55,6 +55,8 @@ async def info(context: Context, request: None, caller: Caller) -> Response:
             "max_inputs": settings.max_inputs,
             "max_chars": settings.max_chars,
             "max_body_bytes": settings.max_body_bytes,
+            "max_values": settings.max_values,
+            "max_memory_mb": service.budget.limit_mb,
         },
         "versions": served.versions,
         "chosen_by": choice.by,

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from ..limits import MAX_TOP_K
 
 __all__ = [
+    "BOUND",
     "EmbedRequest",
     "EmbedResponse",
     "ErrorResponse",
@@ -28,14 +29,22 @@ __all__ = [
     "PredictResponse",
     "StatusResponse",
 ]
+BOUND = "x-bound"
+"""Marks a part of a type for `openapi`, which writes the server's limits there."""
 
-Inputs = Annotated[
-    str | list[str],
-    Meta(
-        description="One text, or a list of at least one. Text may be empty; it may not hold NUL or lone surrogates.",
-        examples=["A server answers.", ["One text.", "Another one."]],
-    ),
-]
+
+def _bound(name: str) -> Meta:
+    return Meta(extra_json_schema={BOUND: name})
+
+
+_Text = Annotated[str, _bound("text")]
+_Masked = Annotated[str, _bound("masked")]
+_INPUTS = Meta(
+    description="One text, or a list of at least one. Text may be empty; it may not hold NUL or lone surrogates.",
+    examples=["A server answers.", ["One text.", "Another one."]],
+)
+Inputs = Annotated[_Text | Annotated[list[_Text], _bound("texts")], _INPUTS]
+MaskedInputs = Annotated[_Masked | Annotated[list[_Masked], _bound("texts")], _INPUTS]
 Truncate = Annotated[
     bool, Meta(description="Cut texts that are longer than the model takes; false: such a text is an error (422).")
 ]
@@ -61,7 +70,7 @@ class PredictRequest(Struct, forbid_unknown_fields=True):
 class FillMaskRequest(Struct, forbid_unknown_fields=True):
     """Texts with at least one mask token each."""
 
-    inputs: Inputs
+    inputs: MaskedInputs
     top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K, description="Predictions per mask token.")] = 5
     truncate: Truncate = True
 
@@ -75,6 +84,7 @@ class OpenAIEmbeddingsRequest(Struct):
             description="A text, a list of texts, token ids, or a list of those. Ids that do not start with the "
             "model's first special token get its special tokens added.",
             examples=["A server answers.", ["One text.", "Another one."]],
+            extra_json_schema={BOUND: "texts or ids"},
         ),
     ]
     model: Annotated[
@@ -82,7 +92,11 @@ class OpenAIEmbeddingsRequest(Struct):
     ] = None
     encoding_format: Annotated[Literal["float", "base64"], Meta(description="base64: little-endian float32.")] = "float"
     dimensions: Annotated[
-        int | None, Meta(description="Only the width that the model has anyway; anything else is an error.")
+        int | None,
+        Meta(
+            description="Only the width that the model has anyway; anything else is an error.",
+            extra_json_schema={BOUND: "width"},
+        ),
     ] = None
 
 
@@ -205,6 +219,8 @@ class InfoLimits(Struct):
     max_inputs: int
     max_chars: int
     max_body_bytes: int
+    max_values: int
+    max_memory_mb: int
 
 
 class InfoResponse(Struct):

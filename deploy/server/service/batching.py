@@ -23,6 +23,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ApiError
+from ..limits import exceeded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,11 +183,11 @@ class Batcher:
         work.waiting = sum(work.costs)
         if self.queued_tokens + work.waiting > self.max_queue_tokens:
             if work.waiting > self.max_queue_tokens:
-                more = "" if work.waiting == work.tokens else f" ({work.tokens}, and what masks add)"
+                added = work.waiting - work.tokens
+                more = f"; masks add {added} to {work.tokens} tokens" if added else ""
                 raise ApiError(
                     "too_large",
-                    f"expected at most {self.max_queue_tokens} tokens in one request, got {work.waiting}{more}; send "
-                    "fewer texts at a time",
+                    f"{exceeded('tokens', self.max_queue_tokens, work.waiting)}{more}; send fewer texts at a time",
                 )
             raise self.queue_full()
         self.queued_tokens += work.waiting
@@ -199,9 +200,12 @@ class Batcher:
 
     def try_later(self, reason: str) -> ApiError:
         """The error of a request that there is no room for now, with a Retry-After from the measured speed."""
+        return ApiError("queue_full", f"{reason}; try again later", {"Retry-After": self.retry_after()})
+
+    def retry_after(self) -> str:
+        """How many seconds what is queued now will take, for the header Retry-After: 1 to 60."""
         wait_s = math.ceil(self.queued_tokens / self._cost_per_s) if self._cost_per_s else 1
-        retry_after = str(min(max(wait_s, 1), 60))
-        return ApiError("queue_full", f"{reason}; try again later", {"Retry-After": retry_after})
+        return str(min(max(wait_s, 1), 60))
 
     def abandon(self, work: Work) -> None:
         """Drops what is left of a request whose client has left."""

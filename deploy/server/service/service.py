@@ -17,9 +17,10 @@ from ...bundle import Manifest
 from ...machine import versions
 from ...tasks.feature_extraction import EmbedOptions
 from ...tasks.fill_mask import FillMaskOptions
+from ..budget import TEXT_BYTES, MemoryBudget
 from ..callers import Caller, CallerLeft
 from ..errors import ApiError
-from ..limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings
+from ..limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings, exceeded
 from ..metrics import Metrics
 from ..variants import Choice
 from .batching import Batcher, Work
@@ -79,7 +80,7 @@ class _Request:
         truncate: Cut inputs that are longer than the model takes.
         encode: Makes token ids of some inputs: gets them, `truncate`, and the index of the first.
         options: For the task.
-        check: Refuses token ids that the task cannot take.
+        check: Refuses token ids that the task cannot take; returns how many answers the others get.
     """
 
     inputs: Sequence[Any]
@@ -88,7 +89,7 @@ class _Request:
     truncate: bool
     encode: Callable[..., list[Any]]
     options: Any = None
-    check: Callable[[Sequence[Any], Limits], None] = lambda ids, limits: None
+    check: Callable[[Sequence[Any], Limits], int] = lambda ids, limits: len(ids)
 
 
 class Service:
@@ -102,6 +103,7 @@ class Service:
         draining: Set once on shutdown: no more requests are welcome.
         served: What is served; None until it is loaded.
         helper_threads: Threads that do what would hold the event loop up.
+        budget: Memory of all requests and connections.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Service:
         self.draining = False
         self.served: Served | None = None
         self.helper_threads = settings.helper_threads
+        self.budget = MemoryBudget.of(settings.max_memory_mb, batcher.retry_after)
         self._tokenizer = tokenizer
         self._batcher = batcher
         self._metrics = metrics
@@ -213,7 +216,7 @@ class Service:
                     f"input {index}: expected at most {longest} tokens with special tokens, got {len(text)}",
                 )
         ids = [self._tokenizer.check_ids(index, text) for index, text in enumerate(texts)]
-        return self._run(ids, _EMBED_OPTIONS[self._normalize], caller, started_s)
+        return self._run(ids, _EMBED_OPTIONS[self._normalize], caller, limits, started_s)
 
     def classify(
         self, texts: Sequence[str], caller: Caller, limits: Limits, *, truncate: bool = True
@@ -251,8 +254,8 @@ class Service:
                 if size > limits.chars:
                     raise ApiError(
                         "too_large",
-                        f"input {index}: expected at most {limits.chars} characters, got {size}; the model "
-                        f"reads {self._tokenizer.max_tokens} tokens only",
+                        f"{exceeded('chars', limits.chars, size, f'input {index}: ')}; the model reads "
+                        f"{self._tokenizer.max_tokens} tokens only",
                     )
                 if "\0" in text:
                     raise ApiError("invalid_request", f"input {index}: expected text, got a NUL character")
@@ -260,15 +263,19 @@ class Service:
             sizes.append(total)
         return sizes
 
-    def _check_masks(self, ids: Sequence[NDArray[np.int64]], limits: Limits) -> None:
+    def _check_masks(self, ids: Sequence[NDArray[np.int64]], limits: Limits) -> int:
+        """Checks how many masks each text has, and returns how many all have."""
+        total = 0
         for index, text in enumerate(ids):
             masks = int((text == self._mask_id).sum())
             if not 1 <= masks <= limits.masks:
                 raise ApiError(
                     "invalid_request",
                     f"input {index}: expected 1 to {limits.masks} {self._mask_token} among the first "
-                    f"{self._tokenizer.max_tokens} tokens, got {masks}",
+                    f"{self._tokenizer.max_tokens} tokens, got {masks}; the limit of masks is fixed",
                 )
+            total += masks
+        return total
 
     def _ask(self, request: _Request) -> Awaitable[Result]:
         """Checks, tokenises and runs what a client asks about: short requests here, long ones part by part."""
@@ -277,13 +284,13 @@ class Service:
         if sum(sizes) > INLINE_CHARS:
             return self._ask_in_parts(request, sizes, started_s)
         ids = request.encode(request.inputs, request.truncate)
-        request.check(ids, request.limits)
-        return self._run(ids, request.options, request.caller, started_s)
+        units = request.check(ids, request.limits)
+        return self._run(ids, request.options, request.caller, request.limits, started_s, units)
 
     async def _ask_in_parts(self, request: _Request, sizes: Sequence[int], started_s: float) -> Result:
         ids = await self._tokenize(request, sizes)
-        request.check(ids, request.limits)
-        return await self._run(ids, request.options, request.caller, started_s)
+        units = request.check(ids, request.limits)
+        return await self._run(ids, request.options, request.caller, request.limits, started_s, units)
 
     async def _tokenize(self, request: _Request, sizes: Sequence[int]) -> list[Any]:
         """Token ids of a long request, part by part on helper threads: other requests get their turn in between."""
@@ -304,18 +311,33 @@ class Service:
             self._tokenizing_chars -= chars
         return ids
 
-    async def _run(self, ids: Sequence[Any], options: Any, caller: Caller, started_s: float) -> Result:
+    async def _run(
+        self,
+        ids: Sequence[Any],
+        options: Any,
+        caller: Caller,
+        limits: Limits,
+        started_s: float,
+        units: int | None = None,
+    ) -> Result:
         """Runs texts through the engine.
 
         Args:
             ids: Per text token ids, i64 [tokens], or those of a pair.
             options: For the engine's head.
             caller: Who waits.
+            limits: Of the route.
             started_s: When tokenisation began, by `time.perf_counter`.
+            units: How many answers of `Caller.values_each` numbers there will be; None: one to each text.
         """
         if caller.gone:  # While its body was read or tokenised.
             raise CallerLeft
+        units = len(ids) if units is None else units
+        asked = caller.values_each * units
+        if asked > limits.values:
+            raise ApiError("too_large", exceeded("values", limits.values, asked))
         work = Work(ids, options, asyncio.get_running_loop().create_future())
+        self.budget.hold(caller, TEXT_BYTES * (len(ids) + units) + 8 * work.tokens + caller.value_bytes * asked)
         self._batcher.submit(work)
         caller.on_leave = functools.partial(self._batcher.abandon, work)
         try:
@@ -333,7 +355,7 @@ class Service:
 
 
 def _too_many(found: int, limits: Limits) -> ApiError:
-    return ApiError("too_large", f"expected at most {limits.inputs} inputs in one request, got {found}")
+    return ApiError("too_large", exceeded("inputs", limits.inputs, found))
 
 
 def _turns(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,143 @@
+"""Memory that all requests and connections hold together, so that many at once are refused instead of killed.
+
+What a request holds is estimated before it is there, from above: `BODY_FACTOR` times its body (the bytes, and texts of
+up to four bytes a character), its token ids, the numbers of its answer. What connections hold is counted every second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+from .callers import Caller
+from .errors import ApiError
+from .limits import BOUNDS, exceeded
+
+__all__ = ["BODY_FACTOR", "CONNECTION_BYTES", "TEXT_BYTES", "MemoryBudget", "give_back"]
+
+BODY_FACTOR = 5
+"""Bytes that a byte of a body may hold: itself, and up to 4 when decoded, where a character of the text needs them."""
+
+TEXT_BYTES = 256
+"""Bytes that the ids and the result of a text hold besides their numbers."""
+
+CONNECTION_BYTES = 16 << 10
+"""Bytes that an open connection holds without a request."""
+
+LARGE_BYTES = 256 << 10
+"""Requests that held this much leave memory behind that the allocator keeps; smaller ones use it again."""
+
+TRIM_BYTES = 16 << 20
+"""How much large requests may leave behind while others are at work."""
+
+LEAST_BYTES = 64 << 20
+"""Where hardly any memory is left, the server still serves."""
+
+_UNKNOWN_BYTES = 1 << 62
+
+
+class MemoryBudget:
+    """Counts what is held. Methods are called on the event loop.
+
+    Attributes:
+        limit_bytes: Most that may be held.
+        request_bytes: What requests hold.
+        connection_bytes: What connections hold.
+    """
+
+    __slots__ = ("_left_bytes", "_retry_after", "connection_bytes", "limit_bytes", "request_bytes")
+
+    def __init__(self, limit_bytes: int, retry_after: Callable[[], str]) -> None:
+        """An empty budget.
+
+        Args:
+            limit_bytes: Most that may be held.
+            retry_after: Says in how many seconds there may be room again.
+        """
+        self.limit_bytes = limit_bytes
+        self._retry_after = retry_after
+        self.request_bytes = 0
+        self.connection_bytes = 0
+        self._left_bytes = 0
+
+    @classmethod
+    def of(cls, max_memory_mb: int | None, retry_after: Callable[[], str]) -> MemoryBudget:
+        """A budget of so many MB; None: not known before `settle`."""
+        return cls(_UNKNOWN_BYTES if max_memory_mb is None else max_memory_mb << 20, retry_after)
+
+    def settle(self, available_bytes: int | None) -> None:
+        """Sets the limit to half of what is available, where no option has set it.
+
+        Args:
+            available_bytes: Memory that can be had once the model is loaded; None where it is not known.
+        """
+        if self.limit_bytes == _UNKNOWN_BYTES and available_bytes is not None:
+            self.limit_bytes = max(available_bytes // 2, LEAST_BYTES)
+
+    @property
+    def limit_mb(self) -> int:
+        """The limit in MB."""
+        return self.limit_bytes >> 20
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held in all."""
+        return self.request_bytes + self.connection_bytes
+
+    def hold(self, caller: Caller, size_bytes: int) -> None:
+        """Holds memory for a request until `release`.
+
+        Raises:
+            ApiError: Others hold too much (429), or there will never be as much (413).
+        """
+        if self.request_bytes + self.connection_bytes + size_bytes > self.limit_bytes:
+            raise self._refusal(caller.held_bytes + size_bytes)
+        self.request_bytes += size_bytes
+        caller.held_bytes += size_bytes
+
+    def hold_body(self, caller: Caller, size_bytes: int) -> None:
+        """Holds memory for a part of a request's body, and what it is decoded to; see `hold`."""
+        self.hold(caller, BODY_FACTOR * size_bytes)
+
+    def release(self, caller: Caller) -> None:
+        """Ends what a request holds; it is answered, or nobody waits any more."""
+        size_bytes, caller.held_bytes = caller.held_bytes, 0
+        self.request_bytes -= size_bytes
+        if size_bytes >= LARGE_BYTES:
+            self._left_bytes += size_bytes
+
+    def _refusal(self, asked_bytes: int) -> ApiError:
+        limit_mb, asked_mb = self.limit_mb, -(-asked_bytes >> 20)
+        if asked_bytes > self.limit_bytes:
+            return ApiError("too_large", exceeded("memory", limit_mb, asked_mb))
+        return ApiError(
+            "memory_full",
+            f"requests and connections hold {self.held_bytes >> 20} MB of at most {limit_mb}, and this one may need "
+            f"{asked_mb}; {BOUNDS['memory'].option} sets this limit; try again later",
+            {"Retry-After": self._retry_after()},
+        )
+
+    def trim_due(self) -> bool:
+        """Whether enough was left behind to return it to the system; the caller does."""
+        if self._left_bytes < TRIM_BYTES and (not self._left_bytes or self.request_bytes):
+            return False
+        self._left_bytes = 0
+        return True
+
+
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # Another C library.
+        return None
+    trim.argtypes = [ctypes.c_size_t]
+    return trim
+
+
+_TRIM = _malloc_trim()
+
+
+def give_back() -> None:
+    """Returns memory that was freed to the system: glibc keeps it. Takes milliseconds; releases the GIL."""
+    if _TRIM is not None:
+        _TRIM(0)
