@@ -45,24 +45,24 @@ COPY --from=wheel-build /build/dist/*.whl /
 # ---- what the server imports -------------------------------------------------------------------------------------------
 FROM build AS packages
 ARG TARGETARCH
-# The version of torch; empty: the one that is tested.
-ARG TORCH
+# Extras of pyproject.toml: "serve onnx" for bundles whose ONNX variants are to be served.
+ARG EXTRAS=serve
 # Dependencies first: they change less often than the code.
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhouse \
     --mount=type=cache,target=/build/uv-cache \
-    sh build.sh requirements pyproject.toml torch serve >requirements.txt && \
-    sh build.sh install "$TARGETARCH" --compile-bytecode --target /app/site-packages \
-      -r requirements.txt "torch${TORCH:+==$TORCH}" && \
-    if [ -e /app/site-packages/nvidia ]; then echo "error: this torch is a CUDA build: see TORCH in dockerfiles/README.md"; exit 1; fi && \
-    rm -rf /app/site-packages/bin /app/site-packages/torch/include /app/site-packages/torch/share/cmake /app/site-packages/torch/test && \
-    find /app/site-packages/torch/bin -type f ! -name torch_shm_manager -delete && \
+    sh build.sh requirements pyproject.toml $EXTRAS >requirements.txt && \
+    sh build.sh install "$TARGETARCH" --compile-bytecode --target /app/site-packages -r requirements.txt && \
+    rm -rf /app/site-packages/bin && \
+    find /app/site-packages -type d -name tests -prune -exec rm -rf {} + && \
     chmod -R a+rX /app
 
 FROM build AS application
 ARG TARGETARCH
 COPY --from=wheel / dist/
-RUN sh build.sh install "$TARGETARCH" --offline --no-deps --compile-bytecode --target /app/extension dist/*.whl
+# Without the ops: there is no torch for them here.
+RUN sh build.sh install "$TARGETARCH" --offline --no-deps --compile-bytecode --target /app/extension dist/*.whl && \
+    rm /app/extension/torch_ext/_C.abi3.so
 COPY deploy /app/deploy
 COPY dockerfiles/healthcheck.py /app/healthcheck.py
 # Whatever the umask of the checkout, the server's user can read it.
@@ -76,18 +76,16 @@ COPY --from=packages /app/site-packages site-packages
 COPY --from=application /app/extension extension
 COPY --from=application /app/deploy deploy
 COPY --from=application /app/healthcheck.py healthcheck.py
-# GLIBC_TUNABLES: room for libraries loaded late that want static TLS, such as libgomp: else "cannot allocate memory in
-# static TLS block". USER, HOME: the user below has no line in /etc/passwd; /tmp may be the only place it can write to.
+# USER, HOME: the user below has no line in /etc/passwd; /tmp may be the only place it can write to.
 ENV PYTHONPATH=/app/extension:/app/site-packages \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    GLIBC_TUNABLES=glibc.rtld.optional_static_tls=16384 \
     HOME=/tmp \
     USER=app \
     PORT=8000
 USER 65532:65532
 EXPOSE 8000
-# A long start: importing torch takes 20 s where the image's architecture is emulated.
+# A long start: where the image's architecture is emulated, it takes half a minute.
 HEALTHCHECK --interval=10s --timeout=30s --start-period=180s --retries=3 CMD ["python", "-I", "-S", "/app/healthcheck.py"]
 # Start it with --init (compose: init: true): an illegal instruction in PID 1 hangs for ever under emulation.
 ENTRYPOINT ["python", "-m", "deploy", "serve", "--host", "0.0.0.0"]

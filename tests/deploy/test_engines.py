@@ -207,7 +207,7 @@ def poisoned(folder: Path, task: str) -> tuple[Any, int]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_text_that_is_not_finite_fails_alone(
-    task: str, dtype: Any, tiny_model: ModelMaker, tiny_bundle: BundleMaker
+    task: str, dtype: Any, tiny_model: ModelMaker, tiny_bundle: BundleMaker, tmp_path: Path
 ) -> None:
     """The others get what they get without it, whatever the engine."""
     model, poison = poisoned(tiny_model("bert", task), task)
@@ -217,7 +217,8 @@ def test_a_text_that_is_not_finite_fails_alone(
         torch.manual_seed(0)
         model.cls.predictions.decoder.weight = torch.nn.Parameter(torch.randn(poison + 1, 64))
     head = Head.from_transformers(model, dtype) if bound.needs.head else None
-    engines.append(TorchExtEngine(Encoder.from_transformers(model, dtype), head, bound))
+    Encoder.from_transformers(model, dtype).save(tmp_path / "encoder.safetensors", head)
+    engines.append(TorchExtEngine.load(tmp_path / "encoder.safetensors", dtype, 2, bound))
     good = bound.prepare([np.array([2, 30, 31, 32, 3]), np.array([2, 40, 41, 3])])
     bad = bound.prepare([np.array([2, 50, 51, 3])])[0]
     bad[(bad == 50) | (bad == 51)] = poison

@@ -99,7 +99,7 @@ def test_unknown_step_is_refused() -> None:
 
 
 def test_requirements_are_those_of_the_project() -> None:
-    result = run("requirements", str(ROOT / "pyproject.toml"), "torch", "serve")
+    result = run("requirements", str(ROOT / "pyproject.toml"), "torch", "serve", "onnx")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     metadata = (ROOT / "pyproject.toml").read_text()
@@ -117,5 +117,6 @@ def test_serving_needs_neither_torch_nor_transformers_nor_optimum() -> None:
     names = result.stdout.lower()
     assert "uvicorn" in names
     assert "torch" not in names
+    assert "onnxruntime" not in names
     assert "transformers" not in names
     assert "optimum" not in names

@@ -86,7 +86,7 @@ def test_final_stages_say_how_their_health_is_checked(final: tuple[str, list[Sta
     else:
         start_period = re.search(r"--start-period=(\d+)s", checks[0])
         assert start_period is not None
-        assert int(start_period[1]) >= 120, "importing torch takes 20 s under emulation, and loading comes on top"
+        assert int(start_period[1]) >= 120, "a start takes half a minute under emulation"
 
 
 def test_final_stages_start_without_a_shell(final: tuple[str, list[Stage]]) -> None:

@@ -142,7 +142,7 @@ def test_wrong_requests_get_an_answer(server: tuple[str, Container]) -> None:
 
 
 def test_arm64_without_bf16(fp32: list[list[float]]) -> None:
-    """Graviton2's cores. On older ones (cortex-a72) the kernels run, but importing torch's own builds fails."""
+    """Graviton2's cores."""
     options = ["--env=QEMU_CPU=neoverse-n1"]
     variant = ("--variant", "torch_ext-bf16")
     with serving(image("arm64"), "arm64", setting("TORCH_EXT_BUNDLE"), *variant, options=options) as container:
@@ -193,17 +193,17 @@ def test_what_is_in_the_image(arch: str) -> None:
     assert (record["Os"], record["Architecture"]) == ("linux", arch)
     assert record["Config"]["User"] == "65532:65532"
     assert record["Config"]["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
-    assert record["Size"] < 1.2e9
+    assert record["Size"] < 250e6
     script = (
-        "import importlib.util as u, importlib.metadata as m, os;"
-        "print([n for n in ('transformers', 'optimum', 'nvidia', 'triton', 'pip_system_certs') if u.find_spec(n)]);"
-        "print(os.path.realpath(u.find_spec('torch_ext').origin)); print(m.version('torch'))"
+        "import importlib.util as u, os;"
+        "absent = 'torch', 'transformers', 'optimum', 'onnxruntime', 'safetensors', 'pip_system_certs';"
+        "print([n for n in absent if u.find_spec(n)]);"
+        "print(os.path.realpath(u.find_spec('torch_ext').origin)); import torch_ext.runtime"
     )
     output = docker("run", "--rm", "--init", f"--platform=linux/{arch}", "--entrypoint=python", tag, "-c", script)
-    absent, origin, torch = output.splitlines()[-3:]
-    assert absent == "[]"
+    present, origin = output.splitlines()[-2:]
+    assert present == "[]"
     assert origin == "/app/extension/torch_ext/__init__.py", "the wheel's, not a source folder's"
-    assert torch.startswith("2.13.0" if arch == "amd64" else "2.10.0")
     assert not record["Config"].get("Volumes")
 
 
