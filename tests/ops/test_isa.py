@@ -24,9 +24,9 @@ NAMES = {
 }
 
 # Runs the program argv[1] in a forked process for each instruction set that argv[2] lists in JSON. Each gets the other
-# arguments and the name. torch is imported once; each process chooses its kernels. Prints exit codes and output.
+# arguments and the name. torch_ext is imported once; each process chooses its kernels. Prints exit codes and output.
 FORKING = """
-import json, os, sys, tempfile, torch
+import json, os, sys, tempfile, traceback, torch, torch_ext
 program, names, arguments = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
 ended = []
 for name in names:
@@ -37,9 +37,15 @@ for name in names:
             os.dup2(stderr.fileno(), 2)
             os.environ["TORCH_EXT_ISA"] = name
             sys.argv = ["-c", *arguments, name]
-            exec(program, {"__name__": "__main__"})
+            code = 0
+            try:
+                exec(program, {"__name__": "__main__"})
+            except BaseException:
+                traceback.print_exc()
+                code = 1
             sys.stdout.flush()
-            os._exit(0)
+            sys.stderr.flush()
+            os._exit(code)  # without the end of an interpreter, which takes as long as the import
         _, status = os.waitpid(child, 0)
         stdout.seek(0)
         stderr.seek(0)
