@@ -139,8 +139,10 @@ class BuildLibrary(BuildExtension):
     """torch's own build (ninja when it is installed), plus cross builds and a check of the result."""
 
     def finalize_options(self) -> None:
-        """Keep the objects of each architecture apart."""
+        """Keep the objects of each architecture apart, and those of an editable installation for the builds to come."""
         super().finalize_options()
+        if self.editable_mode:  # setuptools would compile in a temporary folder
+            self.build_temp = os.path.join("build", f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
         if self.build_temp and target_machine() not in self.build_temp:
             self.build_temp += f"-{target_machine()}"
 

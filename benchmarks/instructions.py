@@ -3,10 +3,11 @@
     python benchmarks/instructions.py --tools TOOLS --root ARM64_ROOT --site DIR[:DIR]            # torch_ext alone
     python benchmarks/instructions.py --tools TOOLS --root ARM64_ROOT --site DIR[:DIR] --peers    # make bench-model
 
-Counts, not times: emulation says nothing of speed. One thread, bias included, the fourth call of each. ARM64_ROOT holds
-an aarch64 Python (scripts/arm64_root.sh makes one); DIRs hold its packages (torch 2.10.0; onnxruntime for peers) and
-torch_ext (an unpacked wheel). TOOLS holds qemu-aarch64 with plugins and insn_classes.so, which counts by class between
-markers. Needs the aarch64 cross compiler for the markers, for cycles llvm-mca as well. Exit code 1 if a bar is missed.
+Counts, not times: emulation says nothing of speed. One thread, bias included, one call of each, not the first.
+ARM64_ROOT holds an aarch64 Python (scripts/arm64_root.sh makes one); DIRs hold its packages (torch 2.10.0; onnxruntime
+for peers) and torch_ext (an unpacked wheel). TOOLS holds qemu-aarch64 with plugins and insn_classes.so, which counts by
+class between markers. Needs the aarch64 cross compiler for the markers, for cycles llvm-mca as well. Exit code 1 if a
+bar is missed.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ if __name__ == "__main__":  # In place of this folder, whose modules are those o
 from benchmarks import report  # noqa: E402
 from benchmarks.blocks import COVERED, CPUS, Block, Model, read_blocks  # noqa: E402
 from benchmarks.mca import find_mca  # noqa: E402
-
-REGIONS = 4  # marker pairs that the plugins know
 
 MINILM = {
     "vocab_size": 1000,  # of no influence on the counts
@@ -121,7 +120,7 @@ class Found:
 
 @dataclass
 class Run:
-    """Regions of one run of the emulator.
+    """One run of the emulator.
 
     Attributes:
         found: a result for each case that is supported.
@@ -156,10 +155,10 @@ class Emulator:
             _compile(arguments.host_cc, Path(__file__).with_name("blocks.c"), folder / "blocks.so")
 
     def run(self, cases: Sequence[Mapping[str, Any]], number: int) -> Run:
-        """Runs at most four cases.
+        """Runs cases, each in a process that is forked after the engine is imported, for imports take the longest.
 
         Args:
-            cases: works with an ``engine``.
+            cases: works with the same ``engine``.
             number: of the run; names its files.
         """
         tools, root = self._arguments.tools.resolve(), self._arguments.root.resolve()
@@ -167,19 +166,24 @@ class Emulator:
         environment = {
             "PYTHONHOME": f"{root}/usr",
             "PYTHONPATH": self._arguments.site,
-            "PYTHONDONTWRITEBYTECODE": "1",
+            # Compiled once for all runs.
+            "PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX") or f"{self.folder}/bytecode",
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
         }
         command = [tools / "qemu-aarch64", "-cpu", self._arguments.cpu]
         command += ["-plugin", f"{tools}/insn_classes.so,out={out}"]
-        command += ["-plugin", f"{self.folder}/blocks.so,out={dump}"] if self._blocks else []
+        written = [out]
+        if self._blocks:
+            command += ["-plugin", f"{self.folder}/blocks.so,out={dump}"]
+            written.append(dump)
         command += ["-L", root]
         for name, value in environment.items():
             command += ["-E", f"{name}={value}"]
         target = Path(__file__).with_name("instructions_target.py")
-        command += [find_python(root), target, self.folder / "markers.so", self.folder, json.dumps(cases)]
-        run = subprocess.run(command, capture_output=True, text=True)
+        command += [find_python(root), target, self.folder / "markers.so", self.folder, json.dumps(cases), *written]
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        run = subprocess.run(command, capture_output=True, text=True, env=inherited)
         if run.returncode != 0:
             names = ", ".join(f"{case['engine']} {case['name']}" for case in cases)
             raise SystemExit(
@@ -187,13 +191,11 @@ class Emulator:
                 f"{run.stderr[-2000:]}"
             )
         said = json.loads(run.stdout.splitlines()[-1])
-        counts = read_counts(out.read_text())
-        blocks = read_blocks(dump) if self._blocks else {}
         missing = {int(index): why for index, why in said["unsupported"].items()}
         here = [index for index in range(len(cases)) if index not in missing]
         return Run(
-            [Found(cases[index]["name"], cases[index]["engine"], counts[index]) for index in here],
-            [blocks.get(index, Counter()) for index in here],
+            [Found(cases[i]["name"], cases[i]["engine"], read_counts(Path(f"{out}.{i}").read_text())[0]) for i in here],
+            [read_blocks(Path(f"{dump}.{i}")).get(0, Counter()) if self._blocks else Counter() for i in here],
             {(cases[index]["engine"], cases[index]["name"]): why for index, why in missing.items()},
             said["versions"],
         )
@@ -256,12 +258,8 @@ def write_onnx(folder: Path) -> None:
 
 
 def cases_of(engines: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """Runs: at most four works of one engine each."""
-    return [
-        [{**work, "engine": engine} for work in WORKS[start : start + REGIONS]]
-        for engine in engines
-        for start in range(0, len(WORKS), REGIONS)
-    ]
+    """Runs: all works of one engine each."""
+    return [[{**work, "engine": engine} for work in WORKS] for engine in engines]
 
 
 def bars(found: Sequence[Found], peers: bool) -> list[report.Bar]:

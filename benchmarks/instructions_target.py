@@ -1,10 +1,12 @@
-"""Calls to be counted, run inside an emulator by ``instructions.py``: one marker pair around each, after a warm-up."""
+"""Calls to be counted, run inside an emulator by ``instructions.py``: markers around each, after a warm-up."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ class UnsupportedError(Exception):
 
 class TorchExt:
     """torch_ext in bf16, or with int8 weights."""
+
+    warm_up = 1  # Two more would change counts by 9,000 instructions at most, in Python, and are minutes of emulation.
 
     def __init__(self, dtype: str) -> None:
         import torch_ext
@@ -76,6 +80,8 @@ class TorchExt:
 
 class PyTorch:
     """PyTorch in eager mode: its own modules, no more Python around them than they need."""
+
+    warm_up = 3
 
     def __init__(self, dtype: str) -> None:
         import torch
@@ -147,6 +153,8 @@ class PyTorch:
 class OnnxRuntime:
     """ONNX Runtime on a model that the host has written."""
 
+    warm_up = 3
+
     def __init__(self, folder: Path, suffix: str, fast_math: bool) -> None:
         try:
             import onnxruntime
@@ -201,33 +209,71 @@ def engine_of(name: str, folder: Path) -> Any:
     return OnnxRuntime(folder, "-int8" if dtype == "int8" else "", dtype == "bf16")
 
 
-def main() -> None:
-    """Arguments: the library of markers, the folder of ONNX models, a JSON list of at most four cases.
+def count(markers: ctypes.CDLL, engine: Any, case: dict[str, Any]) -> str:
+    """The last call of a case between markers; returns why it is not supported, if so."""
+    try:
+        call: Call = engine.encoder(case) if case["kind"] == "encoder" else engine.linear(case)
+    except UnsupportedError as error:
+        return str(error)
+    for _ in range(engine.warm_up):
+        call()
+    start, stop = markers.marker_120, markers.marker_121
+    start()
+    call()
+    stop()
+    return ""
 
-    The last line of the output is a JSON object: what was not supported, by the index of the case, and versions.
+
+def in_child(function: Callable[[], str]) -> str:
+    """What a function returns in a forked process, at whose end the emulator's plugins write their files."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.write(writing, function().encode())
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        returned = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if status != 0:
+        sys.exit(f"a case ended with {os.waitstatus_to_exitcode(status)}")
+    return returned
+
+
+def main() -> None:
+    """Arguments: library of markers, folder of ONNX models, JSON list of cases of one engine, files that plugins write.
+
+    Files of case N get ``.N`` behind their names. The last line of the output is a JSON object: what was not supported,
+    by the index of the case, and versions.
     """
     markers = ctypes.CDLL(sys.argv[1])
     folder = Path(sys.argv[2])
     cases = json.loads(sys.argv[3])
-    if not cases[0]["engine"].startswith("ONNX"):
+    written = sys.argv[4:]
+    name = cases[0]["engine"]
+    if not name.startswith("ONNX"):
         import torch
 
         torch.set_num_threads(1)
         torch.manual_seed(0)
         torch.inference_mode().__enter__()
     unsupported: dict[int, str] = {}
-    for region, case in enumerate(cases):
-        try:
-            engine = engine_of(case["engine"], folder)
-            call = engine.encoder(case) if case["kind"] == "encoder" else engine.linear(case)
-        except UnsupportedError as error:
-            unsupported[region] = str(error)
-            continue
-        for _ in range(3):
-            call()
-        markers[f"marker_{120 + 2 * region}"]()
-        call()
-        markers[f"marker_{121 + 2 * region}"]()
+    try:
+        engine = engine_of(name, folder)
+    except UnsupportedError as error:
+        unsupported = dict.fromkeys(range(len(cases)), str(error))
+    else:
+        for index, case in enumerate(cases):
+            why = in_child(lambda case=case: count(markers, engine, case))
+            if why:
+                unsupported[index] = why
+            for path in written:
+                os.replace(path, f"{path}.{index}")
     versions = {
         name: str(sys.modules[name].__version__)
         for name in ("torch", "torch_ext", "onnxruntime", "numpy")

@@ -383,11 +383,15 @@ def test_this_machine() -> None:
     states = {finding["name"]: finding["status"] for finding in report["findings"]}
     assert states["extension"] == states["self-test"] == states["torch"] == "OK"
     assert report["isa_report"]["isa"] == torch_ext.isa_report()["isa"]
+    kernel = torch_ext.isa_report()["int8_kernels"][-1]
+    detail = next(finding["detail"] for finding in report["findings"] if finding["name"] == "kernels")
+    assert kernel.endswith(re.search(r"int8 with (\w+)", detail)[1])
     table = run(OMP_NUM_THREADS="1")
     assert table.returncode == process.returncode
     assert all(name in table.stdout for name in states)
 
 
+@pytest.mark.anywhere
 def test_forced_isa_is_told() -> None:
     best = next(entry["name"] for entry in torch_ext.isa_report()["candidates"] if entry["supported"])
     if best == "portable":
@@ -398,12 +402,9 @@ def test_forced_isa_is_told() -> None:
     finding = next(finding for finding in report["findings"] if finding["name"] == "kernels")
     assert finding["status"] == expected or "no bf16" in finding["detail"]
     assert finding["detail"].startswith("portable on ")
-    kernel = torch_ext.isa_report()["int8_kernels"][-1]
-    plain = json.loads(run("--json").stdout)
-    detail = next(finding["detail"] for finding in plain["findings"] if finding["name"] == "kernels")
-    assert kernel.endswith(re.search(r"int8 with (\w+)", detail)[1])
 
 
+@pytest.mark.anywhere
 def test_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:
     package = Path(torch_ext.__file__).parent
     copy = tmp_path / "torch_ext"

@@ -49,6 +49,7 @@ importlib.reload(sys.modules["torch.utils.flop_counter"])
 """
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize(
     ("first", "then", "before"),
     [("import torch.utils.flop_counter", "", True), ("", IMPORT_TWICE, False)],

@@ -638,6 +638,7 @@ def test_compiled_fp16_model_that_reads_dtypes(generator: torch.Generator) -> No
     assert ops == ["torch_ext.linear.default"]
 
 
+@pytest.mark.anywhere
 def test_read_only_tensor_in_compiled_code() -> None:
     weight = PackedLinear.from_linear(nn.Linear(24, 13)).weight
     assert isinstance(weight, ReadOnlyTensor)

@@ -72,6 +72,7 @@ def test_version() -> None:
     assert importlib.metadata.version("torch-ext") == torch_ext.__version__
 
 
+@pytest.mark.anywhere
 def test_import_needs_torch_only() -> None:
     program = (
         "import sys; import torch; before = set(sys.modules); import torch_ext.nn; "

@@ -90,6 +90,7 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
     }
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("name", samples(torch.Generator()))
 def test_opcheck(generator: torch.Generator, name: str) -> None:
     for args, kwargs in samples(generator)[name]:
