@@ -1,8 +1,9 @@
-"""Abuse of a server by many connections, seeded and repeatable: does an honest client notice, and does memory come back?
+"""Abuse of a server by many connections, seeded: does an honest client notice, and does memory come back?
 
-`python tests/deploy/abuse.py BUNDLE --seconds 60` starts `python -m deploy serve BUNDLE` where it may use 1 GB (a control
-group where one can be made, else its memory is watched) and measures an honest client alone. Then 200 connections of
-another process send what they should not, while the honest client goes on. Exit code 1, and a line for each, if:
+`python tests/deploy/abuse.py BUNDLE --seconds 60` starts `python -m deploy serve BUNDLE` where it may use 1 GB (a
+control group where one can be made, else its memory is watched) and measures an honest client alone. Then 200
+connections of another process send what they should not, while the honest client goes on. Exit code 1, and a line for
+each, if:
 
 - the server ends, or more memory is used than allowed;
 - any answer has a 5xx status but 503, or the honest client gets anything but 200 and 429;
@@ -349,7 +350,9 @@ def check(arguments: argparse.Namespace) -> list[str]:
                 raise SystemExit(f"no start-up line: {errors.read()[-2000:]}")
             port = int(found[1])
             where = "watched" if group.path is None else f"in {group.path}"
-            print(f"{line.strip()}\nmemory: at most {arguments.memory_mb} MB, {where}; seed {arguments.seed}", flush=True)
+            print(
+                f"{line.strip()}\nmemory: at most {arguments.memory_mb} MB, {where}; seed {arguments.seed}", flush=True
+            )
 
             # Batches of every size have run, and so has a large request.
             words = list(WORDS) * 8
@@ -384,8 +387,8 @@ def check(arguments: argparse.Namespace) -> list[str]:
                 time.sleep(0.5)
             statuses = {int(name.removeprefix("status ")): n for name, n in seen.items() if name.startswith("status ")}
             print(
-                f"honest: {dict(honest.statuses)}, {honest.lost} connections lost, p99 alone {1e3 * alone_s:.1f} ms, under "
-                f"abuse {1e3 * under_s:.1f} ms, a batch {1e3 * batch_s:.1f} ms\n"
+                f"honest: {dict(honest.statuses)}, {honest.lost} connections lost, p99 alone {1e3 * alone_s:.1f} ms, "
+                f"under abuse {1e3 * under_s:.1f} ms, a batch {1e3 * batch_s:.1f} ms\n"
                 f"memory: {before >> 20} MB before, {peak >> 20} MB at most, {after >> 20} MB after"
             )
             if peak > limit_bytes:
