@@ -96,6 +96,11 @@ class HttpProtocol(HttpToolsProtocol):
         for cycle in self._unanswered():
             _leave(cycle)
         super().connection_lost(exc)
+        # A timer for idle connections holds this one, and it its requests, which may be large.
+        self._unset_keepalive_if_required()
+        self.cycle = None  # type: ignore[assignment]
+        self.pipeline.clear()
+        self._earlier = []
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends nothing more: it has left, or it only says so and reads on (a half-close).

@@ -544,3 +544,95 @@ def test_nothing_runs_for_a_client_that_left_before(manifest: Manifest) -> None:
 
         asyncio.run(ask())
         assert server.engine.batches == []
+
+
+# Small requests and large ones.
+
+
+def test_small_requests_do_not_wait_behind_many_large_ones() -> None:
+    """A small request waits for the batch that runs, and its own holds no text of a large one."""
+    batches: list[list[int]] = []
+    gate = threading.Event()
+    entered = threading.Event()
+
+    class Engine:
+        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+            batches.append([len(text) for text in ids])
+            entered.set()
+            assert gate.wait(20)
+            return list(ids)
+
+    async def run() -> None:
+        batcher = Batcher(Engine, 40, 10_000)
+        await batcher.start()
+        loop = asyncio.get_running_loop()
+        large = [Work([np.zeros(20, np.int64)] * 5, None, loop.create_future()) for _ in range(30)]
+        for work in large:
+            batcher.submit(work)
+        while not entered.is_set():
+            await asyncio.sleep(0.01)
+        small = [Work([np.zeros(3, np.int64)], None, loop.create_future()) for _ in range(2)]
+        for work in small:
+            batcher.submit(work)
+        gate.set()
+        await asyncio.gather(*(work.future for work in (*small, *large)))
+        await batcher.close()
+
+    asyncio.run(run())
+    assert batches[0] in ([20], [20, 20])
+    assert batches[1] == [3, 3] or batches[2] == [3, 3]
+    assert sum(map(len, batches)) == 152
+
+
+def test_large_requests_do_not_wait_behind_many_small_ones() -> None:
+    batches: list[list[int]] = []
+    gate = threading.Event()
+    entered = threading.Event()
+
+    class Engine:
+        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+            batches.append([len(text) for text in ids])
+            entered.set()
+            assert gate.wait(20)
+            return list(ids)
+
+    async def run() -> None:
+        batcher = Batcher(Engine, 40, 10_000)
+        await batcher.start()
+        loop = asyncio.get_running_loop()
+        works = [Work([np.zeros(10, np.int64)], None, loop.create_future()) for _ in range(40)]
+        works.insert(8, Work([np.zeros(40, np.int64)] * 2, None, loop.create_future()))
+        for work in works:
+            batcher.submit(work)
+            while not entered.is_set():
+                await asyncio.sleep(0.01)
+        gate.set()
+        await asyncio.gather(*(work.future for work in works))
+        await batcher.close()
+
+    asyncio.run(run())
+    assert [40] in batches[1:3]
+    assert batches[3:5].count([40]) == 1
+
+
+def test_a_part_of_the_queue_is_for_small_requests() -> None:
+    async def run() -> None:
+        batcher = Batcher(lambda: None, 40, 800)  # type: ignore[arg-type,return-value]
+        batcher.running = True
+        loop = asyncio.get_running_loop()
+
+        def work(tokens: int) -> Work:
+            return Work([np.zeros(tokens, np.int64)], None, loop.create_future())
+
+        batcher.submit(work(650))
+        with pytest.raises(ApiError, match="650 tokens are waiting"):
+            batcher.submit(work(60))
+        batcher.submit(work(50))
+        for _ in range(10):
+            batcher.submit(work(10))
+        with pytest.raises(ApiError, match="800 tokens are waiting"):
+            batcher.submit(work(10))
+        batcher.queued_tokens = 0
+        batcher.submit(work(800))
+
+    asyncio.run(run())

@@ -1,9 +1,10 @@
 """From requests to batches and back: one queue, one engine thread, a token budget.
 
 The event loop puts a `Work` (the texts of one request) into the queue; the engine thread takes what is there, as many
-texts as the token budget allows, and runs them; it never waits for more while it is idle. Every batch goes round the
-requests, one text of each in turn, so that a request with a thousand texts delays one with a single text by one batch
-at most. Results go back with one wake-up of the event loop per batch, not per request.
+texts as the token budget allows, and runs them; it never waits for more while it is idle. A batch goes round the
+requests, one text of each in turn. Small requests have a round of their own, which takes turns with that of large ones:
+however many large requests there are, they delay a small one by one batch, and the batch that it is in is small, too.
+Results go back with one wake-up of the event loop per batch, not per request.
 
 State is split so that no lock is needed: the queue is the only thing that both threads write; counts of waiting tokens
 belong to the event loop, the round belongs to the engine thread. A request that was given up is only marked; the engine
@@ -41,6 +42,7 @@ class Work:
         ids: Per text token ids, i64 [tokens].
         options: What the engine's head needs to know; the same for all texts of the request.
         results: Per text what the engine made of it.
+        small: Whether it has its place in the round of small requests.
         tokens: Tokens of all texts.
         future: Done when every text has its result.
         costs: Per text what it takes of a token budget; set when the work is queued.
@@ -61,6 +63,7 @@ class Work:
         "next",
         "options",
         "results",
+        "small",
         "started_s",
         "submitted_s",
         "tokens",
@@ -78,10 +81,17 @@ class Work:
         self.left = len(ids)
         self.next = 0
         self.abandoned = False
+        self.small = True
         self.submitted_s = 0.0
         self.started_s = 0.0
         self.infer_s = 0.0
 
+
+SMALL_PART = 4
+"""A request is small if that many like it fit in a batch."""
+
+RESERVED_PART = 8
+"""This part of the queue is for small requests, while anything waits."""
 
 Item = tuple[Work, int]
 """One text of a batch: its request and its index there."""
@@ -151,7 +161,9 @@ class Batcher:
         self.on_death: Callable[[], None] = lambda: None
         self._engine: Engine | None = None
         self._inbox: SimpleQueue[Work | None] = SimpleQueue()
-        self._round: deque[Work] = deque()
+        self._small: deque[Work] = deque()
+        self._large: deque[Work] = deque()
+        self._small_ran = False
         self._cost_per_s = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -181,7 +193,10 @@ class Batcher:
         assert self._engine is not None
         work.costs = [self._engine.cost(text) for text in work.ids]
         work.waiting = sum(work.costs)
-        if self.queued_tokens + work.waiting > self.max_queue_tokens:
+        small_cost = self.max_batch_tokens // SMALL_PART
+        work.small = work.waiting <= small_cost
+        reserved = 0 if work.small or not self.queued_tokens else self.max_queue_tokens // RESERVED_PART
+        if self.queued_tokens + work.waiting > self.max_queue_tokens - reserved:
             if work.waiting > self.max_queue_tokens:
                 added = work.waiting - work.tokens
                 more = f"; masks add {added} to {work.tokens} tokens" if added else ""
@@ -189,14 +204,10 @@ class Batcher:
                     "too_large",
                     f"{exceeded('tokens', self.max_queue_tokens, work.waiting)}{more}; send fewer texts at a time",
                 )
-            raise self.queue_full()
+            raise self.try_later(f"{self.queued_tokens} tokens are waiting and the queue holds {self.max_queue_tokens}")
         self.queued_tokens += work.waiting
         work.submitted_s = time.perf_counter()
         self._inbox.put(work)
-
-    def queue_full(self) -> ApiError:
-        """The error of a request that does not fit now."""
-        return self.try_later(f"{self.queued_tokens} tokens are waiting and the queue holds {self.max_queue_tokens}")
 
     def try_later(self, reason: str) -> ApiError:
         """The error of a request that there is no room for now, with a Retry-After from the measured speed."""
@@ -260,7 +271,7 @@ class Batcher:
     def _died(self, batch: list[Item]) -> None:
         """The engine thread has ended by itself: nothing will be answered any more."""
         self.running = False
-        unfinished = [work for work, _ in batch] + list(self._round)
+        unfinished = [work for work, _ in batch] + [*self._small, *self._large]
         while not self._inbox.empty():
             if (work := self._inbox.get()) is not None:
                 unfinished.append(work)
@@ -337,36 +348,43 @@ class Batcher:
 
     def _take(self) -> list[Item] | None:
         """The next batch: waits only while there is nothing at all. None: the batcher was closed."""
-        inbox, ready = self._inbox, self._round
+        inbox, small, large = self._inbox, self._small, self._large
         items: list[Item] = []
-        budget = self.max_batch_tokens
-        spent = 0
         while not items:
-            if not ready:
-                work = inbox.get()
-                if work is None:
+            if not small and not large:
+                if (work := inbox.get()) is None:
                     return None
-                ready.append(work)
+                (small if work.small else large).append(work)
             for _ in range(inbox.qsize()):
-                work = inbox.get()
-                if work is None:
+                if (work := inbox.get()) is None:
                     inbox.put(None)  # Closing: what came before is run first.
                     break
-                ready.append(work)
-            while ready:
-                work = ready.popleft()
-                if work.abandoned:
-                    continue
-                cost = work.costs[work.next]
-                if items and spent + cost > budget:
-                    ready.appendleft(work)
-                    break
-                items.append((work, work.next))
-                spent += cost
-                work.next += 1
-                if work.next < len(work.ids):
-                    ready.append(work)
+                (small if work.small else large).append(work)
+            spent = 0
+            if not self._small_ran or not large:
+                spent = self._fill(items, small, spent)
+            self._small_ran = bool(items) and bool(large)
+            if not items:
+                spent = self._fill(items, large, spent)
+                self._fill(items, small, spent)
         return items
+
+    def _fill(self, items: list[Item], ready: deque[Work], spent: int) -> int:
+        """Adds texts to a batch, one of each request in turn, and returns what of the budget they have spent."""
+        while ready:
+            work = ready.popleft()
+            if work.abandoned:
+                continue
+            cost = work.costs[work.next]
+            if items and spent + cost > self.max_batch_tokens:
+                ready.appendleft(work)
+                break
+            items.append((work, work.next))
+            spent += cost
+            work.next += 1
+            if work.next < len(work.ids):
+                ready.append(work)
+        return spent
 
 
 class _BatchError(Exception):
