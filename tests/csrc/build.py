@@ -82,7 +82,7 @@ def missing_tools(variant: str) -> list[str]:
 
 
 def kernel_sources() -> list[Path]:
-    """The C++ that knows nothing of torch or Python: all but the ops, their registration, the module, and the link's shims."""
+    """The C++ that knows nothing of torch or Python: all but ops, registration, module, and the shims of the link."""
     left_out = {CSRC / "ops", CSRC / "compat", CSRC / "python"}
     found = [
         path
