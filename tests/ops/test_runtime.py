@@ -410,7 +410,7 @@ WRONG: list[tuple[type[Exception], str, Callable[[Tensor, Tensor, Tensor], tuple
     (ValueError, "text 1 has 21 tokens, the model takes at most 20: truncate it", lambda i, c, t: (i, [0, 3, 24, 31])),
     (ValueError, r"expected token_type_ids \[31\], got \[30\]", lambda i, c, t: (i, c, t[:30])),
     (ValueError, "expected token_type_ids from 0 to 1, got 2 at ", lambda i, c, t: (i, c, t + 1)),
-    (ValueError, "expected input_ids from 0 to 49, got -1 at ", lambda i, c, t: (i - i.max() - 1, c)),
+    (ValueError, "expected input_ids from 0 to 49, got -[0-9]+ at ", lambda i, c, t: (i - i.max() - 1, c)),
     (
         ValueError,
         "from 0 to 49, got 9223372036854775807 at 0",
@@ -815,10 +815,10 @@ def test_processes_end_with_encoders_alive(file: Path) -> None:
 
 
 def test_the_gil_is_released(generator: torch.Generator) -> None:
-    spec = dataclasses.replace(SPEC, num_layers=40, max_positions=512)
+    spec = dataclasses.replace(SPEC, num_layers=20, max_positions=512)
     weights = {n: runtime.Tensor("F32", tuple(t.shape), t.numpy()) for n, t in make_weights(spec, generator).items()}
     encoder = runtime.Encoder.pack(dataclasses.asdict(spec), weights, threads=1)
-    ids, bounds = np.ones(512 * 16, np.int64), np.arange(0, 512 * 16 + 1, 512, dtype=np.int32)
+    ids, bounds = np.ones(512 * 4, np.int64), np.arange(0, 512 * 4 + 1, 512, dtype=np.int32)
     running, counted = threading.Event(), [0]
     done = threading.Event()
 
@@ -836,10 +836,12 @@ def test_the_gil_is_released(generator: torch.Generator) -> None:
         running.wait()
         sys.setswitchinterval(1000)
         seen = 0
-        for _ in range(5):
+        for _ in range(20):
             before = counted[0]
             encoder.encode(ids, bounds)
-            seen = max(seen, counted[0] - before)
+            seen = counted[0] - before
+            if seen:
+                break
     finally:
         sys.setswitchinterval(interval)
         done.set()
