@@ -208,7 +208,7 @@ class Encoder:
             ValueError: It is damaged, of another kind or version, or holds other weights than ``dtype`` asks for.
             OSError: The system refuses threads or CPUs.
         """
-        return cls(_runtime.open(os.fspath(path), _options(dtype, threads, cpus, pin, shared)))
+        return cls(_runtime.open(os.fsencode(path), _options(dtype, threads, cpus, pin, shared)))
 
     @classmethod
     def open_image(
@@ -231,7 +231,7 @@ class Encoder:
             FileNotFoundError: There is no such file.
             ValueError: It is damaged, of another version, not sealed, or for another kind of CPU.
         """
-        where = source if isinstance(source, int) else os.fspath(source)
+        where = source if isinstance(source, int) else os.fsencode(source)
         return cls(_runtime.open_image(where, _options(None, threads, cpus, pin, False)))
 
     @classmethod
@@ -268,7 +268,7 @@ class Encoder:
         parts = []
         for weight, given in tensors.items():
             several: Sequence[Tensor] = [given] if isinstance(given, Tensor) else given
-            parts += [(weight, _ELEMENT_TYPES[part.dtype], tuple(part.shape), part.data) for part in several]
+            parts += [(weight, _element_type(weight, part), tuple(part.shape), part.data) for part in several]
         head_json = None if head is None else json.dumps(dict(head))
         options = _options(dtype, threads, cpus, pin, shared)
         return cls(_runtime.pack(name, json.dumps(dict(spec)), head_json, parts, options))
@@ -314,7 +314,7 @@ class Encoder:
         Raises:
             OSError: The file cannot be written.
         """
-        self._encoder.save_image(os.fspath(path))
+        self._encoder.save_image(os.fsencode(path))
 
     def __repr__(self) -> str:
         head = f", task={self.task}" if self.task else ""
@@ -340,6 +340,13 @@ def default_threads() -> int:
     return count
 
 
+def _element_type(weight: str, part: Tensor) -> int:
+    if part.dtype not in _ELEMENT_TYPES:
+        known = ", ".join(_ELEMENT_TYPES)
+        raise ValueError(f"Encoder: expected {weight} of one of the dtypes {known}, got {part.dtype!r}")
+    return _ELEMENT_TYPES[part.dtype]
+
+
 def _options(
     dtype: str | None, threads: int | None, cpus: Iterable[int], pin: bool, shared: bool
 ) -> tuple[str | None, int, tuple[int, ...], bool, bool]:
@@ -354,4 +361,14 @@ def _at_least_1(number: int) -> int:
 
 def _integers(values: Any, kind: Literal["q", "i"]) -> Any:
     """Lists as arrays; everything else as it is."""
-    return array(kind, values) if isinstance(values, (list, tuple, range)) else values
+    if not isinstance(values, (list, tuple, range)):
+        return values
+    bits = 64 if kind == "q" else 32
+    try:
+        return array(kind, values)
+    except OverflowError as error:
+        raise ValueError(f"Encoder: expected integers of {bits} bits, got one that is larger: {error}") from error
+    except TypeError as error:
+        raise TypeError(f"Encoder: expected a list of integers or an array of int{bits}: {error}") from error
+
+

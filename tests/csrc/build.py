@@ -82,8 +82,8 @@ def missing_tools(variant: str) -> list[str]:
 
 
 def kernel_sources() -> list[Path]:
-    """The C++ that knows nothing of torch: all but the ops, their registration, and the shims of the library's link."""
-    left_out = {CSRC / "ops", CSRC / "compat"}
+    """The C++ that knows nothing of torch or Python: all but ops, registration, module, and the shims of the link."""
+    left_out = {CSRC / "ops", CSRC / "compat", CSRC / "python"}
     found = [
         path
         for path in sorted(CSRC.rglob("*.cpp"))
@@ -177,7 +177,7 @@ def _locked(variant: str) -> Iterator[Path]:
 
 
 def _compile(v: Variant, folder: Path, sources: Sequence[Path]) -> list[Path]:
-    kernel_headers, test_headers = _headers(CSRC), _headers(TESTS)
+    kernel_headers, test_headers = _headers(CSRC, CSRC.parent / "include"), _headers(TESTS)
 
     def compile_one(source: Path) -> Path:
         is_test = TESTS in source.parents

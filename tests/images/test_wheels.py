@@ -1,4 +1,4 @@
-"""The wheels of both architectures, as files: name, content, and what their library asks of the system.
+"""The wheels of both architectures, as files: name, content, and what their libraries ask of the system.
 
 ``TORCH_EXT_WHEELS`` names the folder they lie in; ``.ci/run wheels`` builds them.
 """
@@ -37,10 +37,23 @@ def wheel(machine: str) -> Path:
     return found[0]
 
 
+# The libraries of the package, and what each needs besides the system's.
+LIBRARIES = {
+    "torch_ext/_C.abi3.so": {"libtorch_cpu.so"},
+    "torch_ext/_runtime.abi3.so": {"libtorch_ext_runtime.so"},
+    "torch_ext/libtorch_ext_runtime.so": set(),
+}
+
+
+@pytest.fixture(params=LIBRARIES, name="name")
+def fixture_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def library(wheel: Path, tmp_path: Path) -> Path:
+def library(wheel: Path, name: str, tmp_path: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract("torch_ext/_C.abi3.so", tmp_path))
+        return Path(archive.extract(name, tmp_path))
 
 
 def readelf(option: str, path: Path) -> str:
@@ -61,9 +74,10 @@ def test_nothing_but_the_package_is_installed(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"torch_ext"}
-    assert [name for name in names if name.endswith(".so")] == ["torch_ext/_C.abi3.so"]
-    assert "torch_ext/py.typed" in names
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
+    assert {name for name in names if name.endswith(".so")} == set(LIBRARIES)
+    assert {"torch_ext/py.typed", "torch_ext/_runtime.pyi"} <= set(names)
+    assert [name for name in names if name.endswith(".h")] == ["torch_ext/include/torch_ext_runtime.h"]
+    assert not [name for name in names if name.endswith((".cpp", ".inl", ".map", ".pyc"))]
 
 
 def test_nothing_is_installed_with_it_unasked(wheel: Path) -> None:
@@ -81,12 +95,22 @@ def test_the_library_is_for_the_wheels_architecture(library: Path, machine: str)
     assert found[1].strip() == MACHINES[machine]
 
 
-def test_the_library_needs_torchs_stable_part_only(library: Path) -> None:
-    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("--dynamic", library)))
-    assert "libtorch_cpu.so" in needed
+def test_the_library_needs_what_it_should(library: Path, name: str) -> None:
+    dynamic = readelf("--dynamic", library)
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
+    assert LIBRARIES[name] <= needed
     system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libpthread.so.0"}
-    assert needed <= {"libtorch_cpu.so", *system, "ld-linux-aarch64.so.1", "ld-linux-x86-64.so.2"}
-    assert "RUNPATH" not in readelf("--dynamic", library)
+    assert needed <= {*LIBRARIES[name], *system, "ld-linux-aarch64.so.1", "ld-linux-x86-64.so.2"}
+    # The module finds its library beside itself, wherever that is.
+    runpath = re.findall(r"\(RUNPATH\).*\[(.*)\]", dynamic)
+    assert runpath == (["$ORIGIN"] if "libtorch_ext_runtime.so" in needed else [])
+
+
+def test_the_runtime_shows_its_c_interface_alone(library: Path, name: str) -> None:
+    symbols = re.findall(r"GLOBAL\s+DEFAULT\s+\d+ (\S+)$", readelf("--dyn-syms", library), re.MULTILINE)
+    shown = {"torch_ext/_runtime.abi3.so": "PyInit__runtime", "torch_ext/libtorch_ext_runtime.so": "txr_.*"}
+    assert symbols or name == "torch_ext/_C.abi3.so"
+    assert [symbol for symbol in symbols if not re.fullmatch(shown.get(name, ""), symbol)] == []
 
 
 def test_the_library_runs_on_old_systems(library: Path) -> None:

@@ -281,10 +281,18 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool) -> Boun
     offsets = cu_seqlens.tolist()
     for begin, end in itertools.pairwise(offsets):
         rows = hidden[begin:end].double()
-        if mode == "mean":
-            value, error = rows.mean(0), (end - begin + 4) * EPS32 * rows.abs().mean(0)
+        n = end - begin
+        weights = {
+            "mean": torch.full((n,), 1 / n, dtype=torch.float64),
+            "weightedmean": torch.arange(1, n + 1, dtype=torch.float64) / (n * (n + 1) / 2),
+            "mean_sqrt_len_tokens": torch.full((n,), n**-0.5, dtype=torch.float64),
+        }
+        if mode in weights:
+            w = weights[mode][:, None]
+            # A weight has roundings of its own, too.
+            value, error = (w * rows).sum(0), (n + 8) * EPS32 * (w * rows.abs()).sum(0)
         else:
-            value = rows[0] if mode == "cls" else rows.amax(0)
+            value = {"cls": rows[0], "lasttoken": rows[-1], "max": rows.amax(0)}[mode]
             error = torch.zeros_like(value)
         if normalize:
             norm = value.norm().clamp_min(1e-12)

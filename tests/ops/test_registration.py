@@ -86,7 +86,11 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
             ((ids, bounds, ids % 2, *(table.to(bf16) for table in tables), *norm, 1e-5, 2), {}),
             ((ids, bounds, None, *tables[:2], None, *norm, 1e-5, 2, 4), {}),
         ],
-        "pool": [((rand(5, 8), bounds, "mean", True), {}), ((rand(5, 8, dtype=bf16), bounds, "max", False), {})],
+        "pool": [
+            ((rand(5, 8, dtype=dtype), bounds, mode, normalize), {})
+            for mode in torch_ext.ops.POOLING_MODES
+            for dtype, normalize in ((torch.float32, True), (bf16, False))
+        ],
     }
 
 

@@ -233,7 +233,7 @@ def test_embed_layer_norm_errors(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+@pytest.mark.parametrize("mode", torch_ext.ops.POOLING_MODES)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_pool(generator: torch.Generator, dtype: torch.dtype, mode: str, normalize: bool) -> None:
     for width, lengths in itertools.product((1, 3, 16, 17, 384), ([1], [5, 1, 200, 7], [])):
@@ -259,7 +259,7 @@ def test_pool_max_of_negative_numbers() -> None:
 def test_pool_errors() -> None:
     hidden, bounds = torch.ones(5, 8), reference.cu_seqlens([2, 3])
     for match, arguments in (
-        ("expected mode mean, cls or max, got 'sum'", (hidden, bounds, "sum")),
+        ("expected mode one of mean, cls, max, lasttoken, weightedmean, .*; got 'sum'", (hidden, bounds, "sum")),
         ("sequence 1 has no tokens", (hidden, reference.cu_seqlens([2, 0, 3]))),
         (r"expected hidden \[T, H\]", (torch.ones(5), bounds)),
         ("fp32 or bf16, got fp16", (hidden.half(), bounds)),

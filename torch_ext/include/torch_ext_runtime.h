@@ -2,7 +2,7 @@
 /// the C and C++ runtime libraries.
 ///
 ///   txr_encoder* encoder;
-///   txr_error error = {sizeof error};
+///   txr_error error = {.struct_size = sizeof error};
 ///   if (txr_open("encoder_bf16.safetensors", NULL, &encoder, &error) != TXR_OK) puts(error.message);
 ///
 /// Every function may be called from several threads at once, with the same encoder, too. No exception leaves the library.
@@ -28,12 +28,12 @@ extern "C" {
 
 typedef enum txr_status {
   TXR_OK = 0,
-  TXR_ERROR_VALUE = 1,      /* an argument, or what a file holds, is wrong */
-  TXR_ERROR_TYPE = 2,       /* an argument has the wrong element type */
-  TXR_ERROR_NOT_FOUND = 3,  /* there is no such file */
-  TXR_ERROR_SYSTEM = 4,     /* the operating system refused */
-  TXR_ERROR_MEMORY = 5,     /* there is not enough memory */
-  TXR_ERROR_INTERNAL = 6    /* anything else */
+  TXR_ERROR_VALUE = 1,     /* an argument, or what a file holds, is wrong */
+  TXR_ERROR_TYPE = 2,      /* an argument has the wrong element type */
+  TXR_ERROR_NOT_FOUND = 3, /* there is no such file */
+  TXR_ERROR_SYSTEM = 4,    /* the operating system refused */
+  TXR_ERROR_MEMORY = 5,    /* there is not enough memory */
+  TXR_ERROR_INTERNAL = 6   /* anything else */
 } txr_status;
 
 /* What went wrong, in words. Functions take NULL where nobody wants to know. */
@@ -120,10 +120,12 @@ TXR_API size_t txr_default_threads(void);
 TXR_API txr_status txr_open(const char* path, const txr_options* options, txr_encoder** encoder, txr_error* error);
 
 /* Packs weights that are in memory; they are not needed afterwards. */
-TXR_API txr_status txr_pack(const txr_model* model, const txr_options* options, txr_encoder** encoder, txr_error* error);
+TXR_API txr_status txr_pack(const txr_model* model, const txr_options* options, txr_encoder** encoder,
+                            txr_error* error);
 
 /* Maps what txr_save_image wrote or txr_share gave, read-only. `dtype` and `shared` of the options mean nothing here. */
-TXR_API txr_status txr_open_image(const char* path, const txr_options* options, txr_encoder** encoder, txr_error* error);
+TXR_API txr_status txr_open_image(const char* path, const txr_options* options, txr_encoder** encoder,
+                                  txr_error* error);
 TXR_API txr_status txr_open_image_fd(int fd, const txr_options* options, txr_encoder** encoder, txr_error* error);
 
 /* Writes the packed model as a file for other processes on machines of this kind. */
@@ -147,8 +149,8 @@ TXR_API txr_status txr_pool(const txr_states* states, const txr_pooling* pooling
                             txr_error* error);
 /* What a head for text classification says of each text, fp32 [texts, outputs]. */
 TXR_API txr_status txr_text_logits(const txr_states* states, float* out, size_t count, txr_error* error);
-/* What a head says of some tokens, fp32 [row_count, outputs]: of the batch's tokens rows [row_count]; NULL: of all. Labels of
-   tokens, the start and the end of an answer, or words for a mask. */
+/* What a head for tokens says of some of them, fp32 [row_count, outputs]: of the batch's tokens rows [row_count]; NULL: of
+   all. Labels of tokens, the start and the end of an answer, or words for a mask. */
 TXR_API txr_status txr_token_logits(const txr_states* states, const int64_t* rows, size_t row_count, float* out,
                                     size_t count, txr_error* error);
 /* The k likeliest outputs for some tokens, likeliest first: their indices and probabilities, each [row_count, k]. */

@@ -27,8 +27,8 @@ class Sections {
   const char* get(size_t index, uint64_t bytes) const {
     const Section& s = table_[index];
     if (s.bytes == 0) return nullptr;
-    check(s.bytes == bytes && s.offset <= bytes_ && s.bytes <= bytes_ - s.offset, op_,
-          ": the packed encoder is damaged: section ", index, " has ", s.bytes, " bytes, expected ", bytes);
+    check(s.bytes == bytes && s.offset <= bytes_ && s.bytes <= bytes_ - s.offset && s.offset % kPackedAlignment == 0,
+          op_, ": the packed encoder is damaged: section ", index, " has ", s.bytes, " bytes, expected ", bytes);
     return data_ + s.offset;
   }
   const float* floats(size_t index, uint64_t count) const {

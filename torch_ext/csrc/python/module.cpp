@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -31,7 +33,8 @@ int PyObject_GetBuffer(PyObject* exporter, Py_buffer* view, int flags);
 void PyBuffer_Release(Py_buffer* view);
 int PyObject_CheckBuffer(PyObject* object);
 }
-constexpr int PyBUF_WRITABLE = 0x1, PyBUF_FORMAT = 0x4, PyBUF_ND = 0x8, PyBUF_STRIDES = 0x18;
+constexpr int PyBUF_WRITABLE = 0x1, PyBUF_FORMAT = 0x4, PyBUF_ND = 0x8, PyBUF_STRIDES = 0x18,
+              PyBUF_F_CONTIGUOUS = 0x40 | PyBUF_STRIDES;
 #endif
 
 namespace {
@@ -96,7 +99,10 @@ bool call(const F& fn) {
   status = fn(&error);
   PyEval_RestoreThread(state);
   if (status == TXR_OK) return true;
-  PyErr_SetString(exception_of(status), error.message);
+  // Paths need not be UTF-8.
+  const Owned message(
+      PyUnicode_DecodeUTF8(error.message, static_cast<Py_ssize_t>(std::strlen(error.message)), "replace"));
+  if (message) PyErr_SetObject(exception_of(status), message.get());
   return false;
 }
 
@@ -147,7 +153,12 @@ class Integers {
       data_ = reinterpret_cast<const T*>(data);
       return true;
     }
-    copy_.resize(size_ + 1);
+    try {
+      copy_.resize(size_ + 1);
+    } catch (const std::exception&) {  // no memory, or more than vectors hold: a view may repeat one element for ever
+      PyErr_Format(PyExc_MemoryError, "Encoder: no memory for a copy of %zu integers", size_);
+      return false;
+    }
     for (size_t i = 0; i < size_; ++i) {
       std::memcpy(&copy_[i], data + static_cast<Py_ssize_t>(i) * stride_bytes, sizeof(T));
     }
@@ -251,6 +262,11 @@ void array_dealloc(PyObject* self) {
 
 int array_getbuffer(PyObject* object, Py_buffer* view, int flags) {
   auto* const self = reinterpret_cast<Array*>(object);
+  view->obj = nullptr;
+  if ((flags & PyBUF_F_CONTIGUOUS) == PyBUF_F_CONTIGUOUS && self->shape[0] > 1 && self->shape[1] > 1) {
+    PyErr_SetString(PyExc_BufferError, "Array: its elements lie row after row, not column after column");
+    return -1;
+  }
   view->buf = self->data;
   view->obj = Py_NewRef(object);
   view->len = self->shape[0] * self->strides[0];
@@ -269,11 +285,12 @@ int array_getbuffer(PyObject* object, Py_buffer* view, int flags) {
 struct SharedArray {
   DLManagedTensor managed;
   PyObject* array;
-  int64_t shape[2];
+  int64_t shape[2], strides[2];
 };
 
 void delete_shared(DLManagedTensor* managed) {
   auto* const shared = static_cast<SharedArray*>(managed->context);
+  if (!Py_IsInitialized()) return;  // the end of the program: somebody kept it until after Python
   const PyGILState_STATE state = PyGILState_Ensure();
   Py_DECREF(shared->array);
   PyGILState_Release(state);
@@ -286,19 +303,43 @@ void delete_capsule(PyObject* capsule) {
   managed->deleter(managed);
 }
 
-PyObject* array_dlpack(PyObject* object, PyObject*, PyObject*) {
+template <typename T>
+PyObject* copy_of(const Array& from) {
+  Array* const copy = new_array<T>(static_cast<size_t>(from.shape[0]), static_cast<size_t>(from.shape[1]));
+  if (copy) std::memcpy(copy->data, from.data, static_cast<size_t>(from.shape[0] * from.strides[0]));
+  return reinterpret_cast<PyObject*>(copy);
+}
+
+// The options are those of the array API: stream, max_version, dl_device and copy.
+PyObject* array_dlpack(PyObject* object, PyObject*, PyObject* options) {
+  PyObject* const device = options ? PyDict_GetItemString(options, "dl_device") : nullptr;
+  if (device && device != Py_None) {
+    int type, id;
+    if (!PyArg_ParseTuple(device, "ii", &type, &id)) return nullptr;
+    if (type != kDLCpu) return PyErr_Format(PyExc_BufferError, "Array: it is on the CPU, not on device type %d", type);
+  }
+  Owned copied;
+  if (options && PyDict_GetItemString(options, "copy") == Py_True) {
+    const auto& from = *reinterpret_cast<Array*>(object);
+    copied.reset(from.format[0] == 'f' ? copy_of<float>(from) : copy_of<int64_t>(from));
+    if (!copied) return nullptr;
+    object = copied.get();
+  }
   auto* const self = reinterpret_cast<Array*>(object);
   auto* const shared = new (std::nothrow) SharedArray{};
   if (!shared) return PyErr_NoMemory();
   shared->array = Py_NewRef(object);
   shared->shape[0] = self->shape[0];
   shared->shape[1] = self->shape[1];
+  shared->strides[0] = self->shape[1];
+  shared->strides[1] = 1;
   DLTensor& t = shared->managed.tensor;
   t.data = self->data;
   t.device = {kDLCpu, 0};
   t.ndim = 2;
   t.dtype = {self->format[0] == 'f' ? kDLFloat : kDLInt, static_cast<uint8_t>(8 * self->itemsize), 1};
   t.shape = shared->shape;
+  t.strides = shared->strides;
   shared->managed.context = shared;
   shared->managed.deleter = delete_shared;
   PyObject* const capsule = PyCapsule_New(&shared->managed, "dltensor", delete_capsule);
@@ -537,7 +578,7 @@ PyObject* encoder_share(PyObject* object, PyObject*) {
 
 PyObject* encoder_save_image(PyObject* object, PyObject* args) {
   const char* path;
-  if (!PyArg_ParseTuple(args, "s", &path)) return nullptr;
+  if (!PyArg_ParseTuple(args, "y", &path)) return nullptr;
   txr_encoder* const encoder = reinterpret_cast<EncoderObject*>(object)->encoder;
   if (!call([&](txr_error* error) { return txr_save_image(encoder, path, error); })) return nullptr;
   Py_RETURN_NONE;
@@ -574,10 +615,12 @@ struct ParsedOptions {
       return false;
     }
     for (Py_ssize_t i = 0; i < PyTuple_Size(cpu_tuple); ++i) {
-      const long cpu = PyLong_AsLong(PyTuple_GetItem(cpu_tuple, i));
+      int overflow = 0;
+      PyObject* const number = PyTuple_GetItem(cpu_tuple, i);
+      const long cpu = PyLong_AsLongAndOverflow(number, &overflow);
       if (cpu == -1 && PyErr_Occurred()) return false;
-      if (cpu < 0 || cpu > INT32_MAX) {
-        PyErr_Format(PyExc_ValueError, "Encoder: expected numbers of CPUs, got %ld", cpu);
+      if (overflow || cpu < 0 || cpu > INT32_MAX) {
+        PyErr_Format(PyExc_ValueError, "Encoder: expected numbers of CPUs, got %S", number);
         return false;
       }
       cpus.push_back(static_cast<int32_t>(cpu));
@@ -593,7 +636,7 @@ PyObject* module_open(PyObject*, PyObject* args) {
   const char* path;
   PyObject* tuple;
   ParsedOptions parsed;
-  if (!PyArg_ParseTuple(args, "sO!", &path, &PyTuple_Type, &tuple) || !parsed.read(tuple)) return nullptr;
+  if (!PyArg_ParseTuple(args, "yO!", &path, &PyTuple_Type, &tuple) || !parsed.read(tuple)) return nullptr;
   return new_encoder(
       [&](txr_encoder** encoder, txr_error* error) { return txr_open(path, &parsed.options, encoder, error); });
 }
@@ -603,15 +646,21 @@ PyObject* module_open_image(PyObject*, PyObject* args) {
   ParsedOptions parsed;
   if (!PyArg_ParseTuple(args, "OO!", &source, &PyTuple_Type, &tuple) || !parsed.read(tuple)) return nullptr;
   if (PyLong_Check(source)) {
-    const long fd = PyLong_AsLong(source);
+    int overflow = 0;
+    const long fd = PyLong_AsLongAndOverflow(source, &overflow);
     if (fd == -1 && PyErr_Occurred()) return nullptr;
+    if (overflow || fd < 0 || fd > INT32_MAX) {
+      return PyErr_Format(PyExc_ValueError, "Encoder: expected a file descriptor, got %S", source);
+    }
     return new_encoder([&](txr_encoder** encoder, txr_error* error) {
       return txr_open_image_fd(static_cast<int>(fd), &parsed.options, encoder, error);
     });
   }
-  Py_ssize_t size;
-  const char* const path = PyUnicode_AsUTF8AndSize(source, &size);
+  const char* const path = PyBytes_AsString(source);
   if (!path) return nullptr;
+  if (std::strlen(path) != static_cast<size_t>(PyBytes_Size(source))) {
+    return PyErr_Format(PyExc_ValueError, "Encoder: expected a path, got one with a zero byte");
+  }
   return new_encoder(
       [&](txr_encoder** encoder, txr_error* error) { return txr_open_image(path, &parsed.options, encoder, error); });
 }

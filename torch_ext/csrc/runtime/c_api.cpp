@@ -35,7 +35,9 @@ txr_status describe_error(txr_error* error, ErrorCode code, const char* message)
   const size_t first = offsetof(txr_error, message);
   if (error && error->struct_size > first) {
     const size_t room = std::min(error->struct_size, sizeof *error) - first;
-    const size_t length = std::min(std::strlen(message), room - 1);
+    size_t length = std::min(std::strlen(message), room - 1);
+    // Not in the middle of a character of UTF-8.
+    while (length > 0 && (message[length] & 0xc0) == 0x80) --length;
     std::memcpy(error->message, message, length);
     error->message[length] = '\0';
   }
@@ -149,6 +151,8 @@ txr_status txr_pack(const txr_model* model, const txr_options* options, txr_enco
     const char* at = reinterpret_cast<const char*>(m.tensors);
     for (size_t i = 0; i < m.tensor_count; ++i) {
       const auto& tensor = *reinterpret_cast<const txr_tensor*>(at);
+      expect(tensor.struct_size % alignof(txr_tensor) == 0, "txr_tensor: struct_size is ", tensor.struct_size,
+             ", expected sizeof(txr_tensor)");
       const TensorView view = read_tensor(tensor);
       weights[tensor.name].push_back(view);
       at += tensor.struct_size;

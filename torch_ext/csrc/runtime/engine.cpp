@@ -181,6 +181,9 @@ void States::check_rows(const int64_t* rows, size_t count) const {
 
 void States::token_logits(const int64_t* rows, size_t count, float* out) const {
   const HeadModel& model = head();
+  const std::string& task = engine_->image().specs().head->task;
+  expect(task != "text-classification", "Encoder: expected a head for tokens, this one is for ", task,
+         ": ask for text_logits");
   const EncoderHeader& h = engine_->image().encoder().header;
   const DType type{h.type};
   if (!rows) {
@@ -216,12 +219,12 @@ void States::top_k(const int64_t* rows, size_t count, size_t k, int64_t* indices
         return x != y ? x > y : a < b;
       };
       std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k), order.end(), better);
-      const float largest = row[order[0]];
-      double sum = 0.0;
-      for (size_t j = 0; j < n; ++j) sum += std::exp(row[j] - largest);
+      std::vector<float> scores(round_up(n, kMaxVecWidth));
+      std::copy(row, row + n, scores.begin());
+      const float sum = engine_->dispatch().vec->softmax_row(scores.data(), n, 1.0f);
       for (size_t j = 0; j < k; ++j) {
         indices[(first + i) * k + j] = order[j];
-        probabilities[(first + i) * k + j] = static_cast<float>(std::exp(row[order[j]] - largest) / sum);
+        probabilities[(first + i) * k + j] = scores[static_cast<size_t>(order[j])] / sum;
       }
     });
   }

@@ -13,11 +13,11 @@
 namespace torch_ext::runtime {
 
 struct Options {
-  std::string dtype;      ///< "bf16", "fp32" or "int8"; empty: as the file was saved
-  size_t threads = 0;     ///< 0: what affinity and quota of the process leave it
-  std::vector<int> cpus;  ///< that its threads may run on; empty: those of the process
-  bool pin = false;       ///< each thread to one of the CPUs
-  bool shared = false;    ///< weights in memory that other processes can map
+  std::string dtype = {};      ///< "bf16", "fp32" or "int8"; empty: as the file was saved
+  size_t threads = 0;          ///< 0: what affinity and quota of the process leave it
+  std::vector<int> cpus = {};  ///< that its threads may run on; empty: those of the process
+  bool pin = false;            ///< each thread to one of the CPUs
+  bool shared = false;         ///< weights in memory that other processes can map
 };
 
 class States;

@@ -9,6 +9,7 @@
 #include <functional>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "cpu_features.h"
@@ -202,10 +203,15 @@ class Packer {
         continue;
       }
       check_shape(weight, *parts, shape);
-      const bool s8 = (*parts)[0].type == ElementType::kS8;
-      if (!s8) continue;
+      const auto is_s8 = [](const TensorView& part) { return part.type == ElementType::kS8; };
+      if (std::none_of(parts->begin(), parts->end(), is_s8)) {
+        expect(!find(weight + "_scale"), name_, ": expected ", weight, " of i8, since there is ", weight,
+               "_scale, got ", describe((*parts)[0]));
+        continue;
+      }
       expect(is_matrix(weight) && specs_.dtype == "int8" && parts->size() == 1, name_, ": expected ", weight,
-             " of fp32, fp16 or bf16, got ", describe((*parts)[0]));
+             parts->size() > 1 ? " in one part, or of fp32, fp16 or bf16, got " : " of fp32, fp16 or bf16, got ",
+             describe((*parts)[0]));
       const std::string scale = weight + "_scale";
       if (const std::vector<TensorView>* const scales = find(scale)) {
         check_shape(scale, *scales, {shape[0]});
@@ -345,6 +351,22 @@ EncoderHeader encoder_header(const EncoderSpec& s, DType type) {
   return h;
 }
 
+// Whether a packed encoder is that of a specification.
+bool fits(const EncoderModel& model, const EncoderSpec& spec, const std::string& dtype) {
+  const DType type = dtype == "fp32" ? DType::kF32 : DType::kBF16;
+  EncoderHeader h = encoder_header(spec, type);
+  const EncoderHeader& got = model.header;
+  std::memcpy(h.magic, got.magic, sizeof h.magic);
+  h.version = got.version;
+  h.sections = got.sections;
+  h.bytes = got.bytes;
+  h.checksum = got.checksum;
+  return std::memcmp(&h, &got, sizeof h) == 0 && spec.absolute_positions == (model.position != nullptr) &&
+         (spec.type_vocab_size > 0) == (model.token_type != nullptr) &&
+         (spec.relative_attention_buckets > 0) == (model.relative_bias != nullptr) &&
+         (spec.rotary_theta > 0.0) == (model.rotary != nullptr && model.rotary_local != nullptr);
+}
+
 // What follows from the specification: [relative bias, rotary angles, angles of local layers].
 struct Derived {
   uint64_t bytes[3] = {};
@@ -377,7 +399,8 @@ Derived derived_sections(const EncoderSpec& s, const Packer& packer) {
 }
 
 File new_memory_file(size_t bytes) {
-  File file(memfd_create("torch_ext image", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  // The library's memfd_create would need a newer one than the rest.
+  File file(static_cast<int>(syscall(SYS_memfd_create, "torch_ext image", MFD_CLOEXEC | MFD_ALLOW_SEALING)));
   if (file.fd() < 0) fail_by_errno("cannot make a file of memory");
   if (ftruncate(file.fd(), static_cast<off_t>(bytes)) != 0)
     fail_by_errno(joined("cannot get ", bytes, " bytes of memory"));
@@ -552,6 +575,7 @@ void Image::read(const std::string& name, const Dispatch& dispatch) {
   const std::string_view encoder = get(h.encoder);
   try {
     encoder_ = read_encoder(name.c_str(), encoder.data(), encoder.size(), dispatch, LinearEngine::kOwn);
+    expect(fits(encoder_, specs_.encoder, specs_.dtype), name, " is damaged: its weights do not fit its specification");
     if (!specs_.head) return;
     HeadModel head;
     const HeadSpec& spec = *specs_.head;
@@ -565,8 +589,9 @@ void Image::read(const std::string& name, const Dispatch& dispatch) {
     const auto matrix = [&](HeadSection section, int64_t n, int64_t k) {
       const std::string_view bytes = get(h.head[section]);
       const PackedHeader packed = read_packed_header(name.c_str(), bytes.data(), bytes.size());
-      const GemmKernel& kernel = *own_kernel(dispatch, LinearEngine::kOwn, packed.layout);
-      check_layout(name.c_str(), packed, kernel.layout, kernel.nr, kernel.kr, dispatch.isa->name);
+      const GemmKernel* const kernel = own_kernel(dispatch, LinearEngine::kOwn, packed.layout);
+      expect(kernel, name, " is damaged: a matrix of the head is packed as ", layout_name(packed.layout));
+      check_layout(name.c_str(), packed, kernel->layout, kernel->nr, kernel->kr, dispatch.isa->name);
       expect(static_cast<int64_t>(packed.n) == n && static_cast<int64_t>(packed.k) == k, name,
              " is damaged: a matrix of the head has other sizes than its specification");
       return Matrix{packed, bytes.data(), floats(static_cast<HeadSection>(section + 1), n)};

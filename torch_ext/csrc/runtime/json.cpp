@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
+#include <locale.h>
 #include <unordered_set>
 
 #include "runtime/error.h"
@@ -11,6 +12,29 @@ namespace torch_ext::runtime {
 namespace {
 
 constexpr int kMaxDepth = 32;
+
+// The number of a token that is one. strtod itself would take the decimal point of the program's locale.
+double to_double(const std::string& token) {
+  static const locale_t c = newlocale(LC_ALL_MASK, "C", nullptr);
+  return strtod_l(token.c_str(), nullptr, c);
+}
+
+// Bytes of the UTF-8 character that `text` begins with; 0 if it is none.
+size_t utf8_length(std::string_view text) {
+  const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
+  const unsigned char first = byte(0);
+  if (first < 0x80) return 1;
+  const size_t length = first >= 0xf0 ? 4 : first >= 0xe0 ? 3 : 2;
+  if (first < 0xc2 || first > 0xf4 || text.size() < length) return 0;
+  for (size_t i = 1; i < length; ++i) {
+    if ((byte(i) & 0xc0) != 0x80) return 0;
+  }
+  // Spelled longer than need be, half of a surrogate pair, or beyond Unicode.
+  const unsigned char second = byte(1);
+  const bool wrong = (first == 0xe0 && second < 0xa0) || (first == 0xed && second >= 0xa0) ||
+                     (first == 0xf0 && second < 0x90) || (first == 0xf4 && second >= 0x90);
+  return wrong ? 0 : length;
+}
 
 class Parser {
  public:
@@ -132,7 +156,7 @@ class Parser {
       if (digits() == 0) wrong("a digit");
     }
     const std::string token(text_.substr(begin, at_ - begin));
-    value.number = std::strtod(token.c_str(), nullptr);
+    value.number = to_double(token);
     errno = 0;
     value.integer = integer ? std::strtoll(token.c_str(), nullptr, 10) : 0;
     value.kind = integer && errno == 0 ? Json::Kind::kInteger : Json::Kind::kNumber;
@@ -173,7 +197,10 @@ class Parser {
       if (c == '"') return s;
       if (static_cast<unsigned char>(c) < 0x20) wrong("an escaped control character");
       if (c != '\\') {
-        s += c;
+        const size_t length = utf8_length(text_.substr(--at_));
+        if (length == 0) wrong("UTF-8");
+        s += text_.substr(at_, length);
+        at_ += length;
         continue;
       }
       const char escape = peek();
@@ -183,8 +210,9 @@ class Parser {
         s += kTo[which];
       } else if (escape == 'u') {
         uint32_t code = hex4();
-        if (code >= 0xd800 && code < 0xdc00 && text_.substr(at_, 2) == "\\u") {
-          at_ += 2;
+        if (code >= 0xdc00 && code < 0xe000) wrong("the first half of a surrogate pair before the second");
+        if (code >= 0xd800 && code < 0xdc00) {
+          if (!take_word("\\u")) wrong("the second half of a surrogate pair");
           const uint32_t low = hex4();
           if (low < 0xdc00 || low >= 0xe000) wrong("the second half of a surrogate pair");
           code = 0x10000 + (code - 0xd800) * 0x400 + (low - 0xdc00);

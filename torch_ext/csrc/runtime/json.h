@@ -24,8 +24,8 @@ struct Json {
   const Json* find(std::string_view name) const;
 };
 
-/// Throws an `Error` of kind kValue that names the place, unless `text` is one JSON value, with objects that name no field
-/// twice, nested at most 32 deep.
+/// Throws an `Error` of kind kValue that names the place, unless `text` is one JSON value in UTF-8, with objects that name no
+/// field twice, nested at most 32 deep.
 Json parse_json(std::string_view text);
 
 /// `text` in quotes, escaped.

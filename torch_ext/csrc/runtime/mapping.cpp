@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "runtime/error.h"
@@ -42,6 +43,8 @@ Mapping Mapping::of_file(int fd, size_t bytes, bool writable, const std::string&
   m.data_ = map(bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, name);
   m.bytes_ = bytes;
   madvise(m.data_, bytes, MADV_HUGEPAGE);  // means something for files of memory alone
+  // A file that a process can write to is never sealed: not even a child that is forked meanwhile.
+  if (writable) madvise(m.data_, bytes, MADV_DONTFORK);
   return m;
 }
 
@@ -50,16 +53,16 @@ File::~File() {
 }
 
 File File::open_to_read(const std::string& path) {
-  File file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  File file(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // to open a pipe would wait for its writer
   if (file.fd_ < 0) fail_by_errno("cannot open " + path);
   return file;
 }
 
 size_t File::size(const std::string& name) const {
-  struct statx status;  // fstat would need a newer C library than the rest
-  if (statx(fd_, "", AT_EMPTY_PATH, STATX_TYPE | STATX_SIZE, &status) != 0) fail_by_errno("cannot look at " + name);
-  if (!S_ISREG(status.stx_mode)) fail(ErrorCode::kValue, name, " is not a regular file");
-  return static_cast<size_t>(status.stx_size);
+  struct stat status;  // the library's fstat would need a newer one than the rest
+  if (syscall(SYS_fstat, fd_, &status) != 0) fail_by_errno("cannot look at " + name);
+  if (!S_ISREG(status.st_mode)) fail(ErrorCode::kValue, name, " is not a regular file");
+  return static_cast<size_t>(status.st_size);
 }
 
 }  // namespace torch_ext::runtime

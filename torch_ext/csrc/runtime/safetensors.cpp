@@ -1,7 +1,9 @@
 #include "runtime/safetensors.h"
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
+#include <utility>
 
 #include "runtime/error.h"
 #include "runtime/json.h"
@@ -64,6 +66,7 @@ SafetensorsFile SafetensorsFile::open(const std::string& path) {
   }
   sound(header.is(Json::Kind::kObject), "its header is no object");
   const size_t start = sizeof header_bytes + static_cast<size_t>(header_bytes), room = size - start;
+  std::vector<std::pair<uint64_t, uint64_t>> places;
   for (const auto& [name, entry] : header.fields) {
     sound(entry.is(Json::Kind::kObject), "its header has no object for ", name);
     if (name == "__metadata__") {
@@ -81,6 +84,7 @@ SafetensorsFile SafetensorsFile::open(const std::string& path) {
     const auto begin = static_cast<uint64_t>(offsets->items[0].integer);
     const auto end = static_cast<uint64_t>(offsets->items[1].integer);
     sound(begin <= end && end <= room, name, " lies from byte ", begin, " to ", end, " of ", room);
+    places.emplace_back(begin, end);
     const std::optional<ElementType> known = find_type(type->string);
     if (!known) continue;
     TensorView tensor{*known, {}, data + start + begin};
@@ -95,6 +99,13 @@ SafetensorsFile SafetensorsFile::open(const std::string& path) {
     sound(bytes == end - begin, name, " ", describe(tensor), " takes ", bytes, " bytes, its place has ", end - begin);
     result.tensors_[name] = std::move(tensor);
   }
+  std::sort(places.begin(), places.end());
+  uint64_t covered = 0;
+  for (const auto& [begin, end] : places) {
+    sound(begin == covered, "its tensors leave a gap or overlap at byte ", std::min(begin, covered), " of ", room);
+    covered = end;
+  }
+  sound(covered == room, "its tensors end at byte ", covered, " of ", room);
   return result;
 }
 

@@ -33,8 +33,8 @@ std::string describe(const std::vector<uint64_t>& shape);
 
 class SafetensorsFile {
  public:
-  /// Maps a file and reads its header. Throws kNotFound, or kValue where it is damaged or holds element types that no
-  /// encoder has; tensors of integers and booleans other than i8 (position ids) are left out.
+  /// Maps a file and reads its header. Throws kNotFound, or kValue where it is damaged: its tensors must cover the file
+  /// without gaps and overlaps, as the format has it. Those of element types that no encoder has are left out.
   static SafetensorsFile open(const std::string& path);
 
   const std::map<std::string, std::string>& metadata() const { return metadata_; }

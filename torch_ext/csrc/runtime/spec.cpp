@@ -94,6 +94,11 @@ void expect_size(int64_t value, int64_t least, const char* name) {
   expect(value >= least && value < int64_t{1} << 30, "expected ", name, " of at least ", least, ", got ", value);
 }
 
+// What is not finite, or too large for fp32, would make every result NaN.
+void expect_number(double value, const char* name) {
+  expect(value >= 0.0 && value <= 3e38, "expected ", name, " of at least 0, got ", value);
+}
+
 void add_linear(Shapes& shapes, const std::string& name, int64_t rows, int64_t columns) {
   shapes[name + ".weight"] = {static_cast<uint64_t>(rows), static_cast<uint64_t>(columns)};
   shapes[name + ".bias"] = {static_cast<uint64_t>(rows)};
@@ -136,7 +141,13 @@ EncoderSpec parse_encoder_spec(std::string_view json) {
   expect_size(s.type_vocab_size, 0, "type_vocab_size");
   expect_size(s.embedding_size, 0, "embedding_size");
   expect_size(s.window, 0, "window");
-  expect(s.rotary_theta >= 0.0 && s.rotary_theta_local >= 0.0, "expected rotary_theta of at least 0");
+  expect_number(s.rotary_theta, "rotary_theta");
+  expect_number(s.rotary_theta_local, "rotary_theta_local");
+  expect_number(s.layer_norm_eps, "layer_norm_eps");
+  // Names of weights, and tables of positions, are made before the first weight is looked for.
+  expect(s.num_layers <= 1 << 12, "expected num_layers of at most 4096, got ", s.num_layers);
+  expect(s.rotary_theta == 0.0 || s.max_positions <= 1 << 22, "expected max_positions of at most 4194304, got ",
+         s.max_positions);
   expect(s.padding_id == -1 || (s.padding_id >= 0 && s.padding_id < int64_t{1} << 30 && s.position_offset > 0),
          "expected padding_id -1, or an id and position_offset of at least 1, got ", s.padding_id, " and ",
          s.position_offset);
@@ -161,6 +172,7 @@ HeadSpec parse_head_spec(std::string_view json) {
   expect_size(s.hidden_size, 1, "hidden_size");
   expect_size(s.num_outputs, 1, "num_outputs");
   expect_size(s.dense_size, 0, "dense_size");
+  expect_number(s.layer_norm_eps, "layer_norm_eps");
   expect(s.dense || (s.activation == "none" && !s.norm && !s.dense_size),
          "activation, norm and dense_size mean nothing without a dense layer");
   activation_of(s.activation);
