@@ -266,13 +266,16 @@ def serve_fake() -> None:
     from server_harness import make_manifest
 
     from deploy.server.app import App
-    from deploy.server.batching import Batcher
-    from deploy.server.choice import Choice
     from deploy.server.lifecycle import Server, listen
     from deploy.server.limits import Settings
-    from deploy.server.tokens import TextTokenizer
+    from deploy.server.service.batching import Batcher
+    from deploy.server.service.tokens import TextTokenizer
+    from deploy.server.variants.choice import Choice
 
     class Sleeper:
+        def cost(self, ids: Any) -> int:
+            return len(ids)
+
         def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
             time.sleep(TOKEN_S * sum(map(len, ids)))
             return list(np.ones((len(ids), 384), np.float32))
