@@ -193,8 +193,7 @@ class Batcher:
         assert self._engine is not None
         work.costs = [self._engine.cost(text) for text in work.ids]
         work.waiting = sum(work.costs)
-        small_cost = self.max_batch_tokens // SMALL_PART
-        work.small = work.waiting <= small_cost
+        work.small = work.waiting <= self.max_batch_tokens // SMALL_PART
         reserved = 0 if work.small or not self.queued_tokens else self.max_queue_tokens // RESERVED_PART
         if self.queued_tokens + work.waiting > self.max_queue_tokens - reserved:
             if work.waiting > self.max_queue_tokens:
