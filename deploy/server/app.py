@@ -69,18 +69,6 @@ class _Endpoint:
         if self._running:
             self.context.service.check_running()
 
-    async def request(self, headers: Headers, receive: Receive, caller: Caller) -> Any:
-        """Reads and decodes a body, and says what its answer will be like."""
-        service = self.context.service
-        body = await read_body(headers, receive, self.body_bytes, functools.partial(service.budget.hold_body, caller))
-        if len(body) <= INLINE_BYTES:
-            request = decode(self.decoder, body)
-        else:
-            request = await service.aside(decode_in_parts, self.decoder, body, self.context.limits)
-        caller.values_each = self.route.values(service.manifest, request)
-        caller.value_bytes = self.route.value_bytes
-        return request
-
 
 class App:
     """Serves one model."""
@@ -167,7 +155,14 @@ class App:
             endpoint.admit(headers)
             request = None
             if endpoint.decoder is not None:
-                request = await endpoint.request(headers, receive, caller)
+                body = await read_body(headers, receive, endpoint.body_bytes, self.service.budget, caller)
+                if len(body) <= INLINE_BYTES:
+                    request = decode(endpoint.decoder, body)
+                else:
+                    request = await self.service.aside(decode_in_parts, endpoint.decoder, body, endpoint.context.limits)
+                del body
+                caller.values_each = endpoint.route.values(self.service.manifest, request)
+                caller.value_bytes = endpoint.route.value_bytes
             response = await endpoint.handler(endpoint.context, request, caller)
             data = response.body
             if isinstance(data, Large):
@@ -185,7 +180,7 @@ class App:
             log.exception("%s failed", path)
             response, data = self._error(ApiError("internal", "unexpected failure; the server's log says more"), path)
         finally:
-            if rest is None:
+            if rest is None and caller.held_bytes:
                 self.service.budget.release(caller)
         fields = [*response.headers]
         if rest is None:

@@ -14,7 +14,7 @@ from .callers import Caller
 from .errors import ApiError
 from .limits import BOUNDS, exceeded
 
-__all__ = ["BODY_FACTOR", "CONNECTION_BYTES", "TEXT_BYTES", "MemoryBudget", "give_back"]
+__all__ = ["BODY_FACTOR", "CONNECTION_BYTES", "SMALL_BODY_BYTES", "TEXT_BYTES", "MemoryBudget", "give_back"]
 
 BODY_FACTOR = 5
 """Bytes that a byte of a body may hold: itself, and up to 4 when decoded, where a character of the text needs them."""
@@ -22,8 +22,14 @@ BODY_FACTOR = 5
 TEXT_BYTES = 256
 """Bytes that the ids and the result of a text hold besides their numbers."""
 
+SMALL_BYTES = 8 << 10
+"""Requests that hold less are not counted one by one: there is at most one of them for each connection."""
+
 CONNECTION_BYTES = 16 << 10
-"""Bytes that an open connection holds without a request."""
+"""Bytes that an open connection holds, a small request included."""
+
+SMALL_BODY_BYTES = SMALL_BYTES // BODY_FACTOR
+"""Such a request may have this body."""
 
 LARGE_BYTES = 256 << 10
 """Requests that held this much leave memory behind that the allocator keeps; smaller ones use it again."""
@@ -91,6 +97,8 @@ class MemoryBudget:
         Raises:
             ApiError: Others hold too much (429), or there will never be as much (413).
         """
+        if size_bytes < SMALL_BYTES and self.connection_bytes < self.limit_bytes:
+            return  # Counted with its connection.
         if self.request_bytes + self.connection_bytes + size_bytes > self.limit_bytes:
             raise self._refusal(caller.held_bytes + size_bytes)
         self.request_bytes += size_bytes

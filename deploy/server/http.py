@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from .bodies import Large
-from .callers import CallerLeft
+from .budget import SMALL_BODY_BYTES, MemoryBudget
+from .callers import Caller, CallerLeft
 from .errors import ERRORS, ApiError
 from .limits import exceeded
 
@@ -28,6 +29,8 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = dict[bytes, bytes]
 """Lower-case names to values; of a name that came several times, the last."""
+
+_PART_BYTES = 64 << 10
 
 JSON_HEADER = (b"content-type", b"application/json")
 
@@ -67,14 +70,17 @@ def authorize(headers: Headers, api_key: bytes) -> None:
         )
 
 
-async def read_body(headers: Headers, receive: Receive, limit_bytes: int, hold: Callable[[int], None]) -> bytes:
+async def read_body(
+    headers: Headers, receive: Receive, limit_bytes: int, budget: MemoryBudget, caller: Caller
+) -> bytes:
     """Reads a request body.
 
     Args:
         headers: Of the request.
         receive: Gives its parts.
         limit_bytes: Longest body.
-        hold: Told how many bytes are to be read before they are; raises if there is no memory for them.
+        budget: Where memory for it is held before it is read.
+        caller: Who sends it.
 
     The rest of a body that is too large is not kept: the server takes and drops it, so that the client, which reads
     only after it has written, gets the answer.
@@ -88,7 +94,8 @@ async def read_body(headers: Headers, receive: Receive, limit_bytes: int, hold: 
         raise _too_large(limit_bytes, told)
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise ApiError("unsupported_media_type", "content-encoding: expected none, send plain JSON in UTF-8")
-    hold(told)
+    if told > SMALL_BODY_BYTES:
+        budget.hold_body(caller, told)
     message = await receive()
     if message["type"] == "http.disconnect":
         raise CallerLeft
@@ -96,6 +103,7 @@ async def read_body(headers: Headers, receive: Receive, limit_bytes: int, hold: 
     if message["more_body"]:
         parts = [body]
         size = len(body)
+        held = told
         while message["more_body"]:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -103,8 +111,9 @@ async def read_body(headers: Headers, receive: Receive, limit_bytes: int, hold: 
             size += len(message["body"])
             if size > limit_bytes:
                 raise _too_large(limit_bytes)
-            if not told:
-                hold(len(message["body"]))
+            if size - held >= _PART_BYTES:  # Chunked: its length is not known before.
+                budget.hold_body(caller, size - held)
+                held = size
             parts.append(message["body"])
         body = b"".join(parts)
     if len(body) > limit_bytes:

@@ -158,7 +158,9 @@ class HttpProtocol(HttpToolsProtocol):
                 self._refuse(_headers_too_large("header_bytes", MAX_HEADER_BYTES))
             elif len(self.headers) > MAX_HEADERS:
                 self._refuse(_headers_too_large("headers", MAX_HEADERS))
-        elif self.receiving_since_s is None and self.idle:  # Empty lines, or so: a request has to follow.
+        elif (
+            self.receiving_since_s is None and self.cycle.response_complete
+        ):  # Empty lines, or so: a request has to follow.
             self.receiving_since_s = time.monotonic()
         if self.pipeline:
             self._pipelined_bytes += len(data)
@@ -253,7 +255,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.receiving_since_s = None
         self._in_message = False
         super().on_message_complete()
-        if not self.pipeline:
+        if self.flow.read_paused and not self.pipeline:
             self.flow.resume_reading()  # A long body has paused it, and the end of the connection has to be seen.
 
     def send_400_response(self, msg: str) -> None:

@@ -179,8 +179,8 @@ def test_memory_is_returned_after_large_requests_only() -> None:
     assert not run(1000)
     assert run(MB)
     assert not made.trim_due()
-    assert not run(MB, others=1000)
-    assert run(16 * MB, others=1000)
+    assert not run(MB, others=10_000)
+    assert run(16 * MB, others=10_000)
     with pytest.raises(ApiError, match="--max-memory-mb"):
         made.hold(Caller(), 101 * MB)
     assert made.held_bytes == 0
