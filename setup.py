@@ -1,7 +1,7 @@
 """Build of the compiled parts of ``torch_ext``. Metadata and tools live in pyproject.toml.
 
-There are three, of the same objects: ``_C``, behind ``torch.ops.torch_ext``; ``libtorch_ext_runtime.so``, the encoder for
-programs without torch, with a C interface; and ``_runtime``, which is that interface for Python.
+There are three, of the same objects: ``_C``, behind ``torch.ops.torch_ext``; ``libtorch_ext_runtime.so``, the encoder
+for programs without torch, with a C interface; and ``_runtime``, which is that interface for Python.
 
 ``_C`` uses LibTorch's stable ABI only: one ``cp310-abi3`` wheel per architecture serves every Python from 3.10 and
 every torch from 2.10. It is built for the ABI baseline of the architecture; faster kernels are chosen at run time.

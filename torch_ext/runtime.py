@@ -1,8 +1,8 @@
 """Encoders without torch: the kernels and the forward pass of :class:`torch_ext.Encoder`, with threads of their own.
 
-For programs that serve, or that start often: importing this takes milliseconds, and nothing but Python is needed. Results
-are equal, bit for bit, to those of :class:`torch_ext.Encoder`. Arrays come in and go out by the buffer protocol or DLPack:
-numpy's, torch's, ``array.array`` or ``memoryview``::
+For programs that serve, or that start often: importing this takes milliseconds, and nothing but Python is needed.
+Results are equal, bit for bit, to those of :class:`torch_ext.Encoder`. Arrays come in and go out by the buffer protocol
+or DLPack: numpy's, torch's, ``array.array`` or ``memoryview``::
 
     from torch_ext.runtime import Encoder
 
@@ -25,8 +25,8 @@ try:
     from torch_ext import _runtime
 except ImportError as error:
     raise ImportError(
-        f"torch_ext: cannot load the runtime ({error}): the package was not built for this environment; install a wheel, "
-        "or in a checkout run pip install --no-build-isolation -e ."
+        f"torch_ext: cannot load the runtime ({error}): the package was not built for this environment; install a "
+        "wheel, or in a checkout run pip install --no-build-isolation -e ."
     ) from error
 
 __all__ = ["Array", "Encoder", "Pooling", "States", "Tensor", "default_threads", "isa_report"]
@@ -252,8 +252,8 @@ class Encoder:
 
         Args:
             spec: The fields of :class:`torch_ext.EncoderSpec`.
-            tensors: Weights by the names of ``EncoderSpec.shapes()`` and ``HeadSpec.shapes()``; one in several parts has
-                them one after the other along its first dimension. They are copied.
+            tensors: Weights by the names of ``EncoderSpec.shapes()`` and ``HeadSpec.shapes()``; one in several parts
+                has them one after the other along its first dimension. They are copied.
             head: The fields of :class:`torch_ext.HeadSpec`; None: no head.
             dtype: What to run it as. Weights of int8 come quantized, with ``NAME.weight_scale``.
             name: What messages call the model.
