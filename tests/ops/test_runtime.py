@@ -950,3 +950,26 @@ def test_what_it_prints(encoder: runtime.Encoder) -> None:
     assert set(runtime.__all__) == {
         *("Array", "Encoder", "Pooling", "States", "Tensor", "default_threads", "isa_report")
     }
+
+
+# A program that embeds a text: what it has imported, and the libraries that are in its memory.
+ALONE = """
+import json, re, sys
+from torch_ext import runtime
+vector = runtime.Encoder.open(sys.argv[1]).encode([1, 2], [0, 2]).pool("mean").tolist()
+modules = sorted({name.partition(".")[0] for name in sys.modules})
+libraries = re.findall(r"/([^/\\n]+\\.so)\\b", open("/proc/self/maps").read())
+print(json.dumps([len(vector), modules, sorted(set(libraries))]))
+"""
+
+
+def test_it_needs_nothing_but_python(file: Path) -> None:
+    vectors, modules, libraries = json.loads(run_python(ALONE, str(file)))
+    assert vectors == 1
+    assert not {"torch", "numpy", "transformers", "safetensors", "tokenizers", "onnxruntime"} & set(modules)
+    assert "libtorch_ext_runtime.so" in libraries
+    assert not [
+        name
+        for name in libraries
+        if any(word in name for word in ("torch_cpu", "torch_python", "gomp", "iomp", "blas"))
+    ]
