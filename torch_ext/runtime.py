@@ -371,5 +371,3 @@ def _integers(values: Any, kind: Literal["q", "i"]) -> Any:
         raise ValueError(f"Encoder: expected integers of {bits} bits, got one that is larger: {error}") from error
     except TypeError as error:
         raise TypeError(f"Encoder: expected a list of integers or an array of int{bits}: {error}") from error
-
-
