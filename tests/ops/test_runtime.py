@@ -382,6 +382,9 @@ class Broken:
 WRONG: list[tuple[type[Exception], str, Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]]]] = [
     (TypeError, "expected input_ids of int64, got int32", lambda i, c, t: (i.int(), c)),
     (TypeError, "expected input_ids of int64, got float32", lambda i, c, t: (i.float(), c)),
+    (TypeError, "expected input_ids of int64, got uint8", lambda i, c, t: (i.byte(), c)),
+    (TypeError, "expected input_ids of int64, got bool8", lambda i, c, t: (i > 3, c)),
+    (TypeError, "expected input_ids of int64, got bfloat16", lambda i, c, t: (i.bfloat16(), c)),
     (TypeError, "expected input_ids of int64, got i", lambda i, c, t: (i.int().numpy(), c)),
     (TypeError, "expected input_ids of int64, got d", lambda i, c, t: (i.double().numpy(), c)),
     (TypeError, "expected input_ids of int64, got L", lambda i, c, t: (i.numpy().astype(np.uint64), c)),
@@ -774,16 +777,8 @@ def test_weights_are_in_memory_once(generator: torch.Generator) -> None:
 # ---- processes and threads -------------------------------------------------------------------------------------------
 
 
-def test_a_forked_child_encodes(encoder: runtime.Encoder) -> None:
-    ids, bounds = [1] * 20 * 40, list(range(0, 801, 20))
-    expected = encoder.encode(ids, bounds).hidden().tolist()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if encoder.encode(ids, bounds).hidden().tolist() == expected else 2
-        finally:
-            os._exit(code)
+def wait_for(child: int) -> int:
+    """The exit code of a child that does not hang."""
     deadline = time.monotonic() + 120
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline:
@@ -791,8 +786,42 @@ def test_a_forked_child_encodes(encoder: runtime.Encoder) -> None:
             os.waitpid(child, 0)
             pytest.fail("the child hangs")
         time.sleep(0.01)
-    assert os.waitstatus_to_exitcode(ended[1]) == 0
-    assert encoder.encode(ids, bounds).hidden().tolist() == expected
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+# What Python 3.12 says of every process with threads.
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("callers", [0, 2])
+def test_a_forked_child_encodes(callers: int, encoder: runtime.Encoder) -> None:
+    """Whatever other threads are in the middle of when it is forked."""
+    ids, bounds = [1] * 20 * 40, list(range(0, 801, 20))
+    expected = np.asarray(encoder.encode(ids, bounds).hidden()).tobytes()
+    done = threading.Event()
+
+    def call() -> None:
+        while not done.is_set():
+            encoder.encode(ids, bounds)
+
+    threads = [threading.Thread(target=call) for _ in range(callers)]
+    for thread in threads:
+        thread.start()
+    codes = []
+    try:
+        for _ in range(5 if callers else 1):
+            child = os.fork()
+            if child == 0:
+                try:
+                    same = np.asarray(encoder.encode(ids, bounds).hidden()).tobytes() == expected
+                    os._exit(0 if same else 2)
+                finally:
+                    os._exit(1)
+            codes.append(wait_for(child))
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert set(codes) == {0}
+    assert np.asarray(encoder.encode(ids, bounds).hidden()).tobytes() == expected
 
 
 # A process that began with fork ends as any other, with its encoders and results alive.
@@ -950,3 +979,26 @@ def test_what_it_prints(encoder: runtime.Encoder) -> None:
     assert set(runtime.__all__) == {
         *("Array", "Encoder", "Pooling", "States", "Tensor", "default_threads", "isa_report")
     }
+
+
+# A program that embeds a text: what it has imported, and the libraries that are in its memory.
+ALONE = """
+import json, re, sys
+from torch_ext import runtime
+vector = runtime.Encoder.open(sys.argv[1]).encode([1, 2], [0, 2]).pool("mean").tolist()
+modules = sorted({name.partition(".")[0] for name in sys.modules})
+libraries = re.findall(r"/([^/\\n]+\\.so)\\b", open("/proc/self/maps").read())
+print(json.dumps([len(vector), modules, sorted(set(libraries))]))
+"""
+
+
+def test_it_needs_nothing_but_python(file: Path) -> None:
+    vectors, modules, libraries = json.loads(run_python(ALONE, str(file)))
+    assert vectors == 1
+    assert not {"torch", "numpy", "transformers", "safetensors", "tokenizers", "onnxruntime"} & set(modules)
+    assert "libtorch_ext_runtime.so" in libraries
+    assert not [
+        name
+        for name in libraries
+        if any(word in name for word in ("torch_cpu", "torch_python", "gomp", "iomp", "blas"))
+    ]

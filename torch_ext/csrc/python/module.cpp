@@ -193,10 +193,9 @@ class Integers {
       return false;
     }
     if (t.dtype.code != kDLInt || t.dtype.bits != 8 * sizeof(T) || t.dtype.lanes != 1) {
-      const std::string got = std::string(t.dtype.code == kDLFloat ? "float"
-                                          : t.dtype.code == kDLInt ? "int"
-                                                                   : "type ") +
-                              std::to_string(t.dtype.bits);
+      static constexpr const char* kKinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+      const bool known = t.dtype.code < sizeof kKinds / sizeof kKinds[0];
+      const std::string got = (known ? kKinds[t.dtype.code] : "type ") + std::to_string(t.dtype.bits);
       return wrong_type(name, got.c_str());
     }
     if (t.ndim != 1) return wrong_shape(name, t.ndim);
