@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -214,18 +214,39 @@ def _serve(arguments: argparse.Namespace) -> int:
     settle_threads(threads)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     selection = Selection(manifest, arguments.variant, threads, arguments.cache_dir)
-    # The hashes of large files take as long as the imports, and need another core for it.
-    checks = ThreadPoolExecutor(1)
-    checked = checks.submit(load_manifest, arguments.bundle, verify=True, variants=selection.names)
-    checks.shutdown(wait=False)
+    # The hashes of large files take as long as the imports, and need another core for it; so does the engine, if it is
+    # known.
+    beside = ThreadPoolExecutor(2)
+    checked = beside.submit(load_manifest, arguments.bundle, verify=True, variants=selection.names)
+    tokenizers: Future[TextTokenizer] = Future()
 
-    from ..engines.open import load_engine
+    def open_engine(variant: str) -> tuple[Engine, str]:
+        from ..engines.open import load_engine
+
+        return load_engine(
+            manifest,
+            manifest.variant(variant),
+            threads,
+            lambda token: tokenizers.result().token(token),
+            arguments.max_batch_tokens,
+        )
+
+    known = selection.names[0] if len(selection.names) == 1 else None
+    opened = beside.submit(open_engine, known) if known is not None else None
+    beside.shutdown(wait=False)
+
     from .app import App
     from .lifecycle import Server, listen
     from .service import Batcher, TextTokenizer
 
-    manifest = checked.result()
-    check_config(manifest)
+    try:
+        manifest = checked.result()
+        check_config(manifest)
+        tokenizer = TextTokenizer.from_manifest(manifest)
+    except ValueError as error:
+        tokenizers.cancel()  # Nobody may wait for it any more.
+        raise error if isinstance(error, BundleError) else BundleError(str(error)) from error
+    tokenizers.set_result(tokenizer)
     settings = Settings(
         host=arguments.host,
         port=port,
@@ -250,10 +271,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     if settings.access_log:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     try:
-        tokenizer = TextTokenizer.from_manifest(manifest)
-    except ValueError as error:
-        raise BundleError(str(error)) from error
-    try:
         sock = listen(settings.host, settings.port)
     except OSError as error:
         raise _UsageError(
@@ -268,9 +285,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     def load() -> Engine:
         nonlocal started
         choice = selection.decide()
-        engine, isa = load_engine(
-            manifest, manifest.variant(choice.variant), threads, tokenizer.token, settings.max_batch_tokens
-        )
+        engine, isa = open_engine(choice.variant) if opened is None else opened.result()
         app.serves(choice, isa)
         started = f"variant={choice.variant} threads={threads} isa={isa} ({choice})"
         return engine
