@@ -34,7 +34,7 @@ SMALL_BODY_BYTES = SMALL_BYTES // BODY_FACTOR
 LARGE_BYTES = 256 << 10
 """Requests that held this much leave memory behind that the allocator keeps; smaller ones use it again."""
 
-TRIM_BYTES = 16 << 20
+TRIM_BYTES = 128 << 20
 """How much large requests may leave behind while others are at work."""
 
 LEAST_BYTES = 64 << 20

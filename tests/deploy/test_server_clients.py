@@ -196,6 +196,15 @@ def test_headers_and_trailers_without_end_are_refused(server: LiveServer, flood:
     assert server("POST", "/embed", GOOD).status == 200
 
 
+def test_idle_connections_are_closed(manifest: Manifest) -> None:
+    with running(manifest, Settings(port=0, keep_alive_s=0.5)) as server, connected(server) as sock:
+        for _ in range(3):  # Not while it is busy.
+            sock.sendall(post())
+            assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+            time.sleep(0.1)
+        assert everything(sock) == b""
+
+
 def test_bytes_between_requests_do_not_keep_a_connection(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, request_timeout_s=0.5)) as server, connected(server) as sock:
         sock.sendall(post())

@@ -165,7 +165,7 @@ def test_the_budget_is_half_of_what_there_is_unless_it_is_set() -> None:
 
 
 def test_memory_is_returned_after_large_requests_only() -> None:
-    made = MemoryBudget.of(100, lambda: "1")
+    made = MemoryBudget.of(200, lambda: "1")
 
     def run(size: int, others: int = 0) -> bool:
         caller, other = Caller(), Caller()
@@ -180,9 +180,9 @@ def test_memory_is_returned_after_large_requests_only() -> None:
     assert run(MB)
     assert not made.trim_due()
     assert not run(MB, others=10_000)
-    assert run(16 * MB, others=10_000)
+    assert run(128 * MB, others=10_000)
     with pytest.raises(ApiError, match="--max-memory-mb"):
-        made.hold(Caller(), 101 * MB)
+        made.hold(Caller(), 201 * MB)
     assert made.held_bytes == 0
     budget.give_back()
 
