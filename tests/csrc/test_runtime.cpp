@@ -1205,7 +1205,7 @@ TORCH_EXT_TEST(runtime_open_and_close_leave_nothing_behind) {
   }
   // The system lists a thread that has ended, and was joined, for a moment longer.
   for (size_t i = 0; i < 3000 && count_entries("/proc/self/task") > threads; ++i) usleep(10000);
-  EXPECT(count_entries("/proc/self/task") == threads, "%zu threads, %zu before", count_entries("/proc/self/task"),
+  EXPECT(count_entries("/proc/self/task") <= threads, "%zu threads, %zu before", count_entries("/proc/self/task"),
          threads);
   EXPECT(count_entries("/proc/self/fd") == descriptors, "%zu descriptors, %zu before", count_entries("/proc/self/fd"),
          descriptors);

@@ -943,16 +943,16 @@ def test_opening_and_closing_leaves_nothing_behind(file: Path, tmp_path: Path) -
 
     for turn in range(20):
         cycle(turn)
-    before = (len(os.listdir("/proc/self/task")), open_files())
-    memory = resident_kib()
+    threads, files, memory = len(os.listdir("/proc/self/task")), open_files(), resident_kib()
     for turn in range(200):
         cycle(turn)
     gc.collect()
+    assert open_files() == files
     # The system lists a thread that has ended, and was joined, for a moment longer.
     deadline = time.monotonic() + 30
-    while (after := (len(os.listdir("/proc/self/task")), open_files())) != before and time.monotonic() < deadline:
+    while len(os.listdir("/proc/self/task")) > threads and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert after == before
+    assert len(os.listdir("/proc/self/task")) <= threads
     # An encoder of these takes more than 200 KiB. An emulator keeps what it has translated.
     assert resident_kib() - memory < 8 * 1024 or "QEMU_CPU" in os.environ
 
