@@ -1379,6 +1379,7 @@ TORCH_EXT_TEST(runtime_c_interface_says_what_is_wrong) {
   expect_value(txr_text_logits(states, out, 3, &error), "expected a head for text-classification");
   expect_value(txr_token_logits(states, &row, 1, out, 4, &error), "expected room for 1 x 3 elements, got 4");
   expect_value(txr_top_k(states, nullptr, 1, 1, indices, out, &error), "got NULL");
+  txr_close(encoder);
   // A message that is longer than the room for it ends between two characters, and is a string.
   for (size_t room = 1; room <= 40; ++room) {
     txr_error small = {offsetof(txr_error, message) + room, {}};
