@@ -84,9 +84,11 @@ test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 6 minutes on
 	$(PY) -m pytest -n auto --dist loadfile -m "$$tests" $(ARGS)
 
 .PHONY: nightly
-nightly: $(VENV)/.dev ## kernels on 10,000 random shapes, with address and undefined-behaviour sanitizers, and emulated (an hour)
+nightly: $(VENV)/.dev ## kernels and encoders on 10,000 random inputs, with address and thread sanitizers, and emulated (an hour)
 	@$(PY) tests/csrc/build.py native -- --filter random --random 10000 $(ARGS)
 	@$(PY) tests/csrc/build.py sanitize -- $(ARGS)
+	@$(PY) tests/csrc/build.py sanitize -- --filter runtime_random --random 10000 $(ARGS)
+	@$(PY) tests/csrc/build.py thread-sanitize -- --filter runtime_random --random 10000 $(ARGS)
 	@$(PY) tests/csrc/build.py aarch64 --cpu max -- --random 500 $(ARGS)
 	@$(PY) tests/csrc/build.py aarch64 --cpu max,sve256=on -- --quick --random 200 $(ARGS)
 

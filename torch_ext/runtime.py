@@ -265,10 +265,11 @@ class Encoder:
         Raises:
             ValueError: A specification is not valid, or the weights do not fit it.
         """
-        parts = []
+        parts: list[tuple[str, int, tuple[int, ...], Any]] = []
         for weight, given in tensors.items():
-            several: Sequence[Tensor] = [given] if isinstance(given, Tensor) else given
-            parts += [(weight, _element_type(weight, part), tuple(part.shape), part.data) for part in several]
+            group: Sequence[Tensor] = (given,) if isinstance(given, Tensor) else given
+            for part in group:
+                parts.append((weight, _element_type(weight, part), tuple(part.shape), part.data))
         head_json = None if head is None else json.dumps(dict(head))
         options = _options(dtype, threads, cpus, pin, shared)
         return cls(_runtime.pack(name, json.dumps(dict(spec)), head_json, parts, options))
