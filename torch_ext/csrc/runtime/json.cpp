@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <locale.h>
 #include <unordered_set>
+#include <utility>
 
 #include "runtime/error.h"
 
@@ -114,7 +115,7 @@ class Parser {
       std::string name = string();
       if (!names.insert(name).second) wrong("each field once");
       if (!take(':')) wrong("':'");
-      value.fields.emplace_back(std::move(name), parse(depth + 1));
+      value.fields.push_back({std::move(name), parse(depth + 1)});
     } while (take(','));
     if (!take('}')) wrong("',' or '}'");
   }

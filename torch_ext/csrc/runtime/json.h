@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 namespace torch_ext::runtime {
@@ -16,12 +15,18 @@ struct Json {
   int64_t integer = 0;  ///< of a number without fraction and exponent that fits
   double number = 0.0;  ///< of every number
   std::string string;
-  std::vector<Json> items;                           ///< of an array
-  std::vector<std::pair<std::string, Json>> fields;  ///< of an object, in their order
+  std::vector<Json> items;  ///< of an array
+  struct Field;
+  std::vector<Field> fields;  ///< of an object, in their order
 
   bool is(Kind k) const { return kind == k; }
   /// Null if this is no object, or has no such field.
   const Json* find(std::string_view name) const;
+};
+
+struct Json::Field {
+  std::string name;
+  Json value;
 };
 
 /// Throws an `Error` of kind kValue that names the place, unless `text` is one JSON value in UTF-8, with objects that name no
