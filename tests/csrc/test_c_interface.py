@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,30 @@ def test_the_example_on_arm(cpu: str, model: Path, ids: Path, tmp_path: Path) ->
     hidden = Encoder.load(model)(torch.tensor([*itertools.chain(*TEXTS)]), bounds)
     # Vectors of length 1, from two layers that round to bf16 where others may not.
     torch.testing.assert_close(vectors(done.stdout), pool(hidden, bounds, "mean", True), rtol=0, atol=1e-2)
+
+
+def test_the_declarations_of_pythons_abi_are_pythons(tmp_path: Path) -> None:
+    """`csrc/python/python_abi.h` stands for Python's headers, so that a build does not need them; this test does."""
+    own = (ROOT / "torch_ext" / "csrc" / "python" / "python_abi.h").read_text()
+    numbers = re.findall(r"\b((?:METH|PyBUF|Py_tp|Py_sq|Py_bf|Py_TPFLAGS|PYTHON_ABI)_\w+) = ", own)
+    structures = re.findall(r"^struct (\w+) \{", own, re.MULTILINE)
+    assert len(numbers) > 20
+    assert {"PyObject", "PyModuleDef", "PyType_Spec", "Py_buffer"} <= set(structures)
+    lines = [f'std::printf("{name} %ld\\n", (long){name});' for name in numbers]
+    lines += [f'std::printf("{name} %ld\\n", (long)sizeof({name}));' for name in structures]
+    body = "#include <cstdio>\nint main() {\n" + "\n".join(lines) + "\n}\n"
+    include = sysconfig.get_paths()["include"]
+    heads = {
+        "own": '#include "python/python_abi.h"\n',
+        "python": "#define Py_LIMITED_API 0x030B0000\n#include <Python.h>\n",
+    }
+    said = []
+    for name, head in heads.items():
+        source, program = tmp_path / f"{name}.cpp", tmp_path / name
+        source.write_text(head + body)
+        subprocess.run(
+            ["g++", "-std=c++20", f"-I{ROOT / 'torch_ext' / 'csrc'}", f"-I{include}", str(source), "-o", str(program)],
+            check=True,
+        )
+        said.append(subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout)
+    assert said[0] == said[1]

@@ -1,8 +1,5 @@
 // torch_ext._runtime: the C interface of torch_ext_runtime.h for Python, on the limited API of Python 3.10. What users see
 // is torch_ext/runtime.py.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -14,32 +11,9 @@
 #include <vector>
 
 #include "../../include/torch_ext_runtime.h"
-
-// ---- the buffer protocol --------------------------------------------------------------------------------------------
-// It is in the limited API from Python 3.11 on; in 3.10 the structure, the functions and the slots are the same.
-
-#if Py_LIMITED_API + 0 < 0x030B0000
-extern "C" {
-typedef struct {
-  void* buf;
-  PyObject* obj;
-  Py_ssize_t len, itemsize;
-  int readonly, ndim;
-  char* format;
-  Py_ssize_t *shape, *strides, *suboffsets;
-  void* internal;
-} Py_buffer;
-int PyObject_GetBuffer(PyObject* exporter, Py_buffer* view, int flags);
-void PyBuffer_Release(Py_buffer* view);
-int PyObject_CheckBuffer(PyObject* object);
-}
-constexpr int PyBUF_WRITABLE = 0x1, PyBUF_FORMAT = 0x4, PyBUF_ND = 0x8, PyBUF_STRIDES = 0x18,
-              PyBUF_F_CONTIGUOUS = 0x40 | PyBUF_STRIDES;
-#endif
+#include "python/python_abi.h"
 
 namespace {
-
-constexpr int kSlotGetBuffer = 1;  // Py_bf_getbuffer
 
 // ---- DLPack (its ABI of version 0, which all libraries take and give) --------------------------------------------------
 
@@ -68,7 +42,7 @@ constexpr uint8_t kDLInt = 0, kDLFloat = 2;
 // ---- small helpers --------------------------------------------------------------------------------------------------
 
 struct Release {
-  void operator()(PyObject* object) const { Py_XDECREF(object); }
+  void operator()(PyObject* object) const { Py_DecRef(object); }
 };
 using Owned = std::unique_ptr<PyObject, Release>;
 
@@ -372,7 +346,7 @@ PyType_Slot array_slots[] = {
     {Py_tp_methods, array_methods},
     {Py_tp_getset, array_getset},
     {Py_sq_length, reinterpret_cast<void*>(array_length)},
-    {kSlotGetBuffer, reinterpret_cast<void*>(array_getbuffer)},
+    {Py_bf_getbuffer, reinterpret_cast<void*>(array_getbuffer)},
     {Py_tp_doc, const_cast<char*>("Rows of fp32 or int64 numbers: numpy.asarray() and torch.from_dlpack() take it "
                                   "without a copy.")},
     {0, nullptr}};
@@ -580,7 +554,7 @@ PyObject* encoder_save_image(PyObject* object, PyObject* args) {
   if (!PyArg_ParseTuple(args, "y", &path)) return nullptr;
   txr_encoder* const encoder = reinterpret_cast<EncoderObject*>(object)->encoder;
   if (!call([&](txr_error* error) { return txr_save_image(encoder, path, error); })) return nullptr;
-  Py_RETURN_NONE;
+  return Py_NewRef(Py_None);
 }
 
 PyMethodDef encoder_methods[] = {
