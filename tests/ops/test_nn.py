@@ -324,9 +324,8 @@ def test_what_is_known_of_a_weight_costs_no_unpacking(
     monkeypatch: pytest.MonkeyPatch, kind: torch_ext.nn.PackedDtype
 ) -> None:
     calls: list[str] = []
-    for name in ("_unpack", "_unpack_int8"):
-        real = getattr(torch_ext.nn, name)
-        monkeypatch.setattr(torch_ext.nn, name, lambda packed, real=real: calls.append("") or real(packed))
+    real = torch_ext.nn.layer_weight
+    monkeypatch.setattr(torch_ext.nn, "layer_weight", lambda *args: calls.append("") or real(*args))
     linear = nn.Linear(24, 13, dtype=torch.bfloat16)
     layer = PackedLinear.from_linear(linear, kind)
     plain = linear.weight.detach()
