@@ -47,12 +47,15 @@ FROM build AS packages
 ARG TARGETARCH
 # Extras of pyproject.toml: "serve onnx" for bundles whose ONNX variants are to be served.
 ARG EXTRAS=serve
-# Dependencies first: they change less often than the code.
+# Dependencies first: they change less often than the code. What talks to the model hub (30 MB, asked for by tokenizers) is
+# never used here.
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhouse \
     --mount=type=cache,target=/build/uv-cache \
     sh build.sh requirements pyproject.toml $EXTRAS >requirements.txt && \
-    sh build.sh install "$TARGETARCH" --compile-bytecode --target /app/site-packages -r requirements.txt && \
+    echo "huggingface-hub; sys_platform == 'none'" >overrides.txt && \
+    sh build.sh install "$TARGETARCH" --compile-bytecode --target /app/site-packages -r requirements.txt \
+      --override overrides.txt && \
     rm -rf /app/site-packages/bin && \
     find /app/site-packages -type d -name tests -prune -exec rm -rf {} + && \
     chmod -R a+rX /app

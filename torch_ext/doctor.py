@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import platform
 import re
@@ -53,7 +54,11 @@ def diagnose(machine: Machine | None = None) -> list[Finding]:
     """
     machine = machine or Machine()
     findings = [_check_torch()]
-    if findings[0].status != "FAIL":
+    if findings[0].detail == _NO_TORCH:
+        findings.append(_check_runtime())
+        if findings[-1].status != "FAIL":
+            findings.append(_check_isa(machine))
+    elif findings[0].status != "FAIL":
         findings.append(_check_extension())
         if findings[-1].status != "FAIL":
             findings += [_check_isa(machine), _check_result()]
@@ -71,13 +76,16 @@ def diagnose(machine: Machine | None = None) -> list[Finding]:
     return findings + [check(machine) for check in checks]
 
 
+_NO_TORCH = "not installed: optimize(), Encoder and the ops need it; torch_ext.runtime and the server do not"
+
+
 def _check_torch() -> Finding:
     try:
         import torch
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
             advice = "pip install 'torch-ext[torch]'"
-            return Finding("torch", "FAIL", "not installed: torch_ext.optimize, Encoder and the ops need it", advice)
+            return Finding("torch", "WARN", _NO_TORCH, advice)
         return Finding("torch", "FAIL", f"cannot be imported: {error}", "pip install torch (2.10 or newer)")
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     detail = f"{torch.__version__}, Python {platform.python_version()}"
@@ -101,11 +109,30 @@ def _check_extension() -> Finding:
     return Finding("extension", "OK", f"torch_ext {__version__}, {_library.LIBRARY}")
 
 
-def _check_isa(machine: Machine) -> Finding:
-    from torch_ext.ops import isa_report
+def _check_runtime() -> Finding:
+    from torch_ext import __version__
 
     try:
-        report = isa_report()
+        from torch_ext import runtime
+    except ImportError as error:
+        return Finding("runtime", "FAIL", str(error), "see the message")
+    return Finding("runtime", "OK", f"torch_ext {__version__}, {runtime.default_threads()} threads for each encoder")
+
+
+def _isa_report() -> dict[str, Any]:
+    """By what is there: the ops, or the runtime, which has the same kernels."""
+    if importlib.util.find_spec("torch") is None:
+        from torch_ext import runtime
+
+        return runtime.isa_report()
+    from torch_ext.ops import isa_report
+
+    return isa_report()
+
+
+def _check_isa(machine: Machine) -> Finding:
+    try:
+        report = _isa_report()
     except RuntimeError as error:
         return Finding("kernels", "FAIL", str(error).splitlines()[0], "unset TORCH_EXT_ISA")
     isa = report["isa"]
@@ -292,9 +319,7 @@ def _report(findings: list[Finding]) -> dict[str, Any]:
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
     if any(finding.name == "kernels" and finding.status != "FAIL" for finding in findings):
-        from torch_ext.ops import isa_report
-
-        report["isa_report"] = isa_report()
+        report["isa_report"] = _isa_report()
     return report
 
 

@@ -50,8 +50,9 @@ def open_engine(manifest: Manifest, variant: _Kind, threads: int, token_text: Ca
 
         return TorchExtEngine.load(path, variant.dtype, threads, task)
     except ImportError as error:
+        how = "pip install 'torch-ext[onnx]'" if variant.engine == "onnxruntime" else "install it"
         raise BundleError(
-            f"{variant.file} needs {variant.engine}, which cannot be imported ({error}); install it, or choose another "
+            f"{variant.file} needs {variant.engine}, which cannot be imported ({error}); {how}, or choose another "
             "variant"
         ) from error
 

@@ -435,12 +435,21 @@ def test_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:
 
 
 def test_runs_without_torch(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    # As where it is not installed: neither found nor imported.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        "sys.modules['torch'] = None\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+    )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = run("--json", PYTHONPATH=path)
-    assert process.returncode == 1, process.stderr
-    findings = {finding["name"]: finding for finding in json.loads(process.stdout)["findings"]}
-    assert findings["torch"]["status"] == "FAIL"
+    assert process.returncode in (0, 1), process.stderr  # What is wrong with this machine apart from that.
+    report = json.loads(process.stdout)
+    findings = {finding["name"]: finding for finding in report["findings"]}
+    assert findings["torch"]["status"] == "WARN"
+    assert findings["runtime"]["status"] == "OK"
+    assert report["isa_report"]["isa"] in findings["kernels"]["detail"]
     assert findings["torch"]["detail"].startswith("not installed")
     assert findings["torch"]["advice"] == "pip install 'torch-ext[torch]'"
     assert "memory" in findings
