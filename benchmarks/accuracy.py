@@ -21,6 +21,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ class Embedder:
 
         from deploy.engines.torch_ext import TorchExtEngine
         from deploy.engines.transformers import TransformersEngine
+        from deploy.machine import usable_cpus
         from torch_ext import Encoder
 
         with warnings.catch_warnings():
@@ -105,9 +107,16 @@ class Embedder:
         task = open_task(described)
         self.engines: dict[str, Engine] = {
             "fp32": TransformersEngine(model, task),
-            "bf16": TorchExtEngine(Encoder.from_transformers(model, "bf16"), None, task),
-            "int8": TorchExtEngine(Encoder.from_transformers(model, "int8", keep_bf16), None, task),
         }
+        encoders = {
+            "bf16": Encoder.from_transformers(model, "bf16"),
+            "int8": Encoder.from_transformers(model, "int8", keep_bf16),
+        }
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, encoder in encoders.items():
+                path = Path(scratch) / name
+                encoder.save(path)
+                self.engines[name] = TorchExtEngine.load(path, name, usable_cpus(), task)
 
     def __call__(self, engine: str, texts: Sequence[str]) -> np.ndarray:
         """Embeddings f32 [texts, width]."""
