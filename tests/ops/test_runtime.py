@@ -662,6 +662,7 @@ print(encoder.encode([1, 2, 3], [0, 3]).hidden().tolist())
 """
 
 
+@pytest.mark.anywhere
 def test_other_processes_map_the_weights(file: Path, tmp_path: Path) -> None:
     for shared in (True, False):
         encoder = runtime.Encoder.open(file, shared=shared)
@@ -739,6 +740,7 @@ sys.stdin.readline()
 """
 
 
+@pytest.mark.anywhere
 def test_weights_are_in_memory_once(generator: torch.Generator) -> None:
     """A process that maps them adds no copy of its own: its proportional share is that much below its whole."""
     wide = dataclasses.replace(SPEC, hidden_size=512, intermediate_size=4096, max_positions=256, vocab_size=256)
@@ -790,6 +792,7 @@ def wait_for(child: int) -> int:
 
 
 # What Python 3.12 says of every process with threads.
+@pytest.mark.anywhere
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("callers", [0, 2])
 def test_a_forked_child_encodes(callers: int, encoder: runtime.Encoder) -> None:
@@ -839,10 +842,12 @@ if child:
 """
 
 
+@pytest.mark.anywhere
 def test_processes_end_with_encoders_alive(file: Path) -> None:
     assert run_python(FORK_AND_EXIT, str(file)) == "0\n"
 
 
+@pytest.mark.anywhere
 def test_the_gil_is_released(generator: torch.Generator) -> None:
     spec = dataclasses.replace(SPEC, num_layers=20, max_positions=512)
     weights = {n: runtime.Tensor("F32", tuple(t.shape), t.numpy()) for n, t in make_weights(spec, generator).items()}
@@ -898,6 +903,7 @@ def test_calls_at_once_give_the_same_bits(file: Path, generator: torch.Generator
     assert wrong == []
 
 
+@pytest.mark.anywhere
 def test_an_idle_encoder_takes_no_time(file: Path) -> None:
     program = """
 import resource, sys, time
@@ -926,6 +932,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.anywhere
 def test_opening_and_closing_leaves_nothing_behind(file: Path, tmp_path: Path) -> None:
     runtime.Encoder.open(file).save_image(tmp_path / "image")
 
@@ -957,6 +964,7 @@ def test_opening_and_closing_leaves_nothing_behind(file: Path, tmp_path: Path) -
     assert resident_kib() - memory < 8 * 1024 or "QEMU_CPU" in os.environ
 
 
+@pytest.mark.anywhere
 def test_threads_and_cpus_are_options(file: Path) -> None:
     own = sorted(os.sched_getaffinity(0))
     assert 1 <= runtime.default_threads() <= len(own)
@@ -996,6 +1004,7 @@ print(json.dumps([len(vector), modules, sorted(set(libraries))]))
 """
 
 
+@pytest.mark.anywhere
 def test_it_needs_nothing_but_python(file: Path) -> None:
     vectors, modules, libraries = json.loads(run_python(ALONE, str(file)))
     assert vectors == 1
