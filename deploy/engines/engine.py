@@ -65,13 +65,6 @@ class Engine(ABC):
         """What a text costs of a token budget; see `Task.cost_tokens`. On any thread."""
         return self.task.cost_tokens(ids.ids if isinstance(ids, PairIds) else ids)
 
-    def warm_up(self, max_batch_tokens: int) -> None:  # noqa: B027 - nothing to do for most
-        """Does once what would slow the first batches down.
-
-        Args:
-            max_batch_tokens: Largest batch to prepare for.
-        """
-
     def _mode(self) -> contextlib.AbstractContextManager[Any]:
         """What has to be on while a batch runs."""
         return contextlib.nullcontext()

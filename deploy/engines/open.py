@@ -62,16 +62,14 @@ def load_engine(
     variant: _Kind,
     threads: int,
     token_text: Callable[[int], str] = str,
-    max_batch_tokens: int = 0,
 ) -> tuple[Engine, str]:
-    """Opens a variant of a bundle and makes it ready to serve: it has run once, and is warm.
+    """Opens a variant of a bundle and makes it ready to serve: it has run once.
 
     Args:
         manifest: The bundle.
         variant: Which variant of it.
         threads: Threads of the engine.
         token_text: How a token id reads, for answers that hold tokens.
-        max_batch_tokens: Largest batch to prepare for.
 
     Returns:
         The engine, and what runs it for the start-up line.
@@ -86,5 +84,4 @@ def load_engine(
     for answer in engine.run([ids, ids[:-1] if len(ids) > 1 else ids], [engine.task.usual] * 2):
         if isinstance(answer, Exception):
             raise answer
-    engine.warm_up(max_batch_tokens)
     return engine, engine.isa

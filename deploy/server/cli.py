@@ -228,7 +228,6 @@ def _serve(arguments: argparse.Namespace) -> int:
             manifest.variant(variant),
             threads,
             lambda token: tokenizers.result().token(token),
-            arguments.max_batch_tokens,
         )
 
     known = selection.names[0] if len(selection.names) == 1 else None
@@ -279,7 +278,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         ) from error
     host, port = sock.getsockname()[:2]  # Of which 0 has become a free one.
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    selection.prepare(settings.max_batch_tokens, tokenizer.vocab_size, settings.measure_limit_s)
+    selection.prepare(tokenizer.vocab_size, settings.measure_limit_s)
     started = ""
 
     def load() -> Engine:

@@ -78,7 +78,7 @@ def test_verified_bits_are_served(task: str, tiny_model: ModelMaker, tmp_path: P
     assert set(manifest.variants) == set(VARIANTS)
     tokenizer = TextTokenizer.from_manifest(manifest)
     for name, variant in manifest.variants.items():
-        engine, _ = load_engine(manifest, variant, 1, tokenizer.token, BATCH_TOKENS)
+        engine, _ = load_engine(manifest, variant, 1, tokenizer.token)
         mine = [row[1:] for row in verified if row[0] == variant.file]
         assert sum(len(ids) for ids, _, _ in mine) >= variant.accuracy.texts, name
         for ids, options, expected in mine:

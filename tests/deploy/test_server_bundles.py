@@ -453,7 +453,7 @@ def test_without_a_variant_the_measured_choice_is_served_and_kept(tiny_bundle: B
 
 
 def test_measuring_process_ends_with_the_server(tiny_bundle: BundleMaker) -> None:
-    job = Job(str(tiny_bundle("bert", "feature-extraction")), ("torch_ext-bf16", "onnx-fp32"), 1, 2048, 100)
+    job = Job(str(tiny_bundle("bert", "feature-extraction")), ("torch_ext-bf16", "onnx-fp32"), 1, 100)
     command = [sys.executable, "-m", "deploy.server.variants.measure"]
     line = json.dumps(dataclasses.asdict(job)) + "\n"
     # Its input ends, as when the server is killed.

@@ -265,7 +265,7 @@ def pretend(*lines: str) -> list[str]:
 
 
 def job(*names: str) -> Job:
-    return Job("nowhere", names, 1, 2048, 100)
+    return Job("nowhere", names, 1, 100)
 
 
 MEASURED = "say(begin='a'); print('noise'); say(speeds={'a': 1.5}); say(begin='b'); say(speeds={'a': 1.5, 'b': 2.5})"
@@ -473,7 +473,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeMeasurement]:
 
 def select(manifest: Manifest, cache: Path | None, requested: str = AUTO) -> tuple[Choice, Selection]:
     made = Selection(manifest, requested, 2, cache)
-    made.prepare(2048, 100, 30)
+    made.prepare(100, 30)
     return made.decide(), made
 
 

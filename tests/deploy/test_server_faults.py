@@ -556,32 +556,39 @@ class Counted:
         return len(ids)
 
 
+class Gated(Counted):
+    """Notes the lengths of every batch, and runs none before its gate opens."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+
+    def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+        self.batches.append([len(text) for text in ids])
+        self.entered.set()
+        assert self.gate.wait(20)
+        return list(ids)
+
+
 def test_small_requests_do_not_wait_behind_many_large_ones() -> None:
     """A small request waits for the batch that runs, and its own holds no text of a large one."""
-    batches: list[list[int]] = []
-    gate = threading.Event()
-    entered = threading.Event()
-
-    class Engine(Counted):
-        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
-            batches.append([len(text) for text in ids])
-            entered.set()
-            assert gate.wait(20)
-            return list(ids)
+    engine = Gated()
+    batches = engine.batches
 
     async def run() -> None:
-        batcher = Batcher(Engine, 40, 10_000)
+        batcher = Batcher(lambda: engine, 40, 10_000)
         await batcher.start()
         loop = asyncio.get_running_loop()
         large = [Work([np.zeros(20, np.int64)] * 5, None, loop.create_future()) for _ in range(30)]
         for work in large:
             batcher.submit(work)
-        while not entered.is_set():
+        while not engine.entered.is_set():
             await asyncio.sleep(0.01)
         small = [Work([np.zeros(3, np.int64)], None, loop.create_future()) for _ in range(2)]
         for work in small:
             batcher.submit(work)
-        gate.set()
+        engine.gate.set()
         await asyncio.gather(*(work.future for work in (*small, *large)))
         await batcher.close()
 
@@ -592,28 +599,20 @@ def test_small_requests_do_not_wait_behind_many_large_ones() -> None:
 
 
 def test_large_requests_do_not_wait_behind_many_small_ones() -> None:
-    batches: list[list[int]] = []
-    gate = threading.Event()
-    entered = threading.Event()
-
-    class Engine(Counted):
-        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
-            batches.append([len(text) for text in ids])
-            entered.set()
-            assert gate.wait(20)
-            return list(ids)
+    engine = Gated()
+    batches = engine.batches
 
     async def run() -> None:
-        batcher = Batcher(Engine, 40, 10_000)
+        batcher = Batcher(lambda: engine, 40, 10_000)
         await batcher.start()
         loop = asyncio.get_running_loop()
         works = [Work([np.zeros(10, np.int64)], None, loop.create_future()) for _ in range(40)]
         works.insert(8, Work([np.zeros(40, np.int64)] * 2, None, loop.create_future()))
         for work in works:
             batcher.submit(work)
-            while not entered.is_set():
+            while not engine.entered.is_set():
                 await asyncio.sleep(0.01)
-        gate.set()
+        engine.gate.set()
         await asyncio.gather(*(work.future for work in works))
         await batcher.close()
 

@@ -21,7 +21,6 @@ class TorchExtEngine:
     load = classmethod(lambda cls, *arguments: cls())
     def run(self, ids, options): return [[0.0]] * len(ids)
     def cost(self, *arguments): return 1
-    def warm_up(self, max_batch_tokens): pass
 sys.modules["deploy.engines.torch_ext"] = types.ModuleType("deploy.engines.torch_ext")
 sys.modules["deploy.engines.torch_ext"].TorchExtEngine = TorchExtEngine
 

@@ -214,7 +214,7 @@ def main() -> int:
     def load(name: str) -> Runner:
         if name != job.names[0]:
             _room_for(manifest.variants[name].bytes)
-        engine, _ = load_engine(manifest, manifest.variants[name], job.threads, str, job.max_batch_tokens)
+        engine, _ = load_engine(manifest, manifest.variants[name], job.threads)
 
         return lambda batch: engine.run(batch, [task.usual] * len(batch))
 

@@ -38,14 +38,12 @@ class Job:
         bundle: Folder of the bundle.
         names: Candidates, in the order in which they are loaded.
         threads: Threads of the engine.
-        max_batch_tokens: Largest batch that the engine prepares for.
         vocab_size: Token ids are below it.
     """
 
     bundle: str
     names: tuple[str, ...]
     threads: int
-    max_batch_tokens: int
     vocab_size: int
 
 

@@ -75,16 +75,15 @@ class Selection:
             self._choice = self._best("cache", speeds, failed)
             self.names = [self._choice.variant]
 
-    def prepare(self, max_batch_tokens: int, vocab_size: int, limit_s: float) -> None:
+    def prepare(self, vocab_size: int, limit_s: float) -> None:
         """Makes ready to measure, if there is anything to measure, so that `cancel` works from now on.
 
         Args:
-            max_batch_tokens: Largest batch that engines prepare for.
             vocab_size: Token ids are below it.
             limit_s: Most time for the measurement.
         """
         if self._choice is None:
-            job = Job(str(self._manifest.root), tuple(self.names), self._threads, max_batch_tokens, vocab_size)
+            job = Job(str(self._manifest.root), tuple(self.names), self._threads, vocab_size)
             self._measurement = Measurement(job, limit_s)
 
     def cancel(self) -> None:
