@@ -6,6 +6,15 @@
 #include <cstdint>
 #include <string>
 
+// GCC says it in its way, Clang in another.
+#if defined(__SANITIZE_THREAD__)
+#define TORCH_EXT_THREAD_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define TORCH_EXT_THREAD_SANITIZER
+#endif
+#endif
+
 namespace torch_ext::test {
 
 struct Options {

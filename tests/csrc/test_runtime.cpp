@@ -30,14 +30,6 @@
 #include "runtime/json.h"
 #include "runtime/safetensors.h"
 
-#if defined(__SANITIZE_THREAD__)
-#define TORCH_EXT_THREAD_SANITIZER
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define TORCH_EXT_THREAD_SANITIZER
-#endif
-#endif
-
 namespace torch_ext::test {
 namespace {
 

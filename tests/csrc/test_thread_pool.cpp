@@ -28,15 +28,6 @@
 
 #include "runner.h"
 
-// GCC says it in its way, Clang in another.
-#if defined(__SANITIZE_THREAD__)
-#define TORCH_EXT_THREAD_SANITIZER
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define TORCH_EXT_THREAD_SANITIZER
-#endif
-#endif
-
 #if defined(TORCH_EXT_THREAD_SANITIZER)
 // A child of a program with threads may start threads of its own.
 extern "C" const char* __tsan_default_options() { return "die_after_fork=0"; }

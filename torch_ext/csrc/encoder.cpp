@@ -111,13 +111,7 @@ class Run {
 
   template <typename F>
   void parallel(size_t tasks, const F& fn) {
-    if (tasks == 1) {
-      fn(size_t{0});
-      return;
-    }
-    host_.parallel(
-        tasks, [](void* context, size_t i) { (*static_cast<const F*>(context))(i); },
-        const_cast<void*>(static_cast<const void*>(&fn)));
+    run_tasks(host_, tasks, fn);
   }
 
   // fn(begin, end) for parts of the tokens, each worth a thread.

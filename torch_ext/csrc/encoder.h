@@ -72,6 +72,18 @@ class EncoderHost {
   virtual const bf16* foreign_linear(const Matrix& matrix, const bf16* x, size_t rows, Activation activation) = 0;
 };
 
+/// fn(i) for i in [0, tasks), on the threads of `host`; a single task runs where it is.
+template <typename F>
+void run_tasks(EncoderHost& host, size_t tasks, const F& fn) {
+  if (tasks == 1) {
+    fn(size_t{0});
+    return;
+  }
+  host.parallel(
+      tasks, [](void* context, size_t i) { (*static_cast<const F*>(context))(i); },
+      const_cast<void*>(static_cast<const void*>(&fn)));
+}
+
 /// A part of a batch: sequences [first, last).
 struct SequenceRange {
   size_t first, last;

@@ -9,13 +9,6 @@
 namespace torch_ext {
 namespace {
 
-template <typename F>
-void parallel(EncoderHost& host, size_t tasks, const F& fn) {
-  host.parallel(
-      tasks, [](void* context, size_t i) { (*static_cast<const F*>(context))(i); },
-      const_cast<void*>(static_cast<const void*>(&fn)));
-}
-
 // act(x W^T + bias), fp32.
 void linear(const Matrix& matrix, const void* x, DType type, size_t rows, Activation activation,
             const Dispatch& dispatch, EncoderHost& host, float* out) {
@@ -33,7 +26,7 @@ void linear(const Matrix& matrix, const void* x, DType type, size_t rows, Activa
   problem.epilogue.ld_out = problem.n;
   problem.epilogue.out_type = DType::kF32;
   const GemmPlan plan = plan_gemm(kernel, rows, problem.n, problem.k, host.threads());
-  parallel(host, plan.tasks(), [&](size_t task) { run_gemm_task(kernel, *dispatch.vec, problem, plan, task); });
+  run_tasks(host, plan.tasks(), [&](size_t task) { run_gemm_task(kernel, *dispatch.vec, problem, plan, task); });
 }
 
 }  // namespace
@@ -48,7 +41,7 @@ void run_head(const HeadModel& head, const void* x, DType type, size_t rows, con
     linear(head.dense, x, type, rows, head.activation, dispatch, host, hidden.data());
     if (head.norm.weight) {
       const size_t tasks = std::clamp<size_t>(rows * n / kRowGrain, 1, host.threads());
-      parallel(host, tasks, [&](size_t task) {
+      run_tasks(host, tasks, [&](size_t task) {
         for (size_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
           float* const at = hidden.data() + row * n;
           dispatch.vec->sum_layer_norm_row(n, at, nullptr, nullptr, nullptr, head.norm.weight, head.norm.bias,

@@ -16,13 +16,6 @@ namespace {
 // Logits that top_k holds at a time, in bytes.
 constexpr size_t kLogitsBytes = size_t{16} << 20;
 
-template <typename F>
-void parallel(EncoderHost& host, size_t tasks, const F& fn) {
-  host.parallel(
-      tasks, [](void* context, size_t i) { (*static_cast<const F*>(context))(i); },
-      const_cast<void*>(static_cast<const void*>(&fn)));
-}
-
 void check_ids(const char* name, const int64_t* ids, size_t tokens, int64_t rows) {
   for (size_t i = 0; i < tokens; ++i) {
     expect(ids[i] >= 0 && ids[i] < rows, "Encoder: expected ", name, " from 0 to ", rows - 1, ", got ", ids[i], " at ",
@@ -138,10 +131,7 @@ void States::copy_hidden(float* out) const {
     return;
   }
   const auto* const from = static_cast<const bf16*>(hidden_.get());
-  for (size_t i = 0; i < tokens_ * n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i].bits) << 16;
-    std::memcpy(out + i, &bits, sizeof bits);
-  }
+  for (size_t i = 0; i < tokens_ * n; ++i) out[i] = widened(from[i]);
 }
 
 void States::pool(Pooling mode, bool normalize, size_t dimensions, float* out) const {
@@ -157,7 +147,7 @@ void States::pool(Pooling mode, bool normalize, size_t dimensions, float* out) c
                             .out = out};
   const size_t count = texts();
   const size_t tasks = std::clamp<size_t>(tokens_ * h.hidden_size / kRowGrain, 1, std::min(count, engine_->threads()));
-  parallel(engine_->host(), tasks, [&](size_t i) {
+  run_tasks(engine_->host(), tasks, [&](size_t i) {
     pool_texts(problem, *engine_->dispatch().vec, count * i / tasks, count * (i + 1) / tasks);
   });
 }
@@ -209,7 +199,7 @@ void States::top_k(const int64_t* rows, size_t count, size_t k, int64_t* indices
   for (size_t first = 0; first < count; first += step) {
     const size_t part = std::min(step, count - first);
     token_logits(rows + first, part, logits.data());
-    parallel(engine_->host(), part, [&](size_t i) {
+    run_tasks(engine_->host(), part, [&](size_t i) {
       const float* const row = logits.data() + i * n;
       std::vector<int64_t> order(n);
       std::iota(order.begin(), order.end(), int64_t{0});

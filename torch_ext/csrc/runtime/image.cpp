@@ -65,13 +65,6 @@ float widen_f16(uint16_t half) {
   return x;
 }
 
-float widen_bf16(uint16_t upper) {
-  const uint32_t bits = static_cast<uint32_t>(upper) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // The nearest bf16; of two that are as near, the one whose last bit is zero.
 bf16 round_to_bf16(float x) {
   if (std::isnan(x)) return {0x7fc0};
@@ -94,7 +87,7 @@ float float_at(const TensorView& t, size_t i) {
     case ElementType::kF16:
       return widen_f16(element<uint16_t>(t.data, i));
     case ElementType::kBF16:
-      return widen_bf16(element<uint16_t>(t.data, i));
+      return widened(element<bf16>(t.data, i));
     case ElementType::kS8:
       break;
   }
@@ -103,18 +96,11 @@ float float_at(const TensorView& t, size_t i) {
 
 // ---- packing --------------------------------------------------------------------------------------------------------
 
-template <typename F>
-void parallel(EncoderHost& host, size_t tasks, const F& fn) {
-  host.parallel(
-      tasks, [](void* context, size_t i) { (*static_cast<const F*>(context))(i); },
-      const_cast<void*>(static_cast<const void*>(&fn)));
-}
-
 // fn(begin, end) for parts of [0, count).
 template <typename F>
 void parallel_ranges(EncoderHost& host, size_t count, size_t grain, const F& fn) {
   const size_t tasks = std::clamp<size_t>(count / std::max<size_t>(grain, 1), 1, 4 * host.threads());
-  parallel(host, tasks, [&](size_t i) { fn(count * i / tasks, count * (i + 1) / tasks); });
+  run_tasks(host, tasks, [&](size_t i) { fn(count * i / tasks, count * (i + 1) / tasks); });
 }
 
 /// Weights of a model, checked against its specifications, and what becomes of each.
@@ -420,6 +406,15 @@ void write_all(int fd, const char* data, size_t bytes, const std::string& name) 
   }
 }
 
+// Writes the image at `data`, with the checksum that one of this process alone does without.
+void write_image(int fd, const char* data, const std::string& name) {
+  ImageHeader h;
+  std::memcpy(&h, data, sizeof h);
+  h.checksum = image_checksum(h, data);
+  write_all(fd, reinterpret_cast<const char*>(&h), sizeof h, name);
+  write_all(fd, data + sizeof h, static_cast<size_t>(h.bytes) - sizeof h, name);
+}
+
 }  // namespace
 
 Specs parse_specs(const std::string& name, const std::string& encoder_json, const std::string& head_json,
@@ -618,26 +613,18 @@ int Image::share() const {
     if (copy < 0) fail_by_errno("cannot copy a descriptor");
     return copy;
   }
-  ImageHeader h;
-  std::memcpy(&h, mapping_.data(), sizeof h);
-  h.checksum = image_checksum(h, mapping_.data());
   File file = new_memory_file(bytes());
-  write_all(file.fd(), reinterpret_cast<const char*>(&h), sizeof h, "memory");
-  write_all(file.fd(), mapping_.data() + sizeof h, bytes() - sizeof h, "memory");
+  write_image(file.fd(), mapping_.data(), "memory");
   seal(file);
   return file.release();
 }
 
 void Image::save(const std::string& path) const {
-  ImageHeader h;
-  std::memcpy(&h, mapping_.data(), sizeof h);
-  h.checksum = image_checksum(h, mapping_.data());
   std::string temporary = path + ".XXXXXX";
   const File file(mkostemp(temporary.data(), O_CLOEXEC));
   if (file.fd() < 0) fail_by_errno("cannot write beside " + path);
   try {
-    write_all(file.fd(), reinterpret_cast<const char*>(&h), sizeof h, temporary);
-    write_all(file.fd(), mapping_.data() + sizeof h, bytes() - sizeof h, temporary);
+    write_image(file.fd(), mapping_.data(), temporary);
     if (fchmod(file.fd(), 0444) != 0 || rename(temporary.c_str(), path.c_str()) != 0)
       fail_by_errno("cannot write " + path);
   } catch (...) {

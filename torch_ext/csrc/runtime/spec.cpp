@@ -74,8 +74,7 @@ void set(bool& to, const Json& value, const char* name) {
 }
 
 template <typename Spec>
-Spec parse(std::string_view json, std::span<const Field<Spec>> known) {
-  const Json tree = parse_json(json);
+Spec parse(const Json& tree, std::span<const Field<Spec>> known) {
   expect(tree.is(Json::Kind::kObject), "expected an object");
   Spec spec;
   for (const auto& [name, value] : tree.fields) {
@@ -124,8 +123,9 @@ Activation activation_of(const std::string& name) {
 }
 
 EncoderSpec parse_encoder_spec(std::string_view json) {
-  EncoderSpec s = parse<EncoderSpec>(json, kEncoderFields);
-  if (!parse_json(json).find("padding_id")) {
+  const Json tree = parse_json(json);
+  EncoderSpec s = parse<EncoderSpec>(tree, kEncoderFields);
+  if (!tree.find("padding_id")) {
     for (const char* const name : kCountedWithoutPadding) {
       if (s.architecture == name) s.padding_id = s.position_offset - 1;
     }
@@ -165,7 +165,7 @@ EncoderSpec parse_encoder_spec(std::string_view json) {
 }
 
 HeadSpec parse_head_spec(std::string_view json) {
-  HeadSpec s = parse<HeadSpec>(json, kHeadFields);
+  HeadSpec s = parse<HeadSpec>(parse_json(json), kHeadFields);
   expect(s.task == "text-classification" || s.task == "token-classification" || s.task == "fill-mask", "unknown task '",
          s.task, "'");
   expect(s.pooling == "cls" || s.pooling == "mean", "unknown pooling '", s.pooling, "'");
