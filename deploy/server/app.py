@@ -29,14 +29,14 @@ import orjson
 
 from ..bundle import Manifest
 from .api import ROUTES
-from .bodies import INLINE_BYTES, Large, decode, decode_in_parts, encode_in_parts, parts
-from .callers import Caller, CallerLeft
+from .api.openapi import document
+from .api.route import NATIVE, Context, Dialect, Route
 from .errors import ApiError
-from .http import Headers, Receive, Response, Scope, Send, authorize, error_response, read_body
-from .limits import Settings
+from .http.bodies import INLINE_BYTES, Large, decode, decode_in_parts, encode_in_parts, parts
+from .http.exchange import Headers, Receive, Response, Scope, Send, authorize, error_response, read_body
+from .limits.bounds import Settings
+from .limits.callers import Caller, CallerLeft
 from .metrics import Metrics
-from .openapi import document
-from .route import NATIVE, Context, Dialect, Route
 from .service import Batcher, Service, TextTokenizer
 from .variants import Choice
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle import BundleError, check_config, load_manifest
 from ..options import positive as _positive
-from .limits import Settings
+from .limits.bounds import Settings
 from .variants import Selection, add_options
 
 if TYPE_CHECKING:

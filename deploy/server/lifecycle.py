@@ -26,9 +26,9 @@ import uvicorn
 
 from ..machine import available_memory_bytes
 from .app import App
-from .budget import CONNECTION_BYTES, give_back
-from .limits import Settings
-from .protocol import HttpProtocol
+from .http.protocol import HttpProtocol
+from .limits.bounds import Settings
+from .limits.budget import CONNECTION_BYTES, give_back
 from .service import Batcher
 from .variants import LoadCancelled
 

@@ -267,7 +267,7 @@ def serve_fake() -> None:
 
     from deploy.server.app import App
     from deploy.server.lifecycle import Server, listen
-    from deploy.server.limits import Settings
+    from deploy.server.limits.bounds import Settings
     from deploy.server.service.batching import Batcher
     from deploy.server.service.tokens import TextTokenizer
     from deploy.server.variants.choice import Choice

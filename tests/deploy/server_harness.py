@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, SpecialToken, Variant
 from deploy.server.api import ROUTES
+from deploy.server.api.route import Route
 from deploy.server.app import App
 from deploy.server.lifecycle import Server, listen
-from deploy.server.limits import Settings
-from deploy.server.route import Route
+from deploy.server.limits.bounds import Settings
 from deploy.server.service.batching import Batcher
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants.choice import Choice

@@ -28,7 +28,7 @@ from deploy.engines.pooling import pool_padded
 from deploy.engines.torch_ext import TorchExtEngine
 from deploy.engines.transformers import TransformersEngine
 from deploy.export.cli import main
-from deploy.server.limits import Settings
+from deploy.server.limits.bounds import Settings
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants.choice import Choice
 from deploy.tasks import RAW, TASKS, open_task

@@ -38,7 +38,7 @@ from server_harness import (
 from deploy.bundle import Manifest
 from deploy.server.api import schemas
 from deploy.server.errors import ERRORS
-from deploy.server.limits import INLINE_CHARS, Settings
+from deploy.server.limits.bounds import INLINE_CHARS, Settings
 
 MAX_TOKENS = 16
 GOOD = {"inputs": "w1 w2"}

@@ -18,11 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from server_harness import WIDTH, make_manifest, running
 
-from deploy.server import app, bodies
+from deploy.server import app
 from deploy.server.api.schemas import EmbedRequest, OpenAIEmbeddingsRequest
-from deploy.server.bodies import INLINE_BYTES, INLINE_VALUES, Large, decode, decode_in_parts, encode, encode_in_parts
 from deploy.server.errors import ApiError
-from deploy.server.limits import Limits, Settings
+from deploy.server.http import bodies
+from deploy.server.http.bodies import (
+    INLINE_BYTES,
+    INLINE_VALUES,
+    Large,
+    decode,
+    decode_in_parts,
+    encode,
+    encode_in_parts,
+)
+from deploy.server.limits.bounds import Limits, Settings
 
 LIMITS = Limits(4 << 20, 1024, 32_768)
 ID_LIMITS = Limits(4 << 20, 1024, 32_768, ids=262_144)

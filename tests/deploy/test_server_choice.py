@@ -34,7 +34,7 @@ from deploy.bundle import (
     load_manifest,
     write_manifest,
 )
-from deploy.server.limits import Settings
+from deploy.server.limits.bounds import Settings
 from deploy.server.variants import LoadCancelled, choice, measurement, selection
 from deploy.server.variants.choice import AUTO, Choice, candidates, fastest, misses
 from deploy.server.variants.measure import compare, deal, make_lengths

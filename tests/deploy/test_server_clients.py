@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import LiveServer, make_manifest, raw, running, wait_until
 
 from deploy.bundle import Manifest
-from deploy.server import lifecycle, protocol
-from deploy.server.limits import MAX_PIPELINED, Settings
+from deploy.server import lifecycle
+from deploy.server.http import protocol
+from deploy.server.limits.bounds import MAX_PIPELINED, Settings
 
 GOOD = b'{"inputs": "w1 w2"}'
 LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"

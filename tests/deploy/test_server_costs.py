@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import WIDTH, Client, LiveServer, make_manifest, raw, running, wait_until
 
 from deploy.bundle import Manifest
-from deploy.server import bodies, budget
-from deploy.server.budget import BODY_FACTOR, MemoryBudget
-from deploy.server.callers import Caller
 from deploy.server.errors import ApiError
-from deploy.server.limits import Settings
+from deploy.server.http import bodies
+from deploy.server.limits import budget
+from deploy.server.limits.bounds import Settings
+from deploy.server.limits.budget import BODY_FACTOR, MemoryBudget
+from deploy.server.limits.callers import Caller
 from deploy.tasks.fill_mask import Filled
 
 MB = 1 << 20

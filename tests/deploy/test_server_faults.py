@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import VOCABULARY, FakeEngine, LiveServer, Reply, make_manifest, raw, running, wait_until
 
 from deploy.bundle import Manifest
-from deploy.server import limits
-from deploy.server.callers import Caller, CallerLeft
 from deploy.server.errors import ApiError
-from deploy.server.limits import Limits, Settings
+from deploy.server.http.protocol import MAX_HEADER_BYTES, MAX_HEADERS
+from deploy.server.limits import bounds
+from deploy.server.limits.bounds import Limits, Settings
+from deploy.server.limits.callers import Caller, CallerLeft
 from deploy.server.metrics import Metrics
-from deploy.server.protocol import MAX_HEADER_BYTES, MAX_HEADERS
 from deploy.server.service import Service, service
 from deploy.server.service.batching import Batcher, Work
 from deploy.server.service.tokens import TextTokenizer
@@ -181,7 +181,7 @@ class TellingTokenizer:
 
 
 def long_text(word: str) -> str:
-    return f"{word} " * (limits.INLINE_CHARS // 3 + 10)
+    return f"{word} " * (bounds.INLINE_CHARS // 3 + 10)
 
 
 def test_a_long_request_does_not_keep_others_from_being_tokenised(manifest: Manifest) -> None:
@@ -520,7 +520,7 @@ def test_the_server_listens_where_the_health_check_asks() -> None:
 def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Manifest) -> None:
     with running(manifest) as server:
         inner = server.app.service
-        inner._prompt_chars = limits.INLINE_CHARS
+        inner._prompt_chars = bounds.INLINE_CHARS
         aside = []
         tokenize = inner._tokenize
 
@@ -540,7 +540,7 @@ def test_nothing_runs_for_a_client_that_left_before(manifest: Manifest) -> None:
 
         async def ask() -> None:
             with pytest.raises(CallerLeft):
-                await server.app.service.embed(["w1"], caller, limits.Limits.of_texts(Settings()))
+                await server.app.service.embed(["w1"], caller, Limits.of_texts(Settings()))
 
         asyncio.run(ask())
         assert server.engine.batches == []

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import VOCABULARY, WIDTH, LiveServer, make_manifest, running
 
 from deploy.server.cli import _parser
-from deploy.server.limits import BOUNDS, Settings
+from deploy.server.limits.bounds import BOUNDS, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Settings(

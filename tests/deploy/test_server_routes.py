@@ -16,12 +16,12 @@ from server_harness import FakeEngine, LiveServer, make_manifest
 
 from deploy.server import app
 from deploy.server.api import ROUTES
-from deploy.server.bodies import encode
-from deploy.server.callers import Caller
+from deploy.server.api.route import Context, Dialect, Route
 from deploy.server.errors import ERRORS
-from deploy.server.http import Response
-from deploy.server.limits import Limits, Settings
-from deploy.server.route import Context, Dialect, Route
+from deploy.server.http.bodies import encode
+from deploy.server.http.exchange import Response
+from deploy.server.limits.bounds import Limits, Settings
+from deploy.server.limits.callers import Caller
 
 SERVER = Path(app.__file__).parent
 

@@ -57,7 +57,7 @@ def test_load_goes_to_this_machine_only(compose: dict[str, Any]) -> None:
 
 
 def test_the_server_may_drain_before_it_is_killed(compose: dict[str, Any]) -> None:
-    from deploy.server.limits import Settings
+    from deploy.server.limits.bounds import Settings
 
     settings = Settings()
     grace_s = int(compose["services"]["server"]["stop_grace_period"].removesuffix("s"))
@@ -66,7 +66,7 @@ def test_the_server_may_drain_before_it_is_killed(compose: dict[str, Any]) -> No
 
 def test_the_server_knows_its_options(compose: dict[str, Any]) -> None:
     from deploy.server.cli import _parser
-    from deploy.server.limits import Settings
+    from deploy.server.limits.bounds import Settings
     from deploy.server.variants.choice import AUTO
 
     arguments = _parser().parse_args([default(word) for word in compose["services"]["server"]["command"]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, encode_list, server_timing
+from .route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, encode_list, server_timing
 from .schemas import (
     EmbedRequest,
     EmbedResponse,

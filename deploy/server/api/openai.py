@@ -6,7 +6,7 @@ import base64
 import time
 from typing import Any, cast
 
-from ..route import (
+from .route import (
     JSON_HEADER,
     ApiError,
     Caller,

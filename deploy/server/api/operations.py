@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..route import ApiError, Caller, Context, Response, Route, encode
+from .route import ApiError, Caller, Context, Response, Route, encode
 from .schemas import InfoResponse, StatusResponse
 
 __all__ = ["ROUTES"]
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-_PAGE = Path(__file__).parents[1] / "docs.html"
+_PAGE = Path(__file__).parent / "docs.html"
 
 
 async def info(context: Context, request: None, caller: Caller) -> Response:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from ..limits import MAX_TOP_K
+from ..limits.bounds import MAX_TOP_K
 
 __all__ = [
     "BOUND",

@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ApiError
-from ..limits import exceeded
+from ..limits.bounds import exceeded
 
 if TYPE_CHECKING:
     import numpy as np

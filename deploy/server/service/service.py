@@ -17,10 +17,10 @@ from ...bundle import Manifest
 from ...machine import versions
 from ...tasks.feature_extraction import EmbedOptions
 from ...tasks.fill_mask import FillMaskOptions
-from ..budget import TEXT_BYTES, MemoryBudget
-from ..callers import Caller, CallerLeft
 from ..errors import ApiError
-from ..limits import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings, exceeded
+from ..limits.bounds import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings, exceeded
+from ..limits.budget import TEXT_BYTES, MemoryBudget
+from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
 from ..variants import Choice
 from .batching import Batcher, Work

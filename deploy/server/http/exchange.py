@@ -6,11 +6,11 @@ import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
+from ..errors import ERRORS, ApiError
+from ..limits.bounds import exceeded
+from ..limits.budget import SMALL_BODY_BYTES, MemoryBudget
+from ..limits.callers import Caller, CallerLeft
 from .bodies import Large
-from .budget import SMALL_BODY_BYTES, MemoryBudget
-from .callers import Caller, CallerLeft
-from .errors import ERRORS, ApiError
-from .limits import exceeded
 
 __all__ = [
     "JSON_HEADER",

@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 
-from ..bundle import Manifest
-from .api.schemas import BOUND, ErrorResponse
-from .errors import ERRORS
-from .limits import BOUNDS, Limits, Settings
+from ...bundle import Manifest
+from ..errors import ERRORS
+from ..limits.bounds import BOUNDS, Limits, Settings
+from ..service import TextTokenizer
 from .route import JSON, Route
-from .service import TextTokenizer
+from .schemas import BOUND, ErrorResponse
 
 __all__ = ["document"]
 

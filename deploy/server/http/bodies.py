@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
-from .errors import ApiError
-from .limits import Limits, exceeded
+from ..errors import ApiError
+from ..limits.bounds import Limits, exceeded
 
 __all__ = [
     "INLINE_BYTES",

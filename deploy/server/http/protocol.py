@@ -15,9 +15,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from .callers import Caller
-from .errors import ApiError, error_body
-from .limits import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_PIPELINED_BYTES, Settings, exceeded
+from ..errors import ApiError, error_body
+from ..limits.bounds import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_PIPELINED_BYTES, Settings, exceeded
+from ..limits.callers import Caller
 
 __all__ = ["MAX_HEADERS", "MAX_HEADER_BYTES", "HttpProtocol"]
 

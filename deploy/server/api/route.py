@@ -10,14 +10,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..bundle import Manifest
-from .bodies import encode, encode_list
-from .callers import Caller
-from .errors import ApiError, error_body, error_fields
-from .http import JSON_HEADER, Response
-from .limits import Limits, Settings
-from .metrics import Metrics
-from .service import Result, Service
+from ...bundle import Manifest
+from ..errors import ApiError, error_body, error_fields
+from ..http.bodies import encode, encode_list
+from ..http.exchange import JSON_HEADER, Response
+from ..limits.bounds import Limits, Settings
+from ..limits.callers import Caller
+from ..metrics import Metrics
+from ..service import Result, Service
 
 __all__ = [
     "JSON",

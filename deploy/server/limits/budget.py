@@ -10,9 +10,9 @@ import ctypes
 import gc
 from collections.abc import Callable
 
+from ..errors import ApiError
+from .bounds import BOUNDS, exceeded
 from .callers import Caller
-from .errors import ApiError
-from .limits import BOUNDS, exceeded
 
 __all__ = ["BODY_FACTOR", "CONNECTION_BYTES", "SMALL_BODY_BYTES", "TEXT_BYTES", "MemoryBudget", "give_back"]
 
