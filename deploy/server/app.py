@@ -153,6 +153,8 @@ class App:
                 raise ApiError("method_not_allowed", f"{path}: expected {allowed}, got {method}", {"Allow": allowed})
             headers: Headers = scope["deploy.headers"]
             endpoint.admit(headers)
+            if (wanted := headers.get(b"x-request-timeout-ms")) is not None:
+                caller.deadline_s = started_s + _timeout_s(wanted)
             request = None
             if endpoint.decoder is not None:
                 body = await read_body(headers, receive, endpoint.body_bytes, self.service.budget, caller)
@@ -223,6 +225,19 @@ class App:
         for endpoint in self._routes.get(path, {}).values():
             return endpoint.route.dialect
         return next((dialect for dialect in self._dialects if path.startswith(dialect.prefix)), NATIVE)
+
+
+def _timeout_s(value: bytes) -> float:
+    """How long a client waits, in seconds, by its header X-Request-Timeout-Ms.
+
+    Raises:
+        ApiError: It is no number of milliseconds (422).
+    """
+    if not (value.isdigit() and len(value) <= 9 and int(value)):
+        raise ApiError(
+            "invalid_request", f"x-request-timeout-ms: expected whole milliseconds from 1, got {value[:40]!r}"
+        )
+    return 1e-3 * int(value)
 
 
 def _wrong_task(route: Route, routes: Sequence[Route], manifest: Manifest) -> str | None:

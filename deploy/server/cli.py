@@ -74,6 +74,23 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens of that budget that may wait or run; more is answered with 429 (default: %(default)s)",
     )
     limits.add_argument(
+        "--max-queue-ms",
+        type=_positive,
+        default=defaults.max_queue_ms,
+        metavar="MS",
+        help="how long a request may take from the queue to its answer; one that would take longer, by the measured "
+        "speed, is answered with 429 at once; requests larger than a batch may take 5 times as long as they compute "
+        "(default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-batch-ms",
+        type=_positive,
+        default=defaults.max_batch_ms,
+        metavar="MS",
+        help="how long a batch may take, by the measured speed, within --max-batch-tokens: what others wait for "
+        "(default: %(default)s)",
+    )
+    limits.add_argument(
         "--max-inputs", type=_positive, default=defaults.max_inputs, help="texts in a request (default: %(default)s)"
     )
     limits.add_argument(
@@ -252,6 +269,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         threads=threads,
         max_batch_tokens=arguments.max_batch_tokens,
         max_queue_tokens=arguments.max_queue_tokens,
+        max_queue_ms=arguments.max_queue_ms,
+        max_batch_ms=arguments.max_batch_ms,
         max_body_bytes=arguments.max_body_bytes,
         max_inputs=arguments.max_inputs,
         max_chars=arguments.max_chars,
@@ -292,7 +311,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     def announce() -> None:
         print(f"serving {manifest.model.name} ({manifest.task}) on {url} {started}", flush=True)
 
-    batcher = Batcher(load, settings.max_batch_tokens, settings.max_queue_tokens)
+    batcher = Batcher(
+        load,
+        settings.max_batch_tokens,
+        settings.max_queue_tokens,
+        max_queue_s=1e-3 * settings.max_queue_ms,
+        max_batch_s=1e-3 * settings.max_batch_ms,
+    )
     batcher.cancel_load = selection.cancel
     app = App(manifest, tokenizer, batcher, settings)
     batcher.on_batch = app.count_batch

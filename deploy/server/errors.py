@@ -40,7 +40,9 @@ ERRORS: Mapping[str, ErrorKind] = {
     ),
     "unsupported_media_type": ErrorKind(415, "the body is compressed; send plain JSON in UTF-8"),
     "invalid_request": ErrorKind(422, "not JSON in UTF-8, a missing or unknown field, a wrong type, or an empty list"),
-    "queue_full": ErrorKind(429, "more tokens are waiting than the queue holds", retry=True),
+    "queue_full": ErrorKind(
+        429, "the request would wait for too long, or more tokens are waiting than the queue holds", retry=True
+    ),
     "memory_full": ErrorKind(429, "other requests hold the memory that this one needs", retry=True),
     "malformed_http": ErrorKind(400, "not HTTP/1.1; the connection is closed"),
     "headers_too_large": ErrorKind(
@@ -50,6 +52,7 @@ ERRORS: Mapping[str, ErrorKind] = {
         501, "the body is sent in an encoding other than chunked; the connection is closed"
     ),
     "internal": ErrorKind(500, "the engine failed on this request; the server's log says why"),
+    "deadline": ErrorKind(504, "not answered, or not to be, within the time that X-Request-Timeout-Ms gives"),
     "loading": ErrorKind(503, "the model is being loaded", retry=True),
     "draining": ErrorKind(503, "the server is shutting down; send the request elsewhere", retry=True),
 }

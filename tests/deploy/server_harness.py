@@ -199,7 +199,10 @@ class LiveServer:
         self.choice = Choice("fake", "only", {}, {"other": "it is not there"})
         self.manifest = manifest
         self.batcher = Batcher(
-            lambda: self.loaded(load or (lambda: engine)), settings.max_batch_tokens, settings.max_queue_tokens
+            lambda: self.loaded(load or (lambda: engine)),
+            settings.max_batch_tokens,
+            settings.max_queue_tokens,
+            max_queue_s=1e-3 * settings.max_queue_ms,
         )
         self.app = App(manifest, TextTokenizer.from_manifest(manifest), self.batcher, settings, routes)
         self.batcher.on_batch = self.app.count_batch

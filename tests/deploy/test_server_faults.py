@@ -32,8 +32,9 @@ from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller, CallerLeft
 from deploy.server.metrics import Metrics
 from deploy.server.service import Service, service
-from deploy.server.service.batching import Batcher, Work
+from deploy.server.service.batching import Batcher
 from deploy.server.service.tokens import TextTokenizer
+from deploy.server.service.work import Work
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"inputs": "w1 w2"}
@@ -639,7 +640,8 @@ def test_a_part_of_the_queue_is_for_small_requests() -> None:
             batcher.submit(work(10))
         with pytest.raises(ApiError, match="800 tokens are waiting"):
             batcher.submit(work(10))
-        batcher.queued_tokens = 0
+        for waiting in batcher.admission.all():
+            batcher.abandon(waiting)
         batcher.submit(work(800))
 
     asyncio.run(run())

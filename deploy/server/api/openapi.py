@@ -64,7 +64,8 @@ def document(
         f"Limits: {settings.max_inputs} inputs a request, {settings.max_chars} characters a text, "
         f"{manifest.max_tokens} tokens a text (longer ones are cut unless `truncate` is false), "
         f"{settings.max_body_bytes} bytes a body, {settings.max_queue_tokens} tokens waiting, {settings.max_values} "
-        "numbers an answer. `x-limits` has them all."
+        "numbers an answer. `x-limits` has them all. A client that waits for so many milliseconds only says so by the "
+        "header `X-Request-Timeout-Ms`: what cannot be answered by then is refused with 504."
     )
     version = manifest.created_with.get("torch_ext", "0")
     components: dict[str, Any] = {"schemas": schemas}

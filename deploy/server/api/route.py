@@ -142,7 +142,7 @@ class Route:
         """Kinds of errors that it answers with."""
         kinds = list(self.errors)
         if self.task is not None:
-            kinds += ["wrong_task", "queue_full", "memory_full", "internal", "loading", "draining"]
+            kinds += ["wrong_task", "queue_full", "memory_full", "deadline", "internal", "loading", "draining"]
         if self.request is not None:
             kinds += ["timeout", "too_large", "unsupported_media_type", "invalid_request"]
         return kinds

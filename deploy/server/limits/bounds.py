@@ -69,6 +69,8 @@ class Settings:
         threads: Threads of the engine.
         max_batch_tokens: Token budget of a batch. One text always fits.
         max_queue_tokens: Most tokens waiting or running; more is 429.
+        max_queue_ms: How long a request may take, as predicted; one that would take longer is 429 at once.
+        max_batch_ms: How long a batch may take, by the measured speed; a single text may take longer.
         max_body_bytes: Longest request body; checked while it is read, before it is parsed.
         max_inputs: Most texts in a request.
         max_chars: Longest text, in code points.
@@ -90,6 +92,8 @@ class Settings:
     threads: int = 1
     max_batch_tokens: int = 2048
     max_queue_tokens: int = 262_144
+    max_queue_ms: int = 2000
+    max_batch_ms: int = 100
     max_body_bytes: int = 4 << 20
     max_inputs: int = 1024
     max_chars: int = 32_768
@@ -141,6 +145,7 @@ BOUNDS: Mapping[str, Bound] = {
     "inputs": Bound("a request", "inputs in one request", "max_inputs"),
     "chars": Bound("one text", "characters", "max_chars"),
     "tokens": Bound("a request, and all requests that wait", "tokens in one request", "max_queue_tokens"),
+    "wait_ms": Bound("a request waits and is computed", "ms", "max_queue_ms", status=429),
     "masks": Bound("one text of fill-mask", "mask tokens in one text", fixed=MASKS_PER_TEXT, status=422),
     "top_k": Bound("fill-mask", "predictions per mask token", fixed=MAX_TOP_K, status=422),
     "values": Bound("an answer", "numbers in one answer", "max_values"),

@@ -17,15 +17,17 @@ class Caller:
     Attributes:
         gone: The client has left.
         on_leave: Called once when it leaves; None while nothing runs for it that could be ended.
+        deadline_s: When the client stops waiting, as its request says, by `time.perf_counter`; None: never.
         held_bytes: Memory that the request holds of the budget.
         values_each: Numbers that the answer to each of its inputs has, by its route.
         value_bytes: Memory that one of them holds until it is sent.
     """
 
-    __slots__ = ("gone", "held_bytes", "on_leave", "value_bytes", "values_each")
+    __slots__ = ("deadline_s", "gone", "held_bytes", "on_leave", "value_bytes", "values_each")
 
     def __init__(self) -> None:
         self.gone = False
+        self.deadline_s: float | None = None
         self.on_leave: Callable[[], None] | None = None
         self.held_bytes = 0
         self.values_each = 0

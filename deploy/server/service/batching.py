@@ -1,14 +1,16 @@
 """From requests to batches and back: one queue, one engine thread, a token budget.
 
 The event loop puts a `Work` (the texts of one request) into the queue; the engine thread takes what is there, as many
-texts as the token budget allows, and runs them; it never waits for more while it is idle. A batch goes round the
-requests, one text of each in turn. Small requests have a round of their own, which takes turns with that of large ones:
-however many large requests there are, they delay a small one by one batch, and the batch that it is in is small, too.
-Results go back with one wake-up of the event loop per batch, not per request.
+texts as the token budget allows, and runs them; it never waits for more while it is idle. `admission` says who comes
+first. Results go back with one wake-up of the event loop per batch, not per request.
 
-State is split so that no lock is needed: the queue is the only thing that both threads write; counts of waiting tokens
-belong to the event loop, the round belongs to the engine thread. A request that was given up is only marked; the engine
-thread drops what is left of it when its turn comes.
+A batch takes about `max_batch_s`, by the measured speed: on a small machine the token budget alone would hold a small
+request up for a second, and larger batches are hardly faster (MiniLM on 2 cores of Zen 1: 2,979 tokens/s in batches of
+256 tokens, 3,019 of 2,048; int8 3,554 and 3,749).
+
+State is split so that no lock is needed: the queue is the only thing that both threads write; what waits (`admission`)
+belongs to the event loop, the lines belong to the engine thread. A request that was given up is only marked; the
+engine thread drops what is left of it when its turn comes.
 """
 
 from __future__ import annotations
@@ -24,77 +26,16 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import ApiError
-from ..limits.bounds import exceeded
+from .admission import LINES, Admission, too_late
+from .work import Item, Work
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Batcher", "Engine", "Item", "Work"]
+__all__ = ["Batcher", "Engine"]
 
 log = logging.getLogger("deploy.server")
-
-
-class Work:
-    """The texts of one request on their way through the engine.
-
-    Attributes:
-        ids: Per text token ids, i64 [tokens].
-        options: What the engine's head needs to know; the same for all texts of the request.
-        results: Per text what the engine made of it.
-        small: Whether it has its place in the round of small requests.
-        tokens: Tokens of all texts.
-        future: Done when every text has its result.
-        costs: Per text what it takes of a token budget; set when the work is queued.
-        waiting: What the texts without a result take of a token budget.
-        abandoned: Nobody waits any more; what did not run yet is dropped.
-        submitted_s: When it was queued, by `time.perf_counter`.
-        started_s: When its first batch started.
-        infer_s: How long the batches took that held a text of it.
-    """
-
-    __slots__ = (
-        "abandoned",
-        "costs",
-        "future",
-        "ids",
-        "infer_s",
-        "left",
-        "next",
-        "options",
-        "results",
-        "small",
-        "started_s",
-        "submitted_s",
-        "tokens",
-        "waiting",
-    )
-
-    def __init__(self, ids: Sequence[NDArray[np.int64]], options: Any, future: asyncio.Future[list[Any]]) -> None:
-        self.ids = ids
-        self.options = options
-        self.future = future
-        self.costs: list[int] = []
-        self.results: list[Any] = [None] * len(ids)
-        self.tokens = sum(map(len, ids))
-        self.waiting = 0
-        self.left = len(ids)
-        self.next = 0
-        self.abandoned = False
-        self.small = True
-        self.submitted_s = 0.0
-        self.started_s = 0.0
-        self.infer_s = 0.0
-
-
-SMALL_PART = 4
-"""A request is small if that many like it fit in a batch."""
-
-RESERVED_PART = 8
-"""This part of the queue is for small requests, while anything waits."""
-
-Item = tuple[Work, int]
-"""One text of a batch: its request and its index there."""
 
 
 class Engine(Protocol):
@@ -127,7 +68,7 @@ class Batcher:
     Methods are called on the event loop, except `_main` and what it calls.
 
     Attributes:
-        queued_tokens: What the texts that wait or run take, in the unit of the token budget.
+        admission: The requests that wait or run, and who may join them.
         running: Whether the engine is loaded and takes work.
         failure: Why the engine could not be loaded, or why its thread ended; None while all is well.
         cancel_load: Ends loading early if that can be done; then it raises `variants.LoadCancelled`.
@@ -141,6 +82,9 @@ class Batcher:
         max_batch_tokens: int,
         max_queue_tokens: int,
         on_batch: Callable[[int, int], None] = lambda texts, tokens: None,
+        *,
+        max_queue_s: float = math.inf,
+        max_batch_s: float = math.inf,
     ) -> None:
         """Prepares, without starting a thread.
 
@@ -149,10 +93,10 @@ class Batcher:
             max_batch_tokens: Token budget of a batch, in the unit of `Engine.cost`; a single text may exceed it.
             max_queue_tokens: Most that may wait or run, in the same unit.
             on_batch: Called on the event loop with the texts and tokens of every batch.
+            max_queue_s: How long a request may wait; see `admission`.
+            max_batch_s: How long a batch may take, by the speed of those before; a single text may take longer.
         """
-        self.max_batch_tokens = max_batch_tokens
-        self.max_queue_tokens = max_queue_tokens
-        self.queued_tokens = 0
+        self.admission = Admission(max_batch_tokens, max_queue_tokens, max_queue_s, max_batch_s)
         self.running = False
         self.failure: BaseException | None = None
         self._load = load
@@ -161,10 +105,10 @@ class Batcher:
         self.on_death: Callable[[], None] = lambda: None
         self._engine: Engine | None = None
         self._inbox: SimpleQueue[Work | None] = SimpleQueue()
-        self._small: deque[Work] = deque()
-        self._large: deque[Work] = deque()
-        self._small_ran = False
-        self._cost_per_s = 0.0
+        self._lines: tuple[deque[Work], ...] = tuple(deque() for _ in range(LINES))
+        self._stood = [False] * LINES
+        self._last_line = 0
+        self._last_long = 2
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -182,47 +126,48 @@ class Batcher:
         self._thread.start()
         await self._ready
 
+    @property
+    def queued_tokens(self) -> int:
+        """What the texts that wait or run take, in the unit of the token budget."""
+        return self.admission.queued_cost
+
     def submit(self, work: Work) -> None:
         """Queues the texts of a request; `work.future` will be done with its results.
 
         Raises:
-            ApiError: The queue is full (429), or could never hold this request (413), or the engine has stopped (500).
+            ApiError: It would wait too long (429, 504), or could never run (413), or the engine has stopped (500).
         """
         if not self.running:
             raise self._stopped()
         assert self._engine is not None
         work.costs = [self._engine.cost(text) for text in work.ids]
         work.waiting = sum(work.costs)
-        work.small = work.waiting <= self.max_batch_tokens // SMALL_PART
-        reserved = 0 if work.small or not self.queued_tokens else self.max_queue_tokens // RESERVED_PART
-        if self.queued_tokens + work.waiting > self.max_queue_tokens - reserved:
-            if work.waiting > self.max_queue_tokens:
-                added = work.waiting - work.tokens
-                more = f"; masks add {added} to {work.tokens} tokens" if added else ""
-                raise ApiError(
-                    "too_large",
-                    f"{exceeded('tokens', self.max_queue_tokens, work.waiting)}{more}; send fewer texts at a time",
-                )
-            raise self.try_later(f"{self.queued_tokens} tokens are waiting and the queue holds {self.max_queue_tokens}")
-        self.queued_tokens += work.waiting
         work.submitted_s = time.perf_counter()
+        if work.deadline_s is not None and work.deadline_s <= work.submitted_s:
+            raise too_late("the texts have waited to be tokenised")
+        self.admission.admit(work)
+        if work.deadline_s is not None:
+            timer = work.future.get_loop().call_later(work.deadline_s - work.submitted_s, self._expire, work)
+            work.future.add_done_callback(lambda future: timer.cancel())
         self._inbox.put(work)
 
+    def _expire(self, work: Work) -> None:
+        """Ends a request that is not answered by its deadline."""
+        self._fail(work, too_late("others were before it"))
+
     def try_later(self, reason: str) -> ApiError:
-        """The error of a request that there is no room for now, with a Retry-After from the measured speed."""
-        return ApiError("queue_full", f"{reason}; try again later", {"Retry-After": self.retry_after()})
+        """See `Admission.try_later`."""
+        return self.admission.try_later(reason)
 
     def retry_after(self) -> str:
-        """How many seconds what is queued now will take, for the header Retry-After: 1 to 60."""
-        wait_s = math.ceil(self.queued_tokens / self._cost_per_s) if self._cost_per_s else 1
-        return str(min(max(wait_s, 1), 60))
+        """See `Admission.retry_after`."""
+        return self.admission.retry_after()
 
     def abandon(self, work: Work) -> None:
         """Drops what is left of a request whose client has left."""
         if not work.abandoned and not work.future.done():
             work.abandoned = True
-            self.queued_tokens -= work.waiting
-            work.waiting = 0
+            self.admission.drop(work)
             work.future.cancel()
 
     async def close(self) -> None:
@@ -242,10 +187,8 @@ class Batcher:
         else:
             self._ready.set_exception(self.failure)
 
-    def _deliver(self, batch: list[Item], seconds: float) -> None:
+    def _deliver(self, batch: list[Item]) -> None:
         """Hands the results of a batch to the requests that are complete now."""
-        rate = sum(work.costs[index] for work, index in batch) / max(seconds, 1e-9)
-        self._cost_per_s = rate if not self._cost_per_s else 0.9 * self._cost_per_s + 0.1 * rate
         self.on_batch(len(batch), sum(len(work.ids[index]) for work, index in batch))
         for work, index in batch:
             if work.abandoned:
@@ -253,8 +196,7 @@ class Batcher:
             if isinstance(work.results[index], Exception):
                 self._fail(work, _text_error(index, work.results[index]))
                 continue
-            work.waiting -= work.costs[index]
-            self.queued_tokens -= work.costs[index]
+            self.admission.ran(work, work.costs[index])
             work.left -= 1
             if work.left == 0 and not work.future.done():
                 work.future.set_result(work.results)
@@ -262,19 +204,14 @@ class Batcher:
     def _fail(self, work: Work, error: ApiError) -> None:
         """Ends a request with an error, and drops what is left of it."""
         if not work.abandoned and not work.future.done():
-            self.queued_tokens -= work.waiting
-            work.waiting = 0
+            self.admission.drop(work)
             work.abandoned = True
             work.future.set_exception(error)
 
-    def _died(self, batch: list[Item]) -> None:
+    def _died(self) -> None:
         """The engine thread has ended by itself: nothing will be answered any more."""
         self.running = False
-        unfinished = [work for work, _ in batch] + [*self._small, *self._large]
-        while not self._inbox.empty():
-            if (work := self._inbox.get()) is not None:
-                unfinished.append(work)
-        for work in unfinished:
+        for work in self.admission.all():
             self._fail(work, self._stopped())
         self.on_death()
 
@@ -293,17 +230,15 @@ class Batcher:
             self._loop.call_soon_threadsafe(self._loaded)
             return
         self._loop.call_soon_threadsafe(self._loaded)
-        items: list[Item] = []
         try:
-            while (taken := self._take()) is not None:
-                items = taken
+            while (items := self._take()) is not None:
                 self._run(engine, items)
         except BaseException as error:  # What ends a thread: SystemExit, lack of memory, a fault of this class.
             if self._loop.is_closed():  # Nobody is left to answer.
                 return
             self.failure = error
             log.critical("the engine thread has ended, and the server with it", exc_info=error)
-            self._loop.call_soon_threadsafe(self._died, items)
+            self._loop.call_soon_threadsafe(self._died)
 
     def _run(self, engine: Engine, items: list[Item]) -> None:
         """Runs a batch and hands its results to the event loop."""
@@ -320,7 +255,11 @@ class Batcher:
             if work.started_s == 0.0:
                 work.started_s = started_s
             work.infer_s += seconds
-        self._loop.call_soon_threadsafe(self._deliver, items, seconds)
+        costs = [0] * LINES
+        for work, index in items:
+            costs[work.line] += work.costs[index]
+        self.admission.speed.note(costs, self._stood, seconds)
+        self._loop.call_soon_threadsafe(self._deliver, items)
 
     @staticmethod
     def _call(engine: Engine, items: list[Item]) -> None:
@@ -347,42 +286,58 @@ class Batcher:
 
     def _take(self) -> list[Item] | None:
         """The next batch: waits only while there is nothing at all. None: the batcher was closed."""
-        inbox, small, large = self._inbox, self._small, self._large
+        inbox, lines = self._inbox, self._lines
         items: list[Item] = []
         while not items:
-            if not small and not large:
+            if not any(lines):
                 if (work := inbox.get()) is None:
                     return None
-                (small if work.small else large).append(work)
+                lines[work.line].append(work)
             for _ in range(inbox.qsize()):
                 if (work := inbox.get()) is None:
                     inbox.put(None)  # Closing: what came before is run first.
                     break
-                (small if work.small else large).append(work)
-            spent = 0
-            if not self._small_ran or not large:
-                spent = self._fill(items, small, spent)
-            self._small_ran = bool(items) and bool(large)
-            if not items:
-                spent = self._fill(items, large, spent)
-                self._fill(items, small, spent)
+                lines[work.line].append(work)
+            budget = self.admission.batch_cost
+            self._stood = [bool(line) for line in lines]
+            line = self._next_line()
+            spent = self._fill(items, lines[line], 0, budget)
+            if items:
+                self._last_line = line
+                for shorter in range(line):
+                    spent = self._fill(items, lines[shorter], spent, budget)
         return items
 
-    def _fill(self, items: list[Item], ready: deque[Work], spent: int) -> int:
-        """Adds texts to a batch, one of each request in turn, and returns what of the budget they have spent."""
-        while ready:
-            work = ready.popleft()
+    def _next_line(self) -> int:
+        """Whose turn it is: that of small requests every second time, the others in between; some line has one."""
+        lines = self._lines
+        if lines[0] and (self._last_line or not (lines[1] or lines[2])):
+            return 0
+        line = 3 - self._last_long
+        if not lines[line]:
+            line = self._last_long
+        self._last_long = line
+        return line
+
+    def _fill(self, items: list[Item], line: deque[Work], spent: int, budget: int) -> int:
+        """Adds texts of a line to a batch, and returns what of the budget they have spent."""
+        while line:
+            work = line[0]
             if work.abandoned:
+                line.popleft()
                 continue
             cost = work.costs[work.next]
-            if items and spent + cost > self.max_batch_tokens:
-                ready.appendleft(work)
+            if items and spent + cost > budget:
                 break
             items.append((work, work.next))
             spent += cost
             work.next += 1
-            if work.next < len(work.ids):
-                ready.append(work)
+            work.turn_cost -= cost
+            if work.next == len(work.ids):
+                line.popleft()
+            elif work.turn_cost <= 0:
+                work.turn_cost = self.admission.max_batch_cost
+                line.rotate(-1)
         return spent
 
 

@@ -23,8 +23,9 @@ from ..limits.budget import TEXT_BYTES, MemoryBudget
 from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
 from ..variants import Choice
-from .batching import Batcher, Work
+from .batching import Batcher
 from .tokens import TextTokenizer
+from .work import Work
 
 __all__ = ["Result", "Served", "Service"]
 
@@ -336,7 +337,7 @@ class Service:
         asked = caller.values_each * units
         if asked > limits.values:
             raise ApiError("too_large", exceeded("values", limits.values, asked))
-        work = Work(ids, options, asyncio.get_running_loop().create_future())
+        work = Work(ids, options, asyncio.get_running_loop().create_future(), caller.deadline_s)
         self.budget.hold(caller, TEXT_BYTES * (len(ids) + units) + 8 * work.tokens + caller.value_bytes * asked)
         self._batcher.submit(work)
         caller.on_leave = functools.partial(self._batcher.abandon, work)

@@ -1,0 +1,228 @@
+"""Who may wait: how fast the engine is, how long a request would wait, and whether that is too long.
+
+A queue that takes everything answers everybody too late once more comes than the engine can do. So a request that would
+not be answered within `max_queue_s` is refused at once, and told when to come again. One that is larger than a batch
+may take longer: `PATIENCE` times as long as it computes.
+
+Requests stand in three lines, by their size: small ones, of which four fit in a batch (`max_batch_cost`), those that
+fit in one, and larger ones. The lines take turns batch by batch, small requests every second time: a small request
+waits for the batch that runs and for other small ones, whatever else there is. In a line it is first come, first
+served, since requests that share the engine would all be late where more comes than can be done; of larger ones,
+`max_batch_cost` runs before it is the next one's turn. How long a request waits follows from what is before it in its
+line, and from how much of its line has run lately in a second.
+
+All sizes are costs, in the unit of the token budget (`Engine.cost`). What waits is known on the event loop alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+
+from ..errors import ApiError
+from ..limits.bounds import exceeded
+from .work import Work
+
+__all__ = ["PATIENCE", "LINES", "RESERVED_PART", "SMALL_PART", "Admission", "Speed"]
+
+PATIENCE = (2, 5)
+"""A request may take so many times as long as it computes, where that is more than `max_queue_s`: one that fits in a
+batch (a machine is very slow then), and a larger one."""
+
+SMALL_PART = 4
+"""A request is small if that many like it fit in a batch."""
+
+LINES = 3
+"""Small requests, those that fit in a batch, larger ones."""
+
+RESERVED_PART = 8
+"""This part of the queue is for small requests, while anything waits."""
+
+_ENGINE_MEMORY_S = 1.0
+_LINE_MEMORY_S = 6.0
+_MOST_SLOWER = 4
+_LEAST_BATCH = 64
+
+
+class _Rate:
+    """What runs in a second; 0.0: nothing is known yet."""
+
+    def __init__(self, memory_s: float) -> None:
+        self._memory_s = memory_s
+        self.per_s = 0.0
+        self._cost = 0.0
+        self._seconds = 0.0
+
+    def note(self, cost: int, seconds: float) -> None:
+        kept = math.exp(-seconds / self._memory_s)
+        self._cost = kept * self._cost + cost
+        self._seconds = kept * self._seconds + seconds
+        self.per_s = self._cost / self._seconds
+
+
+class Speed:
+    """What the engine computes in a second, in all and of each line. Written on the engine thread, read on both."""
+
+    def __init__(self) -> None:
+        self._all = _Rate(_ENGINE_MEMORY_S)
+        self._lines = [_Rate(_LINE_MEMORY_S) for _ in range(LINES)]
+
+    @property
+    def cost_per_s(self) -> float:
+        """Of the token budget; 0.0: nothing has run yet."""
+        return self._all.per_s
+
+    def line_cost_per_s(self, line: int) -> float:
+        """What is computed of a line while something waits there; 0.0: nothing has run yet."""
+        return self._lines[line].per_s or self._all.per_s
+
+    def note(self, costs: Sequence[int], waiting: Sequence[bool], seconds: float) -> None:
+        """Takes a batch into account.
+
+        Args:
+            costs: What it took of the token budget, by lines.
+            waiting: Whether something waited when it was put together, by lines.
+            seconds: How long it ran. One batch that took far longer than others (the machine slept) counts as one that
+                was somewhat slower.
+        """
+        cost = sum(costs)
+        seconds = max(seconds, 1e-9)
+        if self._all.per_s:
+            seconds = min(seconds, _MOST_SLOWER * cost / self._all.per_s)
+        self._all.note(cost, seconds)
+        for line, part in enumerate(costs):
+            if waiting[line]:
+                self._lines[line].note(part, seconds)
+
+    def batch_cost(self, most: int, seconds: float) -> int:
+        """The token budget of a batch that takes about so long.
+
+        Args:
+            most: The largest budget, and the one of the first batch.
+            seconds: How long it may take.
+        """
+        if not self.cost_per_s or math.isinf(seconds):
+            return most
+        return min(most, max(_LEAST_BATCH, int(self.cost_per_s * seconds)))
+
+
+class Admission:
+    """The requests that wait or run, and the rule by which more are taken.
+
+    Attributes:
+        line_costs: What the texts that wait or run take of the token budget, by lines.
+        speed: Of the engine.
+    """
+
+    def __init__(self, max_batch_cost: int, max_queue_cost: int, max_queue_s: float, max_batch_s: float) -> None:
+        """Nothing waits yet.
+
+        Args:
+            max_batch_cost: Token budget of a batch.
+            max_queue_cost: Most that may wait or run.
+            max_queue_s: How long a request may take from queue to answer, if it computes for a part of that only.
+            max_batch_s: How long a batch may take.
+        """
+        self.max_batch_cost = max_batch_cost
+        self.max_queue_cost = max_queue_cost
+        self.max_queue_s = max_queue_s
+        self.max_batch_s = max_batch_s
+        self.line_costs = [0] * LINES
+        self.speed = Speed()
+        self._waiting: set[Work] = set()
+
+    @property
+    def queued_cost(self) -> int:
+        """What the texts that wait or run take of the token budget."""
+        return sum(self.line_costs)
+
+    @property
+    def batch_cost(self) -> int:
+        """The token budget of the next batch."""
+        return self.speed.batch_cost(self.max_batch_cost, self.max_batch_s)
+
+    def admit(self, work: Work) -> None:
+        """Takes a request whose `waiting` is known, or refuses it.
+
+        Raises:
+            ApiError: It would wait too long, or there is no room for it now (429), or there never is (413), or the
+                client does not want to wait as long (504).
+        """
+        work.turn_cost = self.max_batch_cost
+        work.line = 0 if SMALL_PART * work.waiting <= self.max_batch_cost else 1 + (work.waiting > self.max_batch_cost)
+        reserved = 0 if work.line == 0 or not self.queued_cost else self.max_queue_cost // RESERVED_PART
+        if self.queued_cost + work.waiting > self.max_queue_cost - reserved:
+            if work.waiting > self.max_queue_cost:
+                added = work.waiting - work.tokens
+                more = f"; masks add {added} to {work.tokens} tokens" if added else ""
+                raise ApiError(
+                    "too_large",
+                    f"{exceeded('tokens', self.max_queue_cost, work.waiting)}{more}; send fewer texts at a time",
+                )
+            raise self.try_later(f"{self.queued_cost} tokens are waiting and the queue holds {self.max_queue_cost}")
+        if self.line_costs[work.line] and self.speed.cost_per_s:
+            self._check_wait(work)
+        self.line_costs[work.line] += work.waiting
+        self._waiting.add(work)
+
+    def _check_wait(self, work: Work) -> None:
+        own_s = work.waiting / self.speed.cost_per_s
+        per_s = self.speed.line_cost_per_s(work.line)
+        allowed_s = max(self.max_queue_s, PATIENCE[work.line == LINES - 1] * own_s)
+        left_s = math.inf if work.deadline_s is None else work.deadline_s - time.perf_counter()
+        if self.line_costs[work.line] <= per_s * (min(allowed_s, left_s) - own_s):
+            return  # Even behind all others.
+        needed_s = own_s + (self._before(work) / per_s if per_s else math.inf)
+        if needed_s > allowed_s:
+            raise ApiError(
+                "queue_full",
+                f"expected an answer within {allowed_s:.1f} s, but with what is queued it takes {needed_s:.1f} s; "
+                "--max-queue-ms sets this limit; try again later",
+                {"Retry-After": _whole_seconds(needed_s - allowed_s)},
+            )
+        if needed_s > left_s:
+            raise too_late(f"it takes {needed_s:.1f} s with what is queued")
+
+    def _before(self, work: Work) -> int:
+        """What runs of its line before the last text of a request does."""
+        if work.line < LINES - 1:
+            return self.line_costs[work.line]
+        # Of each other one, as many turns as it has itself.
+        most = -(-work.waiting // self.max_batch_cost) * self.max_batch_cost
+        return sum(min(queued.waiting, most) for queued in self._waiting if queued.line == work.line)
+
+    def ran(self, work: Work, cost: int) -> None:
+        """Some texts of a request have their results."""
+        work.waiting -= cost
+        self.line_costs[work.line] -= cost
+        if not work.waiting:
+            self._waiting.discard(work)
+
+    def drop(self, work: Work) -> None:
+        """What is left of a request will not run."""
+        self.line_costs[work.line] -= work.waiting
+        work.waiting = 0
+        self._waiting.discard(work)
+
+    def all(self) -> Iterable[Work]:
+        """The requests that wait or run."""
+        return tuple(self._waiting)
+
+    def try_later(self, reason: str) -> ApiError:
+        """The error of a request that there is no room for now, with a Retry-After from the measured speed."""
+        return ApiError("queue_full", f"{reason}; try again later", {"Retry-After": self.retry_after()})
+
+    def retry_after(self) -> str:
+        """How many seconds what is queued now will take, for the header Retry-After: 1 to 60."""
+        per_s = self.speed.cost_per_s
+        return _whole_seconds(self.queued_cost / per_s if per_s else 1.0)
+
+
+def too_late(what: str) -> ApiError:
+    """The error of a request that cannot be answered before its client stops waiting."""
+    return ApiError("deadline", f"{what}, longer than X-Request-Timeout-Ms allows; send it again with more time")
+
+
+def _whole_seconds(seconds: float) -> str:
+    return str(min(max(math.ceil(seconds), 1), 60))
