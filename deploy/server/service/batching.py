@@ -21,14 +21,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from ...tasks import Ids
 from ..errors import ApiError
 from ..limits.bounds import exceeded
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = ["Batcher", "Engine", "Item", "Work"]
 
@@ -39,7 +36,7 @@ class Work:
     """The texts of one request on their way through the engine.
 
     Attributes:
-        ids: Per text token ids, i64 [tokens].
+        ids: Per text its token ids.
         options: What the engine's head needs to know; the same for all texts of the request.
         results: Per text what the engine made of it.
         small: Whether it has its place in the round of small requests.
@@ -70,7 +67,7 @@ class Work:
         "waiting",
     )
 
-    def __init__(self, ids: Sequence[NDArray[np.int64]], options: Any, future: asyncio.Future[list[Any]]) -> None:
+    def __init__(self, ids: Sequence[Ids], options: Any, future: asyncio.Future[list[Any]]) -> None:
         self.ids = ids
         self.options = options
         self.future = future
@@ -100,19 +97,19 @@ Item = tuple[Work, int]
 class Engine(Protocol):
     """Runs batches, on the engine thread."""
 
-    def cost(self, ids: NDArray[np.int64]) -> int:
+    def cost(self, ids: Ids) -> int:
         """What a text takes of a token budget: its tokens, or more. Called on the event loop.
 
         Args:
-            ids: Its token ids, i64 [tokens].
+            ids: Its token ids.
         """
         ...
 
-    def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
+    def run(self, ids: Sequence[Ids], options: Sequence[Any]) -> Sequence[Any]:
         """Runs a batch.
 
         Args:
-            ids: Per text token ids, i64 [tokens].
+            ids: Per text its token ids.
             options: Per text the options of its request.
 
         Returns:
