@@ -29,7 +29,17 @@ except ImportError as error:
         "wheel, or in a checkout run pip install --no-build-isolation -e ."
     ) from error
 
-__all__ = ["Array", "Encoder", "Pooling", "States", "Tensor", "default_threads", "isa_report"]
+__all__ = [
+    "Array",
+    "Encoder",
+    "Pooling",
+    "States",
+    "Tensor",
+    "default_threads",
+    "finite_rows",
+    "isa_report",
+    "json_row",
+]
 
 Pooling = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 
@@ -339,6 +349,42 @@ def default_threads() -> int:
     """Threads that an encoder gets that asks for none: what the affinity and the CPU quota of the process allow."""
     count: int = _runtime.default_threads()
     return count
+
+
+def json_row(row: Any) -> bytes:
+    """A row of numbers as JSON, each with the fewest digits that read back as the same fp32 number.
+
+    Args:
+        row: fp32 ``[n]``, any object with the buffer protocol.
+
+    Returns:
+        Such as ``b"[0.1,-2.0,1.5e-9]"``; ``null`` stands for NaN and infinity, which JSON lacks.
+
+    Raises:
+        TypeError: The numbers are no fp32.
+        ValueError: There is not one dimension.
+        BufferError: They are not adjacent.
+    """
+    text: bytes = _runtime.json_row(row)
+    return text
+
+
+def finite_rows(rows: Any) -> bytes:
+    """Which rows hold finite numbers only.
+
+    Args:
+        rows: fp32 ``[rows, columns]``, any object with the buffer protocol.
+
+    Returns:
+        1 for each row that does, 0 for each row with NaN or infinity.
+
+    Raises:
+        TypeError: The numbers are no fp32.
+        ValueError: There are not two dimensions.
+        BufferError: They are not adjacent.
+    """
+    finite: bytes = _runtime.finite_rows(rows)
+    return finite
 
 
 def _element_type(weight: str, part: Tensor) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+from ..tasks import Ids
 
-__all__ = ["BATCH_TOKENS", "Batch", "Ids", "PairIds", "batches", "groups"]
+if TYPE_CHECKING:
+    Bounds = array[int]
 
-Ids = npt.NDArray[np.int64]
+__all__ = ["BATCH_TOKENS", "Batch", "Ids", "PairIds", "batches", "groups", "joined"]
 
 BATCH_TOKENS = 2048
 """Token budget of a batch: what a server takes by default, and so what variants are verified with."""
@@ -22,8 +25,8 @@ class PairIds:
     """Token ids of a pair of texts.
 
     Attributes:
-        ids: Of both with all special tokens, i64 [tokens].
-        types: Which text each token belongs to, 0 or 1, i64 [tokens].
+        ids: Of both with all special tokens.
+        types: Which text each token belongs to, 0 or 1.
     """
 
     ids: Ids
@@ -37,8 +40,8 @@ class Batch:
     """Texts that run together.
 
     Attributes:
-        ids: Token ids of each text, special tokens included, i64 [tokens].
-        types: Token types of each text, i64 [tokens]; None: 0 everywhere.
+        ids: Token ids of each text, special tokens included.
+        types: Token types of each text; None: 0 everywhere.
         texts: Index of each text in what the batch was taken from.
     """
 
@@ -47,7 +50,7 @@ class Batch:
         self.ids: list[Ids] = [text.ids if isinstance(text, PairIds) else text for text in ids]
         self.types: list[Ids] | None = None
         if any(isinstance(text, PairIds) for text in ids):
-            self.types = [text.types if isinstance(text, PairIds) else np.zeros_like(text) for text in ids]
+            self.types = [text.types if isinstance(text, PairIds) else array("q", bytes(8 * len(text))) for text in ids]
         self.texts: Sequence[int] = range(len(ids)) if texts is None else texts
 
     def __len__(self) -> int:
@@ -62,24 +65,14 @@ class Batch:
         """Some of its texts."""
         return Batch([self.items[row] for row in rows], [self.texts[row] for row in rows])
 
-    def bounds(self) -> npt.NDArray[np.int32]:
+    def bounds(self) -> Bounds:
         """Where texts begin in a packed batch, and its end, i32 [texts + 1]."""
-        result = np.zeros(len(self.ids) + 1, dtype=np.int32)
-        np.cumsum(self.lengths, out=result[1:])
-        return result
+        return array("i", accumulate(self.lengths, initial=0))
 
-    def padded(self, pad_id: int) -> tuple[Ids, Ids, Ids]:
-        """Token ids, attention mask and token types, each i64 [texts, longest]."""
-        longest = max(self.lengths)
-        ids = np.full((len(self.ids), longest), pad_id, np.int64)
-        mask = np.zeros_like(ids)
-        types = np.zeros_like(ids)
-        for row, text in enumerate(self.ids):
-            ids[row, : len(text)] = text
-            mask[row, : len(text)] = 1
-            if self.types is not None:
-                types[row, : len(text)] = self.types[row]
-        return ids, mask, types
+
+def joined(rows: Sequence[Ids]) -> Ids:
+    """Token ids or types of texts one after the other, i64 [tokens of all]."""
+    return array("q", b"".join(rows))
 
 
 def groups(lengths: Sequence[int], padding_bound: float = math.inf, max_padded: float = math.inf) -> list[list[int]]:

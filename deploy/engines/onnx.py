@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
 from ..bundle import BundleError
 from ..onnx_session import session_options
 from ..tasks import Task
-from .batch import Ids
-from .engine import PaddedEngine
+from .padded import PaddedEngine, PaddedIds
+from .pooling import Floats
 
 __all__ = ["OnnxEngine"]
 
@@ -56,7 +55,7 @@ class OnnxEngine(PaddedEngine):
         # Activations of all texts of a group share one scale.
         self.couples_texts = dtype == "int8"
 
-    def _forward(self, ids: Ids, mask: Ids, types: Ids) -> npt.NDArray[np.float32]:
+    def _forward(self, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Floats:
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         outputs: list[Any] = self._session.run([self._output], {name: feeds[name] for name in self._inputs})
         return np.asarray(outputs[0], np.float32)

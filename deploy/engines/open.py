@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Protocol
-
-import numpy as np
 
 from ..bundle import BundleError, Manifest
 from ..tasks import open_task
@@ -80,7 +79,7 @@ def load_engine(
     """
     engine = open_engine(manifest, variant, threads, token_text)
     special = [token.id for name in ("cls", "mask", "sep") if (token := manifest.special_tokens[name]) is not None]
-    ids = np.array(special or [0], dtype=np.int64)
+    ids = array("q", special or [0])
     for answer in engine.run([ids, ids[:-1] if len(ids) > 1 else ids], [engine.task.usual] * 2):
         if isinstance(answer, Exception):
             raise answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["pool_padded"]
+__all__ = ["Floats", "pool_padded", "shortened"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -41,3 +41,19 @@ def pool_padded(hidden: Floats, lengths: npt.NDArray[np.int64], mode: str) -> Fl
         return np.asarray(np.where(here[..., None], hidden, -np.inf).max(axis=1), np.float32)
     shares = _shares(mode, lengths, hidden.shape[1])
     return np.asarray(np.matmul(shares[:, None], hidden)[:, 0])
+
+
+def shortened(vectors: Floats, normalize: bool, dimensions: int | None) -> Floats:
+    """The vectors' leading dimensions, of length 1 if wanted; NaN where the length is more than fp32 holds.
+
+    Args:
+        vectors: f32 [texts, width].
+        normalize: Divide each by its L2 norm.
+        dimensions: How many to keep; None: all.
+    """
+    kept = vectors[:, :dimensions]
+    if normalize:
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.sqrt(np.einsum("ij,ij->i", kept, kept))
+        kept = kept / np.where(np.isfinite(norms), np.maximum(norms, np.float32(1e-12)), np.float32(np.nan))[:, None]
+    return np.ascontiguousarray(kept, np.float32)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from torch_ext.runtime import Encoder
 from torch_ext.runtime import States as HiddenStates
 
 from ..bundle import BundleError
-from ..tasks import States, Task
-from .batch import Batch, Ids
+from ..tasks import Rows, States, Task
+from .batch import Batch, joined
 from .engine import Engine
 
 __all__ = ["TorchExtEngine"]
-
-Floats = npt.NDArray[np.float32]
 
 
 class _PackedStates:
@@ -29,23 +25,34 @@ class _PackedStates:
         ids: Token ids of each text.
     """
 
-    def __init__(self, batch: Batch, states: HiddenStates, bounds: npt.NDArray[np.int32]) -> None:
+    def __init__(self, batch: Batch, states: HiddenStates, bounds: Sequence[int], outputs: int) -> None:
         self.ids = batch.ids
         self._states = states
         self._bounds = bounds
+        self._outputs = outputs
 
-    def pooled(self, mode: str) -> Floats:
+    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
         """See `States.pooled`."""
         pooling: Any = mode
-        return np.asarray(self._states.pool(pooling))
+        return Rows(self._states.pool(pooling, normalize, dimensions))
 
-    def text_logits(self) -> Floats:
+    def text_logits(self) -> Rows:
         """See `States.text_logits`."""
-        return np.asarray(self._states.text_logits())
+        return Rows(self._states.text_logits())
 
-    def token_logits(self, texts: Ids, positions: Ids) -> Floats:
+    def token_logits(self, texts: Sequence[int], positions: Sequence[int]) -> Rows:
         """See `States.token_logits`."""
-        return np.asarray(self._states.token_logits(self._bounds[texts] + positions))
+        return Rows(self._states.token_logits(self._tokens(texts, positions)))
+
+    def top_k(self, texts: Sequence[int], positions: Sequence[int], k: int) -> tuple[Rows, Rows]:
+        """See `States.top_k`."""
+        indices, probabilities = self._states.top_k(self._tokens(texts, positions), min(k, self._outputs))
+        return Rows(indices), Rows(probabilities)
+
+    def _tokens(self, texts: Sequence[int], positions: Sequence[int]) -> Any:
+        """Places in the batch, i64 [n]."""
+        bounds = self._bounds
+        return array("q", [bounds[text] + position for text, position in zip(texts, positions, strict=True)])
 
 
 class TorchExtEngine(Engine):
@@ -78,5 +85,6 @@ class TorchExtEngine(Engine):
 
     def _states(self, batch: Batch) -> Iterator[tuple[Batch, States]]:
         bounds = batch.bounds()
-        types = None if batch.types is None else np.concatenate(batch.types)
-        yield batch, _PackedStates(batch, self._encoder.encode(np.concatenate(batch.ids), bounds, types), bounds)
+        types = None if batch.types is None else joined(batch.types)
+        states = self._encoder.encode(joined(batch.ids), bounds, types)
+        yield batch, _PackedStates(batch, states, bounds, self._encoder.outputs)

@@ -6,12 +6,11 @@ import inspect
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..tasks import Task
-from .batch import Ids
-from .engine import PaddedEngine
+from .padded import PaddedEngine, PaddedIds
+from .pooling import Floats
 
 __all__ = ["TransformersEngine"]
 
@@ -25,7 +24,7 @@ class TransformersEngine(PaddedEngine):
         self._inputs = set(inspect.signature(model.forward).parameters)
         self.isa = f"torch-{torch.__version__}"
 
-    def _forward(self, ids: Ids, mask: Ids, types: Ids) -> npt.NDArray[np.float32]:
+    def _forward(self, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Floats:
         inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         if "token_type_ids" in self._inputs:
             inputs["token_type_ids"] = torch.from_numpy(types)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from deploy.engines.batch import Batch, Ids
+from deploy.engines.batch import Batch, joined
 from deploy.export.accuracy import Result, Verification
 from deploy.export.errors import ExportError
+from deploy.tasks import Rows
 
 if TYPE_CHECKING:
     from torch_ext import Encoder, Head
@@ -109,28 +107,38 @@ class _EncoderStates:
         import torch
 
         bounds = batch.bounds()
-        types = None if batch.types is None else torch.from_numpy(np.concatenate(batch.types))
+        types = None if batch.types is None else torch.frombuffer(joined(batch.types), dtype=torch.int64)
         self.ids = batch.ids
-        self.cu_seqlens = torch.from_numpy(bounds)
-        self.hidden = encoder(torch.from_numpy(np.concatenate(batch.ids)), self.cu_seqlens, types)
-        self._bounds = bounds
+        self.cu_seqlens = torch.frombuffer(bounds, dtype=torch.int32)
+        self.hidden = encoder(torch.frombuffer(joined(batch.ids), dtype=torch.int64), self.cu_seqlens, types)
         self._head = head
 
-    def pooled(self, mode: str) -> npt.NDArray[np.float32]:
+    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
         """See `States.pooled`."""
         from torch_ext import pool
 
+        assert dimensions is None  # Variants are compared as they are served by default.
         kind: Any = mode
-        return pool(self.hidden, self.cu_seqlens, kind).numpy()
+        return Rows(pool(self.hidden, self.cu_seqlens, kind, normalize).numpy())
 
-    def text_logits(self) -> npt.NDArray[np.float32]:
+    def text_logits(self) -> Rows:
         """See `States.text_logits`."""
         assert self._head is not None
-        return self._head.classify(self.hidden, self.cu_seqlens).numpy()
+        return Rows(self._head.classify(self.hidden, self.cu_seqlens).numpy())
 
-    def token_logits(self, texts: Ids, positions: Ids) -> npt.NDArray[np.float32]:
+    def token_logits(self, texts: Sequence[int], positions: Sequence[int]) -> Rows:
         """See `States.token_logits`."""
+        return Rows(self._token_logits(texts, positions))
+
+    def top_k(self, texts: Sequence[int], positions: Sequence[int], k: int) -> tuple[Rows, Rows]:
+        """See `States.top_k`."""
+        from deploy.engines.padded import ranked
+
+        return ranked(self._token_logits(texts, positions), k)
+
+    def _token_logits(self, texts: Sequence[int], positions: Sequence[int]) -> Any:
         import torch
 
         assert self._head is not None
-        return self._head(self.hidden, torch.from_numpy(self._bounds[texts] + positions)).numpy()
+        starts = self.cu_seqlens[torch.tensor(texts)].long()
+        return self._head(self.hidden, starts + torch.tensor(positions)).numpy()

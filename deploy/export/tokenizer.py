@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from deploy.bundle import TASKS, TRUNCATION_SIDES, SpecialToken
 from deploy.engines.batch import Ids, PairIds
@@ -107,9 +106,9 @@ class Tokens:
                 )
         rows: list[Ids | PairIds] = []
         for encoding in encodings:
-            ids = np.array(encoding.ids, np.int64)
+            ids = array("q", encoding.ids)
             if len(ids):
-                rows.append(PairIds(ids, np.array(encoding.type_ids, np.int64)) if self._task.needs.pairs else ids)
+                rows.append(PairIds(ids, array("q", encoding.type_ids)) if self._task.needs.pairs else ids)
         if not rows:
             raise ExportError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
         return rows

@@ -17,6 +17,7 @@ import numpy as np
 
 from deploy.bundle import TASKS, VARIANTS
 from deploy.engines.batch import Batch
+from deploy.engines.padded import padded
 from deploy.export.errors import ExportError
 from deploy.onnx_session import session_options
 
@@ -158,7 +159,7 @@ def sensitive_nodes(path: Path, batch: Batch, pad_id: int, threads: int) -> list
         onnx.save(model, probe, save_as_external_data=model.ByteSize() > _EXTERNAL_FROM_BYTES)
         del model
         session = onnxruntime.InferenceSession(str(probe), session_options(threads), providers=["CPUExecutionProvider"])
-        ids, mask, types = batch.padded(pad_id)
+        ids, mask, types = padded(batch, pad_id)
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         names = {item.name for item in session.get_inputs()}
         tensors = sorted(set(recorded.values()))

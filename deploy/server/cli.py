@@ -201,7 +201,7 @@ def settle_threads(threads: int) -> None:
         threads: Threads of the engine.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy only pools and normalises here.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Of numpy, where there is one: it only pools.
     if "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -4,8 +4,8 @@ A task says what it needs of a model and its tokenizer, what it reads of the mod
 variant of the model is compared with the original. Everything else (exporter, engines, server) asks the task and never
 its name. Add a task: a file beside these, its class in `TASKS`, and a route of the server.
 
-Importing this package takes the standard library only, since a manifest is checked with it; tasks import numpy when
-they compute.
+This package takes the standard library only, since a manifest is checked with it, and a server has no numpy. Only
+`comparison`, which the exporter asks for, computes with it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 
 from .feature_extraction import FeatureExtraction
 from .fill_mask import FillMask
+from .rows import Ids, Rows
 from .task import RAW, Described, Needs, States, Task, TaskError
 from .text_classification import TextClassification
 
-__all__ = ["RAW", "TASKS", "Described", "Needs", "States", "Task", "TaskError", "open_task"]
+__all__ = ["RAW", "TASKS", "Described", "Ids", "Needs", "Rows", "States", "Task", "TaskError", "open_task"]
 
 TASKS: Mapping[str, type[Task]] = {task.name: task for task in (FeatureExtraction, TextClassification, FillMask)}
 """Every task, by the name that a manifest has for it. Where two fit a model, the first is taken."""

@@ -15,7 +15,7 @@ __all__ = ["Comparison", "Cosine", "Labels", "Masks"]
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Run = Sequence[tuple[int, Any]]
-"""Index of a text and what an engine answered to it, with the task's exact options: an array or an exception."""
+"""Index of a text and what an engine answered to it, with the task's exact options: a row, rows, or an exception."""
 
 TIE = 0.01
 """Two classes or tokens whose probabilities in fp32 differ by less are equally right."""
@@ -31,8 +31,8 @@ class Comparison(ABC):
     metric: str
 
     @abstractmethod
-    def remember(self, text: int, output: Floats) -> None:
-        """Keeps the reference's output for a text."""
+    def remember(self, text: int, output: Any) -> None:
+        """Keeps the reference's output for a text: a row, or rows, of f32."""
 
     @abstractmethod
     def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
@@ -46,9 +46,9 @@ class _Rows(Comparison):
         self._texts = texts
         self._reference: dict[int, Floats] = {}
 
-    def remember(self, text: int, output: Floats) -> None:
+    def remember(self, text: int, output: Any) -> None:
         """See `Comparison.remember`."""
-        self._reference[text] = output
+        self._reference[text] = np.array(output)  # A copy: a row holds on to those of its batch.
 
     def _pairs(self, run: Run) -> tuple[list[int], Doubles, Doubles]:
         """Indices of texts, and a row of the reference and of the run for each."""
@@ -156,11 +156,11 @@ class Masks(Comparison):
         top = float(row.max())
         return top + math.log(float(np.exp(row - top).sum()))
 
-    def remember(self, text: int, output: Floats) -> None:
+    def remember(self, text: int, output: Any) -> None:
         """See `Comparison.remember`."""
         self._columns[text], self._reference[text] = [], []
         for narrow in output:
-            row = narrow.astype(np.float64)
+            row = np.asarray(narrow).astype(np.float64)
             count = min(self._BEST, len(row))
             best = np.argpartition(-row, count - 1)[:count]
             best = best[np.argsort(-row[best], kind="stable")]
@@ -179,7 +179,7 @@ class Masks(Comparison):
                 continue
             same = []
             for columns, (right, total), narrow in zip(self._columns[text], self._reference[text], output, strict=True):
-                row = narrow.astype(np.float64)
+                row = np.asarray(narrow).astype(np.float64)
                 got = row[columns]
                 first, second = np.exp(right - total), np.exp(got - self._log_sum_exp(row))
                 place = np.flatnonzero(columns == int(row.argmax()))

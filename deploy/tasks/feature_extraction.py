@@ -21,13 +21,16 @@ class EmbedOptions:
 
     Attributes:
         normalize: Divide by the L2 norm.
+        dimensions: Leading dimensions to keep, before the norm is taken; None: all. For models that were trained for it
+            (Matryoshka).
     """
 
     normalize: bool
+    dimensions: int | None = None
 
 
 class FeatureExtraction(Task):
-    """Answers a f32 row [hidden] per text."""
+    """Answers a row per text, f32 [dimensions]."""
 
     name = "feature-extraction"
     needs = Needs(pooling=True)
@@ -50,20 +53,15 @@ class FeatureExtraction(Task):
 
     def answers(self, states: States, options: Sequence[Any]) -> list[Any]:
         """See `Task.answers`."""
-        import numpy as np
-
-        rows = states.pooled(self._pooling.mode)
-        wanted = np.fromiter((option.normalize for option in options), dtype=bool, count=len(options))
-        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-        finite = np.isfinite(norms)
-        if whole := bool(finite.all()):
-            divisors = np.maximum(norms, 1e-12)
-        else:
-            divisors = np.where(finite, np.maximum(norms, 1e-12), np.nan)
-        rows = rows / np.where(wanted, divisors, 1.0).astype(np.float32)[:, None]
-        if whole:
-            return list(rows)
-        return [row if right else not_finite("an embedding") for row, right in zip(rows, finite, strict=True)]
+        result: list[Any] = [None] * len(options)
+        # Nearly always one kind; then each is a pass over all texts, which is little beside the model's.
+        for kind in dict.fromkeys(options):
+            rows = states.pooled(self._pooling.mode, kind.normalize, kind.dimensions)
+            finite = rows.finite
+            for index, option in enumerate(options):
+                if option == kind:
+                    result[index] = rows[index] if finite[index] else not_finite("an embedding")
+        return result
 
     @property
     def exact(self) -> EmbedOptions:

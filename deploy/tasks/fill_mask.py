@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .bounds import AGREEMENT, pick
+from .rows import Ids, places
 from .task import LOGITS_BYTES, RAW, Described, Needs, States, Task, TaskError, not_finite
-from .text_classification import softmax
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from .comparison import Comparison
 
 __all__ = ["FillMask", "FillMaskOptions", "Filled"]
@@ -56,9 +55,10 @@ class Filled(Sequence[dict[str, Any]]):
 
     __slots__ = ("_ids", "_scores", "_token_text")
 
-    def __init__(self, ids: NDArray[np.int32], scores: NDArray[np.float32], token_text: Callable[[int], str]) -> None:
-        self._ids = ids
-        self._scores = scores
+    def __init__(self, ids: Sequence[int], scores: Sequence[float], token_text: Callable[[int], str]) -> None:
+        # Copies: the rows that they come from are views of those of a whole batch.
+        self._ids = array("i", ids)
+        self._scores = array("f", scores)
         self._token_text = token_text
 
     def __len__(self) -> int:
@@ -72,8 +72,8 @@ class Filled(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        token_id = int(self._ids[index])
-        return {"token": self._token_text(token_id), "token_id": token_id, "score": float(self._scores[index])}
+        token_id = self._ids[index]
+        return {"token": self._token_text(token_id), "token_id": token_id, "score": self._scores[index]}
 
 
 class FillMask(Task):
@@ -100,61 +100,49 @@ class FillMask(Task):
         """Hides one token of every text that has no mask token yet."""
         import random
 
-        import numpy as np
-
-        special = np.array([token.id for token in self.model.special_tokens.values() if token is not None])
+        special = {token.id for token in self.model.special_tokens.values() if token is not None}
         chance = random.Random(_SEED)
         result = []
         for row in rows:
-            if not (row == self.mask_id).any():
-                candidates = np.flatnonzero(~np.isin(row, special)).tolist()
+            if self.mask_id not in row:
+                candidates = [place for place, token in enumerate(row) if token not in special]
                 if not candidates:
                     continue
-                row = row.copy()
+                row = row[:]
                 row[chance.choice(candidates)] = self.mask_id
             result.append(row)
         if not result:
             raise TaskError("none of the texts has a token that could be masked; pass other ones with --texts")
         return result
 
-    def cost_tokens(self, ids: NDArray[np.int64]) -> int:
+    def cost_tokens(self, ids: Ids) -> int:
         """A mask's row of logits counts as the tokens that take as much memory: 10 with BERT-base, 82 with XLM-R."""
-        return len(ids) + int((ids == self.mask_id).sum()) * self._mask_tokens
+        return len(ids) + ids.count(self.mask_id) * self._mask_tokens
 
     def answers(self, states: States, options: Sequence[Any]) -> list[Any]:
-        """See `Task.answers`."""
-        import numpy as np
-
-        places = [np.flatnonzero(text == self.mask_id) for text in states.ids]
-        texts = np.repeat(np.arange(len(places)), [len(found) for found in places])
-        positions = np.concatenate([np.empty(0, np.int64), *places])
-        found: list[list[Any]] = [[] for _ in places]
+        """See `Task.answers`; to `RAW`, the rows of logits of its masks."""
+        masks = [(text, place) for text, ids in enumerate(states.ids) for place in places(ids, self.mask_id)]
+        raw = [mask for mask in masks if options[mask[0]] is RAW]
+        found: list[list[Any]] = [[] for _ in options]
         failed: set[int] = set()
         step = max(1, LOGITS_BYTES // (4 * self.logits_per_token))
-        for start in range(0, len(texts), step):
-            chunk = slice(start, start + step)
-            logits = states.token_logits(texts[chunk], positions[chunk])
-            for row, text in zip(logits, texts[chunk].tolist(), strict=True):
-                if text in failed or not np.isfinite(row).all():
+        for start in range(0, len(raw), step):
+            texts, positions = zip(*raw[start : start + step], strict=True)
+            logits = states.token_logits(texts, positions)
+            for text, row, finite in zip(texts, logits, logits.finite, strict=True):
+                if not finite:
                     failed.add(text)
-                elif options[text] is RAW:
-                    found[text].append(row)
-                else:
-                    found[text].append(self._best(row, getattr(options[text], "top_k", 1)))
-        return [
-            not_finite("a logit") if text in failed else np.array(rows) if options[text] is RAW else rows
-            for text, rows in enumerate(found)
-        ]
-
-    def _best(self, logits: NDArray[np.float32], top_k: int) -> Filled:
-        """The best tokens of one mask; logits f32 [vocabulary]."""
-        import numpy as np
-
-        top_k = min(top_k, len(logits))
-        scores = softmax(logits[None])[0]
-        best = np.argpartition(-scores, top_k - 1)[:top_k]
-        best = best[np.argsort(-scores[best], kind="stable")]
-        return Filled(best.astype(np.int32), scores[best], self._token_text)
+                found[text].append(row)
+        ranked = [mask for mask in masks if options[mask[0]] is not RAW]
+        for start in range(0, len(ranked), step):
+            texts, positions = zip(*ranked[start : start + step], strict=True)
+            wanted = [getattr(options[text], "top_k", 1) for text in texts]
+            best, scores = states.top_k(texts, positions, max(wanted))
+            for text, top_k, indices, probabilities in zip(texts, wanted, best, scores, strict=True):
+                if not math.isfinite(probabilities[0]):
+                    failed.add(text)
+                found[text].append(Filled(indices[:top_k], probabilities[:top_k], self._token_text))
+        return [not_finite("a logit") if text in failed else rows for text, rows in enumerate(found)]
 
     def comparison(self, texts: int) -> Comparison:
         """See `Task.comparison`."""

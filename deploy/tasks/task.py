@@ -1,6 +1,7 @@
 """What all tasks have in common, and what they are given: a model's description, and states that an engine computed.
 
-Standard library only; numpy is a matter of types here.
+Standard library only, also where tasks answer: a server of torch_ext's variants has no numpy. What is heavy is asked of
+the `States`, which compute in C++ or, in engines that have it anyway, with numpy.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .bounds import BOUND_NAMES
+from .rows import Ids, Rows
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from .comparison import Comparison
 
 __all__ = ["LOGITS_BYTES", "RAW", "Described", "ModelFolder", "Needs", "States", "Task", "TaskError", "not_finite"]
@@ -34,7 +33,7 @@ class _Raw:
 
 
 RAW = _Raw()
-"""Options of a text whose answer is what the model computed for it, before any activation: f32 logits."""
+"""Options of a text whose answer is what the model computed for it, before any activation: logits, f32, as rows are."""
 
 
 LOGITS_BYTES = 128 << 20
@@ -134,28 +133,47 @@ class Described(Protocol):
 
 
 class States(Protocol):
-    """What an engine computed for texts that ran together; a task takes what it answers with."""
+    """What an engine computed for texts that ran together; a task takes what it answers with.
+
+    All are made when they are asked for. A text whose numbers are not finite has NaN or infinity in its rows, and
+    changes no other text's: see `Rows.finite`.
+    """
 
     @property
-    def ids(self) -> Sequence[NDArray[np.int64]]:
+    def ids(self) -> Sequence[Ids]:
         """Token ids of each text."""
 
-    def pooled(self, mode: str) -> NDArray[np.float32]:
-        """One vector per text, f32 [texts, hidden].
+    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
+        """One vector per text, f32 [texts, dimensions].
 
         Args:
             mode: One of the bundle's pooling modes.
+            normalize: Divide each vector by its L2 norm, after `dimensions`.
+            dimensions: Leading dimensions to keep; None: all, `hidden_size`.
         """
 
-    def text_logits(self) -> NDArray[np.float32]:
+    def text_logits(self) -> Rows:
         """What the head says of each text, f32 [texts, labels]."""
 
-    def token_logits(self, texts: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+    def token_logits(self, texts: Sequence[int], positions: Sequence[int]) -> Rows:
         """What the head says of some tokens, f32 [n, outputs].
 
         Args:
-            texts: Which text each token is in, i64 [n].
-            positions: Where it is there, i64 [n].
+            texts: Which text each token is in [n].
+            positions: Where it is there [n].
+        """
+
+    def top_k(self, texts: Sequence[int], positions: Sequence[int], k: int) -> tuple[Rows, Rows]:
+        """The head's best outputs for some tokens, best first, of equal ones the first.
+
+        Args:
+            texts: Which text each token is in [n].
+            positions: Where it is there [n].
+            k: How many outputs; at most as many as there are, of which there is no error.
+
+        Returns:
+            Their indices, i64 [n, k], and their probabilities by softmax over all outputs, f32 [n, k]: NaN in a whole
+            row if any of its logits is NaN, or infinity above 0.
         """
 
 
@@ -236,14 +254,14 @@ class Task(ABC):
         """Makes inputs of the task out of token ids of any texts; leaves out texts that cannot become one.
 
         Args:
-            rows: Per text token ids, i64 [tokens]; per pair, where the task needs pairs, as engines take them.
+            rows: Per text its token ids; per pair, where the task needs pairs, as engines take them.
 
         Raises:
             TaskError: No text can.
         """
         return list(rows)
 
-    def cost_tokens(self, ids: NDArray[np.int64]) -> int:
+    def cost_tokens(self, ids: Ids) -> int:
         """What a text costs, in tokens that only pass through the encoder: what a token budget counts.
 
         Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +11,6 @@ from .bounds import AGREEMENT, BOUND_NAMES, RELATIVE, pick
 from .task import RAW, ModelFolder, Needs, States, Task, TaskError, not_finite
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from .comparison import Comparison
 
 __all__ = ["ACTIVATIONS", "PROBLEM_TYPES", "TextClassification", "softmax"]
@@ -124,40 +123,33 @@ class TextClassification(Task):
         """One of `ACTIVATIONS`; bundles of before this field existed have the problem type only."""
         return self.model.activation or _ACTIVATION_OF[self.model.problem_type or PROBLEM_TYPES[0]]
 
-    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scores of logits, f32 [texts, labels]."""
-        import numpy as np
-
+    def scores(self, logits: Sequence[float]) -> Sequence[float]:
+        """Scores of one text's logits, f32 [labels]."""
         if self.activation == "softmax":
             return softmax(logits)
         if self.activation == "sigmoid":
-            with np.errstate(over="ignore"):
-                return np.asarray(1.0 / (1.0 + np.exp(-logits)), np.float32)
+            return array("f", map(_sigmoid, logits))
         return logits
 
     def answers(self, states: States, options: Sequence[Any]) -> list[Any]:
         """See `Task.answers`."""
-        import numpy as np
-
         logits = states.text_logits()
         labels = self.model.labels or ()
-        if logits.shape[1] != len(labels):
-            raise ValueError(f"expected {len(labels)} logits as the manifest's labels, got {logits.shape[1]}")
-        finite = np.asarray(np.isfinite(logits).all(axis=1))
-        with np.errstate(invalid="ignore"):
-            scores = self.scores(logits)
-        order = np.argsort(-scores, axis=1, kind="stable").tolist()
+        if logits.width != len(labels):
+            raise ValueError(f"expected {len(labels)} logits as the manifest's labels, got {logits.width}")
         result: list[Any] = []
-        for index, option in enumerate(options):
-            if not finite[index]:
+        for row, finite, option in zip(logits, logits.finite, options, strict=True):
+            if not finite:
                 result.append(not_finite("a logit"))
             elif option is RAW:
-                result.append(logits[index])
+                result.append(row)
             else:
-                result.append(self.answer(scores[index], order[index]))
+                scores = self.scores(row.tolist())
+                order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+                result.append(self.answer(scores, order))
         return result
 
-    def answer(self, scores: NDArray[np.float32], order: Sequence[int]) -> Any:
+    def answer(self, scores: Sequence[float], order: Sequence[int]) -> Any:
         """What is answered to one text.
 
         Args:
@@ -165,7 +157,7 @@ class TextClassification(Task):
             order: Indices of the labels, the best first.
         """
         labels = self.model.labels or ()
-        return [{"label": labels[index], "score": float(scores[index])} for index in order]
+        return [{"label": labels[index], "score": scores[index]} for index in order]
 
     def comparison(self, texts: int) -> Comparison:
         """See `Task.comparison`."""
@@ -178,10 +170,15 @@ class TextClassification(Task):
         return pick(RELATIVE if self.activation == "none" else AGREEMENT, variant, dtype)
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Softmax over the last axis, f32 [rows, n]."""
-    import numpy as np
+def softmax(logits: Sequence[float]) -> Sequence[float]:
+    """Softmax of some finite logits, f32 [n]."""
+    top = max(logits)
+    powers = [math.exp(logit - top) for logit in logits]
+    total = math.fsum(powers)
+    return array("f", [power / total for power in powers])
 
-    powers: NDArray[np.float32] = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    powers /= powers.sum(axis=-1, keepdims=True)
-    return powers
+
+def _sigmoid(logit: float) -> float:
+    """1 / (1 + e^-x), with a power that cannot overflow."""
+    power = math.exp(-abs(logit))
+    return (1.0 if logit >= 0 else power) / (1.0 + power)

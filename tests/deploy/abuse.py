@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -262,7 +263,6 @@ class Honest(threading.Thread):
 def serve_fake() -> None:
     """Serves, on a free port, an engine that takes as long as a batch has tokens."""
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-    import numpy as np
     from server_harness import make_manifest
 
     from deploy.server.app import App
@@ -272,13 +272,15 @@ def serve_fake() -> None:
     from deploy.server.service.tokens import TextTokenizer
     from deploy.server.variants.choice import Choice
 
+    row = memoryview(array("f", [1.0] * 384))
+
     class Sleeper:
         def cost(self, ids: Any) -> int:
             return len(ids)
 
         def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
             time.sleep(TOKEN_S * sum(map(len, ids)))
-            return list(np.ones((len(ids), 384), np.float32))
+            return [row] * len(ids)
 
     with tempfile.TemporaryDirectory() as folder:
         manifest = dataclasses.replace(make_manifest(Path(folder), max_tokens=256), hidden_size=384)

@@ -8,13 +8,12 @@ import json
 import socket
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, SpecialToken, Variant
@@ -26,6 +25,7 @@ from deploy.server.limits.bounds import Settings
 from deploy.server.service.batching import Batcher
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants.choice import Choice
+from deploy.tasks import Ids
 
 WIDTH = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -68,6 +68,11 @@ def make_manifest(folder: Path, task: str = "feature-extraction", max_tokens: in
     )
 
 
+def token_ids(ids: Sequence[int]) -> Ids:
+    """Token ids of a text as engines take them."""
+    return array("q", ids)
+
+
 def expected_row(ids: Sequence[int]) -> list[float]:
     """What the fake engine answers to token ids."""
     return [float(len(ids)), float(sum(ids)), float(ids[0]), float(ids[-1]), 0.25, 0.0, 0.0, 1.0]
@@ -96,10 +101,10 @@ class FakeEngine:
     death: int = -1
     drop: bool = False
 
-    def cost(self, ids: NDArray[np.int64]) -> int:
+    def cost(self, ids: Ids) -> int:
         return len(ids)
 
-    def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
+    def run(self, ids: Sequence[Ids], options: Sequence[Any]) -> Sequence[Any]:
         self.batches.append([text.tolist() for text in ids])
         self.options.append(list(options))
         self.entered.set()
@@ -108,7 +113,7 @@ class FakeEngine:
             raise RuntimeError("poisoned")
         if any(self.death in text for text in ids):
             raise SystemExit("killed")
-        rows: list[Any] = list(np.array([expected_row(text.tolist()) for text in ids], dtype=np.float32))
+        rows: list[Any] = [memoryview(array("f", expected_row(text))) for text in ids]
         for index, text in enumerate(ids):
             if self.infinite in text:
                 rows[index] = FloatingPointError("an embedding is not finite")

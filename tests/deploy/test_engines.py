@@ -18,12 +18,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from server_harness import Client, FakeEngine, LiveServer, make_manifest
+from server_harness import Client, FakeEngine, LiveServer, make_manifest, token_ids
 
 from deploy.bundle import POOLING_MODES, VARIANTS, load_manifest
 from deploy.engines.batch import BATCH_TOKENS, Batch, PairIds, batches, groups
-from deploy.engines.engine import Engine, PaddedEngine
+from deploy.engines.engine import Engine
 from deploy.engines.open import load_engine, open_engine
+from deploy.engines.padded import PaddedEngine, padded
 from deploy.engines.pooling import pool_padded
 from deploy.engines.torch_ext import TorchExtEngine
 from deploy.engines.transformers import TransformersEngine
@@ -31,8 +32,9 @@ from deploy.export.cli import main
 from deploy.server.limits.bounds import Settings
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants.choice import Choice
-from deploy.tasks import RAW, TASKS, open_task
+from deploy.tasks import RAW, TASKS, Rows, open_task
 from deploy.tasks.feature_extraction import EmbedOptions
+from deploy.tasks.fill_mask import FillMaskOptions
 from deploy.tasks.text_classification import TextClassification
 from torch_ext import Encoder, Head, pool
 
@@ -83,6 +85,7 @@ def test_verified_bits_are_served(task: str, tiny_model: ModelMaker, tmp_path: P
         assert sum(len(ids) for ids, _, _ in mine) >= variant.accuracy.texts, name
         for ids, options, expected in mine:
             for first, second in zip(expected, engine.run(ids, options), strict=True):
+                first, second = np.asarray(first), np.asarray(second)
                 assert first.dtype == second.dtype == np.float32
                 assert first.tobytes() == second.tobytes(), name
         # What a request gets is made of those bits.
@@ -90,12 +93,12 @@ def test_verified_bits_are_served(task: str, tiny_model: ModelMaker, tmp_path: P
         usual = engine.run(ids, [engine.task.usual] * len(ids))
         for raw, answer in zip(expected, usual, strict=True):
             if task == "text-classification":
-                scores = engine.task.scores(raw[None])[0]  # type: ignore[attr-defined]
-                assert {item["label"]: item["score"] for item in answer} == {
-                    label: float(score) for label, score in zip(manifest.labels or (), scores, strict=True)
-                }
+                scores = engine.task.scores(raw.tolist())  # type: ignore[attr-defined]
+                assert {item["label"]: item["score"] for item in answer} == dict(
+                    zip(manifest.labels or (), scores, strict=True)
+                )
             elif task == "fill-mask":
-                assert [place[0]["token_id"] for place in answer] == raw.argmax(axis=1).tolist()
+                assert [place[0]["token_id"] for place in answer] == np.argmax(raw, axis=1).tolist()
 
 
 class RealServer(LiveServer):
@@ -134,7 +137,7 @@ def test_verified_bits_come_out_of_the_server(
 
 def test_batches_are_those_of_a_server() -> None:
     assert Settings().max_batch_tokens == BATCH_TOKENS
-    ids = [np.zeros(length, np.int64) for length in (700, 3, 900, 5, 3000, 4)]
+    ids = [token_ids([0] * length) for length in (700, 3, 900, 5, 3000, 4)]
     found = batches(ids, 3)
     assert [list(batch.texts) for batch in found] == [[1, 5, 3], [0, 2], [4]]
     assert groups([5, 3000, 4, 900], max_padded=1000) == [[1], [3], [0, 2]]
@@ -190,6 +193,37 @@ def test_a_bundle_of_every_pooling(mode: str, tiny_model: ModelMaker, tmp_path: 
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_engines_cut_and_normalise_alike(tiny_bundle: BundleMaker) -> None:
+    """Leading dimensions of an embedding, of length 1 after the cut."""
+    manifest = load_manifest(tiny_bundle("bert", "feature-extraction"), verify=False)
+    ids = [token_ids([2, 30, 31, 32, 3]), token_ids([2, 40, 3])]
+    found = []
+    for name in ("torch_ext-fp32", "onnx-fp32"):
+        engine = open_engine(manifest, manifest.variant(name), 1)
+        whole = np.asarray(engine.run(ids, [EmbedOptions(False)] * 2))
+        cut = np.asarray(engine.run(ids, [EmbedOptions(True, 5)] * 2))
+        kept = whole[:, :5]
+        np.testing.assert_allclose(cut, kept / np.linalg.norm(kept, axis=1, keepdims=True), rtol=1e-5)
+        found.append(cut)
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch_ext-fp32", "onnx-fp32"])
+def test_the_best_outputs_are_those_of_the_logits(name: str, tiny_bundle: BundleMaker) -> None:
+    manifest = load_manifest(tiny_bundle("bert", "fill-mask"), verify=False)
+    engine = open_engine(manifest, manifest.variant(name), 1)
+    masked = token_ids([2, 30, 4, 31, 4, 3])
+    (logits,) = engine.run([masked], [RAW])
+    (answer,) = engine.run([masked], [FillMaskOptions(1 << 20)])  # More than there are words.
+    for row, found in zip(logits, answer, strict=True):
+        numbers = np.asarray(row, np.float64)
+        powers = np.exp(numbers - numbers.max())
+        assert sorted(item["token_id"] for item in found) == list(range(len(row)))
+        scores = np.array([item["score"] for item in found])
+        assert (np.diff(scores) <= 0).all()
+        np.testing.assert_allclose(scores, (powers / powers.sum())[[item["token_id"] for item in found]], rtol=1e-4)
+
+
 # Numbers that are not finite.
 
 
@@ -219,9 +253,9 @@ def test_a_text_that_is_not_finite_fails_alone(
     head = Head.from_transformers(model, dtype) if bound.needs.head else None
     Encoder.from_transformers(model, dtype).save(tmp_path / "encoder.safetensors", head)
     engines.append(TorchExtEngine.load(tmp_path / "encoder.safetensors", dtype, 2, bound))
-    good = bound.prepare([np.array([2, 30, 31, 32, 3]), np.array([2, 40, 41, 3])])
-    bad = bound.prepare([np.array([2, 50, 51, 3])])[0]
-    bad[(bad == 50) | (bad == 51)] = poison
+    good = bound.prepare([token_ids([2, 30, 31, 32, 3]), token_ids([2, 40, 41, 3])])
+    (bad,) = bound.prepare([token_ids([2, 50, 51, 3])])
+    bad = token_ids([poison if token in (50, 51) else token for token in bad])
     for engine in engines:
         answers = engine.run([good[0], bad, good[1]], [engine.task.usual] * 3)
         assert [isinstance(answer, FloatingPointError) for answer in answers] == [False, True, False]
@@ -245,7 +279,7 @@ class OneScale(PaddedEngine):
 
 def test_texts_that_share_a_scale_are_run_alone_after_a_failure(tmp_path: Path) -> None:
     engine = OneScale(open_task(make_manifest(tmp_path)))
-    texts = [np.array([2, 7, 3]), np.array([2, 13, 3]), np.array([2, 9, 3])]
+    texts = [token_ids([2, 7, 3]), token_ids([2, 13, 3]), token_ids([2, 9, 3])]
     answers = engine.run(texts, [EmbedOptions(False)] * 3)
     np.testing.assert_allclose([answers[0], answers[2]], [[4.0] * 8, [14 / 3] * 8], rtol=1e-6)
     assert isinstance(answers[1], FloatingPointError)
@@ -254,7 +288,8 @@ def test_texts_that_share_a_scale_are_run_alone_after_a_failure(tmp_path: Path) 
 def test_a_model_that_is_broken_is_not_served(tiny_bundle: BundleMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = load_manifest(tiny_bundle("bert", "feature-extraction"), verify=False)
     monkeypatch.setattr(
-        "deploy.engines.torch_ext._PackedStates.pooled", lambda self, mode: np.full((len(self.ids), 64), np.nan, "f4")
+        "deploy.engines.torch_ext._PackedStates.pooled",
+        lambda self, *how: Rows(np.full((len(self.ids), 64), np.nan, "f4")),
     )
     with pytest.raises(FloatingPointError, match="not finite"):
         load_engine(manifest, manifest.variant("torch_ext-fp32"), 1)
@@ -301,7 +336,7 @@ def test_scores_are_those_of_the_libraries(
             from sentence_transformers import CrossEncoder
 
             expected = [{"LABEL_0": float(score)} for score in CrossEncoder(str(folder), device="cpu").predict(PAIRS)]
-    ids = [PairIds(np.array(item["input_ids"]), np.array(item["token_type_ids"])) for item in encoded]
+    ids = [PairIds(token_ids(item["input_ids"]), token_ids(item["token_type_ids"])) for item in encoded]
     for name in manifest.variants:
         engine, _ = load_engine(manifest, manifest.variant(name), 1)
         for answer, right in zip(engine.run(ids, [None] * len(ids)), expected, strict=True):
@@ -310,10 +345,10 @@ def test_scores_are_those_of_the_libraries(
 
 def test_pairs_have_types(tiny_model: ModelMaker, tiny_bundle: BundleMaker) -> None:
     """The second text of a pair has type 1: without, a model that was trained with it reads something else."""
-    pair = PairIds(np.array([2, 30, 31, 3, 40, 3]), np.array([0, 0, 0, 0, 1, 1]))
-    batch = Batch([pair, np.array([2, 30, 3])])
+    pair = PairIds(token_ids([2, 30, 31, 3, 40, 3]), token_ids([0, 0, 0, 0, 1, 1]))
+    batch = Batch([pair, token_ids([2, 30, 3])])
     assert batch.lengths == [6, 3]
-    ids, mask, types = batch.part([1, 0]).padded(0)
+    ids, mask, types = padded(batch.part([1, 0]), 0)
     assert types.tolist() == [[0] * 6, [0, 0, 0, 0, 1, 1]]
     assert (ids[0].tolist(), mask[0].tolist()) == ([2, 30, 3, 0, 0, 0], [1, 1, 1, 0, 0, 0])
     manifest = load_manifest(tiny_bundle("bert", "text-classification"), verify=False)
@@ -321,7 +356,7 @@ def test_pairs_have_types(tiny_model: ModelMaker, tiny_bundle: BundleMaker) -> N
         engine = open_engine(manifest, manifest.variant(name), 1)
         typed, plain = engine.run([pair], [RAW]), engine.run([pair.ids], [RAW])
         both = engine.run([pair, pair.ids], [RAW] * 2)
-        assert np.abs(typed[0] - plain[0]).max() > 1e-4
+        assert np.abs(np.subtract(typed[0], plain[0])).max() > 1e-4
         np.testing.assert_allclose(both, [typed[0], plain[0]], rtol=1e-4, atol=1e-5)
         assert engine.cost(pair) == 6
 
@@ -332,8 +367,8 @@ class PairScore(TextClassification):
     name = "sentence-similarity"
     needs = type(TextClassification.needs)(head=True, labels=True, pairs=True)
 
-    def answer(self, scores: np.ndarray, order: Sequence[int]) -> float:
-        return float(scores[0])
+    def answer(self, scores: Sequence[float], order: Sequence[int]) -> float:
+        return scores[0]
 
 
 def test_a_new_task_is_one_class(tiny_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

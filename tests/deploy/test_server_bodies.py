@@ -32,6 +32,7 @@ from deploy.server.http.bodies import (
     encode_in_parts,
 )
 from deploy.server.limits.bounds import Limits, Settings
+from deploy.tasks import Rows
 
 LIMITS = Limits(4 << 20, 1024, 32_768)
 ID_LIMITS = Limits(4 << 20, 1024, 32_768, ids=262_144)
@@ -164,7 +165,7 @@ def test_values_in_texts_do_not_count() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 1000])
 def test_answers_in_parts_are_the_same_bytes(rows: int) -> None:
-    values = list(np.random.default_rng(0).standard_normal((rows, 384)).astype(np.float32))
+    values = list(Rows(np.random.default_rng(0).standard_normal((rows, 384)).astype(np.float32)))
     for items, each in ((values, 384), ([{"embedding": row, "index": 1} for row in values], 384), ([[]] * rows, 0)):
         body = {"object": "list", "data": items, "model": "ü", "usage": {"tokens": 3}}
         assert encode_in_parts(Large(body, "data", each)) == encode(body)

@@ -1,11 +1,18 @@
-"""What the server imports before it is ready."""
+"""What the server imports, before it is ready and when it answers."""
 
 from __future__ import annotations
 
+import base64
+import json
 import subprocess
 import sys
+from array import array
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from deploy.bundle import file_entry, write_manifest
 from tests.deploy.server_harness import make_manifest
@@ -72,3 +79,79 @@ def test_a_changed_file_is_refused_though_it_is_checked_beside_the_imports(tmp_p
     assert done.returncode == 2
     assert "expected SHA-256" in done.stderr
     assert done.stdout == ""
+
+
+# Serves a bundle where numpy, torch and onnxruntime cannot be imported, asks it, and tells what has been imported.
+SERVED = """
+import asyncio, http.client, json, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("numpy", "torch", "onnxruntime"):
+            raise ImportError(f"{name} was imported")
+sys.meta_path.insert(0, Refuse())
+
+import deploy.__main__, deploy.server.lifecycle as lifecycle
+def ask(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    for path, body in json.loads(sys.argv[3]):
+        connection.request("POST", path, json.dumps(body))
+        reply = connection.getresponse()
+        print(json.dumps([reply.status, json.loads(reply.read())]))
+startup, load = lifecycle.Server.startup, lifecycle.Server._load
+async def listen(self, sockets=None):
+    self.port = sockets[0].getsockname()[1]
+    await startup(self, sockets)
+async def load_then_ask(self):
+    await load(self)
+    await asyncio.to_thread(ask, self.port)
+    print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+    self.should_exit = True
+lifecycle.Server.startup, lifecycle.Server._load = listen, load_then_ask
+options = ["--port", "0", "--variant", sys.argv[2], "--drain-delay", "0", "--threads", "1"]
+sys.exit(deploy.__main__.main(["serve", sys.argv[1], *options]))
+"""
+
+TEXTS = ["the name of the file", "a list"]
+
+
+@pytest.mark.parametrize(
+    ("task", "variant", "requests"),
+    [
+        (
+            "feature-extraction",
+            "torch_ext-bf16",
+            [
+                ("/embed", {"inputs": TEXTS}),
+                ("/v1/embeddings", {"input": [[2, 30, 3]], "encoding_format": "float"}),
+                ("/v1/embeddings", {"input": TEXTS, "encoding_format": "base64"}),
+                ("/embed", {"inputs": TEXTS * 150}),  # An answer in parts.
+            ],
+        ),
+        ("text-classification", "torch_ext-int8", [("/predict", {"inputs": TEXTS})]),
+        ("fill-mask", "torch_ext-fp32", [("/fill-mask", {"inputs": ["the [MASK] of the [MASK]"], "top_k": 3})]),
+    ],
+)
+def test_serving_needs_no_numpy(
+    task: str,
+    variant: str,
+    requests: list[tuple[str, dict[str, Any]]],
+    tiny_bundle: Callable[[str, str], Path],
+) -> None:
+    command = [sys.executable, "-c", SERVED, str(tiny_bundle("bert", task)), variant, json.dumps(requests)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *replies, modules = map(json.loads, done.stdout.splitlines()[1:])
+    assert [status for status, _ in replies] == [200] * len(requests), replies
+    assert not {"numpy", "torch", "onnxruntime", "transformers"} & set(modules)
+    answers = [body for _, body in replies]
+    if task == "feature-extraction":
+        first, ids, coded, many = answers
+        assert [len(row) for row in first["embeddings"]] == [64, 64]
+        assert len(ids["data"][0]["embedding"]) == 64
+        for item, row in zip(coded["data"], first["embeddings"], strict=True):
+            assert array("f", base64.b64decode(item["embedding"])).tolist() == array("f", row).tolist()
+        assert len(many["embeddings"]) == 300
+    elif task == "fill-mask":
+        assert [len(mask) for mask in answers[0]["predictions"][0]] == [3, 3]
+    else:
+        assert [len(labels) for labels in answers[0]["predictions"]] == [2, 2]

@@ -16,9 +16,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from server_harness import make_manifest
+from server_harness import make_manifest, token_ids
 
-from deploy.tasks import RAW, TASKS, TaskError, open_task
+from deploy.engines.padded import ranked
+from deploy.engines.pooling import shortened
+from deploy.tasks import RAW, TASKS, Rows, TaskError, open_task
 from deploy.tasks.bounds import BOUND_NAMES
 from deploy.tasks.feature_extraction import EmbedOptions
 from deploy.tasks.fill_mask import FillMaskOptions
@@ -33,20 +35,21 @@ class FakeStates:
 
     def __init__(self, output: Any, ids: Sequence[Sequence[int]] = ()) -> None:
         self.output = np.array(output, np.float32)
-        self.ids = [np.array(text, np.int64) for text in ids]
-        self.modes: list[str] = []
+        self.ids = [token_ids(text) for text in ids]
+        self.asked: list[tuple[Any, ...]] = []
 
-    def pooled(self, mode: str) -> np.ndarray:
-        self.modes.append(mode)
-        return self.output
+    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
+        self.asked.append((mode, normalize, dimensions))
+        return Rows(shortened(self.output, normalize, dimensions))
 
-    def text_logits(self) -> np.ndarray:
-        return self.output
+    def text_logits(self) -> Rows:
+        return Rows(self.output)
 
-    def token_logits(self, texts: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return np.stack(
-            [self.output[text] + np.float32(position) for text, position in zip(texts, positions, strict=True)]
-        )
+    def token_logits(self, texts: Sequence[int], positions: Sequence[int]) -> Rows:
+        return Rows(self.output[list(texts)] + np.float32(positions)[:, None])
+
+    def top_k(self, texts: Sequence[int], positions: Sequence[int], k: int) -> tuple[Rows, Rows]:
+        return ranked(np.asarray(self.token_logits(texts, positions)), k)
 
 
 MULTI, SINGLE = "multi_label_classification", "single_label_classification"
@@ -109,6 +112,33 @@ def test_a_text_that_is_not_finite_fails_alone(tmp_path: Path) -> None:
         assert [item["token_id"] for item in answers[0][0]] == [2, 1]
 
 
+def test_embeddings_of_requests_that_differ(tmp_path: Path) -> None:
+    """Texts of one batch, cut and normalised as each one's request says; each kind is asked for once."""
+    task = open_task(make_manifest(tmp_path, "feature-extraction"))
+    states = FakeStates([[3.0, 4.0, 12.0]] * 4)
+    options = [EmbedOptions(True), EmbedOptions(True, 2), EmbedOptions(False), EmbedOptions(True, 2)]
+    answers = task.answers(states, options)
+    expected: list[list[float]] = [[3 / 13, 4 / 13, 12 / 13], [0.6, 0.8], [3, 4, 12], [0.6, 0.8]]
+    for answer, row in zip(answers, expected, strict=True):
+        assert answer.tolist() == pytest.approx(row, rel=1e-6)
+    assert states.asked == [("mean", True, None), ("mean", True, 2), ("mean", False, None)]
+
+
+def test_rows() -> None:
+    rows = Rows(np.arange(6, dtype=np.float32).reshape(2, 3))
+    assert (len(rows), rows.width) == (2, 3)
+    assert [row.tolist() for row in rows] == rows.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert rows[0].format == "f"
+    for wrong in (-1, 2):
+        with pytest.raises(IndexError, match="expected rows from 0 to 1"):
+            rows[wrong]
+    for shape in ((0, 3), (2, 0)):
+        empty = Rows(np.empty(shape, np.float32))
+        assert [len(row) for row in empty] == [0] * shape[0]
+        assert empty.finite == bytes([1] * shape[0])
+    assert Rows(np.array([[1, 2]])).tolist() == [[1, 2]]
+
+
 def test_fill_mask_keeps_masks_apart_and_memory_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks of several texts, in calls that each fit the memory: the same as all at once."""
     ids = [[2, MASK, MASK, 3], [2, 9, 3], [2, 9, 8, MASK, 3]]
@@ -127,7 +157,7 @@ def test_fill_mask_keeps_masks_apart_and_memory_bounded(tmp_path: Path, monkeypa
 
 
 def test_cost_counts_the_vocabulary(tmp_path: Path) -> None:
-    ids = np.array([2, MASK, 9, MASK, 3])
+    ids = token_ids([2, MASK, 9, MASK, 3])
     for task in TASKS.values():
         if not task.needs.mask_token:
             assert open_task(make_manifest(tmp_path, task.name)).cost_tokens(ids) == 5
@@ -142,13 +172,13 @@ def test_cost_counts_the_vocabulary(tmp_path: Path) -> None:
 
 def test_fill_mask_prepares_texts(tmp_path: Path) -> None:
     task = open_task(make_manifest(tmp_path, "fill-mask"))
-    rows = [np.array(row) for row in ([2, 9, 8, 3], [2, MASK, 8, 3], [2, 3], [2, 7, 3])]
+    rows = [token_ids(row) for row in ([2, 9, 8, 3], [2, MASK, 8, 3], [2, 3], [2, 7, 3])]
     made = task.prepare(rows)
     assert [len(row) for row in made] == [4, 4, 3]
-    assert all((row == MASK).sum() == 1 for row in made)
+    assert all(row.count(MASK) == 1 for row in made)
     assert rows[0].tolist() == [2, 9, 8, 3]
     with pytest.raises(TaskError, match="none of the texts has a token that could be masked"):
-        task.prepare([np.array([2, 3])])
+        task.prepare([token_ids([2, 3])])
 
 
 @pytest.mark.parametrize("count", [None, 0, -1, True, "x", 2.0])

@@ -250,6 +250,9 @@ def test_pool_strided_and_zero(generator: torch.Generator) -> None:
     reference.pool(hidden, bounds, "mean", True).check(torch_ext.pool(hidden, bounds, "mean", True), "strided")
     # As torch.nn.functional.normalize does: no NaN from a zero vector.
     assert torch.equal(torch_ext.pool(torch.zeros(9, 16), bounds, "mean", True), torch.zeros(2, 16))
+    # Unlike it: a vector whose length is more than fp32 holds does not become zeros.
+    wide = torch.full((2, 4), 1e30)
+    assert torch_ext.pool(wide, reference.cu_seqlens([2]), "mean", True).isnan().all()
 
 
 def test_pool_max_of_negative_numbers() -> None:

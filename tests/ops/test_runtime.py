@@ -9,6 +9,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -493,6 +494,45 @@ def test_results_are_arrays_without_a_copy(encoder: runtime.Encoder, generator: 
     result.__dlpack__()  # a capsule that nobody takes
     with pytest.raises(TypeError):
         type(result)()
+
+
+@pytest.mark.anywhere
+def test_rows_as_json() -> None:
+    """The fewest digits that read back as the same number, nearest to it: numpy has them, too."""
+    patterns = np.random.default_rng(0).integers(0, 1 << 32, 20_000, dtype=np.uint32)
+    edges = np.arange(0, 1 << 32, 1 << 23, dtype=np.uint32)  # Each power of 2 and its neighbours.
+    row = np.concatenate([patterns, edges - 1, edges, edges + 1]).view(np.float32)
+    row = np.concatenate([row[np.isfinite(row)], np.float32(10) ** np.arange(-45, 39)]).astype(np.float32)
+    texts = runtime.json_row(row).decode("ascii").strip("[]").split(",")
+    for number, text in zip(row, texts, strict=True):
+        assert json.loads(text) == float(np.format_float_scientific(number)), text
+        digits = np.format_float_scientific(number, trim="-").partition("e")[0]
+        assert re.sub(r"e.*|^[-0.]*|\.", "", text).rstrip("0") == re.sub(r"^[-0.]*|\.", "", digits).rstrip("0")
+    given = [0.1, -0.0, 1.0, 123456.7, 1e13, 1e12, 1e-5, 1.5e-7, -3e38, 16777216.0, float("nan"), -float("inf")]
+    expected = b"[0.1,-0.0,1.0,123456.7,1e13,1000000000000.0,0.00001,1.5e-7,-3e38,16777216.0,null,null]"
+    assert runtime.json_row(array.array("f", given)) == expected
+    assert runtime.json_row(array.array("f")) == b"[]"
+
+
+@pytest.mark.anywhere
+def test_finite_rows() -> None:
+    rows = np.zeros((4, 37), np.float32)
+    rows[0], rows[1, 36], rows[2, 0], rows[3] = 3e38, np.nan, -np.inf, 1e-45
+    assert runtime.finite_rows(rows) == bytes([1, 0, 0, 1])
+    assert runtime.finite_rows(rows[:0]) == b""
+
+
+@pytest.mark.anywhere
+@pytest.mark.parametrize("function", [runtime.json_row, runtime.finite_rows])
+def test_rows_of_other_kinds(function: Callable[[Any], bytes]) -> None:
+    with pytest.raises(TypeError, match=r"expected fp32 numbers \(format f\), got format d"):
+        function(array.array("d", [1]))
+    with pytest.raises(ValueError, match=r"expected [12] dimensions, got 3"):
+        function(np.zeros((1, 1, 1), np.float32))
+    with pytest.raises((BufferError, ValueError), match="contiguous"):
+        function(np.zeros((4, 4), np.float32)[:, 1 if function is runtime.json_row else slice(0, 4, 2)])
+    with pytest.raises(TypeError):
+        function([1.0])
 
 
 def test_results_outlive_what_they_came_from(file: Path) -> None:
@@ -989,7 +1029,7 @@ def test_what_it_prints(encoder: runtime.Encoder) -> None:
         f"runtime.Encoder(bert, dtype=bf16, isa={encoder.isa}, task=fill-mask, hidden_size=32, num_layers=2, threads=2)"
     )
     assert set(runtime.__all__) == {
-        *("Array", "Encoder", "Pooling", "States", "Tensor", "default_threads", "isa_report")
+        *("Array", "Encoder", "Pooling", "States", "Tensor", "default_threads", "finite_rows", "isa_report", "json_row")
     }
 
 

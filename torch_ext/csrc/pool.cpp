@@ -62,9 +62,10 @@ void pool_texts(const PoolProblem& p, const VecKernels& vec, size_t begin, size_
     if (p.mode == Pooling::kMean || p.mode == Pooling::kWeightedMean) factor = 1.0f / count;
     if (p.mode == Pooling::kMeanSqrtLength) factor = 1.0f / std::sqrt(count);
     if (p.normalize) {
-      // The same as torch.nn.functional.normalize: the norm is at least 1e-12.
+      // The same as torch.nn.functional.normalize: the norm is at least 1e-12. A vector whose norm is more than fp32 holds
+      // becomes NaN, not zeros that look like an answer.
       const float norm = std::sqrt(vec.sum_squares(n, acc)) * factor;
-      factor /= std::max(norm, 1e-12f);
+      factor = std::isinf(norm) ? NAN : factor / std::max(norm, 1e-12f);
     }
     if (factor != 1.0f) vec.scale_rows(1, n, acc, n, &factor, acc, n, DType::kF32);
   }

@@ -32,7 +32,7 @@ struct PoolProblem {
   size_t width = 0;
   const int32_t* cu_seqlens = nullptr;  ///< no text is empty
   Pooling mode = Pooling::kMean;
-  bool normalize = false;  ///< to length 1, where it is at least 1e-12
+  bool normalize = false;  ///< to length 1, where it is at least 1e-12; NaN where fp32 cannot hold it
   size_t kept = 0;         ///< leading dimensions that are kept, before normalization; at most `width`
   float* out = nullptr;    ///< [sequences, kept]
 };

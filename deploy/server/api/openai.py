@@ -54,7 +54,7 @@ async def embeddings(context: Context, request: OpenAIEmbeddingsRequest, caller:
         raise ApiError("invalid_request", "input: expected only texts, only token ids, or only lists of token ids")
     rows = result.values
     if request.encoding_format == "base64":
-        rows = [base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode("ascii") for row in rows]
+        rows = [base64.b64encode(row).decode("ascii") for row in rows]
     body = {
         "object": "list",
         "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],

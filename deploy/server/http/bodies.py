@@ -7,10 +7,11 @@ encode (Zen 1). So large bodies are cut into parts of a millisecond or less, one
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -173,8 +174,20 @@ def _malformed(message: str, body: bytes) -> ApiError:
 
 
 def encode(body: Any) -> bytes:
-    """JSON of an answer; rows may be float32 arrays of NumPy, or sequences that make their items when they are read."""
-    return orjson.dumps(body, list, orjson.OPT_SERIALIZE_NUMPY)
+    """JSON of an answer; it may hold rows of f32, and sequences that make their items when they are read."""
+    return orjson.dumps(body, _plain)
+
+
+def _plain(value: Any) -> Any:
+    """What orjson can write of a value that it does not know."""
+    return orjson.Fragment(_writer_of_rows()(value)) if isinstance(value, memoryview) else list(value)
+
+
+@functools.cache
+def _writer_of_rows() -> Callable[[memoryview], bytes]:
+    from torch_ext.runtime import json_row  # If it cannot be imported, the engine says so.
+
+    return json_row
 
 
 class Large(NamedTuple):

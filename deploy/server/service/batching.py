@@ -23,15 +23,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from ...tasks import Ids
 from ..errors import ApiError
 from .admission import LINES, Admission, too_late
 from .work import Item, Work
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = ["Batcher", "Engine"]
 
@@ -41,19 +38,19 @@ log = logging.getLogger("deploy.server")
 class Engine(Protocol):
     """Runs batches, on the engine thread."""
 
-    def cost(self, ids: NDArray[np.int64]) -> int:
+    def cost(self, ids: Ids) -> int:
         """What a text takes of a token budget: its tokens, or more. Called on the event loop.
 
         Args:
-            ids: Its token ids, i64 [tokens].
+            ids: Its token ids.
         """
         ...
 
-    def run(self, ids: Sequence[NDArray[np.int64]], options: Sequence[Any]) -> Sequence[Any]:
+    def run(self, ids: Sequence[Ids], options: Sequence[Any]) -> Sequence[Any]:
         """Runs a batch.
 
         Args:
-            ids: Per text token ids, i64 [tokens].
+            ids: Per text its token ids.
             options: Per text the options of its request.
 
         Returns:

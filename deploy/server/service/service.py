@@ -10,11 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...bundle import Manifest
 from ...machine import versions
+from ...tasks import Ids
 from ...tasks.feature_extraction import EmbedOptions
 from ...tasks.fill_mask import FillMaskOptions
 from ..errors import ApiError
@@ -195,7 +193,7 @@ class Service:
             truncate: Cut texts that are longer than the model takes; otherwise they are an error.
 
         Returns:
-            Per text f32 [width].
+            Per text a row, f32 [width]; see `tasks.Rows`.
 
         Raises:
             ApiError: See `errors`.
@@ -264,11 +262,11 @@ class Service:
             sizes.append(total)
         return sizes
 
-    def _check_masks(self, ids: Sequence[NDArray[np.int64]], limits: Limits) -> int:
+    def _check_masks(self, ids: Sequence[Ids], limits: Limits) -> int:
         """Checks how many masks each text has, and returns how many all have."""
         total = 0
         for index, text in enumerate(ids):
-            masks = int((text == self._mask_id).sum())
+            masks = text.count(self._mask_id)
             if not 1 <= masks <= limits.masks:
                 raise ApiError(
                     "invalid_request",
@@ -324,7 +322,7 @@ class Service:
         """Runs texts through the engine.
 
         Args:
-            ids: Per text token ids, i64 [tokens], or those of a pair.
+            ids: Per text its token ids, or those of a pair.
             options: For the engine's head.
             caller: Who waits.
             limits: Of the route.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,16 +17,13 @@ from typing import TYPE_CHECKING
 # every batch. Read when the library first encodes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from ...bundle import Prompts
-from ...engines.batch import PairIds
+from ...engines.batch import Ids, PairIds
 from ..errors import ApiError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ...bundle import Manifest
 
 __all__ = ["TextTokenizer"]
@@ -77,9 +75,7 @@ class TextTokenizer:
         except Exception as error:  # The library raises plain Exception.
             raise ValueError(f"{manifest.tokenizer_path}: not a usable tokenizer: {error}") from error
 
-    def encode(
-        self, texts: Sequence[str], truncate: bool, first: int = 0, prompt: str | None = None
-    ) -> list[NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str], truncate: bool, first: int = 0, prompt: str | None = None) -> list[Ids]:
         """Token ids of texts, special tokens and the prompt included.
 
         Args:
@@ -89,7 +85,7 @@ class TextTokenizer:
             prompt: What to put before each text; None: the model's default prompt.
 
         Returns:
-            Per text ids, i64 [tokens], 1 <= tokens <= `max_tokens`.
+            Per text its ids, 1 <= tokens <= `max_tokens`.
 
         Raises:
             ApiError: A text is too long and `truncate` is false, or has no tokens at all (a tokenizer without special
@@ -117,10 +113,10 @@ class TextTokenizer:
                     ids = ids[: limit - tail] + self.suffix
             elif not ids:
                 raise ApiError("invalid_request", f"input {index}: expected a text with at least one token, got none")
-            result.append(np.array(ids, dtype=np.int64))
+            result.append(array("q", ids))
         return result
 
-    def check_ids(self, index: int, ids: Sequence[int]) -> NDArray[np.int64]:
+    def check_ids(self, index: int, ids: Sequence[int]) -> Ids:
         """Token ids that a client sent, with special tokens added where they do not start with the first one.
 
         A prompt is text and is not added: who sends ids has made them of all that the model shall read.
@@ -143,7 +139,7 @@ class TextTokenizer:
                 "invalid_request",
                 f"input {index}: expected at most {self.max_tokens} tokens with special tokens, got {len(whole)}",
             )
-        return np.array(whole, dtype=np.int64)
+        return array("q", whole)
 
     @functools.cached_property
     def _pair_tokenizer(self) -> Tokenizer:
@@ -172,7 +168,7 @@ class TextTokenizer:
                     f"input {index}: expected at most {self.max_tokens} tokens in a pair, got {len(encoding.ids)}; "
                     "send shorter texts, or truncate: true",
                 )
-            result.append(PairIds(np.array(encoding.ids, np.int64), np.array(encoding.type_ids, np.int64)))
+            result.append(PairIds(array("q", encoding.ids), array("q", encoding.type_ids)))
         return result
 
     def token(self, token_id: int) -> str:

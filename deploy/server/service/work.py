@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from ...tasks import Ids
+
 __all__ = ["Item", "Work"]
 
 
@@ -13,7 +15,7 @@ class Work:
     """The texts of one request on their way through the engine.
 
     Attributes:
-        ids: Per text token ids, i64 [tokens].
+        ids: Per text its token ids.
         options: What the engine's head needs to know; the same for all texts of the request.
         results: Per text what the engine made of it.
         line: Which line it stands in; see `admission`.
@@ -50,7 +52,7 @@ class Work:
 
     def __init__(
         self,
-        ids: Sequence[Any],
+        ids: Sequence[Ids],
         options: Any,
         future: asyncio.Future[list[Any]],
         deadline_s: float | None = None,

@@ -20,16 +20,14 @@ import statistics
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...bundle import Accuracy, load_manifest
+from ...tasks import Ids
 from .choice import fastest
 from .measurement import Job
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = ["compare", "deal", "make_lengths"]
 
@@ -48,7 +46,7 @@ _RELATIVE_LENGTHS = (0.14, 0.2, 0.22, 0.26, 0.3, 0.34, 0.42, 0.52, 0.63, 0.71, 0
 _MEAN_TOKENS = 50
 _TEXTS = 64
 
-Texts = list["NDArray[np.int64]"]
+Texts = list[Ids]
 Runner = Callable[[Texts], Any]
 
 
@@ -197,19 +195,17 @@ def main() -> int:
     job = Job(**json.loads(line))
     _end_with(0)
 
-    import numpy as np
-
     from ...engines.open import load_engine
     from ...tasks import open_task
 
     manifest = load_manifest(job.bundle, verify=False, variants=job.names)
     task = open_task(manifest)
     special = {token.id for token in manifest.special_tokens.values() if token is not None}
-    plain = np.array([index for index in range(job.vocab_size) if index not in special] or [0], dtype=np.int64)
-    generator = np.random.default_rng(0)
+    plain = [index for index in range(job.vocab_size) if index not in special] or [0]
+    generator = random.Random(0)
 
     def texts(lengths: Sequence[int]) -> Texts:
-        return task.prepare([generator.choice(plain, length) for length in lengths])
+        return task.prepare([array("q", generator.choices(plain, k=length)) for length in lengths])
 
     def load(name: str) -> Runner:
         if name != job.names[0]:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../../include/torch_ext_runtime.h"
+#include "python/float_text.h"
 #include "python/python_abi.h"
 
 namespace {
@@ -692,6 +693,77 @@ PyObject* module_pack(PyObject*, PyObject* args) {
       [&](txr_encoder** encoder, txr_error* error) { return txr_pack(&model, &parsed.options, encoder, error); });
 }
 
+// fp32 numbers of others that lie one after the other.
+class Floats {
+ public:
+  Floats() = default;
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+  ~Floats() {
+    if (has_buffer_) PyBuffer_Release(&buffer_);
+  }
+
+  const float* data() const { return static_cast<const float*>(buffer_.buf); }
+  size_t size(int dimension) const { return static_cast<size_t>(buffer_.shape[dimension]); }
+
+  // False with an exception set if `object` has no such numbers, or another number of dimensions.
+  bool read(PyObject* object, int dimensions) {
+    if (PyObject_GetBuffer(object, &buffer_, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) != 0) return false;
+    has_buffer_ = true;
+    const char* const format = buffer_.format ? buffer_.format : "B";
+    if (std::strcmp(format, "f") != 0 && std::strcmp(format, "<f") != 0) {
+      PyErr_Format(PyExc_TypeError, "expected fp32 numbers (format f), got format %s", format);
+      return false;
+    }
+    if (buffer_.ndim != dimensions) {
+      PyErr_Format(PyExc_ValueError, "expected %d dimensions, got %d", dimensions, buffer_.ndim);
+      return false;
+    }
+    return true;
+  }
+
+ private:
+  Py_buffer buffer_ = {};
+  bool has_buffer_ = false;
+};
+
+PyObject* module_json_row(PyObject*, PyObject* object) {
+  Floats row;
+  if (!row.read(object, 1)) return nullptr;
+  const size_t count = row.size(0);
+  const std::unique_ptr<char[]> text(new (std::nothrow) char[count * (torch_ext::kFloatTextBytes + 1) + 2]);
+  if (!text) return PyErr_NoMemory();
+  char* end = text.get();
+  *end++ = '[';
+  for (size_t i = 0; i < count; ++i) {
+    if (i) *end++ = ',';
+    end = torch_ext::write_float(row.data()[i], end);
+  }
+  *end++ = ']';
+  return PyBytes_FromStringAndSize(text.get(), end - text.get());
+}
+
+PyObject* module_finite_rows(PyObject*, PyObject* object) {
+  Floats rows;
+  if (!rows.read(object, 2)) return nullptr;
+  const size_t count = rows.size(0), width = rows.size(1);
+  const std::unique_ptr<char[]> finite(new (std::nothrow) char[count + 1]);
+  if (!finite) return PyErr_NoMemory();
+  PyThreadState* const state = PyEval_SaveThread();
+  for (size_t i = 0; i < count; ++i) {
+    const float* const row = rows.data() + i * width;
+    uint32_t wrong = 0;
+    for (size_t j = 0; j < width; ++j) {
+      uint32_t bits;
+      std::memcpy(&bits, &row[j], sizeof bits);
+      wrong |= (bits & 0x7f800000) == 0x7f800000;
+    }
+    finite[i] = wrong == 0;
+  }
+  PyEval_RestoreThread(state);
+  return PyBytes_FromStringAndSize(finite.get(), static_cast<Py_ssize_t>(count));
+}
+
 PyObject* module_isa_report(PyObject*, PyObject*) {
   const char* const report = txr_isa_report();
   if (report) return PyUnicode_FromString(report);
@@ -706,6 +778,8 @@ PyMethodDef module_methods[] = {
     {"open_image", module_open_image, METH_VARARGS, "open_image(path or descriptor, options) -> Encoder."},
     {"pack", module_pack, METH_VARARGS, "pack(name, encoder_json, head_json, tensors, options) -> Encoder."},
     {"isa_report", module_isa_report, METH_NOARGS, "JSON."},
+    {"json_row", module_json_row, METH_O, "json_row(fp32 [n]) -> JSON as bytes."},
+    {"finite_rows", module_finite_rows, METH_O, "finite_rows(fp32 [rows, columns]) -> bytes [rows] of 0 and 1."},
     {"default_threads", module_default_threads, METH_NOARGS, "What affinity and CPU quota allow."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module_definition = {PyModuleDef_HEAD_INIT,

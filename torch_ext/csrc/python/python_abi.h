@@ -88,6 +88,7 @@ int PyObject_GetBuffer(PyObject* exporter, Py_buffer* view, int flags);
 int PyObject_CheckBuffer(PyObject* o);
 void PyBuffer_Release(Py_buffer* view);
 char* PyBytes_AsString(PyObject* o);
+PyObject* PyBytes_FromStringAndSize(const char* text, Py_ssize_t size);
 Py_ssize_t PyBytes_Size(PyObject* o);
 PyObject* PyCapsule_New(void* pointer, const char* name, PyCapsule_Destructor destructor);
 void* PyCapsule_GetPointer(PyObject* capsule, const char* name);
@@ -133,7 +134,7 @@ constexpr unsigned long Py_TPFLAGS_LONG_SUBCLASS = 1ul << 24;
 constexpr int Py_bf_getbuffer = 1, Py_sq_length = 45, Py_tp_alloc = 47, Py_tp_dealloc = 52, Py_tp_doc = 56,
               Py_tp_methods = 64, Py_tp_getset = 73, Py_tp_free = 74;
 constexpr int PyBUF_WRITABLE = 0x1, PyBUF_FORMAT = 0x4, PyBUF_ND = 0x8, PyBUF_STRIDES = 0x18,
-              PyBUF_F_CONTIGUOUS = 0x40 | PyBUF_STRIDES;
+              PyBUF_C_CONTIGUOUS = 0x20 | PyBUF_STRIDES, PyBUF_F_CONTIGUOUS = 0x40 | PyBUF_STRIDES;
 constexpr int PYTHON_ABI_VERSION = 3;
 
 #define PyObject_HEAD PyObject ob_base;
