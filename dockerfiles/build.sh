@@ -4,6 +4,7 @@
 #   build.sh uv                                 install uv, unless it is there
 #   build.sh compiler BUILDARCH TARGETARCH      install a C++ compiler for TARGETARCH, unless it is there
 #   build.sh wheel BUILDARCH TARGETARCH SRC OUT build torch_ext's wheel for TARGETARCH with the environment /build/env
+#   build.sh strip BUILDARCH TARGETARCH DIR...   take what only debuggers read out of TARGETARCH's libraries in folders
 #   build.sh requirements PYPROJECT NAME...     print requirements: of "dependencies", or of the extra of that name
 #   build.sh install ARCH ARGUMENTS...          `uv pip install ARGUMENTS...` for ARCH, running none of its code; torch is a
 #                                               CPU build, and a requirement that is just "torch" gets the tested version
@@ -91,6 +92,10 @@ case $step in
     CXX=$cxx CC=${cxx%++}cc PATH=/build/env/bin:$PATH uv build --quiet --offline --wheel --no-build-isolation \
       --python /build/env/bin/python --out-dir "$4" "$3"
     ls "$4"/*_"$(machine "$2")".whl;;
+  strip)
+    find_compiler "$1" "$2"
+    shift 2
+    find "$@" -type f -name '*.so' -exec "${cxx%g++}strip" --strip-unneeded {} +;;
   requirements)
     python -c 'import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]

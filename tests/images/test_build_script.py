@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -98,6 +99,24 @@ def test_unknown_step_is_refused() -> None:
     assert "unknown step frobnicate" in result.stderr
 
 
+def test_libraries_are_stripped(tmp_path: Path) -> None:
+    """Of what only debuggers read; what is no library stays as it is."""
+    source, library, other = tmp_path / "a.c", tmp_path / "pack" / "a.so", tmp_path / "pack" / "a.txt"
+    library.parent.mkdir()
+    source.write_text("int answer(void) { return 42; }\n")
+    other.write_text("text")
+    subprocess.run(["gcc", "-g3", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    before = library.stat().st_size
+    done = run("strip", "amd64", "amd64", str(library.parent))
+    assert done.returncode == 0, done.stderr
+    assert library.stat().st_size < before
+    assert ctypes.CDLL(str(library)).answer() == 42
+    assert other.read_text() == "text"
+    done = run("strip", "amd64", "amd64", str(tmp_path / "renamed"))
+    assert done.returncode != 0
+    assert "renamed" in done.stderr
+
+
 def test_requirements_are_those_of_the_project() -> None:
     result = run("requirements", str(ROOT / "pyproject.toml"), "torch", "serve", "onnx")
     assert result.returncode == 0, result.stderr
@@ -118,5 +137,6 @@ def test_serving_needs_neither_torch_nor_transformers_nor_optimum() -> None:
     assert "uvicorn" in names
     assert "torch" not in names
     assert "onnxruntime" not in names
+    assert "numpy" not in names
     assert "transformers" not in names
     assert "optimum" not in names
