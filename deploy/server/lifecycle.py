@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
 import gc
 import logging
@@ -75,6 +74,8 @@ def _refuse_new(sock: socket.socket) -> None:
     Without this, a connection that is made between the last accept and the close would be reset. A client whose packet
     is dropped tries again and is refused then. Does nothing where there are no socket filters.
     """
+    import ctypes
+
     accept_no_bytes = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K, 0.
     program = ctypes.create_string_buffer(accept_no_bytes)
     so_attach_filter = 26
@@ -135,9 +136,10 @@ class Server(uvicorn.Server):
             self.exit_code = 2
             self.should_exit = True
         else:
-            # What is there now stays: the collector need not look at torch's half a million objects again.
+            # What is there now stays: the collector need not look at it again. Until now, it was off.
             gc.collect()
             gc.freeze()
+            gc.enable()
             self._app.service.budget.settle(available_memory_bytes())
             if not self.should_exit:
                 self._on_ready()

@@ -6,7 +6,7 @@ up to four bytes a character), its token ids, the numbers of its answer. What co
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import gc
 from collections.abc import Callable
 
@@ -134,7 +134,10 @@ class MemoryBudget:
         return True
 
 
+@functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
+    import ctypes  # Takes 6 ms, which a start need not spend.
+
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):  # Another C library.
@@ -143,11 +146,8 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return trim
 
 
-_TRIM = _malloc_trim()
-
-
 def give_back() -> None:
     """Returns memory that was freed to the system: Python and glibc keep it. Takes milliseconds."""
     gc.collect()  # What connections and tasks that have ended refer to each other by.
-    if _TRIM is not None:
-        _TRIM(0)
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
