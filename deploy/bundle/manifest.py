@@ -61,6 +61,7 @@ class Manifest:
         machine: Where accuracy and speed of every variant were measured; None in bundles that were written before this
             field existed.
         vocab_size: Number of token ids; None in bundles that were written before this field existed.
+        token_types: Whether the model is given the token types of pairs of texts; else all are 0.
     """
 
     root: Path
@@ -81,6 +82,7 @@ class Manifest:
     activation: str | None = None
     truncation_side: str = "right"
     vocab_size: int | None = None
+    token_types: bool = True
 
     def path(self, name: str) -> Path:
         """Path of a file of the bundle; `name` has to be listed in `files`."""
@@ -133,6 +135,8 @@ class Manifest:
             result["activation"] = self.activation
         if self.vocab_size is not None:
             result["vocab_size"] = self.vocab_size
+        if not self.token_types:
+            result["token_types"] = False
         if self.prompts is not None:
             result["prompts"] = self.prompts.to_json()
         if self.machine is not None:
@@ -225,6 +229,7 @@ def _parse(root: Path, value: Any) -> Manifest:
         verification=top.child("verification", optional=True).value,
         machine=Machine.read(top.child("machine")) if top.value.get("machine") is not None else None,
         vocab_size=None if top.value.get("vocab_size") is None else top.count("vocab_size", 1),
+        token_types=top.get("token_types", bool, optional=True) is not False,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Comparison", "Cosine", "Labels", "Masks"]
+__all__ = ["Comparison", "Cosine", "Labels", "Masks", "rank_correlation"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -92,8 +92,28 @@ def _ratio(error: float, size: float) -> float:
     return math.sqrt(error / size) if size > 0 else (0.0 if error == 0 else math.inf)
 
 
+def _ranks(values: Doubles) -> Doubles:
+    """Place of each value in their order; equal ones share the mean of their places."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray((ends - (counts + 1) / 2)[inverse], np.float64)
+
+
+def rank_correlation(right: Doubles, got: Doubles) -> float:
+    """Spearman's: 1 where both rank the texts alike; -1 where a value is not finite."""
+    if not np.isfinite(got).all():
+        return -1.0
+    first, second = (ranks - ranks.mean() for ranks in (_ranks(right), _ranks(got)))
+    size = math.sqrt(float((first**2).sum() * (second**2).sum()))
+    # Where all are equal there is no order that could be wrong.
+    return float((first * second).sum()) / size if size > 0 else 1.0
+
+
 class Labels(_Rows):
-    """Class logits: whether the best label is the same, and how far probabilities are apart."""
+    """Class logits: whether the best label is the same, and how far probabilities are apart.
+
+    With one label also whether texts are ranked alike: the Spearman correlation of its logits over the texts.
+    """
 
     def __init__(self, texts: int, activation: str) -> None:
         """Prepares.
@@ -110,13 +130,15 @@ class Labels(_Rows):
         """See `Comparison.measure`."""
         order, right, got = self._pairs(run)
         single = self._activation == "softmax"
-        error = _ratio(*_relative_error(right, got, centred=single and right.shape[1] > 1))
+        details = {"logit_error": _ratio(*_relative_error(right, got, centred=single and right.shape[1] > 1))}
+        if right.shape[1] == 1:
+            details["rank_correlation"] = rank_correlation(right[:, 0], got[:, 0])
         per_text = np.full(self._texts, np.nan)
         if self._activation == "none":
             # 1 for the same value, 0 for one that is off by the size of the reference's values.
             size = np.sqrt((right**2).mean(axis=0))
             per_text[order] = (1 - np.abs(got - right) / np.maximum(size, 1e-12)).min(axis=1)
-            return per_text, {"logit_error": error, "max_diff": float(np.abs(got - right).max())}
+            return per_text, {**details, "max_diff": float(np.abs(got - right).max())}
         if single:
             first, second = _softmax(right), _softmax(got)
             rows = np.arange(len(first))
@@ -130,7 +152,7 @@ class Labels(_Rows):
         return per_text, {
             "max_prob_diff": float(difference.max()),
             "mean_prob_diff": float(difference.mean()),
-            "logit_error": error,
+            **details,
         }
 
 
