@@ -54,7 +54,8 @@ class Manifest:
         activation: What makes scores of the logits, one of `ACTIVATIONS`; None in bundles that were written before this
             field existed, where `problem_type` decides alone.
         truncation_side: From which side longer texts are cut, one of `TRUNCATION_SIDES`.
-        special_tokens: `pad`, `mask`, `cls`, `sep`; None for one that the tokenizer does not have.
+        special_tokens: `pad`, `mask`, `cls`, `sep`, `unk`; None for one that the tokenizer does not have. Bundles that
+            were written before it was a field have no `unk`.
         files: What every file has to be, by name.
         variants: Variants by name.
         verification: How accuracy was measured: `texts`, `source`, `mean_tokens`.
@@ -243,7 +244,7 @@ def _read_files(listed: Reader) -> dict[str, FileEntry]:
 
 def _read_special_tokens(special: Reader, task: str) -> dict[str, SpecialToken | None]:
     tokens: dict[str, SpecialToken | None] = {}
-    for name in ("pad", "mask", "cls", "sep"):
+    for name in ("pad", "mask", "cls", "sep", "unk"):
         reader = special.child(name, optional=True)
         tokens[name] = SpecialToken.read(reader) if reader.value else None
     if tokens["pad"] is None:

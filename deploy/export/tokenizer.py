@@ -22,7 +22,7 @@ class Tokens:
         max_tokens: Longest input.
         truncation_side: From which side longer texts are cut.
         token_types: Whether the model is given the token types of pairs; else all are 0.
-        special: `pad`, `mask`, `cls`, `sep`; None for one that it does not have.
+        special: `pad`, `mask`, `cls`, `sep`, `unk`; None for one that it does not have.
     """
 
     def __init__(self, source: Source, folder: Path, target: Path) -> None:
@@ -71,7 +71,7 @@ class Tokens:
         declared = self._reference.model_max_length
         limit = source.max_positions if declared is None or declared < 3 else min(int(declared), source.max_positions)
         self.max_tokens = source.max_tokens or limit
-        self.special = {name: self._special(name) for name in ("pad", "mask", "cls", "sep")}
+        self.special = {name: self._special(name) for name in ("pad", "mask", "cls", "sep", "unk")}
         self.special["pad"] = self.special["pad"] or _padding_of_config(source, backend)
         if self._task.needs.mask_token and self.special["mask"] is None:
             raise ExportError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")

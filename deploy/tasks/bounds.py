@@ -24,7 +24,7 @@ Table = Mapping[str, Mapping[str, float]]
 LOGIT_BOUNDS = ("mean", "min", "max_prob_diff", "mean_prob_diff", "logit_error")
 """What can be bounded where probabilities are made of logits."""
 
-BOUND_NAMES = (*LOGIT_BOUNDS, "rank_correlation")
+BOUND_NAMES = (*LOGIT_BOUNDS, "rank_correlation", "entity_f1")
 """What can be bounded; those in `AT_MOST` from above, the others from below."""
 
 AT_MOST = frozenset({"max_prob_diff", "mean_prob_diff", "logit_error"})

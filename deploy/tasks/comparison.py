@@ -1,4 +1,4 @@
-"""How far answers are from those of transformers in fp32: three ways, of which a task takes one."""
+"""How far answers are from those of transformers in fp32: several ways, of which a task takes one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Comparison", "Cosine", "Labels", "Masks", "rank_correlation"]
+from .token_classification import spans
+
+__all__ = ["Comparison", "Cosine", "Labels", "Masks", "TokenLabels", "rank_correlation"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -154,6 +156,77 @@ class Labels(_Rows):
             "mean_prob_diff": float(difference.mean()),
             **details,
         }
+
+
+class _Tokens(Comparison):
+    """For outputs that are a row per token of a text, f32 [tokens, n]."""
+
+    def __init__(self, texts: int) -> None:
+        self._texts = texts
+        self._reference: dict[int, Doubles] = {}
+
+    def remember(self, text: int, output: Any) -> None:
+        """See `Comparison.remember`."""
+        self._reference[text] = self._table(output)
+
+    @staticmethod
+    def _table(output: Any) -> Doubles:
+        return np.stack([np.asarray(row) for row in output]).astype(np.float64)
+
+    def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
+        """See `Comparison.measure`."""
+        per_text = np.full(self._texts, np.nan)
+        errors, sizes, differences = 0.0, 0.0, [np.empty(0)]
+        for text, output in run:
+            if isinstance(output, Exception):
+                errors = math.inf
+                differences.append(np.array([1.0]))
+                continue
+            right, got = self._reference[text], self._table(output)
+            per_text[text], difference, (error, size) = self._compare(right, got)
+            errors, sizes = errors + error, sizes + size
+            differences.append(difference)
+        together = np.concatenate(differences)
+        return per_text, {
+            "max_prob_diff": float(together.max()),
+            "mean_prob_diff": float(together.mean()),
+            "logit_error": _ratio(errors, sizes),
+        }
+
+    @abstractmethod
+    def _compare(self, right: Doubles, got: Doubles) -> tuple[float, Doubles, tuple[float, float]]:
+        """The metric of a text, differences of probabilities, and squared error and size of its logits."""
+
+
+class TokenLabels(_Tokens):
+    """Logits of tokens: how many get the same label, and the F1 of the entities that neighbours with one label make."""
+
+    metric = "agreement"
+
+    def __init__(self, texts: int, labels: Sequence[str]) -> None:
+        super().__init__(texts)
+        self._labels = labels
+        self._found = [0, 0, 0]
+
+    def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
+        """See `Comparison.measure`."""
+        self._found = [0, 0, 0]
+        per_text, details = super().measure(run)
+        expected, found, both = self._found
+        details["entity_f1"] = 2 * both / (expected + found) if expected + found else 1.0
+        return per_text, details
+
+    def _compare(self, right: Doubles, got: Doubles) -> tuple[float, Doubles, tuple[float, float]]:
+        first, second = _softmax(right), _softmax(got)
+        best = second.argmax(axis=1)
+        same = first[np.arange(len(first)), best] >= first.max(axis=1) - TIE
+        # A label that is as right as the reference's makes no other entities.
+        expected = spans([self._labels[label] for label in first.argmax(axis=1)])
+        chosen = np.where(same, first.argmax(axis=1), best)
+        found = spans([self._labels[label] for label in chosen])
+        for place, count in enumerate((len(expected), len(found), len(expected & found))):
+            self._found[place] += count
+        return float(same.mean()), np.abs(first - second).max(axis=1), _relative_error(right, got, centred=True)
 
 
 class Masks(Comparison):

@@ -129,7 +129,7 @@ class Described(Protocol):
 
     @property
     def special_tokens(self) -> Mapping[str, _Token | None]:
-        """`pad`, `mask`, `cls`, `sep`."""
+        """`pad`, `mask`, `cls`, `sep`, `unk`."""
 
 
 class States(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .bounds import AGREEMENT, BOUND_NAMES, RELATIVE, pick
+from .bounds import AGREEMENT, LOGIT_BOUNDS, RELATIVE, pick
 from .task import RAW, ModelFolder, Needs, States, Task, TaskError, not_finite
 
 if TYPE_CHECKING:
@@ -133,10 +133,8 @@ class TextClassification(Task):
     def bound_names(cls, folder: ModelFolder) -> tuple[str, ...]:
         """See `Task.bound_names`; raw logits have no probabilities, and texts are ranked by one score only."""
         fields = cls.read(folder)
-        left_out = {"max_prob_diff", "mean_prob_diff"} if fields["activation"] == "none" else set()
-        if len(fields["labels"]) > 1:
-            left_out.add("rank_correlation")
-        return tuple(name for name in BOUND_NAMES if name not in left_out)
+        names = ("mean", "min", "logit_error") if fields["activation"] == "none" else LOGIT_BOUNDS
+        return (*names, "rank_correlation") if len(fields["labels"]) == 1 else names
 
     @property
     def activation(self) -> str:

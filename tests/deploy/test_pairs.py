@@ -19,10 +19,9 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from server_harness import FakeEngine, make_manifest
+from server_harness import FakeEngine, ask, make_manifest
 
-from deploy.bundle import Manifest, load_manifest
-from deploy.engines.open import load_engine
+from deploy.bundle import load_manifest
 from deploy.export.cli import main
 from deploy.server.errors import ApiError
 from deploy.server.limits.bounds import Limits, Settings
@@ -37,22 +36,6 @@ TEXTS = ["the name of the file", "", "returns the values of all objects " * 20, 
 LIMITS = Limits(inputs=100, chars=5000, values=1 << 20)
 
 ModelMaker = Callable[..., Path]
-
-
-def ask(manifest: Manifest, variant: str, question: Callable[[Service], Any]) -> Any:
-    """What a service with the engine of a variant answers."""
-
-    async def run() -> Any:
-        batcher = Batcher(lambda: load_engine(manifest, manifest.variant(variant), 1)[0], 2048, 100_000)
-        await batcher.start()
-        service = Service(manifest, TextTokenizer.from_manifest(manifest), batcher, Settings(), Metrics())
-        try:
-            return await question(service)
-        finally:
-            service.close()
-            await batcher.close()
-
-    return asyncio.run(run())
 
 
 def as_cross_encoder(folder: Path, target: Path) -> Path:

@@ -202,8 +202,9 @@ def test_what_can_be_bounded_is_measured(tmp_path: Path) -> None:
             fields = task.read(folder)
             manifest = dataclasses.replace(make_manifest(tmp_path, task.name), **fields)
             comparison = open_task(manifest).comparison(2)
-            rows = np.float32([[[1, 2]], [[3, 1]]]) if task.needs.mask_token else np.float32([[1, 2], [3, 1]])
-            rows = rows[:, :labels] if task.needs.labels else rows
+            of_tokens = task.name in ("token-classification", "fill-mask")
+            rows = np.float32([[[1, 2]], [[3, 1]]]) if of_tokens else np.float32([[1, 2], [3, 1]])
+            rows = rows[..., :labels] if task.needs.labels else rows
             for text, row in enumerate(rows):
                 comparison.remember(text, row)
             _, details = comparison.measure(list(enumerate(rows)))

@@ -23,6 +23,7 @@ from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
 from ..variants import Choice
 from .batching import Batcher, Work
+from .structured import StructuredQuestions
 from .tokens import TextTokenizer
 
 __all__ = ["Result", "Served", "Service"]
@@ -91,7 +92,7 @@ class _Request:
     check: Callable[[Sequence[Any], Limits], int] = lambda ids, limits: len(ids)
 
 
-class Service:
+class Service(StructuredQuestions):
     """One model. Methods are called on the event loop.
 
     Attributes:

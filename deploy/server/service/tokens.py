@@ -196,6 +196,16 @@ class TextTokenizer:
             result += encode(list(run), truncate, first + len(result))
         return result
 
+    @property
+    def backend(self) -> Tokenizer:
+        """The library's tokenizer, which neither cuts nor pads."""
+        return self._tokenizer
+
+    @property
+    def cuts_left(self) -> bool:
+        """Whether longer texts lose their beginning."""
+        return self._cut_left
+
     def token(self, token_id: int) -> str:
         """How a token id reads."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
