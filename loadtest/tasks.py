@@ -172,6 +172,22 @@ def _check_predict(answer: dict[str, Any], count: int, traits: Traits) -> None:
         _check_scores(scores, "labels", "label")
 
 
+def _check_places(found: Any, what: str) -> None:
+    """Parts of a text: each with a finite score, and where it begins and ends. There may be none."""
+    for item in _expect_list(found, what):
+        start, end = (item.get("start"), item.get("end")) if isinstance(item, dict) else (None, None)
+        if not isinstance(start, int) or not isinstance(end, int) or not 0 <= start <= end:
+            raise InvalidResponseError(f"expected a start and an end in each of {what}, got {item!r}")
+        score = item.get("score")
+        if not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise InvalidResponseError(f"expected a finite score in each of {what}, got {score!r}")
+
+
+def _check_token_classify(answer: dict[str, Any], count: int, traits: Traits) -> None:
+    for found in _expect_list(answer.get("predictions"), "predictions", count):
+        _check_places(found, "entities")
+
+
 def _check_fill_mask(answer: dict[str, Any], count: int, traits: Traits) -> None:
     for masks in _expect_list(answer.get("predictions"), "predictions", count):
         if not _expect_list(masks, "masks of a text"):
@@ -189,6 +205,12 @@ TASKS: dict[str, Task] = {
     for task in (
         Task("embed", "/embed", lambda texts, _: _dump({"inputs": list(texts)}), _check_embed),
         Task("predict", "/predict", lambda texts, _: _dump({"inputs": list(texts)}), _check_predict),
+        Task(
+            "token-classify",
+            "/api/token-classify",
+            lambda texts, _: _dump({"inputs": list(texts)}),
+            _check_token_classify,
+        ),
         Task(
             "fill-mask",
             "/fill-mask",

@@ -32,7 +32,12 @@ from deploy.machine import cpu_name, usable_cpus
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "transformers fp32"
-TASKS = {"feature-extraction": "embed", "text-classification": "predict", "fill-mask": "fill-mask"}
+TASKS = {
+    "feature-extraction": "embed",
+    "text-classification": "predict",
+    "token-classification": "token-classify",
+    "fill-mask": "fill-mask",
+}
 START_TIMEOUT_S = 120
 ACCURACY_TEXTS = 128
 """Half of what an export compares by default, which takes longer than all load tests on 2 slow cores."""

@@ -95,7 +95,7 @@ class States:
         return result
 
     def pool(self, mode: Pooling = "mean", normalize: bool = False, dimensions: int | None = None) -> Array:
-        """One vector for each text, ``[texts, dimensions]``.
+        """One vector for each text, ``[texts, dimensions]``; a head for feature-extraction comes after the pooling.
 
         Args:
             mode: How the states of its tokens become one; as sentence-transformers names it.
@@ -151,6 +151,27 @@ class States:
         indices, probabilities = self._states.top_k(_integers(rows, "q"), k)
         return indices, probabilities
 
+    def sparse(self, *, total: bool = False, twice: bool = False) -> tuple[Array, Array, Array]:
+        """A sparse vector over the head's outputs for each text, as SPLADE makes it of the words for a mask.
+
+        It is ``log(1 + max(x, 0))`` of the outputs for each token, and the largest over the tokens of a text. Only a
+        few tokens' outputs are in memory at a time.
+
+        Args:
+            total: The sum over the tokens, instead of the largest.
+            twice: ``log(1 + x)`` of that again.
+
+        Returns:
+            Where the entries of each text begin, and the end, int64 ``[1, texts + 1]``; their indices, rising in each
+            text, int64 ``[1, entries]``; their values, ``[1, entries]``: none is 0, and one is NaN or infinite where an
+            output is.
+
+        Raises:
+            ValueError: The model has no head for tokens.
+        """
+        bounds, indices, values = self._states.sparse(total, twice)
+        return bounds, indices, values
+
 
 class Encoder:
     """A model that is ready to run. Immutable; several threads may call it at once, which take turns on its threads.
@@ -170,6 +191,7 @@ class Encoder:
         outputs: Of its head; 0: it has none.
         threads: That work on a batch, the caller's included.
         image_bytes: Memory that weights and tables take.
+        embedding_size: Width of embeddings: ``hidden_size``, or ``outputs`` of a head for feature-extraction.
     """
 
     architecture: str
@@ -184,6 +206,7 @@ class Encoder:
     outputs: int
     threads: int
     image_bytes: int
+    embedding_size: int
 
     def __init__(self, encoder: Any) -> None:
         """Users call :meth:`open`, :meth:`open_image` or :meth:`pack`."""

@@ -281,8 +281,8 @@ class Accuracy:
     """A variant compared with transformers in fp32 on real text.
 
     Attributes:
-        metric: `cosine` (feature-extraction, per text), `agreement` (text-classification: same best label;
-            fill-mask: same best token) or `closeness` (regression: 1 less the relative error).
+        metric: `cosine` (feature-extraction, per text), `agreement` (same best label, or token: of the text, of its
+            tokens, of its masks) or `closeness` (regression: 1 less the relative error).
         mean: Mean of the metric over the texts.
         min: Worst text.
         texts: How many texts were compared.

@@ -54,13 +54,15 @@ class Manifest:
         activation: What makes scores of the logits, one of `ACTIVATIONS`; None in bundles that were written before this
             field existed, where `problem_type` decides alone.
         truncation_side: From which side longer texts are cut, one of `TRUNCATION_SIDES`.
-        special_tokens: `pad`, `mask`, `cls`, `sep`; None for one that the tokenizer does not have.
+        special_tokens: `pad`, `mask`, `cls`, `sep`, `unk`; None for one that the tokenizer does not have. Bundles that
+            were written before it was a field have no `unk`.
         files: What every file has to be, by name.
         variants: Variants by name.
         verification: How accuracy was measured: `texts`, `source`, `mean_tokens`.
         machine: Where accuracy and speed of every variant were measured; None in bundles that were written before this
             field existed.
         vocab_size: Number of token ids; None in bundles that were written before this field existed.
+        token_types: Whether the model is given the token types of pairs of texts; else all are 0.
     """
 
     root: Path
@@ -81,6 +83,7 @@ class Manifest:
     activation: str | None = None
     truncation_side: str = "right"
     vocab_size: int | None = None
+    token_types: bool = True
 
     def path(self, name: str) -> Path:
         """Path of a file of the bundle; `name` has to be listed in `files`."""
@@ -133,6 +136,8 @@ class Manifest:
             result["activation"] = self.activation
         if self.vocab_size is not None:
             result["vocab_size"] = self.vocab_size
+        if not self.token_types:
+            result["token_types"] = False
         if self.prompts is not None:
             result["prompts"] = self.prompts.to_json()
         if self.machine is not None:
@@ -225,6 +230,7 @@ def _parse(root: Path, value: Any) -> Manifest:
         verification=top.child("verification", optional=True).value,
         machine=Machine.read(top.child("machine")) if top.value.get("machine") is not None else None,
         vocab_size=None if top.value.get("vocab_size") is None else top.count("vocab_size", 1),
+        token_types=top.get("token_types", bool, optional=True) is not False,
     )
 
 
@@ -238,7 +244,7 @@ def _read_files(listed: Reader) -> dict[str, FileEntry]:
 
 def _read_special_tokens(special: Reader, task: str) -> dict[str, SpecialToken | None]:
     tokens: dict[str, SpecialToken | None] = {}
-    for name in ("pad", "mask", "cls", "sep"):
+    for name in ("pad", "mask", "cls", "sep", "unk"):
         reader = special.child(name, optional=True)
         tokens[name] = SpecialToken.read(reader) if reader.value else None
     if tokens["pad"] is None:

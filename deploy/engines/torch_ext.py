@@ -85,6 +85,8 @@ class TorchExtEngine(Engine):
 
     def _states(self, batch: Batch) -> Iterator[tuple[Batch, States]]:
         bounds = batch.bounds()
-        types = None if batch.types is None else joined(batch.types)
+        # Of one token type or none there is nothing to choose, whatever the tokenizer says of pairs.
+        typed = self._encoder.type_vocab_size > 1
+        types = joined(batch.types) if typed and batch.types is not None else None
         states = self._encoder.encode(joined(batch.ids), bounds, types)
         yield batch, _PackedStates(batch, states, bounds, self._encoder.outputs)

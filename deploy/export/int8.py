@@ -107,7 +107,8 @@ class _EncoderStates:
         import torch
 
         bounds = batch.bounds()
-        types = None if batch.types is None else torch.frombuffer(joined(batch.types), dtype=torch.int64)
+        typed = batch.types if encoder.spec.type_vocab_size > 1 else None  # As the engine takes them.
+        types = None if typed is None else torch.frombuffer(joined(typed), dtype=torch.int64)
         self.ids = batch.ids
         self.cu_seqlens = torch.frombuffer(bounds, dtype=torch.int32)
         self.hidden = encoder(torch.frombuffer(joined(batch.ids), dtype=torch.int64), self.cu_seqlens, types)

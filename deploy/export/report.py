@@ -78,6 +78,7 @@ def describe_model(folder: Path, source: Source, tokens: Tokens, config: Any) ->
         hidden_size=int(config.hidden_size),
         max_tokens=tokens.max_tokens,
         truncation_side=tokens.truncation_side,
+        token_types=tokens.token_types,
         pooling=source.pooling,
         prompts=source.prompts,
         special_tokens=tokens.special,

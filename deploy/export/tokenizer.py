@@ -21,7 +21,8 @@ class Tokens:
     Attributes:
         max_tokens: Longest input.
         truncation_side: From which side longer texts are cut.
-        special: `pad`, `mask`, `cls`, `sep`; None for one that it does not have.
+        token_types: Whether the model is given the token types of pairs; else all are 0.
+        special: `pad`, `mask`, `cls`, `sep`, `unk`; None for one that it does not have.
     """
 
     def __init__(self, source: Source, folder: Path, target: Path) -> None:
@@ -57,7 +58,8 @@ class Tokens:
             backend.normalizer = normalizers.Sequence([lower, backend.normalizer]) if backend.normalizer else lower
         backend.save(str(target), pretty=False)
         self._lowercase, self._prompt, self._backend = source.lowercase, source.prompt, backend
-        self._task = TASKS[source.task]
+        self._task, self._source = TASKS[source.task], source
+        self.token_types = "token_type_ids" in self._reference.model_input_names
         self.truncation_side = str(self._reference.truncation_side)
         if self.truncation_side not in TRUNCATION_SIDES:
             raise ExportError(
@@ -69,7 +71,7 @@ class Tokens:
         declared = self._reference.model_max_length
         limit = source.max_positions if declared is None or declared < 3 else min(int(declared), source.max_positions)
         self.max_tokens = source.max_tokens or limit
-        self.special = {name: self._special(name) for name in ("pad", "mask", "cls", "sep")}
+        self.special = {name: self._special(name) for name in ("pad", "mask", "cls", "sep", "unk")}
         self.special["pad"] = self.special["pad"] or _padding_of_config(source, backend)
         if self._task.needs.mask_token and self.special["mask"] is None:
             raise ExportError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")
@@ -84,7 +86,8 @@ class Tokens:
         Raises:
             ExportError: The bundle's tokenizer gives other ids than transformers.
         """
-        inputs = self._task.inputs([self._prompt + text for text in texts])
+        inputs = self._task.inputs([self._prompt + text for text in texts], self._source)
+        pairs = self._task.takes_pairs(self._source)
         self._backend.enable_truncation(self.max_tokens, direction=self.truncation_side)
         encodings = self._backend.encode_batch(inputs)
         self._backend.no_truncation()
@@ -108,7 +111,8 @@ class Tokens:
         for encoding in encodings:
             ids = array("q", encoding.ids)
             if len(ids):
-                rows.append(PairIds(ids, array("q", encoding.type_ids)) if self._task.needs.pairs else ids)
+                types = encoding.type_ids if self.token_types else [0] * len(ids)
+                rows.append(PairIds(ids, array("q", types)) if pairs else ids)
         if not rows:
             raise ExportError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
         return rows

@@ -17,10 +17,13 @@ from .fill_mask import FillMask
 from .rows import Ids, Rows
 from .task import RAW, Described, Needs, States, Task, TaskError
 from .text_classification import TextClassification
+from .token_classification import TokenClassification
 
 __all__ = ["RAW", "TASKS", "Described", "Ids", "Needs", "Rows", "States", "Task", "TaskError", "open_task"]
 
-TASKS: Mapping[str, type[Task]] = {task.name: task for task in (FeatureExtraction, TextClassification, FillMask)}
+TASKS: Mapping[str, type[Task]] = {
+    task.name: task for task in (FeatureExtraction, TextClassification, TokenClassification, FillMask)
+}
 """Every task, by the name that a manifest has for it. Where two fit a model, the first is taken."""
 
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-__all__ = ["AGREEMENT", "AT_MOST", "BOUND_NAMES", "COSINE", "RELATIVE", "Measured", "in_words", "missed", "pick"]
+__all__ = [
+    "AGREEMENT",
+    "AT_MOST",
+    "BOUND_NAMES",
+    "COSINE",
+    "LOGIT_BOUNDS",
+    "RELATIVE",
+    "Measured",
+    "in_words",
+    "missed",
+    "pick",
+]
 
 Table = Mapping[str, Mapping[str, float]]
 """Bounds by variant, or by the dtype of its weights."""
 
-BOUND_NAMES = ("mean", "min", "max_prob_diff", "mean_prob_diff", "logit_error")
-"""What can be bounded; `mean` and `min` from below, the others from above."""
+LOGIT_BOUNDS = ("mean", "min", "max_prob_diff", "mean_prob_diff", "logit_error")
+"""What can be bounded where probabilities are made of logits."""
+
+BOUND_NAMES = (*LOGIT_BOUNDS, "rank_correlation", "entity_f1")
+"""What can be bounded; those in `AT_MOST` from above, the others from below."""
 
 AT_MOST = frozenset({"max_prob_diff", "mean_prob_diff", "logit_error"})
 """Figures that are bounded from above."""

@@ -1,4 +1,4 @@
-"""How far answers are from those of transformers in fp32: three ways, of which a task takes one."""
+"""How far answers are from those of transformers in fp32: several ways, of which a task takes one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Comparison", "Cosine", "Labels", "Masks"]
+from .token_classification import spans
+
+__all__ = ["Comparison", "Cosine", "Labels", "Masks", "TokenLabels", "rank_correlation"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -92,8 +94,28 @@ def _ratio(error: float, size: float) -> float:
     return math.sqrt(error / size) if size > 0 else (0.0 if error == 0 else math.inf)
 
 
+def _ranks(values: Doubles) -> Doubles:
+    """Place of each value in their order; equal ones share the mean of their places."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray((ends - (counts + 1) / 2)[inverse], np.float64)
+
+
+def rank_correlation(right: Doubles, got: Doubles) -> float:
+    """Spearman's: 1 where both rank the texts alike; -1 where a value is not finite."""
+    if not np.isfinite(got).all():
+        return -1.0
+    first, second = (ranks - ranks.mean() for ranks in (_ranks(right), _ranks(got)))
+    size = math.sqrt(float((first**2).sum() * (second**2).sum()))
+    # Where all are equal there is no order that could be wrong.
+    return float((first * second).sum()) / size if size > 0 else 1.0
+
+
 class Labels(_Rows):
-    """Class logits: whether the best label is the same, and how far probabilities are apart."""
+    """Class logits: whether the best label is the same, and how far probabilities are apart.
+
+    With one label also whether texts are ranked alike: the Spearman correlation of its logits over the texts.
+    """
 
     def __init__(self, texts: int, activation: str) -> None:
         """Prepares.
@@ -110,13 +132,15 @@ class Labels(_Rows):
         """See `Comparison.measure`."""
         order, right, got = self._pairs(run)
         single = self._activation == "softmax"
-        error = _ratio(*_relative_error(right, got, centred=single and right.shape[1] > 1))
+        details = {"logit_error": _ratio(*_relative_error(right, got, centred=single and right.shape[1] > 1))}
+        if right.shape[1] == 1:
+            details["rank_correlation"] = rank_correlation(right[:, 0], got[:, 0])
         per_text = np.full(self._texts, np.nan)
         if self._activation == "none":
             # 1 for the same value, 0 for one that is off by the size of the reference's values.
             size = np.sqrt((right**2).mean(axis=0))
             per_text[order] = (1 - np.abs(got - right) / np.maximum(size, 1e-12)).min(axis=1)
-            return per_text, {"logit_error": error, "max_diff": float(np.abs(got - right).max())}
+            return per_text, {**details, "max_diff": float(np.abs(got - right).max())}
         if single:
             first, second = _softmax(right), _softmax(got)
             rows = np.arange(len(first))
@@ -130,8 +154,79 @@ class Labels(_Rows):
         return per_text, {
             "max_prob_diff": float(difference.max()),
             "mean_prob_diff": float(difference.mean()),
-            "logit_error": error,
+            **details,
         }
+
+
+class _Tokens(Comparison):
+    """For outputs that are a row per token of a text, f32 [tokens, n]."""
+
+    def __init__(self, texts: int) -> None:
+        self._texts = texts
+        self._reference: dict[int, Doubles] = {}
+
+    def remember(self, text: int, output: Any) -> None:
+        """See `Comparison.remember`."""
+        self._reference[text] = self._table(output)
+
+    @staticmethod
+    def _table(output: Any) -> Doubles:
+        return np.stack([np.asarray(row) for row in output]).astype(np.float64)
+
+    def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
+        """See `Comparison.measure`."""
+        per_text = np.full(self._texts, np.nan)
+        errors, sizes, differences = 0.0, 0.0, [np.empty(0)]
+        for text, output in run:
+            if isinstance(output, Exception):
+                errors = math.inf
+                differences.append(np.array([1.0]))
+                continue
+            right, got = self._reference[text], self._table(output)
+            per_text[text], difference, (error, size) = self._compare(right, got)
+            errors, sizes = errors + error, sizes + size
+            differences.append(difference)
+        together = np.concatenate(differences)
+        return per_text, {
+            "max_prob_diff": float(together.max()),
+            "mean_prob_diff": float(together.mean()),
+            "logit_error": _ratio(errors, sizes),
+        }
+
+    @abstractmethod
+    def _compare(self, right: Doubles, got: Doubles) -> tuple[float, Doubles, tuple[float, float]]:
+        """The metric of a text, differences of probabilities, and squared error and size of its logits."""
+
+
+class TokenLabels(_Tokens):
+    """Logits of tokens: how many get the same label, and the F1 of the entities that neighbours with one label make."""
+
+    metric = "agreement"
+
+    def __init__(self, texts: int, labels: Sequence[str]) -> None:
+        super().__init__(texts)
+        self._labels = labels
+        self._found = [0, 0, 0]
+
+    def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
+        """See `Comparison.measure`."""
+        self._found = [0, 0, 0]
+        per_text, details = super().measure(run)
+        expected, found, both = self._found
+        details["entity_f1"] = 2 * both / (expected + found) if expected + found else 1.0
+        return per_text, details
+
+    def _compare(self, right: Doubles, got: Doubles) -> tuple[float, Doubles, tuple[float, float]]:
+        first, second = _softmax(right), _softmax(got)
+        best = second.argmax(axis=1)
+        same = first[np.arange(len(first)), best] >= first.max(axis=1) - TIE
+        # A label that is as right as the reference's makes no other entities.
+        expected = spans([self._labels[label] for label in first.argmax(axis=1)])
+        chosen = np.where(same, first.argmax(axis=1), best)
+        found = spans([self._labels[label] for label in chosen])
+        for place, count in enumerate((len(expected), len(found), len(expected & found))):
+            self._found[place] += count
+        return float(same.mean()), np.abs(first - second).max(axis=1), _relative_error(right, got, centred=True)
 
 
 class Masks(Comparison):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from .bounds import BOUND_NAMES
+from .bounds import LOGIT_BOUNDS
 from .rows import Ids, Rows
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Described(Protocol):
 
     @property
     def special_tokens(self) -> Mapping[str, _Token | None]:
-        """`pad`, `mask`, `cls`, `sep`."""
+        """`pad`, `mask`, `cls`, `sep`, `unk`."""
 
 
 class States(Protocol):
@@ -238,12 +238,21 @@ class Task(ABC):
         Raises:
             TaskError: See `read`.
         """
-        return BOUND_NAMES
+        return LOGIT_BOUNDS
 
     @classmethod
-    def inputs(cls, texts: Sequence[str]) -> list[Any]:
-        """What the tokenizer is given for sample texts: a text or, where the task needs pairs, two."""
-        if not cls.needs.pairs:
+    def takes_pairs(cls, folder: ModelFolder) -> bool:
+        """Whether the model was trained on pairs of texts, so that variants are verified on pairs.
+
+        Args:
+            folder: What the model's folder says.
+        """
+        return cls.needs.pairs
+
+    @classmethod
+    def inputs(cls, texts: Sequence[str], folder: ModelFolder) -> list[Any]:
+        """What the tokenizer is given for sample texts: a text or, where the model takes pairs, two."""
+        if not cls.takes_pairs(folder):
             return list(texts)
         # A text and the next one, a text and itself: unlike and alike.
         return [(text, texts[(index + 1) % len(texts)] if index % 2 else text) for index, text in enumerate(texts)]
@@ -254,7 +263,7 @@ class Task(ABC):
         """Makes inputs of the task out of token ids of any texts; leaves out texts that cannot become one.
 
         Args:
-            rows: Per text its token ids; per pair, where the task needs pairs, as engines take them.
+            rows: Per text its token ids; per pair, where the model takes pairs, as engines take them.
 
         Raises:
             TaskError: No text can.

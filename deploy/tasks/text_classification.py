@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .bounds import AGREEMENT, BOUND_NAMES, RELATIVE, pick
+from .bounds import AGREEMENT, LOGIT_BOUNDS, RELATIVE, pick
 from .task import RAW, ModelFolder, Needs, States, Task, TaskError, not_finite
 
 if TYPE_CHECKING:
     from .comparison import Comparison
 
-__all__ = ["ACTIVATIONS", "PROBLEM_TYPES", "TextClassification", "softmax"]
+__all__ = ["ACTIVATIONS", "PROBLEM_TYPES", "ClassifyOptions", "TextClassification", "softmax"]
 
 ACTIVATIONS = ("sigmoid", "softmax", "none")
 """What makes scores of logits."""
@@ -92,6 +93,17 @@ def read_activation(folder: ModelFolder, labels: int) -> str:
     return "sigmoid" if labels == 1 or problem_type == "multi_label_classification" else "softmax"
 
 
+@dataclass(frozen=True)
+class ClassifyOptions:
+    """What a classification request asks for.
+
+    Attributes:
+        raw_scores: Logits as scores, without the model's activation.
+    """
+
+    raw_scores: bool
+
+
 class TextClassification(Task):
     """Answers per text its labels with their scores, the best first: `[{"label": ..., "score": ...}]`."""
 
@@ -100,6 +112,12 @@ class TextClassification(Task):
     auto_class = "AutoModelForSequenceClassification"
     architecture = "ForSequenceClassification"
     optimum_task = "text-classification"
+    usual = ClassifyOptions(False)
+
+    @classmethod
+    def takes_pairs(cls, folder: ModelFolder) -> bool:
+        """See `Task.takes_pairs`; a cross-encoder was trained on nothing else."""
+        return folder.cross_encoder or super().takes_pairs(folder)
 
     @classmethod
     def read(cls, folder: ModelFolder) -> dict[str, Any]:
@@ -113,10 +131,10 @@ class TextClassification(Task):
 
     @classmethod
     def bound_names(cls, folder: ModelFolder) -> tuple[str, ...]:
-        """See `Task.bound_names`; logits that are answered as they are have no probabilities."""
-        if cls.read(folder)["activation"] == "none":
-            return ("mean", "min", "logit_error")
-        return BOUND_NAMES
+        """See `Task.bound_names`; raw logits have no probabilities, and texts are ranked by one score only."""
+        fields = cls.read(folder)
+        names = ("mean", "min", "logit_error") if fields["activation"] == "none" else LOGIT_BOUNDS
+        return (*names, "rank_correlation") if len(fields["labels"]) == 1 else names
 
     @property
     def activation(self) -> str:
@@ -139,14 +157,14 @@ class TextClassification(Task):
             raise ValueError(f"expected {len(labels)} logits as the manifest's labels, got {logits.width}")
         result: list[Any] = []
         for row, finite, option in zip(logits, logits.finite, options, strict=True):
-            if not finite:
-                result.append(not_finite("a logit"))
-            elif option is RAW:
-                result.append(row)
-            else:
-                scores = self.scores(row.tolist())
-                order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
-                result.append(self.answer(scores, order))
+            if not finite or option is RAW:
+                result.append(row if finite else not_finite("a logit"))
+                continue
+            # No activation changes the order, but scores may become equal.
+            values = row.tolist()
+            order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+            raw = option is not None and option.raw_scores
+            result.append(self.answer(values if raw else self.scores(values), order))
         return result
 
     def answer(self, scores: Sequence[float], order: Sequence[int]) -> Any:

@@ -615,8 +615,9 @@ Model random_model() {
   if (random.coin()) e["gated_ffn"] = "true";
   if (random.coin()) {
     Fields& h = model.head = kHead;
-    static constexpr const char* kTasks[] = {"\"text-classification\"", "\"token-classification\"", "\"fill-mask\""};
-    h["task"] = kTasks[random.below(3)];
+    static constexpr const char* kTasks[] = {"text-classification", "token-classification", "question-answering",
+                                             "fill-mask", "feature-extraction"};
+    h["task"] = quoted(kTasks[random.below(5)]);
     h["hidden_size"] = e["hidden_size"];
     h["num_outputs"] = number(1, 50);
     h["activation"] = kActivations[random.below(6)];
@@ -629,6 +630,7 @@ Model random_model() {
       h.erase("dense_size");
     }
     if (random.coin()) h["pooling"] = "\"mean\"";
+    if (random.below(3) == 0) h["out_activation"] = kActivations[random.below(6)];
   }
   add_weights(model);
   return model;
@@ -674,7 +676,7 @@ std::vector<float> answers(const Engine& engine, const Batch& batch) {
   states->copy_hidden(all.data());
   for (size_t text = 0; text < 2; ++text) {
     for (const Pooling mode : kModes) {
-      const size_t kept = text ? (width + 1) / 2 : width;
+      const size_t whole = states->embedding_size(), kept = text ? (whole + 1) / 2 : whole;
       std::vector<float> pooled(states->texts() * kept);
       states->pool(mode, text == 1, text ? kept : 0, pooled.data());
       all.insert(all.end(), pooled.begin(), pooled.end());
@@ -696,6 +698,12 @@ std::vector<float> answers(const Engine& engine, const Batch& batch) {
     states->top_k(rows.data(), rows.size(), k, indices.data(), scores.data());
     logits.insert(logits.end(), scores.begin(), scores.end());
     for (const int64_t index : indices) logits.push_back(static_cast<float>(index));
+    for (const bool sum : {false, true}) {
+      const SparseVectors sparse = states->sparse({.sum = sum, .twice = !sum});
+      logits.insert(logits.end(), sparse.values.begin(), sparse.values.end());
+      for (const int64_t index : sparse.indices) logits.push_back(static_cast<float>(index));
+      for (const int64_t bound : sparse.bounds) logits.push_back(static_cast<float>(bound));
+    }
   }
   all.insert(all.end(), logits.begin(), logits.end());
   return all;
@@ -1100,16 +1108,18 @@ TORCH_EXT_TEST(runtime_bad_input_is_refused_and_the_next_batch_is_right) {
     const std::unique_ptr<States> states = encode(*engine, good);
     std::vector<float> out(1000);
     std::vector<int64_t> indices(1000);
-    expect_error([&] { states->pool(Pooling::kMean, false, static_cast<size_t>(spec.hidden_size) + 1, out.data()); },
+    expect_error([&] { states->pool(Pooling::kMean, false, states->embedding_size() + 1, out.data()); },
                  "expected dimensions of at most");
     const int64_t rows[] = {0, static_cast<int64_t>(good.ids.size())};
     if (!engine->image().head()) {
       expect_error([&] { states->text_logits(out.data()); }, "this model has no head");
       expect_error([&] { states->token_logits(rows, 1, out.data()); }, "this model has no head");
       expect_error([&] { states->top_k(rows, 1, 1, indices.data(), out.data()); }, "this model has no head");
+      expect_error([&] { states->sparse({}); }, "this model has no head");
     } else if (engine->image().specs().head->task == "text-classification") {
       expect_error([&] { states->token_logits(rows, 1, out.data()); }, "expected a head for tokens");
       expect_error([&] { states->top_k(rows, 1, 1, indices.data(), out.data()); }, "expected a head for tokens");
+      expect_error([&] { states->sparse({}); }, "expected a head for tokens");
     } else {
       expect_error([&] { states->text_logits(out.data()); }, "expected a head for text-classification");
       expect_error([&] { states->token_logits(rows, 2, out.data()); }, "expected rows from 0 to");
@@ -1284,6 +1294,23 @@ TORCH_EXT_TEST(runtime_c_interface_runs_a_batch) {
   EXPECT(probabilities[0] >= probabilities[1] && probabilities[1] >= probabilities[2], "an order");
   EXPECT(std::fabs(probabilities[0] + probabilities[1] + probabilities[2] - 1.0f) < 1e-5f, "they add up to 1");
   EXPECT(logits[12 + indices[0]] >= logits[12 + indices[1]], "the best one first");
+  txr_sparse* sparse = nullptr;
+  txr_sparse_view view = {};
+  view.struct_size = sizeof view;
+  EXPECT(txr_sparse_pool(states, nullptr, &sparse, &error) == TXR_OK, "%s", error.message);
+  EXPECT(txr_view_sparse(sparse, &view, &error) == TXR_OK && view.texts == 2, "%s", error.message);
+  EXPECT(view.bounds[0] == 0 && view.bounds[2] == static_cast<int64_t>(view.entries), "bounds of the entries");
+  for (size_t text = 0, entry = 0; text < 2; ++text) {
+    for (int64_t j = 0; j < 3; ++j) {
+      float largest = 0.0f;
+      for (int32_t i = bounds[text]; i < bounds[text + 1]; ++i) largest = std::fmax(largest, logits[3 * i + j]);
+      if (largest == 0.0f) continue;
+      EXPECT(entry < view.entries && view.indices[entry] == j, "output %d of text %zu", static_cast<int>(j), text);
+      EXPECT(std::fabs(view.values[entry++] - std::log1p(largest)) < 1e-6f, "its value");
+    }
+  }
+  txr_free_sparse(sparse);
+  txr_free_sparse(nullptr);
   // Callers' structures that end earlier or later.
   txr_info shorter = {};
   shorter.struct_size = offsetof(txr_info, hidden_size);
@@ -1371,6 +1398,8 @@ TORCH_EXT_TEST(runtime_c_interface_says_what_is_wrong) {
   expect_value(txr_text_logits(states, out, 3, &error), "expected a head for text-classification");
   expect_value(txr_token_logits(states, &row, 1, out, 4, &error), "expected room for 1 x 3 elements, got 4");
   expect_value(txr_top_k(states, nullptr, 1, 1, indices, out, &error), "got NULL");
+  expect_value(txr_sparse_pool(states, nullptr, nullptr, &error), "expected a place for the vectors, got NULL");
+  expect_value(txr_view_sparse(nullptr, nullptr, &error), "expected sparse vectors, got NULL");
   txr_close(encoder);
   // A message that is longer than the room for it ends between two characters, and is a string.
   for (size_t room = 1; room <= 40; ++room) {

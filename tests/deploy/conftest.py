@@ -34,6 +34,7 @@ CLASSES = {
 SUFFIXES = {
     "feature-extraction": "Model",
     "text-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
     "fill-mask": "ForMaskedLM",
 }
 

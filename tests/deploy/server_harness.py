@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -17,15 +18,18 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, SpecialToken, Variant
+from deploy.engines.open import load_engine
 from deploy.server.api import ROUTES
 from deploy.server.api.route import Route
 from deploy.server.app import App
 from deploy.server.lifecycle import Server, listen
 from deploy.server.limits.bounds import Settings
+from deploy.server.metrics import Metrics
+from deploy.server.service import Service
 from deploy.server.service.batching import Batcher
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants.choice import Choice
-from deploy.tasks import Ids
+from deploy.tasks import TASKS, Ids
 
 WIDTH = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -55,8 +59,8 @@ def make_manifest(folder: Path, task: str = "feature-extraction", max_tokens: in
         hidden_size=WIDTH,
         max_tokens=max_tokens,
         pooling=Pooling("mean", True) if task == "feature-extraction" else None,
-        labels=("no", "yes") if task == "text-classification" else None,
-        problem_type="single_label_classification" if task == "text-classification" else None,
+        labels=("no", "yes") if TASKS[task].needs.labels else None,
+        problem_type="single_label_classification" if TASKS[task].needs.labels else None,
         special_tokens={
             "pad": SpecialToken(0, "[PAD]"),
             "cls": SpecialToken(2, "[CLS]"),
@@ -254,3 +258,19 @@ def running(manifest: Manifest, settings: Settings | None = None, **engine: Any)
     finally:
         code = server.stop()
     assert code == 0
+
+
+def ask(manifest: Manifest, variant: str, question: Callable[[Service], Any]) -> Any:
+    """What a service with the engine of a variant answers."""
+
+    async def run() -> Any:
+        batcher = Batcher(lambda: load_engine(manifest, manifest.variant(variant), 1)[0], 2048, 100_000)
+        await batcher.start()
+        service = Service(manifest, TextTokenizer.from_manifest(manifest), batcher, Settings(), Metrics())
+        try:
+            return await question(service)
+        finally:
+            service.close()
+            await batcher.close()
+
+    return asyncio.run(run())

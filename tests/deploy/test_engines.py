@@ -97,6 +97,8 @@ def test_verified_bits_are_served(task: str, tiny_model: ModelMaker, tmp_path: P
                 assert {item["label"]: item["score"] for item in answer} == dict(
                     zip(manifest.labels or (), scores, strict=True)
                 )
+            elif task == "token-classification":
+                assert [token[0][0] for token in answer] == np.argmax(raw, axis=1).tolist()
             elif task == "fill-mask":
                 assert [place[0]["token_id"] for place in answer] == np.argmax(raw, axis=1).tolist()
 

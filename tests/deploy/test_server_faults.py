@@ -262,7 +262,7 @@ def test_pairs_are_tokenised_in_turns_like_texts(manifest: Manifest, monkeypatch
         inner = Service(manifest, Tokenizer.from_manifest(manifest), batcher, Settings(), Metrics())
 
         def ask(pairs: list[tuple[str, str]], truncate: bool = True) -> Any:
-            return inner.classify_pairs(pairs, Caller(), Limits(inputs=10, chars=50_000), truncate=truncate)
+            return inner.classify(pairs, Caller(), Limits(inputs=10, chars=50_000), truncate=truncate)
 
         assert (await ask([("w1 w2", "w3")])).values == [[0, 0, 1]]
         assert parts == [(0, 1, "MainThread")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import warnings
@@ -194,14 +195,16 @@ def test_labels_without_names_are_numbered() -> None:
 
 def test_what_can_be_bounded_is_measured(tmp_path: Path) -> None:
     for task in TASKS.values():
-        for problem in PROBLEM_TYPES:
+        for problem, labels in itertools.product(PROBLEM_TYPES, (1, 2)):
             folder = SimpleNamespace(
-                config={"num_labels": 2, "problem_type": problem}, cross_encoder=False, named_activation=None
+                config={"num_labels": labels, "problem_type": problem}, cross_encoder=False, named_activation=None
             )
             fields = task.read(folder)
             manifest = dataclasses.replace(make_manifest(tmp_path, task.name), **fields)
             comparison = open_task(manifest).comparison(2)
-            rows = np.float32([[[1, 2]], [[3, 1]]]) if task.needs.mask_token else np.float32([[1, 2], [3, 1]])
+            of_tokens = task.name in ("token-classification", "fill-mask")
+            rows = np.float32([[[1, 2]], [[3, 1]]]) if of_tokens else np.float32([[1, 2], [3, 1]])
+            rows = rows[..., :labels] if task.needs.labels else rows
             for text, row in enumerate(rows):
                 comparison.remember(text, row)
             _, details = comparison.measure(list(enumerate(rows)))

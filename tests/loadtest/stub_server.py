@@ -20,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from loadtest.tasks import TASKS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 OWN_TEXTS = ("--texts", str(ROOT / "LICENSE"))
@@ -38,6 +40,10 @@ def right_answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"embeddings": [vector for _ in texts], "model": "stub", "usage": usage}
     if path == "/predict":
         return {"predictions": [[{"label": "A", "score": 0.9}, {"label": "B", "score": 0.1}] for _ in texts]}
+    if path == "/api/token-classify":
+        return {
+            "predictions": [[{"entity_group": "A", "score": 0.9, "word": "o", "start": 0, "end": 1}] for _ in texts]
+        }
     if path == "/fill-mask":
         candidates = [{"token": "x", "token_id": 1, "score": 0.5}] * body["top_k"]
         return {"predictions": [[candidates] for _ in texts]}
@@ -73,7 +79,7 @@ class Stub:
     status: Callable[[int], int] = lambda n: 200
     answer: Callable[[str, dict[str, Any]], Any] = right_answer
     ready: int = 200
-    paths: frozenset[str] = frozenset({"/embed", "/predict", "/fill-mask", "/v1/embeddings"})
+    paths: frozenset[str] = frozenset(task.path for task in TASKS.values())
     headers: dict[str, str] = field(default_factory=dict)
     served: Counter[int] = field(default_factory=Counter)
     texts: list[str] = field(default_factory=list)

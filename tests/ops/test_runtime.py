@@ -112,6 +112,8 @@ HEADS = [
     dataclasses.replace(HEAD, task="text-classification", activation="tanh", num_outputs=3),
     dataclasses.replace(HEAD, task="text-classification", pooling="mean", num_outputs=1, layer_norm_eps=1e-5),
     HeadSpec("text-classification", 32, "none", False, 1e-5, 7, dense=False, pooling="mean"),
+    HeadSpec("question-answering", 32, "none", False, 1e-5, 2, dense=False),
+    HeadSpec("feature-extraction", 32, "none", False, 1e-5, 20, dense=False, out_activation="tanh"),
 ]
 
 
@@ -164,9 +166,73 @@ def test_every_head_gives_the_same_bits(
 def test_a_model_without_a_head_says_so(generator: torch.Generator, tmp_path: Path) -> None:
     Encoder(SPEC, make_weights(SPEC, generator)).save(tmp_path / "encoder")
     states = runtime.Encoder.open(tmp_path / "encoder").encode([1, 2], [0, 2])
-    for call in (states.text_logits, states.token_logits, lambda: states.top_k([0], 1)):
+    for call in (states.text_logits, states.token_logits, lambda: states.top_k([0], 1), states.sparse):
         with pytest.raises(ValueError, match="this model has no head"):
             call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_stages_come_after_the_pooling(
+    dtype: torch_ext.encoder.Dtype, generator: torch.Generator, tmp_path: Path
+) -> None:
+    """Embeddings are what the head makes of pooled states; then they are cut, then they get length 1."""
+    for width, activation in ((20, "tanh"), (48, "none")):
+        spec = HeadSpec("feature-extraction", 32, "none", False, 1e-5, width, dense=False, out_activation=activation)
+        expected = Encoder(SPEC, make_weights(SPEC, generator), dtype)
+        head = Head(spec, make_weights(spec, generator), dtype)
+        expected.save(tmp_path / "encoder", head)
+        encoder = runtime.Encoder.open(tmp_path / "encoder", threads=2)
+        assert (encoder.embedding_size, encoder.hidden_size) == (width, 32)
+        ids, bounds, types = batch(generator)
+        hidden, states = expected(ids, bounds, types), encoder.encode(ids, bounds, types)
+        assert equal(states.hidden(), hidden)
+        for mode in MODES:
+            whole = head(torch_ext.pool(hidden, bounds, mode))
+            assert equal(states.pool(mode), whole)
+            cut = torch.nn.functional.normalize(whole[:, :5])
+            torch.testing.assert_close(torch.from_dlpack(states.pool(mode, True, 5)), cut, rtol=1e-2, atol=1e-2)
+        with pytest.raises(ValueError, match=f"expected dimensions from 0 to {width}"):
+            states.pool("mean", dimensions=width + 1)
+
+
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+def test_sparse_vectors(twice: bool, total: bool, generator: torch.Generator, tmp_path: Path) -> None:
+    """Those of SPLADE, of texts of which a part is computed at a time: their logits are more than fits."""
+    head = dataclasses.replace(HEAD, num_outputs=70_000)
+    Encoder(SPEC, make_weights(SPEC, generator), "fp32").save(
+        tmp_path / "encoder", Head(head, make_weights(head, generator), "fp32")
+    )
+    lengths = (1, 15, 15, 3, 15, 15, 2, 15)  # 59 rows of logits fit into 16 MiB: the fifth text is cut.
+    bounds = list(itertools.accumulate(lengths, initial=0))
+    ids = torch.randint(0, SPEC.vocab_size, (bounds[-1],), generator=generator)
+    states = runtime.Encoder.open(tmp_path / "encoder", threads=2).encode(ids, bounds)
+    logits = torch.from_dlpack(states.token_logits())
+    activated = logits.clamp(min=0).log1p()
+    activated = activated.log1p() if twice else activated
+    starts, indices, values = (torch.from_dlpack(part)[0] for part in states.sparse(total=total, twice=twice))
+    assert starts.tolist()[0] == 0
+    assert len(starts) == len(lengths) + 1
+    for text in range(len(lengths)):
+        rows = activated[bounds[text] : bounds[text + 1]]
+        expected = rows.sum(0) if total else rows.amax(0)
+        found = torch.zeros(head.num_outputs)
+        entries = slice(int(starts[text]), int(starts[text + 1]))
+        assert indices[entries].diff().min() > 0
+        found[indices[entries]] = values[entries]
+        assert (values[entries] != 0).all()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_vectors_keep_what_is_not_finite(generator: torch.Generator, tmp_path: Path) -> None:
+    weights = make_weights(SPEC, generator)
+    weights["embeddings.word"][7] = float("nan")
+    head = dataclasses.replace(HEAD, num_outputs=50)
+    Encoder(SPEC, weights, "fp32").save(tmp_path / "encoder", Head(head, make_weights(head, generator), "fp32"))
+    states = runtime.Encoder.open(tmp_path / "encoder").encode([1, 2, 3, 7, 4, 1, 2], [0, 2, 5, 7])
+    starts, _, values = (torch.from_dlpack(part)[0] for part in states.sparse())
+    finite = [bool(values[first:last].isfinite().all()) for first, last in itertools.pairwise(starts.tolist())]
+    assert finite == [True, False, True]
 
 
 def test_a_file_of_fp32_runs_as_bf16(generator: torch.Generator, tmp_path: Path) -> None:
@@ -276,7 +342,9 @@ def test_relative_biases_are_those_of_transformers(buckets: int, distance: int) 
 @pytest.mark.needs_transformers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers", "ignore::FutureWarning:transformers")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForTokenClassification", "ForMaskedLM"])
+@pytest.mark.parametrize(
+    "kind", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM"]
+)
 def test_models_of_transformers(
     kind: str,
     dtype: torch_ext.encoder.Dtype,
@@ -288,7 +356,7 @@ def test_models_of_transformers(
 
     monkeypatch.setattr(test_transformers, "transformers", pytest.importorskip("transformers"))
     for name in test_transformers.HEADS:
-        model = test_transformers.make(kind, name, **({} if kind == "ForMaskedLM" else {"num_labels": 3}))
+        model = test_transformers.make(kind, name, **test_transformers.outputs(kind))
         expected, head = Encoder.from_transformers(model, dtype), Head.from_transformers(model, dtype)
         expected.save(tmp_path / "encoder", head)
         encoder = runtime.Encoder.open(tmp_path / "encoder")

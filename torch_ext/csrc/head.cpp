@@ -52,7 +52,7 @@ void run_head(const HeadModel& head, const void* x, DType type, size_t rows, con
     x = hidden.data();
     type = DType::kF32;
   }
-  linear(head.out, x, type, rows, Activation::kNone, dispatch, host, out);
+  linear(head.out, x, type, rows, head.out_activation, dispatch, host, out);
 }
 
 }  // namespace torch_ext

@@ -1,4 +1,5 @@
-/// The head of a task on rows of hidden states: out(norm(activation(dense(x)))), or out(x). Knows nothing of torch.
+/// The head of a task on rows of hidden states: out(norm(activation(dense(x)))), or out(x), and an activation. Knows
+/// nothing of torch.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +15,7 @@ struct HeadModel {
   Norm norm;  ///< weight is null where there is none
   float layer_norm_eps = 0.0f;
   Matrix out;
+  Activation out_activation = Activation::kNone;
 };
 
 /// out [rows, out.n()] fp32 of x [rows, k] of `type`, on the threads of `host`. All matrices are of kernels of ours.

@@ -182,6 +182,7 @@ def _global_every(config: Any) -> int:
 
 
 _TOKENS = _HeadNames(out="classifier")
+_ANSWERS = _HeadNames(out="qa_outputs")
 
 _BERT = _Architecture(
     layer="encoder.layer.{}",
@@ -194,6 +195,7 @@ _BERT = _Architecture(
     heads={
         "text-classification": _HeadNames(out="classifier", dense="{base}.pooler.dense", activation="tanh"),
         "token-classification": _TOKENS,
+        "question-answering": _ANSWERS,
         "fill-mask": _HeadNames(
             out="cls.predictions.decoder",
             dense="cls.predictions.transform.dense",
@@ -209,6 +211,7 @@ _ROBERTA = dataclasses.replace(
     heads={
         "text-classification": _HeadNames(out="classifier.out_proj", dense="classifier.dense", activation="tanh"),
         "token-classification": _TOKENS,
+        "question-answering": _ANSWERS,
         "fill-mask": _HeadNames(
             out="lm_head.decoder",
             dense="lm_head.dense",
@@ -231,6 +234,7 @@ _DISTILBERT = _Architecture(
     heads={
         "text-classification": _HeadNames(out="classifier", dense="pre_classifier", activation="relu"),
         "token-classification": _TOKENS,
+        "question-answering": _ANSWERS,
         "fill-mask": _HeadNames(
             out="vocab_projector", dense="vocab_transform", norm="vocab_layer_norm", activation="config.activation"
         ),
@@ -251,6 +255,7 @@ _ELECTRA = dataclasses.replace(
     heads={
         "text-classification": _HeadNames(out="classifier.out_proj", dense="classifier.dense", activation="gelu"),
         "token-classification": _TOKENS,
+        "question-answering": _ANSWERS,
         "fill-mask": _HeadNames(
             out="generator_lm_head",
             dense="generator_predictions.dense",
@@ -292,6 +297,7 @@ _MODERNBERT = _Architecture(
     heads={
         "text-classification": dataclasses.replace(_MODERNBERT_TOKENS, pooling="config.classifier_pooling"),
         "token-classification": _MODERNBERT_TOKENS,
+        "question-answering": _MODERNBERT_TOKENS,
         "fill-mask": dataclasses.replace(_MODERNBERT_TOKENS, out="decoder"),
     },
     word="embeddings.tok_embeddings",
@@ -330,6 +336,7 @@ ARCHITECTURES: tuple[str, ...] = tuple(_ARCHITECTURES)
 _TASKS: Mapping[str, str] = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
 }
 

@@ -578,7 +578,7 @@ class Encoder(_Weighted[EncoderSpec]):
 
 
 class Head(_Weighted[HeadSpec]):
-    """The task head of a model: classification of texts or tokens, or tokens for a mask.
+    """The task head of a model: classification of texts or tokens, answers, tokens for a mask, or a linear stage.
 
     Made by :meth:`from_transformers` or :meth:`load`, and immutable.
 
@@ -605,8 +605,8 @@ class Head(_Weighted[HeadSpec]):
         """Take the head of a Hugging Face model; for BERT classifiers, its pooler belongs to it.
 
         Args:
-            model: ``*ForSequenceClassification``, ``*ForTokenClassification`` or ``*ForMaskedLM`` of an architecture
-                in :data:`torch_ext.encoder.ARCHITECTURES`, on the CPU.
+            model: ``*ForSequenceClassification``, ``*ForTokenClassification``, ``*ForQuestionAnswering`` or
+                ``*ForMaskedLM`` of an architecture in :data:`torch_ext.encoder.ARCHITECTURES`, on the CPU.
             dtype: ``"bf16"`` or ``"fp32"``; ``"int8"`` is taken for bf16.
 
         Returns:
@@ -625,7 +625,8 @@ class Head(_Weighted[HeadSpec]):
         Args:
             hidden: bf16 or fp32 ``[T, H]``, from the encoder.
             rows: i64 or i32 ``[R]``, rows of ``hidden``: for fill-mask the mask tokens, for a classifier of texts
-                that pools by ``cls`` their first tokens, ``cu_seqlens[:-1]``. None, for token classification: all.
+                that pools by ``cls`` their first tokens, ``cu_seqlens[:-1]``. None, for token classification and
+                question answering: all.
 
         Returns:
             fp32 ``[R, num_outputs]``. It never requires grad.
@@ -688,7 +689,8 @@ class Head(_Weighted[HeadSpec]):
             x = self._linear(x, weight, bias, spec.activation, torch.float32)
         if spec.norm:
             x = self._norm(x, None, tensors["head.norm.weight"], tensors["head.norm.bias"])
-        return self._linear(x, tensors["head.out.weight"], tensors["head.out.bias"], out_dtype=torch.float32)
+        weight, bias = tensors["head.out.weight"], tensors["head.out.bias"]
+        return self._linear(x, weight, bias, spec.out_activation, torch.float32)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dtype: Dtype = "bf16") -> Head | None:

@@ -21,7 +21,7 @@ Dtype = Literal["bf16", "fp32", "int8"]
 
 ACTIVATIONS: tuple[str, ...] = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu")
 
-TASKS = ("text-classification", "token-classification", "fill-mask")
+TASKS = ("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction")
 
 DTYPES: tuple[Dtype, ...] = ("bf16", "fp32", "int8")
 
@@ -167,10 +167,11 @@ class EncoderSpec:
 
 @dataclasses.dataclass(frozen=True)
 class HeadSpec:
-    """What a task head computes: ``out(norm(activation(dense(hidden))))``, or ``out(hidden)``.
+    """What a task head computes: ``out(norm(activation(dense(hidden))))``, or ``out(hidden)``; then an activation.
 
     Attributes:
-        task: ``text-classification``, ``token-classification`` or ``fill-mask``.
+        task: ``text-classification``, ``token-classification``, ``question-answering`` (two outputs: where an answer
+            begins and ends), ``fill-mask``, or ``feature-extraction``: linear stages behind the pooling.
         hidden_size: H.
         activation: after the dense layer; one of :data:`ACTIVATIONS`.
         norm: whether a layer norm follows.
@@ -180,6 +181,7 @@ class HeadSpec:
         dense_size: its width, if it is not H. 0: H.
         pooling: which vector stands for a text that is to be classified: ``cls``, that of its first token, or
             ``mean``.
+        out_activation: after the output layer.
     """
 
     task: str
@@ -191,6 +193,7 @@ class HeadSpec:
     dense: bool = True
     dense_size: int = 0
     pooling: str = "cls"
+    out_activation: str = "none"
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -203,6 +206,7 @@ class HeadSpec:
         if not self.dense and (self.activation != "none" or self.norm or self.dense_size):
             raise ValueError("HeadSpec: activation, norm and dense_size mean nothing without a dense layer")
         _check_activation(self.activation)
+        _check_activation(self.out_activation)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every weight."""

@@ -44,6 +44,7 @@ typedef struct txr_error {
 
 typedef struct txr_encoder txr_encoder; /* a model that is ready to run */
 typedef struct txr_states txr_states;   /* the hidden states of one batch */
+typedef struct txr_sparse txr_sparse;   /* sparse vectors of its texts */
 
 typedef struct txr_options {
   size_t struct_size;
@@ -88,7 +89,8 @@ typedef struct txr_info {
   int64_t hidden_size, num_layers, max_positions, vocab_size, type_vocab_size;
   int64_t outputs; /* of the head; 0: no head */
   size_t threads;
-  size_t image_bytes; /* memory of weights and tables */
+  size_t image_bytes;     /* memory of weights and tables */
+  int64_t embedding_size; /* width of what txr_pool writes: hidden_size, or outputs of a head for feature-extraction */
 } txr_info;
 
 typedef struct txr_batch {
@@ -106,6 +108,24 @@ typedef struct txr_pooling {
   int32_t normalize; /* not 0: to length 1 */
   size_t dimensions; /* leading dimensions to keep; 0: all */
 } txr_pooling;
+
+/* How a head's outputs for the tokens of a text become one sparse vector, as in SPLADE: log(1 + max(x, 0)) of each, and the
+   largest over the tokens. */
+typedef struct txr_sparse_pooling {
+  size_t struct_size;
+  int32_t sum;   /* not 0: the sum over the tokens */
+  int32_t twice; /* not 0: log(1 + x) of that again */
+} txr_sparse_pooling;
+
+/* Vectors over the head's outputs: text i has the entries from bounds[i] to bounds[i + 1], by rising index. */
+typedef struct txr_sparse_view {
+  size_t struct_size;
+  size_t texts;
+  size_t entries;
+  const int64_t* bounds;  /* [texts + 1] */
+  const int64_t* indices; /* [entries] */
+  const float* values;    /* [entries], not 0; NaN or infinite where a logit is */
+} txr_sparse_view;
 
 /* TXR_ABI_VERSION of the library: compare it with that of the header. */
 TXR_API uint32_t txr_abi_version(void);
@@ -144,7 +164,7 @@ TXR_API txr_status txr_encode(const txr_encoder* encoder, const txr_batch* batch
 
 /* The last hidden states, fp32 [tokens, hidden_size]. */
 TXR_API txr_status txr_hidden(const txr_states* states, float* out, size_t count, txr_error* error);
-/* A vector for each text, fp32 [texts, dimensions]. */
+/* A vector for each text, fp32 [texts, dimensions]; after a head for feature-extraction, if there is one. */
 TXR_API txr_status txr_pool(const txr_states* states, const txr_pooling* pooling, float* out, size_t count,
                             txr_error* error);
 /* What a head for text classification says of each text, fp32 [texts, outputs]. */
@@ -156,6 +176,12 @@ TXR_API txr_status txr_token_logits(const txr_states* states, const int64_t* row
 /* The k likeliest outputs for some tokens, likeliest first: their indices and probabilities, each [row_count, k]. */
 TXR_API txr_status txr_top_k(const txr_states* states, const int64_t* rows, size_t row_count, size_t k,
                              int64_t* indices, float* probabilities, txr_error* error);
+
+/* A sparse vector over the head's outputs for each text; NULL for a pooling: the largest. Views live as long as `sparse`. */
+TXR_API txr_status txr_sparse_pool(const txr_states* states, const txr_sparse_pooling* pooling, txr_sparse** sparse,
+                                   txr_error* error);
+TXR_API txr_status txr_view_sparse(const txr_sparse* sparse, txr_sparse_view* view, txr_error* error);
+TXR_API void txr_free_sparse(txr_sparse* sparse);
 
 /* Frees; NULL is fine. States may outlive their encoder. */
 TXR_API void txr_free_states(txr_states* states);

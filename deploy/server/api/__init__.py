@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import native, openai, operations
+from . import native, openai, operations, structured
 
 __all__ = ["ROUTES"]
 
-ROUTES = (*native.ROUTES, *openai.ROUTES, *operations.ROUTES)
+ROUTES = (*native.ROUTES, *structured.ROUTES, *openai.ROUTES, *operations.ROUTES)

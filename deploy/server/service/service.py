@@ -15,6 +15,7 @@ from ...machine import versions
 from ...tasks import Ids
 from ...tasks.feature_extraction import EmbedOptions
 from ...tasks.fill_mask import FillMaskOptions
+from ...tasks.text_classification import ClassifyOptions
 from ..errors import ApiError
 from ..limits.bounds import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings, exceeded
 from ..limits.budget import TEXT_BYTES, MemoryBudget
@@ -22,6 +23,7 @@ from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
 from ..variants import Choice
 from .batching import Batcher
+from .structured import StructuredQuestions
 from .tokens import TextTokenizer
 from .work import Work
 
@@ -91,7 +93,7 @@ class _Request:
     check: Callable[[Sequence[Any], Limits], int] = lambda ids, limits: len(ids)
 
 
-class Service:
+class Service(StructuredQuestions):
     """One model. Methods are called on the event loop.
 
     Attributes:
@@ -218,16 +220,63 @@ class Service:
         return self._run(ids, _EMBED_OPTIONS[self._normalize], caller, limits, started_s)
 
     def classify(
-        self, texts: Sequence[str], caller: Caller, limits: Limits, *, truncate: bool = True
+        self,
+        inputs: Sequence[str | tuple[str, str]],
+        caller: Caller,
+        limits: Limits,
+        *,
+        raw_scores: bool = False,
+        truncate: bool = True,
     ) -> Awaitable[Result]:
-        """Labels with scores of texts, best first; see `embed`."""
-        return self._ask(_Request(texts, caller, limits, truncate, self._tokenizer.encode))
+        """Labels with scores of texts, or of pairs of texts, best first.
 
-    def classify_pairs(
-        self, pairs: Sequence[tuple[str, str]], caller: Caller, limits: Limits, *, truncate: bool = True
-    ) -> Awaitable[Result]:
-        """What the task answers to pairs of texts, where its inputs are pairs; see `embed`."""
-        return self._ask(_Request(pairs, caller, limits, truncate, self._tokenizer.encode_pairs))
+        Args:
+            inputs: Texts and pairs, in any order.
+            caller: See `embed`.
+            limits: See `embed`.
+            raw_scores: Logits as scores, without the model's activation.
+            truncate: Cut what is longer than the model takes, in a pair the longer text first; see `embed`.
+
+        Returns:
+            Per input `[{"label": ..., "score": ...}]`.
+
+        Raises:
+            ApiError: See `embed`.
+            CallerLeft: See `embed`.
+        """
+        encode, options = self._tokenizer.encode_mixed, ClassifyOptions(raw_scores)
+        return self._ask(_Request(inputs, caller, limits, truncate, encode, options))
+
+    async def rerank(
+        self,
+        query: str,
+        texts: Sequence[str],
+        caller: Caller,
+        limits: Limits,
+        *,
+        raw_scores: bool = False,
+        truncate: bool = True,
+    ) -> Result:
+        """How well texts fit a query, by a model with one label; see `classify`.
+
+        Returns:
+            Per text its score, in the order of the texts.
+
+        Raises:
+            ApiError: The model has several labels (`wrong_task`); see `embed`.
+            CallerLeft: See `embed`.
+        """
+        labels = self.manifest.labels or ()
+        if len(labels) != 1:
+            raise ApiError(
+                "wrong_task",
+                f"reranking needs a model with one label, this one has {len(labels)} ({', '.join(labels[:5])}"
+                f"{', ...' if len(labels) > 5 else ''}); classify pairs of query and text instead",
+            )
+        self._check_text(query, "query", limits)
+        pairs = [(query, text) for text in texts]
+        result = await self.classify(pairs, caller, limits, raw_scores=raw_scores, truncate=truncate)
+        return result._replace(values=[answer[0]["score"] for answer in result.values])
 
     def fill(
         self, texts: Sequence[str], caller: Caller, limits: Limits, *, top_k: int, truncate: bool = True
@@ -247,20 +296,25 @@ class Service:
             raise ApiError("invalid_request", "expected at least one input, got an empty list")
         sizes = []
         for index, given in enumerate(inputs):
-            total = self._prompt_chars
-            for text in (given,) if isinstance(given, str) else given:
-                size = len(text)
-                if size > limits.chars:
-                    raise ApiError(
-                        "too_large",
-                        f"{exceeded('chars', limits.chars, size, f'input {index}: ')}; the model reads "
-                        f"{self._tokenizer.max_tokens} tokens only",
-                    )
-                if "\0" in text:
-                    raise ApiError("invalid_request", f"input {index}: expected text, got a NUL character")
-                total += size
-            sizes.append(total)
+            where = f"input {index}"
+            if isinstance(given, str):
+                sizes.append(self._prompt_chars + self._check_text(given, where, limits))
+            else:
+                sizes.append(sum(self._check_text(text, where, limits) for text in given))
         return sizes
+
+    def _check_text(self, text: str, where: str, limits: Limits) -> int:
+        """Checks one text against the limits and returns how many characters it has."""
+        size = len(text)
+        if size > limits.chars:
+            raise ApiError(
+                "too_large",
+                f"{exceeded('chars', limits.chars, size, f'{where}: ')}; the model reads "
+                f"{self._tokenizer.max_tokens} tokens only",
+            )
+        if "\0" in text:
+            raise ApiError("invalid_request", f"{where}: expected text, got a NUL character")
+        return size
 
     def _check_masks(self, ids: Sequence[Ids], limits: Limits) -> int:
         """Checks how many masks each text has, and returns how many all have."""

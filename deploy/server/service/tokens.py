@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # One thread per call: the threads of the machine belong to the engine, and the pool of the library would be started for
 # every batch. Read when the library first encodes.
@@ -40,15 +41,22 @@ class TextTokenizer:
         prefix: Special tokens put before a text.
         suffix: Special tokens put after it.
         prompts: What the model was trained to see before its inputs.
+        token_types: Whether the model is given the token types of pairs.
     """
 
     def __init__(
-        self, path: Path, max_tokens: int, truncation_side: str = "right", prompts: Prompts | None = None
+        self,
+        path: Path,
+        max_tokens: int,
+        truncation_side: str = "right",
+        prompts: Prompts | None = None,
+        token_types: bool = True,
     ) -> None:
         self._tokenizer = Tokenizer.from_file(str(path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
+        self.token_types = token_types
         self._cut_left = truncation_side == "left"
         self.prompts = Prompts({}) if prompts is None else prompts
         self.vocab_size = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
@@ -71,7 +79,13 @@ class TextTokenizer:
             ValueError: `tokenizer.json` is not one of the library's files, or does not fit the limit.
         """
         try:
-            return cls(manifest.tokenizer_path, manifest.max_tokens, manifest.truncation_side, manifest.prompts)
+            return cls(
+                manifest.tokenizer_path,
+                manifest.max_tokens,
+                manifest.truncation_side,
+                manifest.prompts,
+                manifest.token_types,
+            )
         except Exception as error:  # The library raises plain Exception.
             raise ValueError(f"{manifest.tokenizer_path}: not a usable tokenizer: {error}") from error
 
@@ -149,7 +163,7 @@ class TextTokenizer:
         return tokenizer
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], truncate: bool, first: int = 0) -> list[PairIds]:
-        """Token ids of pairs of texts, for tasks that need them.
+        """Token ids of pairs of texts; prompts are for single ones.
 
         Args:
             pairs: At least one; no lone surrogates.
@@ -168,8 +182,29 @@ class TextTokenizer:
                     f"input {index}: expected at most {self.max_tokens} tokens in a pair, got {len(encoding.ids)}; "
                     "send shorter texts, or truncate: true",
                 )
-            result.append(PairIds(array("q", encoding.ids), array("q", encoding.type_ids)))
+            types = encoding.type_ids if self.token_types else [0] * len(encoding.ids)
+            result.append(PairIds(array("q", encoding.ids), array("q", types)))
         return result
+
+    def encode_mixed(
+        self, inputs: Sequence[str | tuple[str, str]], truncate: bool, first: int = 0
+    ) -> list[Ids | PairIds]:
+        """Token ids of texts and pairs of texts in any order; see `encode` and `encode_pairs`."""
+        result: list[Ids | PairIds] = []
+        for single, run in itertools.groupby(inputs, key=lambda given: isinstance(given, str)):
+            encode: Callable[..., list[Any]] = self.encode if single else self.encode_pairs
+            result += encode(list(run), truncate, first + len(result))
+        return result
+
+    @property
+    def backend(self) -> Tokenizer:
+        """The library's tokenizer, which neither cuts nor pads."""
+        return self._tokenizer
+
+    @property
+    def cuts_left(self) -> bool:
+        """Whether longer texts lose their beginning."""
+        return self._cut_left
 
     def token(self, token_id: int) -> str:
         """How a token id reads."""

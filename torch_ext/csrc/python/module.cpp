@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "../../include/torch_ext_runtime.h"
@@ -358,7 +359,7 @@ PyType_Spec array_spec = {"torch_ext._runtime.Array", sizeof(Array), 0,
 
 struct StatesObject {
   PyObject_HEAD txr_states* states;
-  size_t tokens, texts, hidden_size, outputs;
+  size_t tokens, texts, hidden_size, embedding_size, outputs;
 };
 
 void states_dealloc(PyObject* self) {
@@ -389,13 +390,13 @@ PyObject* states_pool(PyObject* object, PyObject* args) {
   int normalize;
   Py_ssize_t dimensions;
   if (!PyArg_ParseTuple(args, "spn", &mode, &normalize, &dimensions)) return nullptr;
-  if (dimensions < 0 || static_cast<size_t>(dimensions) > s.hidden_size) {
-    return PyErr_Format(PyExc_ValueError, "Encoder: expected dimensions from 0 to %zu, got %zd", s.hidden_size,
+  if (dimensions < 0 || static_cast<size_t>(dimensions) > s.embedding_size) {
+    return PyErr_Format(PyExc_ValueError, "Encoder: expected dimensions from 0 to %zu, got %zd", s.embedding_size,
                         dimensions);
   }
   const txr_pooling pooling = {sizeof pooling, mode, normalize, static_cast<size_t>(dimensions)};
   return filled(
-      s.texts, dimensions ? static_cast<size_t>(dimensions) : s.hidden_size,
+      s.texts, dimensions ? static_cast<size_t>(dimensions) : s.embedding_size,
       [&](float* out, size_t count, txr_error* error) { return txr_pool(s.states, &pooling, out, count, error); });
 }
 
@@ -441,12 +442,39 @@ PyObject* states_top_k(PyObject* object, PyObject* args) {
   return done ? PyTuple_Pack(2, indices.get(), scores.get()) : nullptr;
 }
 
+PyObject* states_sparse(PyObject* object, PyObject* args) {
+  const auto& s = *reinterpret_cast<StatesObject*>(object);
+  int sum, twice;
+  if (!PyArg_ParseTuple(args, "pp", &sum, &twice)) return nullptr;
+  const txr_sparse_pooling pooling = {sizeof pooling, sum, twice};
+  txr_sparse* sparse = nullptr;
+  txr_sparse_view view = {};
+  view.struct_size = sizeof view;
+  const bool done = call([&](txr_error* error) {
+    const txr_status status = txr_sparse_pool(s.states, &pooling, &sparse, error);
+    return status == TXR_OK ? txr_view_sparse(sparse, &view, error) : status;
+  });
+  const std::unique_ptr<txr_sparse, decltype(&txr_free_sparse)> owned(sparse, txr_free_sparse);
+  if (!done) return nullptr;
+  const auto row = [](const auto* data, size_t count) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(data)>>;
+    Array* const array = new_array<T>(1, count);
+    if (array && count) std::memcpy(array->data, data, count * sizeof(T));
+    return Owned(reinterpret_cast<PyObject*>(array));
+  };
+  const Owned bounds = row(view.bounds, view.texts + 1), indices = row(view.indices, view.entries),
+              values = row(view.values, view.entries);
+  return bounds && indices && values ? PyTuple_Pack(3, bounds.get(), indices.get(), values.get()) : nullptr;
+}
+
 PyMethodDef states_methods[] = {
     {"hidden", states_hidden, METH_NOARGS, "fp32 [tokens, hidden_size]."},
     {"pool", states_pool, METH_VARARGS, "pool(mode, normalize, dimensions) -> fp32 [texts, dimensions]."},
     {"text_logits", states_text_logits, METH_NOARGS, "fp32 [texts, outputs]."},
     {"token_logits", states_token_logits, METH_O, "token_logits(rows or None) -> fp32 [rows, outputs]."},
     {"top_k", states_top_k, METH_VARARGS, "top_k(rows, k) -> int64 and fp32 [rows, k]."},
+    {"sparse", states_sparse, METH_VARARGS,
+     "sparse(sum, twice) -> int64 [1, texts + 1], int64 [1, entries], fp32 [1, entries]."},
     {nullptr, nullptr, 0, nullptr}};
 PyType_Slot states_slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(states_dealloc)},
                               {Py_tp_methods, states_methods},
@@ -459,7 +487,7 @@ PyType_Spec states_spec = {"torch_ext._runtime.States", sizeof(StatesObject), 0,
 
 struct EncoderObject {
   PyObject_HEAD txr_encoder* encoder;
-  size_t hidden_size, outputs;
+  size_t hidden_size, embedding_size, outputs;
 };
 
 void encoder_dealloc(PyObject* self) {
@@ -491,6 +519,7 @@ PyObject* new_encoder(const F& open) {
     return nullptr;
   }
   self->hidden_size = static_cast<size_t>(info.hidden_size);
+  self->embedding_size = static_cast<size_t>(info.embedding_size);
   self->outputs = static_cast<size_t>(info.outputs);
   return reinterpret_cast<PyObject*>(self);
 }
@@ -523,6 +552,7 @@ PyObject* encoder_encode(PyObject* object, PyObject* args) {
   states->tokens = ids.size();
   states->texts = bounds.size() - 1;
   states->hidden_size = self.hidden_size;
+  states->embedding_size = self.embedding_size;
   states->outputs = self.outputs;
   return reinterpret_cast<PyObject*>(states);
 }
@@ -536,12 +566,13 @@ PyObject* encoder_info(PyObject* object, PyObject*) {
     return nullptr;
   }
   return Py_BuildValue(
-      "{s:s,s:s,s:z,s:s,s:s,s:z,s:L,s:L,s:L,s:L,s:L,s:L,s:n,s:n}", "architecture", i.architecture, "dtype", i.dtype,
+      "{s:s,s:s,s:z,s:s,s:s,s:z,s:L,s:L,s:L,s:L,s:L,s:L,s:n,s:n,s:L}", "architecture", i.architecture, "dtype", i.dtype,
       "task", i.task, "isa", i.isa, "encoder_json", i.encoder_json, "head_json", i.head_json, "hidden_size",
       static_cast<long long>(i.hidden_size), "num_layers", static_cast<long long>(i.num_layers), "max_positions",
       static_cast<long long>(i.max_positions), "vocab_size", static_cast<long long>(i.vocab_size), "type_vocab_size",
       static_cast<long long>(i.type_vocab_size), "outputs", static_cast<long long>(i.outputs), "threads",
-      static_cast<Py_ssize_t>(i.threads), "image_bytes", static_cast<Py_ssize_t>(i.image_bytes));
+      static_cast<Py_ssize_t>(i.threads), "image_bytes", static_cast<Py_ssize_t>(i.image_bytes), "embedding_size",
+      static_cast<long long>(i.embedding_size));
 }
 
 PyObject* encoder_share(PyObject* object, PyObject*) {

@@ -18,6 +18,10 @@ struct txr_states {
   std::unique_ptr<States> states;
 };
 
+struct txr_sparse {
+  SparseVectors vectors;
+};
+
 namespace {
 
 // The caller's structure, with 0 for fields that it does not know.
@@ -209,6 +213,8 @@ txr_status txr_describe(const txr_encoder* encoder, txr_info* info, txr_error* e
     all.outputs = specs.head ? specs.head->num_outputs : 0;
     all.threads = engine.threads();
     all.image_bytes = image.bytes();
+    const bool projects = specs.head && specs.head->task == "feature-extraction";
+    all.embedding_size = projects ? all.outputs : all.hidden_size;
     std::memcpy(info, &all, std::min(info->struct_size, sizeof all));
   });
 }
@@ -241,7 +247,7 @@ txr_status txr_pool(const txr_states* states, const txr_pooling* pooling, float*
     const std::string mode = p.mode ? p.mode : "mean";
     const auto known = torch_ext::find_pooling(mode);
     expect(known.has_value(), "expected a pooling of ", torch_ext::pooling_names(), "; got '", mode, "'");
-    const auto width = static_cast<size_t>(s.engine().image().specs().encoder.hidden_size);
+    const size_t width = s.embedding_size();
     expect(p.dimensions <= width, "expected dimensions of at most ", width, ", got ", p.dimensions);
     expect_room(out, count, s.texts(), p.dimensions ? p.dimensions : width);
     s.pool(*known, p.normalize != 0, p.dimensions, out);
@@ -275,5 +281,34 @@ txr_status txr_top_k(const txr_states* states, const int64_t* rows, size_t row_c
   });
 }
 
+txr_status txr_sparse_pool(const txr_states* states, const txr_sparse_pooling* pooling, txr_sparse** sparse,
+                           txr_error* error) {
+  return guarded(error, [&] {
+    expect(sparse, "txr_sparse_pool: expected a place for the vectors, got NULL");
+    *sparse = nullptr;
+    const txr_sparse_pooling p = completed(pooling, "txr_sparse_pooling");
+    auto made = std::make_unique<txr_sparse>();
+    made->vectors = states_of(states).sparse({.sum = p.sum != 0, .twice = p.twice != 0});
+    *sparse = made.release();
+  });
+}
+
+txr_status txr_view_sparse(const txr_sparse* sparse, txr_sparse_view* view, txr_error* error) {
+  return guarded(error, [&] {
+    expect(sparse, "expected sparse vectors, got NULL");
+    expect(view && view->struct_size >= sizeof(size_t),
+           "txr_view_sparse: expected a txr_sparse_view with its struct_size");
+    const SparseVectors& v = sparse->vectors;
+    const txr_sparse_view all = {.struct_size = view->struct_size,
+                                 .texts = v.bounds.size() - 1,
+                                 .entries = v.indices.size(),
+                                 .bounds = v.bounds.data(),
+                                 .indices = v.indices.data(),
+                                 .values = v.values.data()};
+    std::memcpy(view, &all, std::min(view->struct_size, sizeof all));
+  });
+}
+
+void txr_free_sparse(txr_sparse* sparse) { delete sparse; }
 void txr_free_states(txr_states* states) { delete states; }
 void txr_close(txr_encoder* encoder) { delete encoder; }

@@ -13,7 +13,7 @@
 namespace torch_ext::runtime {
 namespace {
 
-// Logits that top_k holds at a time, in bytes.
+// Logits that top_k and sparse hold at a time, in bytes.
 constexpr size_t kLogitsBytes = size_t{16} << 20;
 
 void check_ids(const char* name, const int64_t* ids, size_t tokens, int64_t rows) {
@@ -22,6 +22,16 @@ void check_ids(const char* name, const int64_t* ids, size_t tokens, int64_t rows
            i);
   }
 }
+
+// log(1 + max(x, 0)), or that of that. NaN stays NaN.
+float saturated(float x, bool twice) {
+  if (x <= 0.0f) return 0.0f;
+  const float once = std::log1p(x);
+  return twice ? std::log1p(once) : once;
+}
+
+// Columns that one task of sparse reduces.
+constexpr size_t kSparseColumns = 1024;
 
 }  // namespace
 
@@ -122,6 +132,15 @@ const HeadModel& States::head() const {
 
 size_t States::outputs() const { return head().out.n(); }
 
+bool States::has_embedding_head() const {
+  const std::optional<HeadSpec>& spec = engine_->image().specs().head;
+  return spec && spec->task == "feature-extraction";
+}
+
+size_t States::embedding_size() const {
+  return has_embedding_head() ? outputs() : static_cast<size_t>(engine_->image().encoder().header.hidden_size);
+}
+
 void States::copy_hidden(float* out) const {
   const EncoderHeader& h = engine_->image().encoder().header;
   const size_t n = h.hidden_size;
@@ -136,14 +155,35 @@ void States::copy_hidden(float* out) const {
 
 void States::pool(Pooling mode, bool normalize, size_t dimensions, float* out) const {
   const EncoderHeader& h = engine_->image().encoder().header;
-  expect(dimensions <= h.hidden_size, "Encoder: expected dimensions of at most ", h.hidden_size, ", got ", dimensions);
+  const size_t width = embedding_size();
+  expect(dimensions <= width, "Encoder: expected dimensions of at most ", width, ", got ", dimensions);
+  if (!has_embedding_head()) return pool_hidden(mode, normalize, dimensions ? dimensions : width, out);
+  std::vector<float> pooled(texts() * h.hidden_size), vectors(texts() * width);
+  pool_hidden(mode, false, h.hidden_size, pooled.data());
+  run_head(head(), pooled.data(), DType::kF32, texts(), engine_->dispatch(), engine_->host(), vectors.data());
+  // Each vector is a text of one token now: cut, and of length 1.
+  std::vector<int32_t> one_each(texts() + 1);
+  std::iota(one_each.begin(), one_each.end(), 0);
+  const PoolProblem problem{.hidden = vectors.data(),
+                            .type = DType::kF32,
+                            .width = width,
+                            .cu_seqlens = one_each.data(),
+                            .mode = Pooling::kCls,
+                            .normalize = normalize,
+                            .kept = dimensions ? dimensions : width,
+                            .out = out};
+  pool_texts(problem, *engine_->dispatch().vec, 0, texts());
+}
+
+void States::pool_hidden(Pooling mode, bool normalize, size_t kept, float* out) const {
+  const EncoderHeader& h = engine_->image().encoder().header;
   const PoolProblem problem{.hidden = hidden_.get(),
                             .type = DType{h.type},
                             .width = h.hidden_size,
                             .cu_seqlens = cu_seqlens(),
                             .mode = mode,
                             .normalize = normalize,
-                            .kept = dimensions ? dimensions : h.hidden_size,
+                            .kept = kept,
                             .out = out};
   const size_t count = texts();
   const size_t tasks = std::clamp<size_t>(tokens_ * h.hidden_size / kRowGrain, 1, std::min(count, engine_->threads()));
@@ -158,7 +198,7 @@ void States::text_logits(float* out) const {
   expect(spec.task == "text-classification", "Encoder: expected a head for text-classification, this one is for ",
          spec.task);
   std::vector<float> pooled(texts() * static_cast<size_t>(spec.hidden_size));
-  pool(*find_pooling(spec.pooling), false, 0, pooled.data());
+  pool_hidden(*find_pooling(spec.pooling), false, static_cast<size_t>(spec.hidden_size), pooled.data());
   run_head(model, pooled.data(), DType::kF32, texts(), engine_->dispatch(), engine_->host(), out);
 }
 
@@ -218,6 +258,49 @@ void States::top_k(const int64_t* rows, size_t count, size_t k, int64_t* indices
       }
     });
   }
+}
+
+SparseVectors States::sparse(const SparsePooling& pooling) const {
+  const size_t n = outputs();
+  const size_t step = std::clamp<size_t>(kLogitsBytes / (n * sizeof(float)), 1, tokens_);
+  std::vector<float> logits(step * n), vector(n);
+  std::vector<int64_t> rows(step);
+  SparseVectors result;
+  size_t text = 0;
+  for (size_t first = 0; first < tokens_; first += step) {
+    const size_t part = std::min(step, tokens_ - first);
+    std::iota(rows.begin(), rows.end(), static_cast<int64_t>(first));
+    token_logits(rows.data(), part, logits.data());
+    // Texts of which tokens are among these rows; of the first one, others may have come before.
+    for (size_t row = 0; row < part; ++text) {
+      const auto begin = static_cast<size_t>(cu_seqlens_[text]), end = static_cast<size_t>(cu_seqlens_[text + 1]);
+      const size_t last = std::min(end - first, part);
+      const bool fresh = begin >= first, whole = end <= first + part;
+      run_tasks(engine_->host(), (n + kSparseColumns - 1) / kSparseColumns, [&](size_t task) {
+        const size_t from = task * kSparseColumns, to = std::min(n, from + kSparseColumns);
+        float* const at = vector.data();
+        if (fresh) std::fill(at + from, at + to, 0.0f);
+        for (size_t i = row; i < last; ++i) {
+          const float* const x = logits.data() + i * n;
+          if (pooling.sum) {
+            for (size_t j = from; j < to; ++j) at[j] += saturated(x[j], pooling.twice);
+          } else {
+            // NaN wins, and stays.
+            for (size_t j = from; j < to; ++j) at[j] = x[j] <= at[j] || at[j] != at[j] ? at[j] : x[j];
+          }
+        }
+      });
+      if (!whole) break;
+      for (size_t j = 0; j < n; ++j) {
+        if (vector[j] == 0.0f) continue;
+        result.indices.push_back(static_cast<int64_t>(j));
+        result.values.push_back(pooling.sum ? vector[j] : saturated(vector[j], pooling.twice));
+      }
+      result.bounds.push_back(static_cast<int64_t>(result.indices.size()));
+      row = last;
+    }
+  }
+  return result;
 }
 
 }  // namespace torch_ext::runtime

@@ -22,6 +22,19 @@ struct Options {
 
 class States;
 
+/// Vectors that are mostly zero: of text i the entries from bounds[i] to bounds[i + 1], by rising index.
+struct SparseVectors {
+  std::vector<int64_t> bounds = {0}, indices = {};
+  std::vector<float> values = {};
+};
+
+/// How the logits of a text's tokens become one sparse vector, as in SPLADE: of max(logit, 0), log(1 + x) once or twice,
+/// of which the largest over the tokens, or the sum.
+struct SparsePooling {
+  bool sum = false;
+  bool twice = false;
+};
+
 /// Immutable but for its threads: several threads may call it at once, which take turns on its own.
 class Engine : public std::enable_shared_from_this<Engine> {
  public:
@@ -68,7 +81,8 @@ class States {
 
   /// out fp32 [tokens, hidden_size].
   void copy_hidden(float* out) const;
-  /// out fp32 [texts, dimensions or, if that is 0, hidden_size].
+  /// out fp32 [texts, dimensions or, if that is 0, embedding_size]. A head for feature-extraction comes after the pooling
+  /// and before the norm.
   void pool(Pooling mode, bool normalize, size_t dimensions, float* out) const;
   /// What the head says of each text, out fp32 [texts, outputs].
   void text_logits(float* out) const;
@@ -77,12 +91,19 @@ class States {
   /// The `k` best outputs for some tokens, best first, of equal ones the first: indices and probabilities [count, k].
   void top_k(const int64_t* rows, size_t count, size_t k, int64_t* indices, float* probabilities) const;
 
+  /// A vector over the head's outputs for each text: the entries that are not 0. What is NaN or infinite is kept.
+  SparseVectors sparse(const SparsePooling& pooling) const;
+
+  /// Width of embeddings: that of hidden states, or the outputs of a head for feature-extraction.
+  size_t embedding_size() const;
   /// Outputs of the head. Throws kValue where there is none.
   size_t outputs() const;
 
  private:
   const HeadModel& head() const;
   void check_rows(const int64_t* rows, size_t count) const;
+  bool has_embedding_head() const;
+  void pool_hidden(Pooling mode, bool normalize, size_t kept, float* out) const;
 
   struct Free {
     void operator()(void* p) const;

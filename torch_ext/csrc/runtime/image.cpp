@@ -599,6 +599,7 @@ void Image::read(const std::string& name, const Dispatch& dispatch) {
     }
     head.layer_norm_eps = static_cast<float>(spec.layer_norm_eps);
     head.out = matrix(kOutWeight_, spec.num_outputs, spec.width());
+    head.out_activation = activation_of(spec.out_activation);
     head_ = head;
   } catch (const Error&) {
     throw;

@@ -54,6 +54,7 @@ constexpr Field<HeadSpec> kHeadFields[] = {
     {"dense", &HeadSpec::dense},
     {"dense_size", &HeadSpec::dense_size},
     {"pooling", &HeadSpec::pooling},
+    {"out_activation", &HeadSpec::out_activation},
 };
 
 void set(std::string& to, const Json& value, const char* name) {
@@ -108,6 +109,9 @@ void add_norm(Shapes& shapes, const std::string& name, int64_t size) {
 }
 
 bool ends_with(std::string_view s, std::string_view end) { return s.ends_with(end); }
+
+constexpr const char* kHeadTasks[] = {"text-classification", "token-classification", "question-answering", "fill-mask",
+                                      "feature-extraction"};
 
 // Architectures whose positions are counted over tokens other than padding. In files from before padding_id was a field it
 // is the row before the first token's.
@@ -166,8 +170,8 @@ EncoderSpec parse_encoder_spec(std::string_view json) {
 
 HeadSpec parse_head_spec(std::string_view json) {
   HeadSpec s = parse<HeadSpec>(parse_json(json), kHeadFields);
-  expect(s.task == "text-classification" || s.task == "token-classification" || s.task == "fill-mask", "unknown task '",
-         s.task, "'");
+  expect(std::any_of(std::begin(kHeadTasks), std::end(kHeadTasks), [&](const char* name) { return s.task == name; }),
+         "unknown task '", s.task, "'");
   expect(s.pooling == "cls" || s.pooling == "mean", "unknown pooling '", s.pooling, "'");
   expect_size(s.hidden_size, 1, "hidden_size");
   expect_size(s.num_outputs, 1, "num_outputs");
@@ -176,6 +180,7 @@ HeadSpec parse_head_spec(std::string_view json) {
   expect(s.dense || (s.activation == "none" && !s.norm && !s.dense_size),
          "activation, norm and dense_size mean nothing without a dense layer");
   activation_of(s.activation);
+  activation_of(s.out_activation);
   return s;
 }
 

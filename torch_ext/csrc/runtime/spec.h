@@ -39,6 +39,7 @@ struct HeadSpec {
   bool dense = true;
   int64_t dense_size = 0;
   std::string pooling = "cls";
+  std::string out_activation = "none";
 
   int64_t width() const { return dense_size ? dense_size : hidden_size; }
 };

@@ -1,0 +1,122 @@
+"""Token ids of texts, and where each token is in its text: for answers that point into it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...tasks import Ids
+from ...tasks.token_classification import TokenText
+from ..errors import ApiError
+from .tokens import TextTokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+__all__ = ["Located", "LocatingTokenizer"]
+
+_SLICE_TEXTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Token ids of a text, and what is known of each token.
+
+    Attributes:
+        text: The text.
+        ids: Token ids, special ones included.
+        starts: Where each token begins in the text, in code points, i32 [tokens].
+        ends: Where it ends.
+        special: 1 for each token that stands around the text, u8 [tokens].
+    """
+
+    text: str
+    ids: Ids
+    starts: array[int]
+    ends: array[int]
+    special: bytes
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class LocatingTokenizer:
+    """The tokenizer of a bundle, keeping the places of tokens.
+
+    Attributes:
+        backend: The library's tokenizer, which neither cuts nor pads.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, unk_id: int | None) -> None:
+        """Prepares.
+
+        Args:
+            tokenizer: The bundle's.
+            unk_id: Of the token for what the vocabulary lacks; None: it has none.
+        """
+        self._tokenizer = tokenizer
+        self.backend = tokenizer.backend
+        self._unk_id = unk_id
+        # Only a tokenizer of words marks the pieces that continue one.
+        self._marks_pieces = bool(getattr(self.backend.model, "continuing_subword_prefix", None))
+
+    def encode(self, texts: Sequence[str], truncate: bool, first: int = 0) -> list[Located]:
+        """Token ids and places of texts; see `TextTokenizer.encode`."""
+        limit, head, tail = self._tokenizer.max_tokens, len(self._tokenizer.prefix), len(self._tokenizer.suffix)
+        result = []
+        for index, (text, encoding) in enumerate(zip(texts, self.encodings(texts), strict=True), first):
+            count = len(encoding.ids)
+            if count > limit and not truncate:
+                raise ApiError(
+                    "invalid_request",
+                    f"input {index}: expected at most {limit} tokens, got {count}; send a shorter text, or "
+                    "truncate: true",
+                )
+            if not count:
+                raise ApiError("invalid_request", f"input {index}: expected a text with at least one token, got none")
+            kept = range(count)
+            if count > limit and self._tokenizer.cuts_left:
+                kept = [*range(head), *range(count - (limit - head), count)]  # type: ignore[assignment]
+            elif count > limit:
+                kept = [*range(limit - tail), *range(count - tail, count)]  # type: ignore[assignment]
+            ids, offsets, special = encoding.ids, encoding.offsets, encoding.special_tokens_mask
+            result.append(
+                Located(
+                    text,
+                    array("q", [ids[place] for place in kept]),
+                    array("i", [offsets[place][0] for place in kept]),
+                    array("i", [offsets[place][1] for place in kept]),
+                    bytes(special[place] for place in kept),
+                )
+            )
+        return result
+
+    def encodings(self, inputs: Sequence[str] | Sequence[tuple[str, str]]) -> Iterator[Encoding]:
+        """Encodings with places, a few at a time: they take far more memory than what is kept of them."""
+        for start in range(0, len(inputs), _SLICE_TEXTS):
+            yield from self.backend.encode_batch(list(inputs[start : start + _SLICE_TEXTS]))
+
+    def tokens(self, located: Located) -> list[TokenText]:
+        """The tokens of a text but special ones, as the pipelines of transformers see them."""
+        text, found = located.text, []
+        for index, token_id in enumerate(located.ids):
+            if located.special[index]:
+                continue
+            start, end = located.starts[index], located.ends[index]
+            word = self.backend.id_to_token(token_id) or ""
+            if token_id == self._unk_id:
+                found.append(TokenText(index, text[start:end], start, end, False))
+                continue
+            if self._marks_pieces:
+                continues = len(word) != end - start
+            else:
+                continues = start > 0 and " " not in text[start - 1 : start + 1]
+            found.append(TokenText(index, word, start, end, continues))
+        return found
+
+    def join(self, words: list[str]) -> str:
+        """The text of how tokens read."""
+        decoder = self.backend.decoder
+        return " ".join(words) if decoder is None else str(decoder.decode(words))
