@@ -214,7 +214,8 @@ def requests_of(texts: Sequence[str]) -> list[bytes]:
     for text in texts:
         body = json.dumps({"inputs": text}).encode()
         head = (
-            b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            b"POST /api/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n"
         )
         result.append(head % len(body) + body)
     return result
@@ -309,7 +310,7 @@ def serve_framework(name: str) -> None:
         async def embed(request: Request) -> Response:
             return Response(answer(await request.body()), media_type="application/json")
 
-        app = Starlette(routes=[Route("/embed", embed, methods=["POST"])])
+        app = Starlette(routes=[Route("/api/embed", embed, methods=["POST"])])
     else:
         import fastapi
         import pydantic
@@ -328,7 +329,7 @@ def serve_framework(name: str) -> None:
             return {"embeddings": row.tolist(), "model": "none"}
 
         embed_fastapi.__annotations__["body"] = body_type
-        app.post("/embed")(embed_fastapi)
+        app.post("/api/embed")(embed_fastapi)
     sock = listen("127.0.0.1", 0)
     print(f"serving {name} on http://127.0.0.1:{sock.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")).run(sockets=[sock])

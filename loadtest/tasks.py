@@ -203,8 +203,8 @@ def _check_fill_mask(answer: dict[str, Any], count: int, traits: Traits) -> None
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("embed", "/embed", lambda texts, _: _dump({"inputs": list(texts)}), _check_embed),
-        Task("predict", "/predict", lambda texts, _: _dump({"inputs": list(texts)}), _check_predict),
+        Task("embed", "/api/embed", lambda texts, _: _dump({"inputs": list(texts)}), _check_embed),
+        Task("predict", "/api/classify", lambda texts, _: _dump({"inputs": list(texts)}), _check_predict),
         Task(
             "token-classify",
             "/api/token-classify",
@@ -213,7 +213,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "fill-mask",
-            "/fill-mask",
+            "/api/fill-mask",
             lambda texts, traits: _dump({"inputs": list(texts), "top_k": traits.top_k}),
             _check_fill_mask,
             needs_mask=True,

@@ -92,9 +92,9 @@ def main() -> None:
     def ready() -> dict[str, str]:
         return {"status": "ready"}
 
-    @app.post("/embed")
-    @app.post("/predict")
-    @app.post("/fill-mask")
+    @app.post("/api/embed")
+    @app.post("/api/classify")
+    @app.post("/api/fill-mask")
     def answer() -> Any:
         body = flask.request.get_json()
         texts = [body["inputs"]] if isinstance(body["inputs"], str) else body["inputs"]

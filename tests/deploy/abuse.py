@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PATHS = {"feature-extraction": "/embed", "text-classification": "/predict", "fill-mask": "/fill-mask"}
+PATHS = {"feature-extraction": "/api/embed", "text-classification": "/api/classify", "fill-mask": "/api/fill-mask"}
 WORDS = ("server", "the", "quota", "of", "a", "batch", "rounds", "down", "memory", "answers")
 RESET = struct.pack("ii", 1, 0)
 TOKEN_S = 25e-6
@@ -356,7 +356,7 @@ def post(port: int, path: str, body: Any) -> float:
 def stop(process: subprocess.Popen[str], port: int) -> tuple[int, float]:
     """SIGTERM beside half-sent requests; returns the exit code and how long it took."""
     half = []
-    for data in (b"POST /em", b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{", b""):
+    for data in (b"POST /em", b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n{", b""):
         sock = socket.create_connection(("127.0.0.1", port))
         sock.sendall(data)
         half.append(sock)

@@ -78,7 +78,7 @@ def test_embeddings(minilm_bundle: Path, tmp_path: Path) -> None:
             folder = tmp_path / task
             folder.mkdir()
             runs.append(load(host, folder, "--task", task, "--slo-error-rate", "0", *arguments))
-        counted = served(host, "/embed")
+        counted = served(host, "/api/embed")
     for run in runs:
         assert run.code == 0, run.output
         assert run.summary["requests_per_s"] > 0
@@ -107,7 +107,7 @@ def test_other_tasks(
     assert run.code == 0, run.output
     assert run.summary["tokens_per_s"] > 0
     assert wrong.code == 2, wrong.output
-    assert "/embed" in wrong.output
+    assert "/api/embed" in wrong.output
 
 
 def test_full_queue_is_refused_not_failed(minilm_bundle: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def documented(server: LiveServer, method: str, path: str) -> set[int]:
 
 @pytest.mark.parametrize("inputs", ["w1 w2 w3", "", ["w1"], ["w1", "w2 w3", ""], ["w5"] * 40])
 def test_embed(server: LiveServer, inputs: Any) -> None:
-    reply = server("POST", "/embed", {"inputs": inputs})
+    reply = server("POST", "/api/embed", {"inputs": inputs})
     assert reply.status == 200
     answer = msgspec.json.decode(reply.body, type=schemas.EmbedResponse)
     texts = [inputs] if isinstance(inputs, str) else inputs
@@ -91,20 +91,20 @@ def test_normalize_reaches_the_engine_per_request(server: LiveServer) -> None:
     for given, expected in ((None, True), (True, True), (False, False)):
         server.engine.options.clear()
         body = {"inputs": "w1"} if given is None else {"inputs": "w1", "normalize": given}
-        assert server("POST", "/embed", body).status == 200
+        assert server("POST", "/api/embed", body).status == 200
         wanted.append((server.engine.options[-1][0].normalize, expected))
     assert all(found == expected for found, expected in wanted)
 
 
 def test_server_timing(server: LiveServer) -> None:
-    header = server("POST", "/embed", GOOD).headers["server-timing"]
+    header = server("POST", "/api/embed", GOOD).headers["server-timing"]
     assert re.fullmatch(r"tokenize;dur=\d+\.\d{3},queue;dur=\d+\.\d{3},infer;dur=\d+\.\d{3}", header)
 
 
 def test_keep_alive(server: LiveServer) -> None:
     with Client(server.port) as client:
         for number in range(20):
-            reply = client("POST", "/embed", {"inputs": f"w{number}"})
+            reply = client("POST", "/api/embed", {"inputs": f"w{number}"})
             assert reply.status == 200
             np.testing.assert_array_equal(np.float32(reply.json["embeddings"]), rows_of(f"w{number}"))
 
@@ -116,7 +116,7 @@ def test_concurrent_clients_get_their_own_answers(server: LiveServer) -> None:
         with Client(server.port) as client:
             for number in range(25):
                 texts = [f"w{(offset + number) % 100}"] * (1 + number % 3)
-                reply = client("POST", "/embed", {"inputs": texts})
+                reply = client("POST", "/api/embed", {"inputs": texts})
                 if reply.status != 200 or not np.array_equal(np.float32(reply.json["embeddings"]), rows_of(*texts)):
                     wrong.append((reply.status, reply.body))
 
@@ -133,7 +133,9 @@ def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
     for number in range(5):
         body = json.dumps({"inputs": f"w{number}"}).encode()
         close = b"Connection: close\r\n" if number == 4 else b""
-        parts.append(b"POST /embed HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n%s" % (close, len(body), body))
+        parts.append(
+            b"POST /api/embed HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n%s" % (close, len(body), body)
+        )
     answers = re.findall(rb'\{"embeddings".*?\}\}', raw(server.port, b"".join(parts)))
     found = [json.loads(answer)["embeddings"][0] for answer in answers]
     np.testing.assert_array_equal(np.float32(found), rows_of(*(f"w{number}" for number in range(5))))
@@ -142,7 +144,7 @@ def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
 def test_long_texts_are_tokenised_off_the_loop_with_the_same_result(server: LiveServer) -> None:
     text = "w7 " * (INLINE_CHARS // 3 + 10)
     assert len(text) > INLINE_CHARS
-    reply = server("POST", "/embed", {"inputs": text})
+    reply = server("POST", "/api/embed", {"inputs": text})
     np.testing.assert_array_equal(np.float32(reply.json["embeddings"]), rows_of(text))
     assert reply.json["usage"]["tokens"] == MAX_TOKENS
 
@@ -150,7 +152,7 @@ def test_long_texts_are_tokenised_off_the_loop_with_the_same_result(server: Live
 def test_chunked_body(server: LiveServer) -> None:
     body = json.dumps(GOOD).encode()
     with Client(server.port) as client:
-        client.connection.request("POST", "/embed", iter([body[:5], body[5:]]), encode_chunked=True, headers={})
+        client.connection.request("POST", "/api/embed", iter([body[:5], body[5:]]), encode_chunked=True, headers={})
         assert client.read().status == 200
 
 
@@ -159,7 +161,9 @@ def test_offers_of_other_protocols_are_ignored(server: LiveServer, protocol: str
     with Client(server.port) as client:
         for number in range(2):
             texts = [f"w{number}\r\nUpgrade: {protocol}"]
-            reply = client("POST", "/embed", {"inputs": texts}, Connection="Upgrade, HTTP2-Settings", Upgrade=protocol)
+            reply = client(
+                "POST", "/api/embed", {"inputs": texts}, Connection="Upgrade, HTTP2-Settings", Upgrade=protocol
+            )
             assert reply.status == 200
             np.testing.assert_array_equal(np.float32(reply.json["embeddings"]), rows_of(*texts))
 
@@ -217,13 +221,13 @@ HOSTILE: dict[str, tuple[bytes, int, str]] = {
 def test_hostile_request(server: LiveServer, name: str) -> None:
     body, status, kind = HOSTILE[name]
     with Client(server.port) as client:
-        reply = client("POST", "/embed", body)
+        reply = client("POST", "/api/embed", body)
         assert (reply.status, reply.kind) == (status, kind), reply.body[:300]
         assert reply.headers["content-type"] == "application/json"
-        assert reply.status in documented(server, "POST", "/embed")
+        assert reply.status in documented(server, "POST", "/api/embed")
         # The same connection, and another one, go on.
-        assert client("POST", "/embed", GOOD).status == 200
-    assert server("POST", "/embed", GOOD).status == 200
+        assert client("POST", "/api/embed", GOOD).status == 200
+    assert server("POST", "/api/embed", GOOD).status == 200
 
 
 # OpenAI's request has no such fields, and ignores those it does not know.
@@ -236,43 +240,43 @@ def test_hostile_request_to_openais_endpoint(server: LiveServer, name: str) -> N
     reply = server("POST", "/v1/embeddings", body.replace(b'"inputs"', b'"input"'))
     assert (reply.status, reply.kind) == (status, kind), reply.body[:300]
     assert set(reply.json["error"]) == {"message", "type", "param", "code"}
-    assert server("POST", "/embed", GOOD).status == 200
+    assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_errors_say_what_was_expected_and_what_came(server: LiveServer) -> None:
-    message = server("POST", "/embed", {"inputs": ["w1", "x" * 40_000]}).json["error"]["message"]
+    message = server("POST", "/api/embed", {"inputs": ["w1", "x" * 40_000]}).json["error"]["message"]
     assert "input 1" in message
     assert str(LIMITS.max_chars) in message
     assert "40000" in message
-    message = server("POST", "/embed", {"inputs": ["w1"] * 2000}).json["error"]["message"]
+    message = server("POST", "/api/embed", {"inputs": ["w1"] * 2000}).json["error"]["message"]
     assert str(LIMITS.max_inputs) in message
     assert "2000" in message
 
 
 def test_body_is_refused_by_its_length_before_it_is_read(server: LiveServer) -> None:
-    head = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000000\r\nExpect: 100-continue\r\n\r\n"
+    head = b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000000\r\nExpect: 100-continue\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
         sock.sendall(head)
         answer = sock.recv(1 << 16)
     assert answer.startswith(b"HTTP/1.1 413 ")  # Not "100 Continue".
-    assert server("POST", "/embed", GOOD).status == 200
+    assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_chunked_body_is_refused_while_it_is_read(server: LiveServer) -> None:
     chunk = b"x" * 65_536
     with Client(server.port) as client:
         client.connection.request(
-            "POST", "/embed", (chunk for _ in range(LIMITS.max_body_bytes // len(chunk) + 2)), encode_chunked=True
+            "POST", "/api/embed", (chunk for _ in range(LIMITS.max_body_bytes // len(chunk) + 2)), encode_chunked=True
         )
         assert (reply := client.read()).status == 413
         assert reply.kind == "too_large"
-        assert client("POST", "/embed", GOOD).status == 200
+        assert client("POST", "/api/embed", GOOD).status == 200
 
 
 def test_compressed_body_is_refused(server: LiveServer) -> None:
-    reply = server("POST", "/embed", gzip.compress(json.dumps(GOOD).encode()), Content_Encoding="gzip")
+    reply = server("POST", "/api/embed", gzip.compress(json.dumps(GOOD).encode()), Content_Encoding="gzip")
     assert (reply.status, reply.kind) == (415, "unsupported_media_type")
-    assert server("POST", "/embed", GOOD, Content_Encoding="identity").status == 200
+    assert server("POST", "/api/embed", GOOD, Content_Encoding="identity").status == 200
 
 
 @pytest.mark.parametrize(
@@ -280,10 +284,10 @@ def test_compressed_body_is_refused(server: LiveServer) -> None:
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS.
         b"hello\r\n\r\n",
-        b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-        b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /api/embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
         b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: " + b"y" * 200_000 + b"\r\n\r\n",
         b"GET /" + b"y" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -304,18 +308,18 @@ def test_what_is_not_http(server: LiveServer, data: bytes) -> None:
     answer = raw(server.port, data)
     assert answer.startswith(b"HTTP/1.1 4"), answer[:200]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"]
-    assert server("POST", "/embed", GOOD).status == 200
+    assert server("POST", "/api/embed", GOOD).status == 200
 
 
 @pytest.mark.parametrize(
     "data",
     [
         b"",
-        b"POST /embed HT",
-        b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n\r\n",
-        b'POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n\r\n{"inputs": "w1',
-        b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe",
-        b'POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n{"inputs": "w1"}',
+        b"POST /api/embed HT",
+        b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n\r\n",
+        b'POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n\r\n{"inputs": "w1',
+        b"POST /api/embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe",
+        b'POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n{"inputs": "w1"}',
     ],
 )
 @pytest.mark.parametrize("reset", [False, True])
@@ -324,33 +328,41 @@ def test_early_close(server: LiveServer, data: bytes, reset: bool) -> None:
         sock.sendall(data)
         if reset:  # Closing sends RST.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    assert server("POST", "/embed", GOOD).status == 200
+    assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_slow_requests_are_given_up(manifest: Manifest) -> None:
-    slow = (b"POST /embed HTTP/1.1\r\nHo", b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{", b"")
+    slow = (
+        b"POST /api/embed HTTP/1.1\r\nHo",
+        b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
+        b"",
+    )
     with running(manifest, Settings(port=0, request_timeout_s=0.3)) as server, Client(server.port) as client:
-        assert client("POST", "/embed", GOOD).status == 200
+        assert client("POST", "/api/embed", GOOD).status == 200
         with ThreadPoolExecutor(len(slow)) as pool:  # All at once; that they end at all is a time-out.
             head, body, nothing = pool.map(lambda data: raw(server.port, data), slow)
         assert b" 408 " in head.partition(b"\r\n")[0] + b" "
         assert (body, nothing) == (b"", b"")
         # One that waits between requests is not slow.
-        assert client("POST", "/embed", GOOD).status == 200
+        assert client("POST", "/api/embed", GOOD).status == 200
 
 
 # Routes.
 
 
 def test_unknown_path(server: LiveServer) -> None:
-    for path in ("/", "/embed/", "/nope", "/v1/completions", "/%00", "/%ff%ed%a0%80", "/../etc/passwd"):
+    for path in ("/", "/api/embed/", "/nope", "/v1/completions", "/%00", "/%ff%ed%a0%80", "/../etc/passwd"):
         reply = server("GET", path)
         assert (reply.status, reply.kind) == (404, "not_found"), path
     assert server("POST", "/v1/nope").json["error"]["code"] == 404
 
 
 def test_wrong_method(server: LiveServer) -> None:
-    for method, path, allowed in (("GET", "/embed", "POST"), ("POST", "/health", "GET"), ("DELETE", "/embed", "POST")):
+    for method, path, allowed in (
+        ("GET", "/api/embed", "POST"),
+        ("POST", "/health", "GET"),
+        ("DELETE", "/api/embed", "POST"),
+    ):
         reply = server(method, path)
         assert (reply.status, reply.kind) == (405, "method_not_allowed")
         assert reply.headers["allow"] == allowed
@@ -397,11 +409,11 @@ def test_info(tmp_path: Path, task: str, model_type: object) -> None:
     assert set(info.versions) == {"torch_ext", "torch", "onnxruntime"}
 
 
-@pytest.mark.parametrize("path", ["/predict", "/fill-mask"])
+@pytest.mark.parametrize("path", ["/api/classify", "/api/fill-mask"])
 def test_endpoint_of_another_task(server: LiveServer, path: str) -> None:
     reply = server("POST", path, GOOD)
     assert (reply.status, reply.kind) == (400, "wrong_task")
-    assert "/embed" in reply.json["error"]["message"]
+    assert "/api/embed" in reply.json["error"]["message"]
 
 
 def test_every_route_is_described(server: LiveServer) -> None:
@@ -413,7 +425,7 @@ def test_every_route_is_described(server: LiveServer) -> None:
     assert references <= set(document["components"]["schemas"])
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
     assert len({operation["operationId"] for operation in operations}) == len(operations)
-    for path, kind in (("/embed", schemas.EmbedRequest), ("/v1/embeddings", schemas.OpenAIEmbeddingsRequest)):
+    for path, kind in (("/api/embed", schemas.EmbedRequest), ("/v1/embeddings", schemas.OpenAIEmbeddingsRequest)):
         content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         msgspec.convert(content["example"], kind)
         assert server("POST", path, content["example"]).status == 200
@@ -430,14 +442,14 @@ def test_docs_need_no_network(server: LiveServer) -> None:
 def test_api_key(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, api_key="sesame")) as server:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame"}):
-            closed = (("POST", "/embed"), ("POST", "/v1/embeddings"), ("GET", "/v1/models"), ("GET", "/info"))
+            closed = (("POST", "/api/embed"), ("POST", "/v1/embeddings"), ("GET", "/v1/models"), ("GET", "/info"))
             for method, path in closed:
                 reply = server(method, path, GOOD if method == "POST" else None, **headers)
                 assert (reply.status, reply.kind) == (401, "unauthorized")
                 assert reply.headers["www-authenticate"] == "Bearer"
                 assert 401 in documented(server, method, path)
-        assert server("POST", "/embed", GOOD, Authorization="Bearer sesame").status == 200
-        assert server("POST", "/embed", GOOD, authorization="bearer sesame").status == 200
+        assert server("POST", "/api/embed", GOOD, Authorization="Bearer sesame").status == 200
+        assert server("POST", "/api/embed", GOOD, authorization="bearer sesame").status == 200
         for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json"):
             assert server("GET", path).status == 200
 
@@ -520,7 +532,7 @@ def blocked(manifest: Manifest, **settings: Any) -> Any:
 def in_background(server: LiveServer, body: Any, replies: list[Reply]) -> threading.Thread:
     """Sends an embed request from a thread and returns when the server has queued it."""
     before = server.batcher.queued_tokens
-    thread = threading.Thread(target=lambda: replies.append(server("POST", "/embed", body)))
+    thread = threading.Thread(target=lambda: replies.append(server("POST", "/api/embed", body)))
     thread.start()
     wait_until(lambda: server.batcher.queued_tokens > before)
     # The first one has its batch to itself: others that are queued before the engine looks would share it.
@@ -543,7 +555,7 @@ def test_batches_take_what_waits_within_the_token_budget(manifest: Manifest) -> 
 
 def test_one_text_always_fits_a_batch(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, max_batch_tokens=4)) as server:
-        assert server("POST", "/embed", {"inputs": ["w1 " * 14, "w1 " * 14]}).status == 200
+        assert server("POST", "/api/embed", {"inputs": ["w1 " * 14, "w1 " * 14]}).status == 200
         assert [len(batch) for batch in server.engine.batches] == [1, 1]
 
 
@@ -565,7 +577,7 @@ def test_a_large_request_does_not_starve_others(manifest: Manifest) -> None:
 def test_results_of_a_split_request_keep_their_order(manifest: Manifest) -> None:
     texts = [f"w{number % 100} " * (1 + number % 7) for number in range(200)]
     with running(manifest, Settings(port=0, max_batch_tokens=20)) as server:
-        reply = server("POST", "/embed", {"inputs": texts})
+        reply = server("POST", "/api/embed", {"inputs": texts})
         np.testing.assert_array_equal(np.float32(reply.json["embeddings"]), rows_of(*texts))
         assert len(server.engine.batches) > 20
 
@@ -574,17 +586,17 @@ def test_full_queue(manifest: Manifest) -> None:
     replies: list[Reply] = []
     with blocked(manifest, max_queue_tokens=10) as server:
         threads = [in_background(server, GOOD, replies) for _ in range(2)]
-        reply = server("POST", "/embed", GOOD)
+        reply = server("POST", "/api/embed", GOOD)
         assert (reply.status, reply.kind) == (429, "queue_full")
         assert 1 <= int(reply.headers["retry-after"]) <= 60
         assert server("POST", "/v1/embeddings", {"input": "w1 w2"}).status == 429
-        never = server("POST", "/embed", {"inputs": ["w1"] * 4})
+        never = server("POST", "/api/embed", {"inputs": ["w1"] * 4})
         assert (never.status, never.kind) == (413, "too_large")
         assert server("GET", "/health").status == 200
         server.engine.gate.set()
         for thread in threads:
             thread.join()
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
         assert server.batcher.queued_tokens == 0
     assert [reply.status for reply in replies] == [200, 200]
 
@@ -593,7 +605,7 @@ def test_full_queue(manifest: Manifest) -> None:
 def test_work_of_a_client_that_left_is_dropped(manifest: Manifest, reset: bool) -> None:
     with blocked(manifest, max_batch_tokens=9, max_queue_tokens=1000) as server:
         client = Client(server.port)
-        client.send("POST", "/embed", {"inputs": ["w9"] * 300})
+        client.send("POST", "/api/embed", {"inputs": ["w9"] * 300})
         assert server.engine.entered.wait(10)
         wait_until(lambda: server.batcher.queued_tokens == 900)
         if reset:
@@ -601,35 +613,35 @@ def test_work_of_a_client_that_left_is_dropped(manifest: Manifest, reset: bool) 
         client.connection.close()
         wait_until(lambda: server.batcher.queued_tokens == 0)  # Makes room at once.
         server.engine.gate.set()
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
         assert sum(ids_of("w9") in batch for batch in server.engine.batches) == 1  # Only what had begun.
         assert b"serve_abandoned_requests_total 1.0" in server("GET", "/metrics").body
 
 
 def test_engine_failure(manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:
     with running(manifest, poison=VOCABULARY["w66"]) as server, caplog.at_level(logging.CRITICAL, "deploy.server"):
-        reply = server("POST", "/embed", {"inputs": ["w1"] * 5 + ["w66"]})
+        reply = server("POST", "/api/embed", {"inputs": ["w1"] * 5 + ["w66"]})
         assert (reply.status, reply.kind) == (500, "internal")
         assert "poisoned" not in reply.json["error"]["message"]
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
         assert server.batcher.queued_tokens == 0
         server.engine.drop = True
-        assert server("POST", "/embed", GOOD).status == 500
+        assert server("POST", "/api/embed", GOOD).status == 500
         server.engine.drop = False
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_metrics(manifest: Manifest) -> None:
     with running(manifest) as server:
-        server("POST", "/embed", GOOD)
-        server("POST", "/embed", {"inputs": ["w1", "w2"]})
-        server("POST", "/embed", b"{")
+        server("POST", "/api/embed", GOOD)
+        server("POST", "/api/embed", {"inputs": ["w1", "w2"]})
+        server("POST", "/api/embed", b"{")
         server("GET", "/nope")
         reply = server("GET", "/metrics")
         assert reply.headers["content-type"].startswith("text/plain")
         lines = set(reply.body.decode().splitlines())
-    assert 'serve_requests_total{endpoint="/embed",status="200"} 2.0' in lines
-    assert 'serve_requests_total{endpoint="/embed",status="422"} 1.0' in lines
+    assert 'serve_requests_total{endpoint="/api/embed",status="200"} 2.0' in lines
+    assert 'serve_requests_total{endpoint="/api/embed",status="422"} 1.0' in lines
     assert 'serve_requests_total{endpoint="other",status="404"} 1.0' in lines
     assert 'serve_model_info{model="fake",task="feature-extraction",variant="fake"} 1.0' in lines
     assert "serve_queue_tokens 0.0" in lines
@@ -638,7 +650,7 @@ def test_metrics(manifest: Manifest) -> None:
     assert "serve_batch_tokens_sum 10.0" in lines
     for stage in ("tokenize", "queue", "infer"):
         assert f'serve_stage_seconds_count{{stage="{stage}"}} 2.0' in lines
-    assert 'serve_request_seconds_count{endpoint="/embed"} 3.0' in lines
+    assert 'serve_request_seconds_count{endpoint="/api/embed"} 3.0' in lines
 
 
 # Loading and shutdown.
@@ -655,7 +667,7 @@ def test_loading(manifest: Manifest) -> None:
     server = LiveServer(manifest, Settings(port=0), engine, load)
     try:
         assert server("GET", "/health").status == 200
-        for method, path in (("GET", "/ready"), ("GET", "/info"), ("POST", "/embed"), ("POST", "/v1/embeddings")):
+        for method, path in (("GET", "/ready"), ("GET", "/info"), ("POST", "/api/embed"), ("POST", "/v1/embeddings")):
             reply = server(method, path, GOOD if method == "POST" else None)
             assert (reply.status, reply.kind) == (503, "loading")
             assert "retry-after" in reply.headers
@@ -665,7 +677,7 @@ def test_loading(manifest: Manifest) -> None:
         assert server.ready.wait(10)
         assert server("GET", "/ready").status == 200
         assert server("GET", "/info").status == 200
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
     finally:
         gate.set()
         assert server.stop() == 0
@@ -715,10 +727,10 @@ def refused(port: int) -> bool:
 def test_drain_takes_a_request_that_comes_on_an_open_connection(manifest: Manifest) -> None:
     with running(manifest) as server:
         with Client(server.port) as client:
-            assert client("POST", "/embed", GOOD).status == 200
+            assert client("POST", "/api/embed", GOOD).status == 200
             server.terminate()
             wait_until(lambda: refused(server.port))
-            reply = client("POST", "/embed", GOOD)
+            reply = client("POST", "/api/embed", GOOD)
             assert reply.status == 200
             assert reply.headers["connection"] == "close"
         server.thread.join(10)
@@ -741,7 +753,7 @@ def test_drain_under_load_loses_nothing(manifest: Manifest) -> None:
                 except ConnectionRefusedError:
                     return
                 try:
-                    reply = client("POST", "/embed", {"inputs": ["w1", "w2"]})
+                    reply = client("POST", "/api/embed", {"inputs": ["w1", "w2"]})
                 except Exception as error:
                     bad.append(repr(error))
                     return
@@ -769,7 +781,7 @@ def test_drain_delay_goes_on_accepting(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, drain_delay_s=1.0)) as server:
         server.terminate()
         assert server("GET", "/ready").status == 503
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
         wait_until(lambda: refused(server.port))
 
 
@@ -780,13 +792,13 @@ def test_fill_mask_checks_its_masks(tmp_path: Path) -> None:
     with running(make_manifest(tmp_path, "fill-mask", max_tokens=50)) as server:
         # None, one that is cut off with the end of its text, and too many.
         for text in ("w1 w2", "w1 " * 48 + "[MASK]", "[MASK] " * 33):
-            reply = server("POST", "/fill-mask", {"inputs": ["w1 [MASK]", text]})
+            reply = server("POST", "/api/fill-mask", {"inputs": ["w1 [MASK]", text]})
             assert (reply.status, reply.kind) == (422, INVALID)
             assert "input 1" in reply.json["error"]["message"]
             assert "[MASK]" in reply.json["error"]["message"]
         for top_k in (0, -1, 101, 1.5, "5"):
-            assert server("POST", "/fill-mask", {"inputs": "[MASK]", "top_k": top_k}).status == 422
-        for path in ("/embed", "/v1/embeddings"):
+            assert server("POST", "/api/fill-mask", {"inputs": "[MASK]", "top_k": top_k}).status == 422
+        for path in ("/api/embed", "/v1/embeddings"):
             reply = server("POST", path, {"inputs": "w1"})
             assert (reply.status, reply.kind) == (400, "wrong_task")
-            assert "/fill-mask" in reply.json["error"]["message"]
+            assert "/api/fill-mask" in reply.json["error"]["message"]

@@ -188,7 +188,7 @@ def test_large_bodies_are_read_and_written_on_a_helper_thread(tmp_path: Path, mo
     settings = Settings(port=0, max_inputs=1 << 20, max_queue_tokens=1 << 30)
     with running(make_manifest(tmp_path), settings) as server:
         many = INLINE_VALUES // WIDTH + 1
-        for path, field, key in (("/embed", "inputs", "embeddings"), ("/v1/embeddings", "input", "data")):
+        for path, field, key in (("/api/embed", "inputs", "embeddings"), ("/v1/embeddings", "input", "data")):
             threads["read"].clear()
             threads["written"].clear()
             assert server("POST", path, {field: ["w1"]}).status == 200
@@ -199,4 +199,4 @@ def test_large_bodies_are_read_and_written_on_a_helper_thread(tmp_path: Path, mo
                 assert names
                 assert all(name.startswith("helper") for name in names)
         for body, status in ((b'{"inputs": ["' + b"w1 " * INLINE_BYTES, 422), (b"[" * 200_000, 422)):
-            assert server("POST", "/embed", body).status == status
+            assert server("POST", "/api/embed", body).status == status

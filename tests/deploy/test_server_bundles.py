@@ -168,16 +168,16 @@ def test_embeddings_equal_transformers(minilm_bundle: Path, reference: np.ndarra
             server.line,
         )
         # All at once, and one by one: batches must not change what comes out beyond rounding.
-        together = np.float32(server("POST", "/embed", {"inputs": texts()}).json["embeddings"])
+        together = np.float32(server("POST", "/api/embed", {"inputs": texts()}).json["embeddings"])
         with Client(server.port) as client:
             alone = np.float32(
-                [client("POST", "/embed", {"inputs": text}).json["embeddings"][0] for text in texts()[-8:]]
+                [client("POST", "/api/embed", {"inputs": text}).json["embeddings"][0] for text in texts()[-8:]]
             )
         for found, expected in ((together, reference), (alone, reference[-8:])):
             assert cosines(found, expected).min() >= COSINE[variant]
             np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
         some = texts()[-8:]
-        longer = np.float32(server("POST", "/embed", {"inputs": some, "normalize": False}).json["embeddings"])
+        longer = np.float32(server("POST", "/api/embed", {"inputs": some, "normalize": False}).json["embeddings"])
         norms = np.linalg.norm(longer, axis=1, keepdims=True)
         assert np.abs(norms - 1.0).max() > 0.1
         assert cosines(longer, reference[-8:]).min() >= COSINE[variant]
@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_the_variety_of_batches(torch_server: ServePro
     def send(sizes: Sequence[int]) -> None:
         with Client(torch_server.port) as client:
             for size in sizes:
-                assert client("POST", "/embed", {"inputs": ["word " * size, "word " * 20]}).status == 200
+                assert client("POST", "/api/embed", {"inputs": ["word " * size, "word " * 20]}).status == 200
 
     send(range(1, 200, 20))
     before_mb = resident_mb()
@@ -228,8 +228,8 @@ def test_real_server_survives_hostile_requests(torch_server: ServeProcess) -> No
         (b'{"inputs": "\\ud800"}', 422),
         (b"{", 422),
     ):
-        assert torch_server("POST", "/embed", body).status == status
-        assert torch_server("POST", "/embed", {"inputs": "fine"}).status == 200
+        assert torch_server("POST", "/api/embed", body).status == status
+        assert torch_server("POST", "/api/embed", {"inputs": "fine"}).status == 200
     # Text at the edge of what tokenizers expect.
     for text in (
         "\u202e\ufeff\ufffd\uffff",
@@ -239,7 +239,7 @@ def test_real_server_survives_hostile_requests(torch_server: ServeProcess) -> No
         "\x7f\x80\x9f",
         "\U0001d573" * 99,
     ):
-        reply = torch_server("POST", "/embed", {"inputs": [text, "fine"]})
+        reply = torch_server("POST", "/api/embed", {"inputs": [text, "fine"]})
         assert reply.status == 200
         assert np.isfinite(np.float32(reply.json["embeddings"])).all()
 
@@ -318,7 +318,7 @@ def test_fill_mask_equals_transformers(
                 assert item["token"] == tokenizer.decode([item["token_id"]])
 
 
-@pytest.mark.parametrize(("task", "path"), [("text-classification", "/predict"), ("fill-mask", "/fill-mask")])
+@pytest.mark.parametrize(("task", "path"), [("text-classification", "/api/classify"), ("fill-mask", "/api/fill-mask")])
 def test_task_endpoints(tiny_bundle: BundleMaker, task: str, path: str) -> None:
     options = ("--variant", "torch_ext-bf16", "--threads", 1)
     with serving(tiny_bundle("bert", task), *options, blocked=["transformers", "optimum"]) as server:
@@ -334,7 +334,7 @@ def test_task_endpoints(tiny_bundle: BundleMaker, task: str, path: str) -> None:
         else:
             answer = msgspec.json.decode(reply.body, type=schemas.PredictResponse).predictions
             assert [sum(item.score for item in text) for text in answer] == pytest.approx([1.0, 1.0])
-        wrong = server("POST", "/embed", {"inputs": "text"})
+        wrong = server("POST", "/api/embed", {"inputs": "text"})
         assert (wrong.status, wrong.kind) == (400, "wrong_task")
         assert path in wrong.json["error"]["message"]
         document = server("GET", "/openapi.json").json
@@ -347,7 +347,7 @@ def test_masks_count_in_the_token_budget(tiny_bundle: BundleMaker) -> None:
     """523 logits per mask take as much memory as 3 tokens of this model: one text of 6 + 4 * 3 in each batch."""
     options = ("--variant", "torch_ext-fp32", "--threads", 1, "--max-batch-tokens", 20)
     with serving(tiny_bundle("bert", "fill-mask"), *options) as server:
-        reply = server("POST", "/fill-mask", {"inputs": ["[MASK] " * 4] * 8, "top_k": 1})
+        reply = server("POST", "/api/fill-mask", {"inputs": ["[MASK] " * 4] * 8, "top_k": 1})
         assert (reply.status, reply.json["usage"]["tokens"]) == (200, 8 * 6)
         metrics = server("GET", "/metrics").body.decode()
         assert server.stop()[0] == 0
@@ -445,7 +445,7 @@ def test_without_a_variant_the_measured_choice_is_served_and_kept(tiny_bundle: B
             assert all(f"{name} {speed:.1f}" in server.line for name, speed in speeds.items())
             assert f'variant="{info.variant}"' in server("GET", "/metrics").body.decode()
             assert info.variant in server("GET", "/openapi.json").json["info"]["description"]
-            assert server("POST", "/embed", {"inputs": "a text"}).status == 200
+            assert server("POST", "/api/embed", {"inputs": "a text"}).status == 200
             assert server.stop()[::2] == (0, "")
         infos.append(speeds)
     assert infos[0] == infos[1]
@@ -486,7 +486,7 @@ def test_sigterm_under_load(minilm_bundle: Path) -> None:
             with client:
                 try:
                     while client.connection.sock is not None:
-                        statuses.append(client("POST", "/embed", {"inputs": "a text of a few words"}).status)
+                        statuses.append(client("POST", "/api/embed", {"inputs": "a text of a few words"}).status)
                 except Exception as error:
                     broken.append(repr(error))
                     return
@@ -510,7 +510,7 @@ def test_drain_timeout(minilm_bundle: Path) -> None:
     options = ("--variant", "torch_ext-bf16", "--threads", 1, "--drain-timeout", 0.3)
     with serving(minilm_bundle, *options) as server:
         client = Client(server.port)
-        client.send("POST", "/embed", {"inputs": ["word " * 300] * 1000})
+        client.send("POST", "/api/embed", {"inputs": ["word " * 300] * 1000})
         wait_until(lambda: "serve_queue_tokens 0.0" not in server("GET", "/metrics").body.decode())
         begun_s = time.monotonic()
         code, _, err = server.stop()

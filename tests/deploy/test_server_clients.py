@@ -49,7 +49,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def post(body: bytes = GOOD, *lines: bytes, version: bytes = b"1.1") -> bytes:
     fields = [b"Host: x", b"Content-Length: %d" % len(body), *lines]
-    return b"POST /embed HTTP/%s\r\n%s\r\n\r\n%s" % (version, b"\r\n".join(fields), body)
+    return b"POST /api/embed HTTP/%s\r\n%s\r\n\r\n%s" % (version, b"\r\n".join(fields), body)
 
 
 def padded(size: int, texts: int = 40) -> bytes:
@@ -96,7 +96,7 @@ def test_a_client_that_leaves_is_noticed_at_any_size(manifest: Manifest, size: i
         elif way == "pipelined":
             data += data
         elif way == "chunked":
-            data = b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            data = b"POST /api/embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
             data += b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
         with connected(server) as sock:
             sock.sendall(data)
@@ -107,7 +107,7 @@ def test_a_client_that_leaves_is_noticed_at_any_size(manifest: Manifest, size: i
         wait_until(lambda: server.batcher.queued_tokens == 0)
         wait_until(lambda: not server.server.server_state.connections)
         server.engine.gate.set()
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
         assert len(server.engine.batches) <= 3
         assert abandoned(server) == 1
 
@@ -188,13 +188,13 @@ def test_pipelined_requests_are_bounded_and_none_that_is_taken_is_lost(manifest:
 )
 @pytest.mark.parametrize("where", ["headers", "trailers"])
 def test_headers_and_trailers_without_end_are_refused(server: LiveServer, flood: bytes, where: str) -> None:
-    head = b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    head = b"POST /api/embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
     data = head + (b"" if where == "headers" else b"\r\n5\r\nhello\r\n0\r\n") + flood
     answer = raw(server.port, data)
     assert statuses(answer) == [b"431"]
     message = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
     assert "this limit is fixed" in message
-    assert server("POST", "/embed", GOOD).status == 200
+    assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_idle_connections_are_closed(manifest: Manifest) -> None:
@@ -230,7 +230,7 @@ def test_who_reads_nothing_is_disconnected(manifest: Manifest) -> None:
                 for _ in range(100):
                     sock.sendall(post(many))
         wait_until(lambda: not server.server.server_state.connections, 20)
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_who_reads_slowly_is_not(manifest: Manifest) -> None:

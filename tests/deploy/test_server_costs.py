@@ -44,7 +44,7 @@ def held(server: LiveServer) -> int:
 
 def test_an_answer_with_too_many_numbers_is_refused_before_it_is_computed(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, max_values=10 * WIDTH)) as server:
-        for path, field in (("/embed", "inputs"), ("/v1/embeddings", "input")):
+        for path, field in (("/api/embed", "inputs"), ("/v1/embeddings", "input")):
             assert server("POST", path, {field: ["w1"] * 10}).status == 200
             server.engine.batches.clear()
             reply = server("POST", path, {field: ["w1"] * 11})
@@ -64,7 +64,7 @@ def test_numbers_of_fill_mask_are_counted_by_its_masks(tmp_path: Path) -> None:
             ({"inputs": ["[MASK] " * 13], "top_k": 1}, 39),
             ({"inputs": "[MASK]", "top_k": 13}, 39),
         ):
-            reply = server("POST", "/fill-mask", body)
+            reply = server("POST", "/api/fill-mask", body)
             assert (reply.status, reply.kind) == (413, "too_large")
             assert f"at most 36 numbers in one answer, got {asked}; --max-values" in reply.json["error"]["message"]
         assert server.engine.batches == []
@@ -72,7 +72,7 @@ def test_numbers_of_fill_mask_are_counted_by_its_masks(tmp_path: Path) -> None:
 
 def test_numbers_of_labels_count(tmp_path: Path) -> None:
     with running(make_manifest(tmp_path, "text-classification"), Settings(port=0, max_values=8)) as server:
-        reply = server("POST", "/predict", {"inputs": ["w1"] * 3})
+        reply = server("POST", "/api/classify", {"inputs": ["w1"] * 3})
         assert (reply.status, reply.kind) == (413, "too_large")
         assert "got 12" in reply.json["error"]["message"]
 
@@ -96,12 +96,12 @@ def test_memory_is_held_from_before_it_is_there_until_the_answer_is(manifest: Ma
         ThreadPoolExecutor(2) as pool,
     ):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
-            sock.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n{")
+            sock.sendall(b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n{")
             wait_until(lambda: held(server) == BODY_FACTOR * 400_000)
         wait_until(lambda: held(server) == 0)
-        replies = [pool.submit(server, "POST", "/embed", body) for _ in range(2)]
+        replies = [pool.submit(server, "POST", "/api/embed", body) for _ in range(2)]
         wait_until(lambda: held(server) > 2 * BODY_FACTOR * len(body))
-        reply = server("POST", "/embed", body)
+        reply = server("POST", "/api/embed", body)
         assert (reply.status, reply.kind) == (429, "memory_full")
         assert int(reply.headers["retry-after"]) >= 1
         assert "--max-memory-mb" in reply.json["error"]["message"]
@@ -110,14 +110,14 @@ def test_memory_is_held_from_before_it_is_there_until_the_answer_is(manifest: Ma
         server.engine.gate.set()
         assert [found.result().status for found in replies] == [200, 200]
         wait_until(lambda: held(server) == 0)
-        assert server("POST", "/embed", body).status == 200
+        assert server("POST", "/api/embed", body).status == 200
         # Chunked, without a length to tell.
         with Client(server.port) as client:
             chunks = (body[start : start + 9999] for start in range(0, len(body), 9999))
-            client.connection.request("POST", "/embed", chunks, encode_chunked=True)
+            client.connection.request("POST", "/api/embed", chunks, encode_chunked=True)
             assert client.read().status == 200
         # One that will never fit.
-        reply = server("POST", "/embed", json.dumps({"inputs": ["w" + " " * 30_000] * 40}).encode())
+        reply = server("POST", "/api/embed", json.dumps({"inputs": ["w" + " " * 30_000] * 40}).encode())
         assert (reply.status, reply.kind) == (413, "too_large")
         assert "MB of memory for one request, got 6; --max-memory-mb" in reply.json["error"]["message"]
         wait_until(lambda: held(server) == 0)
@@ -125,15 +125,15 @@ def test_memory_is_held_from_before_it_is_there_until_the_answer_is(manifest: Ma
 
 def test_memory_of_refused_and_failed_requests_is_given_back(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, max_queue_tokens=100)) as server:
-        chunked = b"POST /embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        chunked = b"POST /api/embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
         for data in (
             chunked + b"5\r\nhello\r\n0\r\n\r\n",
             chunked + b"5\r\nhello\r\nx",
-            b"POST /embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 3\r\n\r\n{}]",
+            b"POST /api/embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 3\r\n\r\n{}]",
         ):
             assert raw(server.port, data).startswith(b"HTTP/1.1 4")
         for body in ({"inputs": ["w1"] * 50}, {"inputs": ["w1"] * 2000}, {"input": 1}):
-            assert server("POST", "/embed", body).status in (413, 422)
+            assert server("POST", "/api/embed", body).status in (413, 422)
         wait_until(lambda: held(server) == 0)
 
 
@@ -142,13 +142,13 @@ def test_connections_and_what_they_do_not_read_count(manifest: Manifest) -> None
         open_ones = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(70)]
         wait_until(lambda: server.app.service.budget.connection_bytes > MB)
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
-            sock.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n" + b'{"inputs": "w1"}')
+            sock.sendall(b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n" + b'{"inputs": "w1"}')
             assert b" 429 " in sock.recv(1 << 16)
         assert server("GET", "/health").status == 200
         for sock in open_ones:
             sock.close()
         wait_until(lambda: server.app.service.budget.connection_bytes < MB)
-        assert server("POST", "/embed", {"inputs": "w1"}).status == 200
+        assert server("POST", "/api/embed", {"inputs": "w1"}).status == 200
 
 
 def test_the_budget_is_half_of_what_there_is_unless_it_is_set() -> None:
@@ -207,7 +207,7 @@ def test_a_large_answer_waits_for_its_reader(manifest: Manifest, monkeypatch: py
         sock.connect(("127.0.0.1", server.port))
         sock.settimeout(10)
         sock.sendall(
-            b"POST /embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(many) + many
+            b"POST /api/embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(many) + many
         )
         wait_until(lambda: server.server._connections)
         (connection,) = server.server._connections
@@ -231,16 +231,18 @@ def test_a_client_that_leaves_a_large_answer(manifest: Manifest) -> None:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", server.port))
-            sock.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(many) + many)
+            sock.sendall(b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(many) + many)
             sock.recv(100)
         wait_until(lambda: held(server) == 0 and not server.server.server_state.tasks)
-        assert server("POST", "/embed", {"inputs": "w1"}).status == 200
+        assert server("POST", "/api/embed", {"inputs": "w1"}).status == 200
 
 
 def test_a_large_answer_to_a_client_that_knows_no_chunks(manifest: Manifest) -> None:
     many = json.dumps({"inputs": ["w1"] * 20_000}).encode()
     with running(manifest, Settings(port=0, max_inputs=20_000)) as server:
-        answer = raw(server.port, b"POST /embed HTTP/1.0\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(many) + many)
+        answer = raw(
+            server.port, b"POST /api/embed HTTP/1.0\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(many) + many
+        )
         head, _, body = answer.partition(b"\r\n\r\n")
         assert b"transfer-encoding" not in head
         assert len(json.loads(body)["embeddings"]) == 20_000

@@ -54,12 +54,12 @@ def server(manifest: Manifest) -> Any:
 def in_one_batch(server: LiveServer, *bodies: Any) -> list[Reply]:
     """Sends requests that share a batch; the engine waits in an earlier one meanwhile."""
     with ThreadPoolExecutor(len(bodies) + 1) as pool:
-        first = pool.submit(server, "POST", "/embed", {"inputs": "w0"})
+        first = pool.submit(server, "POST", "/api/embed", {"inputs": "w0"})
         assert server.engine.entered.wait(10)
         replies = []
         for body in bodies:
             before = server.batcher.queued_tokens
-            replies.append(pool.submit(server, "POST", "/embed", body))
+            replies.append(pool.submit(server, "POST", "/api/embed", body))
             wait_until(lambda before=before: server.batcher.queued_tokens > before)
         server.engine.gate.set()
         assert first.result().status == 200
@@ -82,7 +82,7 @@ def test_a_text_without_a_finite_result_fails_its_own_request_only(
         assert bad.kind == "internal"
         assert "input 2: an embedding is not finite" in bad.json["error"]["message"]
         assert server.batcher.queued_tokens == 0
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_a_batch_that_fails_is_run_request_by_request(manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:
@@ -190,9 +190,9 @@ def test_a_long_request_does_not_keep_others_from_being_tokenised(manifest: Mani
         tokenizer = TellingTokenizer(server.app.service._tokenizer)
         server.app.service._tokenizer = tokenizer  # type: ignore[assignment]
         with ThreadPoolExecutor(1) as pool:
-            slow = pool.submit(server, "POST", "/embed", {"inputs": long_text("w99")})
+            slow = pool.submit(server, "POST", "/api/embed", {"inputs": long_text("w99")})
             assert tokenizer.entered.wait(10)
-            assert server("POST", "/embed", {"inputs": long_text("w1")}).status == 200
+            assert server("POST", "/api/embed", {"inputs": long_text("w1")}).status == 200
             tokenizer.gate.set()
             assert slow.result().status == 200
         assert server("GET", "/info").json["tokenization_workers"] >= 2
@@ -207,11 +207,11 @@ def test_long_requests_are_tokenised_in_turns(manifest: Manifest, monkeypatch: p
         tokenizer = TellingTokenizer(inner._tokenizer)
         inner._tokenizer = tokenizer  # type: ignore[assignment]
         with ThreadPoolExecutor(3) as pool:
-            blocker = pool.submit(server, "POST", "/embed", {"inputs": long_text("w99")})
+            blocker = pool.submit(server, "POST", "/api/embed", {"inputs": long_text("w99")})
             assert tokenizer.entered.wait(10)
-            large = pool.submit(server, "POST", "/embed", {"inputs": [long_text("w1")] * 6})
+            large = pool.submit(server, "POST", "/api/embed", {"inputs": [long_text("w1")] * 6})
             wait_until(lambda: inner._helpers._work_queue.qsize() == 1)
-            small = pool.submit(server, "POST", "/embed", {"inputs": long_text("w2")})
+            small = pool.submit(server, "POST", "/api/embed", {"inputs": long_text("w2")})
             wait_until(lambda: inner._helpers._work_queue.qsize() == 2)
             tokenizer.gate.set()
             assert [reply.result().status for reply in (blocker, large, small)] == [200] * 3
@@ -219,10 +219,10 @@ def test_long_requests_are_tokenised_in_turns(manifest: Manifest, monkeypatch: p
         assert tokenizer.order.count("w1") == 6
         # Messages count from the request's first text, not from that of the turn.
         texts = [long_text("w1")] * 3
-        reply = server("POST", "/embed", {"inputs": [*(["w1"] * 3), *texts], "truncate": False})
+        reply = server("POST", "/api/embed", {"inputs": [*(["w1"] * 3), *texts], "truncate": False})
         assert "input 3:" in reply.json["error"]["message"]
         short = "w1 " + " " * len(long_text("w1"))
-        reply = server("POST", "/embed", {"inputs": [short, short, long_text("w1")], "truncate": False})
+        reply = server("POST", "/api/embed", {"inputs": [short, short, long_text("w1")], "truncate": False})
         assert "input 2:" in reply.json["error"]["message"]
 
 
@@ -232,9 +232,9 @@ def test_a_full_tokenising_backlog_names_its_own_limit(manifest: Manifest, monke
         tokenizer = TellingTokenizer(server.app.service._tokenizer)
         server.app.service._tokenizer = tokenizer  # type: ignore[assignment]
         with ThreadPoolExecutor(1) as pool:
-            slow = pool.submit(server, "POST", "/embed", {"inputs": long_text("w99")})
+            slow = pool.submit(server, "POST", "/api/embed", {"inputs": long_text("w99")})
             assert tokenizer.entered.wait(10)
-            reply = server("POST", "/embed", {"inputs": long_text("w1")})
+            reply = server("POST", "/api/embed", {"inputs": long_text("w1")})
             assert (reply.status, reply.kind) == (429, "queue_full")
             assert "5000" in reply.json["error"]["message"]
             assert "characters are waiting to be tokenised" in reply.json["error"]["message"]
@@ -295,7 +295,7 @@ CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
 def request_with(*lines: bytes, body: bytes = BODY, length: bool = True) -> bytes:
     fields = [b"Host: x", *lines, *([b"Content-Length: %d" % len(body)] if length else [])]
-    return b"POST /embed HTTP/1.1\r\n" + b"".join(line + b"\r\n" for line in fields) + b"\r\n" + body
+    return b"POST /api/embed HTTP/1.1\r\n" + b"".join(line + b"\r\n" for line in fields) + b"\r\n" + body
 
 
 def statuses(answer: bytes) -> list[bytes]:
@@ -366,13 +366,13 @@ def test_header_lines_are_bounded(server: LiveServer) -> None:
         assert_cut_off(server.port, request_with(b"X: " + b"y" * long, length=False)[: -len(BODY) - 4])
     large = request_with(b"Connection: close", body=json.dumps({"inputs": ["w1 " * 100] * 900}).encode())
     assert statuses(raw(server.port, large)) == [b"200"]  # A long body is no header.
-    assert server("POST", "/embed", GOOD).status == 200
+    assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_trailers_are_bounded_and_are_no_headers(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, api_key="sesame")) as server:
         chunk = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
-        head = b"POST /embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n%s\r\n"
+        head = b"POST /api/embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n%s\r\n"
         key = b"Authorization: Bearer sesame\r\n"
         fine = raw(server.port, head % key + chunk + b"X: y\r\n\r\n")
         assert statuses(fine) == [b"200"]
@@ -387,13 +387,13 @@ def test_trailers_are_bounded_and_are_no_headers(manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     ("head", "status"),
     [
-        (b"POST /embed HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", b"400"),
-        (b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", b"501"),
+        (b"POST /api/embed HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", b"400"),
+        (b"POST /api/embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", b"501"),
         (
             b"GET /info HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             b"501",
         ),
-        (b"POST /embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: identity\r\n\r\n", b"501"),
+        (b"POST /api/embed HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: identity\r\n\r\n", b"501"),
     ],
 )
 def test_what_http_forbids(server: LiveServer, head: bytes, status: bytes) -> None:
@@ -410,7 +410,7 @@ def test_a_refusal_does_not_overtake_an_answer(manifest: Manifest) -> None:
             assert sock.recv(1 << 16) == b""  # Closed: an error here would be read as the first request's answer.
         wait_until(lambda: server.batcher.queued_tokens == 0)
         server.engine.gate.set()
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_work_of_pipelined_requests_is_dropped_when_their_client_leaves(manifest: Manifest) -> None:
@@ -422,7 +422,7 @@ def test_work_of_pipelined_requests_is_dropped_when_their_client_leaves(manifest
             wait_until(lambda: server.batcher.queued_tokens == 150)
         wait_until(lambda: server.batcher.queued_tokens == 0)
         server.engine.gate.set()
-        assert server("POST", "/embed", GOOD).status == 200
+        assert server("POST", "/api/embed", GOOD).status == 200
         assert sum(map(len, server.engine.batches)) < 10
 
 
@@ -530,7 +530,7 @@ def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Ma
             return await tokenize(request, sizes)
 
         inner._tokenize = note  # type: ignore[method-assign]
-        assert server("POST", "/embed", {"inputs": ["w1", "w2"]}).status == 200
+        assert server("POST", "/api/embed", {"inputs": ["w1", "w2"]}).status == 200
         assert aside == [["w1", "w2"]]
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = Settings(
     port=0, max_inputs=7, max_chars=40, max_body_bytes=900, max_queue_tokens=60, max_values=6 * WIDTH, max_memory_mb=9
 )
-TASKS = {"feature-extraction": "/embed", "text-classification": "/predict", "fill-mask": "/fill-mask"}
+TASKS = {"feature-extraction": "/api/embed", "text-classification": "/api/classify", "fill-mask": "/api/fill-mask"}
 MAX_TOKENS = 12
 
 
@@ -142,7 +142,7 @@ def test_whole_numbers_are_integers_however_they_are_written(tmp_path: Path) -> 
             assert server("POST", "/v1/embeddings", body).status == 422
 
 
-def refused(server: LiveServer, body: Any, path: str = "/embed") -> str:
+def refused(server: LiveServer, body: Any, path: str = "/api/embed") -> str:
     reply = server("POST", path, body)
     assert (reply.status, reply.kind) == (413, "too_large")
     return str(reply.json["error"]["message"])
@@ -150,8 +150,8 @@ def refused(server: LiveServer, body: Any, path: str = "/embed") -> str:
 
 def test_one_more_than_each_limit_is_told_with_its_option(tmp_path: Path) -> None:
     with running(make_manifest(tmp_path, max_tokens=MAX_TOKENS), SMALL) as server:
-        assert server("POST", "/embed", {"inputs": ["w1"] * 6}).status == 200
-        assert server("POST", "/embed", {"inputs": "w" * 40}).status == 200
+        assert server("POST", "/api/embed", {"inputs": ["w1"] * 6}).status == 200
+        assert server("POST", "/api/embed", {"inputs": "w" * 40}).status == 200
         for body, limit, asked, option in (
             ({"inputs": ["w1"] * 8}, 7, 8, "--max-inputs"),
             ({"inputs": "w" * 41}, 40, 41, "--max-chars"),

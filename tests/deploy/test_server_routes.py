@@ -105,15 +105,15 @@ def test_a_row_is_all_that_a_route_needs(server: LiveServer) -> None:
 def test_the_endpoint_of_a_task_is_found_in_the_rows(tmp_path: Path) -> None:
     rows = [dataclasses.replace(row, path=f"/moved{row.path}") for row in ROUTES]
     for row in rows:
-        expected = {"feature-extraction": "embed", "text-classification": "predict", "fill-mask": "fill-mask"}
-        expected["token-classification"] = "api/token-classify"
+        expected = {"feature-extraction": "embed", "text-classification": "classify", "fill-mask": "fill-mask"}
+        expected["token-classification"] = "token-classify"
         for task, name in expected.items():
             message = app._wrong_task(row, rows, make_manifest(tmp_path, task))
             if row.task in (None, task):
                 assert message is None
             else:
                 assert message is not None
-                assert message.endswith(f"POST to /moved/{name}")
+                assert message.endswith(f"POST to /moved/api/{name}")
 
 
 def test_rows_are_one_for_each_method_and_path_and_name_errors_that_exist() -> None:

@@ -67,7 +67,7 @@ def embeddings(container: Container) -> list[list[float]]:
     return [
         vector
         for texts in (TEXTS[:half], TEXTS[half:])
-        for vector in container.post("/embed", {"inputs": texts})["embeddings"]
+        for vector in container.post("/api/embed", {"inputs": texts})["embeddings"]
     ]
 
 
@@ -138,8 +138,8 @@ def test_wrong_requests_get_an_answer(server: tuple[str, Container]) -> None:
     _, container = server
     for body in ([], {"inputs": []}, {"inputs": 3}, {"inputs": ["\ud800"]}):
         with pytest.raises(Exception, match=r"HTTP Error 4\d\d"):
-            container.post("/embed", body)
-    assert len(container.post("/embed", {"inputs": "ok"})["embeddings"]) == 1
+            container.post("/api/embed", body)
+    assert len(container.post("/api/embed", {"inputs": "ok"})["embeddings"]) == 1
 
 
 def test_arm64_without_bf16(fp32: list[list[float]]) -> None:
@@ -149,7 +149,7 @@ def test_arm64_without_bf16(fp32: list[list[float]]) -> None:
     with serving(image("arm64"), "arm64", setting("TORCH_EXT_BUNDLE"), *variant, options=options) as container:
         container.wait_until_healthy(300)
         assert "isa=neon_dotprod " in container.logs()
-        vectors = container.post("/embed", {"inputs": TEXTS[:3]})["embeddings"]
+        vectors = container.post("/api/embed", {"inputs": TEXTS[:3]})["embeddings"]
     assert min(map(cosine, vectors, fp32)) >= 0.9995
 
 
@@ -175,7 +175,7 @@ def test_arm64_onnx_int8(fp32: list[list[float]], tmp_path: Path) -> None:
     bundle = setting("TORCH_EXT_BUNDLE")
     with serving(image("onnx"), "arm64", bundle, "--variant", "onnx-int8", options=options) as container:
         container.wait_until_healthy(300)
-        vectors = container.post("/embed", {"inputs": TEXTS[:3]})["embeddings"]
+        vectors = container.post("/api/embed", {"inputs": TEXTS[:3]})["embeddings"]
     assert min(map(cosine, vectors, fp32)) >= 0.95
 
 

@@ -36,15 +36,15 @@ def right_answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
     texts = body["input"] if path == "/v1/embeddings" else body["inputs"]
     vector = [0.5] * DIMENSION
     usage = {"tokens": 7 * len(texts)}
-    if path == "/embed":
+    if path == "/api/embed":
         return {"embeddings": [vector for _ in texts], "model": "stub", "usage": usage}
-    if path == "/predict":
+    if path == "/api/classify":
         return {"predictions": [[{"label": "A", "score": 0.9}, {"label": "B", "score": 0.1}] for _ in texts]}
     if path == "/api/token-classify":
         return {
             "predictions": [[{"entity_group": "A", "score": 0.9, "word": "o", "start": 0, "end": 1}] for _ in texts]
         }
-    if path == "/fill-mask":
+    if path == "/api/fill-mask":
         candidates = [{"token": "x", "token_id": 1, "score": 0.5}] * body["top_k"]
         return {"predictions": [[candidates] for _ in texts]}
     assert body["model"] == "stub"
@@ -126,7 +126,7 @@ class Stub:
                     self.reply(404, b"{}")
                     return
                 texts = body.get("inputs") or body.get("input")
-                if self.path == "/fill-mask" and any(text.count(MASK_TOKEN) != 1 for text in texts):
+                if self.path == "/api/fill-mask" and any(text.count(MASK_TOKEN) != 1 for text in texts):
                     self.reply(422, b"{}")
                     return
                 # The load test tries the endpoint before the load.

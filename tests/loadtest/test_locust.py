@@ -176,13 +176,13 @@ def test_impossible_settings_are_refused(stub: Stub) -> None:
 def test_server_is_looked_at_first(locust: Locust, stubs: list[Stub]) -> None:
     loading, other, fine, _ = stubs
     loading.ready = 503
-    other.paths = frozenset({"/embed"})
-    fine.paths = frozenset({"/predict"})
+    other.paths = frozenset({"/api/embed"})
+    fine.paths = frozenset({"/api/classify"})
     fine.delay_s = 0.02
     runs = together(*(partial(locust, stub.host, "--task", "predict") for stub in (loading, other, fine)))
     assert [run.code for run in runs] == [2, 2, 0]
     assert "is not ready" in runs[0].output
-    assert "has no /predict (status 404): choose another --task" in runs[1].output
+    assert "has no /api/classify (status 404): choose another --task" in runs[1].output
     assert not any("Traceback" in run.output for run in runs)
     assert not loading.texts
     assert not other.texts

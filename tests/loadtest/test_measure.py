@@ -110,7 +110,7 @@ def test_server_timing(header: str | None, expected: dict[str, float]) -> None:
 def test_description_names_every_number() -> None:
     counts = collector(*range(1, 101), errors=1, refused=2)
     summary = {
-        "path": "/embed",
+        "path": "/api/embed",
         "host": "http://h",
         "users": 4,
         "think_time_s": 0.0,

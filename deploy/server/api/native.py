@@ -22,7 +22,7 @@ def _texts(inputs: str | list[str]) -> Sequence[str]:
 
 
 async def embed(context: Context, request: EmbedRequest, caller: Caller) -> Response:
-    """POST /embed."""
+    """POST /api/embed."""
     service = context.service
     result = await service.embed(
         _texts(request.inputs),
@@ -36,13 +36,13 @@ async def embed(context: Context, request: EmbedRequest, caller: Caller) -> Resp
 
 
 async def predict(context: Context, request: PredictRequest, caller: Caller) -> Response:
-    """POST /predict."""
+    """POST /api/classify."""
     result = await context.service.classify(_texts(request.inputs), caller, context.limits, truncate=request.truncate)
     return _predictions(context, result, 2 * len(context.service.manifest.labels or ()))
 
 
 async def fill_mask(context: Context, request: FillMaskRequest, caller: Caller) -> Response:
-    """POST /fill-mask."""
+    """POST /api/fill-mask."""
     result = await context.service.fill(
         _texts(request.inputs), caller, context.limits, top_k=request.top_k, truncate=request.truncate
     )
@@ -58,7 +58,7 @@ def _predictions(context: Context, result: Result, values_each: int) -> Response
 ROUTES = (
     Route(
         method="POST",
-        path="/embed",
+        path="/api/embed",
         summary="Embed texts",
         handler=embed,
         task="feature-extraction",
@@ -72,7 +72,7 @@ ROUTES = (
     ),
     Route(
         method="POST",
-        path="/predict",
+        path="/api/classify",
         summary="Classify texts",
         handler=predict,
         task="text-classification",
@@ -87,7 +87,7 @@ ROUTES = (
     ),
     Route(
         method="POST",
-        path="/fill-mask",
+        path="/api/fill-mask",
         summary="Fill masked words",
         handler=fill_mask,
         task="fill-mask",
