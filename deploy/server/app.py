@@ -18,6 +18,7 @@ this server but the engine takes about 190 us per request of 53 tokens, half of 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
@@ -86,6 +87,7 @@ class App:
         self._metrics.gauges(
             lambda: batcher.queued_tokens, lambda: self.service.budget.held_bytes, lambda: self.service.ready
         )
+        routes = rows_of(routes, manifest.task, self.service.model)
         self._dialects = sorted({route.dialect for route in routes}, key=lambda dialect: -len(dialect.prefix))
         written = functools.cache(
             lambda variant, memory_mb: orjson.dumps(document(routes, manifest, variant, settings, tokenizer, memory_mb))
@@ -174,13 +176,13 @@ class App:
                     rest = parts(data)
                     data = await self.service.aside(next, rest)
         except ApiError as error:
-            response, data = self._error(error, path)
+            response, data = self._error(error, scope)
         except CallerLeft:
             self._metrics.abandoned()
             return
         except Exception:
             log.exception("%s failed", path)
-            response, data = self._error(ApiError("internal", "unexpected failure; the server's log says more"), path)
+            response, data = self._error(ApiError("internal", "unexpected failure; the server's log says more"), scope)
         finally:
             if rest is None and caller.held_bytes:
                 self.service.budget.release(caller)
@@ -215,15 +217,17 @@ class App:
             part = await self.service.aside(next, rest, b"")
         await send({"type": "http.response.body", "body": b""})
 
-    def _error(self, error: ApiError, path: str) -> tuple[Response, bytes]:
+    def _error(self, error: ApiError, scope: Scope) -> tuple[Response, bytes]:
         """The answer that tells of an error, and its body."""
-        body = self._dialect(path).error(error)
-        return error_response(error, body), body
+        dialect = error.dialect or self._dialect(scope["path"], scope["method"])
+        body = dialect.error(error)
+        return error_response(error, body, dialect.status(error.kind)), body
 
-    def _dialect(self, path: str) -> Dialect:
+    def _dialect(self, path: str, method: str) -> Dialect:
         """Whose errors a path speaks: those of its rows, or of the longest prefix."""
-        for endpoint in self._routes.get(path, {}).values():
-            return endpoint.route.dialect
+        rows = self._routes.get(path)
+        if rows:
+            return (rows.get(method) or next(iter(rows.values()))).route.dialect
         return next((dialect for dialect in self._dialects if path.startswith(dialect.prefix)), NATIVE)
 
 
@@ -238,6 +242,25 @@ def _timeout_s(value: bytes) -> float:
             "invalid_request", f"x-request-timeout-ms: expected whole milliseconds from 1, got {value[:40]!r}"
         )
     return 1e-3 * int(value)
+
+
+def rows_of(routes: Sequence[Route], task: str, model: str) -> list[Route]:
+    """The rows that serve a bundle, with the name of its model in their paths.
+
+    Args:
+        routes: All rows; of those with one path and method, the one of the bundle's task is taken, else the first.
+        task: Of the bundle.
+        model: Name that it is served under.
+    """
+    found: dict[tuple[str, str], Route] = {}
+    for route in routes:
+        key = (route.path, route.method)
+        if key not in found or (route.task == task and found[key].task != task):
+            found[key] = route
+    return [
+        dataclasses.replace(route, path=route.path.replace("{model}", model)) if "{model}" in route.path else route
+        for route in found.values()
+    ]
 
 
 def _wrong_task(route: Route, routes: Sequence[Route], manifest: Manifest) -> str | None:

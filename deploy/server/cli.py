@@ -92,10 +92,17 @@ def _parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     limits.add_argument(
-        "--max-inputs", type=_positive, default=defaults.max_inputs, help="texts in a request (default: %(default)s)"
+        "--max-inputs",
+        type=_positive,
+        default=defaults.max_inputs,
+        help="texts that GET /info tells clients to send in a request; one with more is split (default: %(default)s)",
     )
     limits.add_argument(
-        "--max-chars", type=_positive, default=defaults.max_chars, help="characters of a text (default: %(default)s)"
+        "--max-chars",
+        type=_positive,
+        default=defaults.max_chars,
+        help="characters of a text that are read at first; the rest is read only if these make fewer tokens than the "
+        "model takes (default: %(default)s)",
     )
     limits.add_argument(
         "--max-body-bytes", type=_positive, default=defaults.max_body_bytes, help="request body (default: %(default)s)"
@@ -162,6 +169,14 @@ def _parser() -> argparse.ArgumentParser:
         "--api-key",
         default=os.environ.get(API_KEY_VARIABLE),
         help=f"require Authorization: Bearer KEY; better given in {API_KEY_VARIABLE}, which other users cannot see",
+    )
+    parser.add_argument(
+        "--accept-token-ids", action="store_true", help="take token ids of the model's tokenizer in place of texts"
+    )
+    parser.add_argument(
+        "--any-dimensions",
+        action="store_true",
+        help="cut embeddings to any width that OpenAI's clients ask for, whatever the model was trained for",
     )
     parser.add_argument("--access-log", action="store_true", help="print a line per request (costs CPU)")
     return parser
@@ -289,6 +304,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         measure_limit_s=arguments.measure_limit,
         api_key=arguments.api_key or None,
         access_log=arguments.access_log,
+        accept_token_ids=arguments.accept_token_ids,
+        any_dimensions=arguments.any_dimensions,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     if settings.access_log:

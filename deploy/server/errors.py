@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
-__all__ = ["ERRORS", "ApiError", "ErrorKind", "error_body", "error_fields"]
+__all__ = ["ERRORS", "ApiError", "ErrorKind", "error_body", "error_fields", "error_text"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ ERRORS: Mapping[str, ErrorKind] = {
         413, "body, inputs, length of a text, tokens, or numbers of the answer above a limit, which the message names"
     ),
     "unsupported_media_type": ErrorKind(415, "the body is compressed; send plain JSON in UTF-8"),
+    "no_inputs": ErrorKind(422, "an empty list of inputs"),
     "invalid_request": ErrorKind(422, "not JSON in UTF-8, a missing or unknown field, a wrong type, or an empty list"),
     "queue_full": ErrorKind(
         429, "the request would wait for too long, or more tokens are waiting than the queue holds", retry=True
@@ -65,6 +67,7 @@ class ApiError(Exception):
         kind: Key in `ERRORS`.
         message: What was expected, what came, what to do.
         headers: More response headers.
+        dialect: Whose form the answer has, where a path serves two; None: that of its route.
     """
 
     def __init__(self, kind: str, message: str, headers: Mapping[str, str] | None = None) -> None:
@@ -72,6 +75,7 @@ class ApiError(Exception):
         self.kind = kind
         self.message = message
         self.headers = dict(headers or {})
+        self.dialect: Any = None
 
     @property
     def status(self) -> int:
@@ -79,12 +83,17 @@ class ApiError(Exception):
         return ERRORS[self.kind].status
 
 
-def error_fields(error: ApiError) -> dict[str, object]:
-    """Kind and message of an error.
+def error_text(error: ApiError) -> str:
+    """Message of an error.
 
     Characters that UTF-8 cannot hold are replaced: a message may quote what a client sent.
     """
-    return {"type": error.kind, "message": error.message.encode("utf-8", "replace").decode("utf-8")}
+    return error.message.encode("utf-8", "replace").decode("utf-8")
+
+
+def error_fields(error: ApiError) -> dict[str, object]:
+    """Kind and message of an error."""
+    return {"type": error.kind, "message": error_text(error)}
 
 
 def error_body(error: ApiError) -> bytes:

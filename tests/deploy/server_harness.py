@@ -142,7 +142,7 @@ class Reply:
         error = self.json["error"]
         assert isinstance(error["message"], str)
         assert error["message"]
-        return str(error["type"])
+        return str(error.get("code", error["type"]))
 
 
 class Client:

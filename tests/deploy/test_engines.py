@@ -121,7 +121,7 @@ def test_verified_bits_come_out_of_the_server(
     (ids, _, expected), *_ = [row[1:] for row in runs if row[0] == VARIANTS[variant].file]
     server = RealServer(
         manifest,
-        Settings(port=0, max_batch_tokens=1 << 20),
+        Settings(port=0, max_batch_tokens=1 << 20, accept_token_ids=True),
         FakeEngine(),
         lambda: load_engine(manifest, manifest.variant(variant), 1)[0],
     )

@@ -221,8 +221,9 @@ def test_memory_does_not_grow_with_the_variety_of_batches(torch_server: ServePro
 
 def test_real_server_survives_hostile_requests(torch_server: ServeProcess) -> None:
     for body, status in (
-        ({"inputs": "x" * 100_000}, 413),
-        ({"inputs": ["x"] * 10_000}, 413),
+        ({"inputs": "x" * 100_000}, 200),
+        ({"inputs": ["x"] * 2_000}, 200),
+        ({"inputs": ["x"] * 300_000}, 413),
         ({"inputs": []}, 422),
         ({"inputs": "a\0b"}, 422),
         (b'{"inputs": "\\ud800"}', 422),

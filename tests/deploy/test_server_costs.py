@@ -52,7 +52,9 @@ def test_an_answer_with_too_many_numbers_is_refused_before_it_is_computed(manife
             assert (reply.status, reply.kind) == (413, "too_large")
             assert all(word in message for word in ("--max-values", str(10 * WIDTH), str(11 * WIDTH)))
             assert server.engine.batches == []
-        assert server("POST", "/v1/embeddings", {"input": [[2, 5, 3]] * 11}).status == 413
+        ids = {"input": [[2, 5, 3]] * 11}
+    with running(manifest, Settings(port=0, max_values=10 * WIDTH, accept_token_ids=True)) as server:
+        assert server("POST", "/v1/embeddings", ids).status == 413
         wait_until(lambda: held(server) == 0)
 
 

@@ -244,22 +244,22 @@ def test_a_deadline_is_kept(manifest: Manifest) -> None:
     replies: list[Reply] = []
     with running(manifest, gate=gate) as server:
         begun = threading.Thread(
-            target=lambda: replies.append(server("POST", "/embed", {"inputs": "w1"})), name="the one that runs"
+            target=lambda: replies.append(server("POST", "/api/embed", {"inputs": "w1"})), name="the one that runs"
         )
         begun.start()
         assert server.engine.entered.wait(10)
-        reply = server("POST", "/embed", {"inputs": ["w2", "w3"]}, **{"X-Request-Timeout-Ms": "60"})
+        reply = server("POST", "/api/embed", {"inputs": ["w2", "w3"]}, **{"X-Request-Timeout-Ms": "60"})
         assert (reply.status, reply.kind) == (504, "deadline")
         assert "X-Request-Timeout-Ms" in reply.json["error"]["message"]
         server.batcher.admission.speed.note([1, 0, 0], [True, False, False], 10.0)
         with Client(server.port) as client:
-            reply = client("POST", "/embed", {"inputs": "w4"}, **{"X-Request-Timeout-Ms": "5000"})
+            reply = client("POST", "/api/embed", {"inputs": "w4"}, **{"X-Request-Timeout-Ms": "5000"})
             assert (reply.status, reply.kind) == (504, "deadline")
             assert "with what is queued" in reply.json["error"]["message"]
         gate.set()
         begun.join()
         wait_until(lambda: server.batcher.queued_tokens == 0)
-        reply = server("POST", "/embed", {"inputs": "w5"}, **{"X-Request-Timeout-Ms": "60000"})
+        reply = server("POST", "/api/embed", {"inputs": "w5"}, **{"X-Request-Timeout-Ms": "60000"})
         assert reply.status == 200
         assert len(list(itertools.chain(*server.engine.batches))) == 2
     assert [reply.status for reply in replies] == [200]
@@ -268,7 +268,7 @@ def test_a_deadline_is_kept(manifest: Manifest) -> None:
 @pytest.mark.parametrize("value", ["", "0", "-1", "1.5", "soon", "9999999999", "²"])
 def test_a_deadline_that_is_none(manifest: Manifest, value: str) -> None:
     with running(manifest) as server:
-        reply = server("POST", "/embed", {"inputs": "w1"}, **{"X-Request-Timeout-Ms": value})
+        reply = server("POST", "/api/embed", {"inputs": "w1"}, **{"X-Request-Timeout-Ms": value})
         assert (reply.status, reply.kind) == (422, "invalid_request")
 
 
@@ -277,13 +277,13 @@ def test_a_wait_that_is_too_long_is_refused_at_once(manifest: Manifest) -> None:
     replies: list[Reply] = []
     with running(manifest, Settings(port=0, max_queue_ms=500), gate=gate) as server:
         threads = [
-            threading.Thread(target=lambda: replies.append(server("POST", "/embed", {"inputs": "w1 " * 40})))
+            threading.Thread(target=lambda: replies.append(server("POST", "/api/embed", {"inputs": "w1 " * 40})))
             for _ in range(2)
         ]
         threads[0].start()
         assert server.engine.entered.wait(10)
         server.batcher.admission.speed.note([1, 0, 0], [True, False, False], 1.0)
-        reply = server("POST", "/embed", {"inputs": "w3"})
+        reply = server("POST", "/api/embed", {"inputs": "w3"})
         assert (reply.status, reply.kind) == (429, "queue_full")
         assert "--max-queue-ms" in reply.json["error"]["message"]
         assert int(reply.headers["retry-after"]) >= 1

@@ -110,7 +110,7 @@ async def load_then_ask(self):
     print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
     self.should_exit = True
 lifecycle.Server.startup, lifecycle.Server._load = listen, load_then_ask
-options = ["--port", "0", "--variant", sys.argv[2], "--drain-delay", "0", "--threads", "1"]
+options = ["--port", "0", "--variant", sys.argv[2], "--drain-delay", "0", "--threads", "1", "--accept-token-ids"]
 sys.exit(deploy.__main__.main(["serve", sys.argv[1], *options]))
 """
 
@@ -124,14 +124,21 @@ TEXTS = ["the name of the file", "a list"]
             "feature-extraction",
             "torch_ext-bf16",
             [
-                ("/embed", {"inputs": TEXTS}),
+                ("/api/embed", {"inputs": TEXTS}),
                 ("/v1/embeddings", {"input": [[2, 30, 3]], "encoding_format": "float"}),
                 ("/v1/embeddings", {"input": TEXTS, "encoding_format": "base64"}),
-                ("/embed", {"inputs": TEXTS * 150}),  # An answer in parts.
+                ("/embed", {"inputs": TEXTS, "dimensions": 5}),
+                ("/similarity", {"inputs": {"source_sentence": TEXTS[0], "sentences": TEXTS}}),
+                ("/tokenize", {"inputs": TEXTS}),
+                ("/api/embed", {"inputs": TEXTS * 150}),  # An answer in parts.
             ],
         ),
-        ("text-classification", "torch_ext-int8", [("/predict", {"inputs": TEXTS})]),
-        ("fill-mask", "torch_ext-fp32", [("/fill-mask", {"inputs": ["the [MASK] of the [MASK]"], "top_k": 3})]),
+        (
+            "text-classification",
+            "torch_ext-int8",
+            [("/api/classify", {"inputs": TEXTS}), ("/predict", {"inputs": [TEXTS]})],
+        ),
+        ("fill-mask", "torch_ext-fp32", [("/api/fill-mask", {"inputs": ["the [MASK] of the [MASK]"], "top_k": 3})]),
     ],
 )
 def test_serving_needs_no_numpy(

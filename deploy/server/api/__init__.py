@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from . import native, openai, operations, structured
+from . import hub, native, openai, operations, rerank, structured, tei
 
 __all__ = ["ROUTES"]
 
-ROUTES = (*native.ROUTES, *structured.ROUTES, *openai.ROUTES, *operations.ROUTES)
+ROUTES = (
+    *native.ROUTES,
+    *structured.ROUTES,
+    *tei.ROUTES,
+    *openai.ROUTES,
+    *rerank.ROUTES,
+    *hub.ROUTES,
+    *operations.ROUTES,
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..service.similarity import similarity as similarities
 from .route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, encode_list, server_timing
 from .schemas import (
     EmbedRequest,
@@ -12,6 +13,8 @@ from .schemas import (
     FillMaskResponse,
     PredictRequest,
     PredictResponse,
+    SimilarityRequest,
+    SimilarityResponse,
 )
 
 __all__ = ["ROUTES"]
@@ -33,6 +36,16 @@ async def embed(context: Context, request: EmbedRequest, caller: Caller) -> Resp
     )
     body = {"embeddings": result.values, "model": service.model, "usage": {"tokens": result.tokens}}
     return Response(encode_list(body, "embeddings", service.width), (JSON_HEADER, server_timing(result)))
+
+
+async def similarity(context: Context, request: SimilarityRequest, caller: Caller) -> Response:
+    """POST /api/similarity."""
+    service = context.service
+    result = await similarities(
+        service, request.source, request.texts, caller, context.limits, truncate=request.truncate
+    )
+    body = {"similarities": result.values, "model": service.model, "usage": {"tokens": result.tokens}}
+    return Response(encode_list(body, "similarities", 1), (JSON_HEADER, server_timing(result)))
 
 
 async def predict(context: Context, request: PredictRequest, caller: Caller) -> Response:
@@ -67,6 +80,21 @@ ROUTES = (
         answer=EmbedResponse,
         limits=Limits.of_texts,
         values=lambda manifest, request: manifest.hidden_size,
+        secured=True,
+        tag="inference",
+    ),
+    Route(
+        method="POST",
+        path="/api/similarity",
+        summary="Compare a text with others",
+        handler=similarity,
+        task="feature-extraction",
+        request=SimilarityRequest,
+        example={"source": "A server answers.", "texts": ["It replies.", "A fish swims."]},
+        answer=SimilarityResponse,
+        limits=Limits.of_texts,
+        values=lambda manifest, request: manifest.hidden_size,
+        value_bytes=12,  # The embedding, and its numbers where cosines are computed, one after the other.
         secured=True,
         tag="inference",
     ),

@@ -11,9 +11,9 @@ import msgspec
 from ...bundle import Manifest
 from ..errors import ERRORS
 from ..limits.bounds import BOUNDS, Limits, Settings
-from ..service import TextTokenizer
-from .route import JSON, Route
-from .schemas import BOUND, ErrorResponse
+from ..service import TextTokenizer, widths_of
+from .route import JSON, Dialect, Route
+from .schemas import BOUND
 
 __all__ = ["document"]
 
@@ -46,26 +46,32 @@ def document(
     Returns:
         A JSON object. Endpoints of other tasks are listed too: they answer 400.
     """
-    types = [kind for route in routes for kind in (route.request, route.answer) if kind is not None]
-    _, schemas = msgspec.json.schema_components(
-        [*dict.fromkeys(types), ErrorResponse], ref_template="#/components/schemas/{name}"
-    )
+    types = [kind for route in routes for kind in (route.request, route.answer, route.dialect.body) if kind is not None]
+    types = list(dict.fromkeys(types))
+    written, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    of = dict(zip(types, written, strict=True))
     mask = manifest.special_tokens["mask"]
+
+    def bounds(limits: Limits) -> dict[str, Any]:
+        return _bounds(limits, manifest, tokenizer, settings)
+
     for route in routes:
         if route.request is not None:
-            _write_bounds(schemas[route.request.__name__], _bounds(route.limits(settings), manifest, tokenizer))
+            _write_bounds(schemas[route.request.__name__], bounds(route.limits(settings)))
+    for schema in schemas.values():  # Parts of those.
+        _write_bounds(schema, bounds(Limits.of_texts(settings)))
     fill = {"{model}": manifest.model.name, "{mask}": "[MASK]" if mask is None else mask.token}
     secured = settings.api_key is not None
     paths: dict[str, Any] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, manifest.task, fill, secured)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, manifest.task, fill, secured, of)
 
     limits = (
-        f"Limits: {settings.max_inputs} inputs a request, {settings.max_chars} characters a text, "
-        f"{manifest.max_tokens} tokens a text (longer ones are cut unless `truncate` is false), "
-        f"{settings.max_body_bytes} bytes a body, {settings.max_queue_tokens} tokens waiting, {settings.max_values} "
-        "numbers an answer. `x-limits` has them all. A client that waits for so many milliseconds only says so by the "
-        "header `X-Request-Timeout-Ms`: what cannot be answered by then is refused with 504."
+        f"Limits: {settings.max_queue_tokens} tokens a request and of all that wait, {manifest.max_tokens} a text "
+        f"(longer ones are cut unless `truncate` is false), {settings.max_body_bytes} bytes a body, "
+        f"{settings.max_values} numbers an answer. `x-limits` has them all. A client that waits for so many "
+        "milliseconds only says so by the header `X-Request-Timeout-Ms`: what cannot be answered by then is refused, "
+        "with 504."
     )
     version = manifest.created_with.get("torch_ext", "0")
     components: dict[str, Any] = {"schemas": schemas}
@@ -99,13 +105,23 @@ def _table(settings: Settings, memory_mb: int) -> dict[str, Any]:
     return result
 
 
-def _bounds(limits: Limits, manifest: Manifest, tokenizer: TextTokenizer) -> dict[str, Any]:
+def _widths(manifest: Manifest, settings: Settings) -> dict[str, Any]:
+    """Widths that OpenAI's clients may ask for."""
+    widths = widths_of(manifest, settings.any_dimensions)
+    if isinstance(widths, range):
+        return {"type": "integer", "minimum": 1, "maximum": manifest.hidden_size}
+    return {"enum": list(widths)}
+
+
+def _bounds(limits: Limits, manifest: Manifest, tokenizer: TextTokenizer, settings: Settings) -> dict[str, Any]:
     """What the marks in types of requests stand for, by their names."""
     no_nul = r"[^\u0000]*"
     mask = manifest.special_tokens["mask"]
     masked = re.escape("[MASK]" if mask is None else mask.token)
     texts = {"minItems": 1, "maxItems": limits.inputs}
-    text = {"maxLength": limits.chars, "pattern": f"^{no_nul}$"}
+    text: dict[str, Any] = {"pattern": f"^{no_nul}$"}
+    if limits.chars:
+        text["maxLength"] = limits.chars
     some_text = {"type": "string", **text}
     # Ids that lack the special tokens get them.
     room = manifest.max_tokens - len(tokenizer.prefix) - len(tokenizer.suffix)
@@ -116,12 +132,21 @@ def _bounds(limits: Limits, manifest: Manifest, tokenizer: TextTokenizer) -> dic
         "maxItems": room,
     }
     lists = [{"type": "array", "items": items, **texts} for items in (some_text, some_ids)]
+    one_or_two = {"type": "array", "items": some_text, "minItems": 1, "maxItems": 2}
+    id_lists = [{**some_ids, "minItems": 0, "maxItems": limits.ids}]
+    id_lists.append({"type": "array", "items": id_lists[0], "minItems": 1, "maxItems": limits.inputs})
     return {
         "text": text,
         "texts": texts,
         "masked": {**text, "pattern": f"^{no_nul}{masked}{no_nul}$"},
-        "texts or ids": {"anyOf": [some_text, lists[0], some_ids, lists[1]]},
-        "width": {"anyOf": [{"const": manifest.hidden_size}, {"type": "null"}]},
+        "texts or ids": {"anyOf": [some_text, lists[0], *([some_ids, lists[1]] if settings.accept_token_ids else [])]},
+        "dimensions": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": manifest.hidden_size}, {"type": "null"}]},
+        "openai dimensions": {"anyOf": [_widths(manifest, settings), {"type": "null"}]},
+        "predict": {"anyOf": [some_text, one_or_two, {"type": "array", "items": one_or_two, **texts}]},
+        "texts or similarity": {
+            "anyOf": [some_text, lists[0], {"$ref": "#/components/schemas/SimilarityInput"}],
+        },
+        "ids": {"anyOf": [{**id_lists[0], "minItems": 1}, id_lists[1]]},
     }
 
 
@@ -137,17 +162,19 @@ def _write_bounds(schema: Any, bounds: Mapping[str, Any]) -> None:
             schema.update(bounds[name])
 
 
-def _operation(route: Route, task: str, fill: dict[str, str], secured: bool) -> dict[str, Any]:
-    """What the document says of a row."""
+def _operation(
+    route: Route, task: str, fill: dict[str, str], secured: bool, of: Mapping[Any, dict[str, Any]]
+) -> dict[str, Any]:
+    """What the document says of a row; `of` has the schema of each type."""
     operation: dict[str, Any] = {"operationId": route.name, "tags": [route.tag], "summary": route.summary}
     if route.request is not None:
         note = "" if route.task in (None, task) else f" Not with this bundle, which is for {task}: answers 400."
         operation["description"] = f"{route.request.__doc__}{note}"
-        content = {"schema": _ref(route.request), "example": _fill(dict(route.example), fill)}
+        content = {"schema": of[route.request], "example": _fill(dict(route.example), fill)}
         operation["requestBody"] = {"required": True, "content": {JSON: content}}
-    answer = _answer(route)
+    answer = _answer(route, of)
     kinds = [*route.error_kinds, *(["unauthorized"] if secured and route.secured else [])]
-    operation["responses"] = {"200": answer, **_errors(kinds)}
+    operation["responses"] = {"200": answer, **_errors(kinds, route.dialect, of)}
     if route.task is not None:
         answer["headers"] = _SERVER_TIMING
     if secured and route.secured:
@@ -155,32 +182,28 @@ def _operation(route: Route, task: str, fill: dict[str, str], secured: bool) -> 
     return operation
 
 
-def _answer(route: Route) -> dict[str, Any]:
+def _answer(route: Route, of: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
     if route.answer is not None:
-        return _json(route.answer, route.answered or route.answer.__doc__ or "")
+        return _json(of[route.answer], route.answered or route.answer.__doc__ or "")
     schema = {"type": "object" if route.media_type == JSON else "string"}
     return {"description": route.answered, "content": {route.media_type: {"schema": schema}}}
 
 
-def _ref(kind: type) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+def _json(schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"description": description, "content": {JSON: {"schema": schema}}}
 
 
-def _json(kind: type, description: str) -> dict[str, Any]:
-    return {"description": description, "content": {JSON: {"schema": _ref(kind)}}}
-
-
-def _errors(kinds: Sequence[str]) -> dict[str, Any]:
+def _errors(kinds: Sequence[str], dialect: Dialect, of: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
     """Responses of error kinds, by status; kinds that share a status share an entry."""
     result: dict[str, Any] = {}
-    for kind in sorted(kinds, key=lambda item: ERRORS[item].status):
+    for kind in sorted(kinds, key=dialect.status):
         row = ERRORS[kind]
-        status = str(row.status)
+        status = str(dialect.status(kind))
         text = f"`{kind}`: {row.meaning}."
         if status in result:
             result[status]["description"] += f" {text}"
             continue
-        result[status] = _json(ErrorResponse, text)
+        result[status] = _json(of[dialect.body], text)
         if row.retry:
             result[status]["headers"] = {
                 "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}

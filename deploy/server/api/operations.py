@@ -7,6 +7,7 @@ from typing import Any
 
 from .route import ApiError, Caller, Context, Response, Route, encode
 from .schemas import InfoResponse, StatusResponse
+from .tei import TEI
 
 __all__ = ["ROUTES"]
 
@@ -27,21 +28,22 @@ async def info(context: Context, request: None, caller: Caller) -> Response:
         model_type = {"embedding": {"pooling": manifest.pooling.mode}}
     elif labels:
         names = {str(index): label for index, label in enumerate(labels)}
-        model_type = {"classifier": {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}}}
+        kind = "reranker" if len(labels) == 1 and manifest.task == "text-classification" else "classifier"
+        model_type = {kind: {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}}}
     dtype = manifest.variants[choice.variant].dtype
     accuracies = {name: manifest.variants[name].accuracy for name in choice.texts_per_s or (choice.variant,)}
     body = {
-        "model_id": service.model,
+        "model_id": manifest.model.name,
         "model_sha": manifest.model.revision,
         "model_dtype": _DTYPES.get(dtype, dtype),
         "served_model_name": service.model,
         "model_type": model_type,
-        "max_concurrent_requests": settings.max_queue_tokens,
+        "max_concurrent_requests": settings.max_concurrent_requests or settings.max_queue_tokens,
         "max_input_length": manifest.max_tokens,
         "max_batch_tokens": settings.max_batch_tokens,
-        "max_batch_requests": None,
+        "max_batch_requests": settings.max_batch_requests,
         "max_client_batch_size": settings.max_inputs,
-        "auto_truncate": True,
+        "auto_truncate": settings.auto_truncate,
         "tokenization_workers": service.helper_threads,
         "version": served.versions["torch_ext"],
         "task": manifest.task,
@@ -74,8 +76,14 @@ async def info(context: Context, request: None, caller: Caller) -> Response:
     return Response(encode(body))
 
 
+async def live(context: Context, request: None, caller: Caller) -> Response:
+    """GET /live."""
+    return Response(b'{"status":"ok"}')
+
+
 async def health(context: Context, request: None, caller: Caller) -> Response:
-    """GET /health."""
+    """GET /health and /ping."""
+    context.service.check_running()
     return Response(b'{"status":"ok"}')
 
 
@@ -91,7 +99,7 @@ async def metrics(context: Context, request: None, caller: Caller) -> Response:
 
 
 async def docs(context: Context, request: None, caller: Caller) -> Response:
-    """GET /docs."""
+    """GET /docs and the first page."""
     return Response(_PAGE.read_bytes(), ((b"content-type", b"text/html; charset=utf-8"),))
 
 
@@ -106,17 +114,31 @@ ROUTES = (
         path="/info",
         summary="What is served, how, and why",
         handler=info,
+        dialect=TEI,
         answer=InfoResponse,
         errors=("loading",),
         secured=True,
     ),
     Route(
         method="GET",
-        path="/health",
+        path="/live",
         summary="Whether the process lives",
-        handler=health,
+        handler=live,
         answer=StatusResponse,
         answered="It does.",
+    ),
+    *(
+        Route(
+            method="GET",
+            path=path,
+            summary=f"Whether the model is loaded and runs, as {of}",
+            handler=health,
+            dialect=TEI,
+            answer=StatusResponse,
+            answered="It does.",
+            errors=("loading", "draining"),
+        )
+        for path, of in (("/health", "text-embeddings-inference has it"), ("/ping", "SageMaker asks"))
     ),
     Route(
         method="GET",
@@ -135,13 +157,16 @@ ROUTES = (
         answered="Prometheus' text format, version 0.0.4.",
         media_type="text/plain",
     ),
-    Route(
-        method="GET",
-        path="/docs",
-        summary="This description as a page",
-        handler=docs,
-        answered="HTML.",
-        media_type="text/html",
+    *(
+        Route(
+            method="GET",
+            path=path,
+            summary="This description as a page",
+            handler=docs,
+            answered="HTML.",
+            media_type="text/html",
+        )
+        for path in ("/docs", "/")
     ),
     Route(
         method="GET",

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...bundle import Manifest
-from ..errors import ApiError, error_body, error_fields
-from ..http.bodies import encode, encode_list
+from ..errors import ERRORS, ApiError, error_body, error_fields, error_text
+from ..http.bodies import encode, encode_list, encode_rows
 from ..http.exchange import JSON_HEADER, Response
 from ..limits.bounds import Limits, Settings
 from ..limits.callers import Caller
 from ..metrics import Metrics
 from ..service import Result, Service
+from .schemas import ErrorResponse
 
 __all__ = [
     "JSON",
@@ -34,7 +35,9 @@ __all__ = [
     "Route",
     "encode",
     "encode_list",
+    "encode_rows",
     "error_fields",
+    "error_text",
     "server_timing",
 ]
 
@@ -49,11 +52,19 @@ class Dialect:
         name: What it is called.
         prefix: Unknown paths that begin with it are answered in this dialect.
         error: Body of an error.
+        body: Type of that body.
+        statuses: HTTP statuses by kind of error, where they are not those of `ERRORS`.
     """
 
     name: str
     prefix: str
     error: Callable[[ApiError], bytes]
+    body: type = ErrorResponse
+    statuses: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    def status(self, kind: str) -> int:
+        """HTTP status of a kind of error."""
+        return self.statuses.get(kind) or ERRORS[kind].status
 
 
 NATIVE = Dialect("native", "/", error_body)
@@ -96,11 +107,12 @@ class Route:
 
     Attributes:
         method: HTTP method; GET answers HEAD, too.
-        path: Exact path.
+        path: Exact path, in which `{model}` is the name of the model.
         summary: One line for the documentation.
         handler: Answers a request.
         dialect: Whose errors it speaks.
-        task: Task that a bundle must have; None: any. A route with a task runs the engine.
+        task: Task that a bundle must have; None: any. A route with a task runs the engine. Of several rows with one
+            path and method, that of the bundle's task is served.
         request: Type of the body, which checks it; None: no body is read.
         example: Body that works; `{model}` and `{mask}` are filled in.
         answer: Type of a JSON body of status 200; None: anything of `media_type`.
@@ -135,7 +147,8 @@ class Route:
     @property
     def name(self) -> str:
         """Identifier of the operation in the OpenAPI document."""
-        return self.path.strip("/").partition(".")[0].replace("/", "_").replace("-", "_")
+        words = self.path.strip("/").partition(".")[0].replace("{model}", "model")
+        return words.replace("/", "_").replace("-", "_") or f"root_{self.method.lower()}"
 
     @property
     def error_kinds(self) -> list[str]:
@@ -145,4 +158,6 @@ class Route:
             kinds += ["wrong_task", "queue_full", "memory_full", "deadline", "internal", "loading", "draining"]
         if self.request is not None:
             kinds += ["timeout", "too_large", "unsupported_media_type", "invalid_request"]
+        if self.task is not None and self.request is not None:
+            kinds.append("no_inputs")
         return kinds

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from ..limits.bounds import MAX_TOP_K
@@ -21,30 +20,30 @@ __all__ = [
     "FillMaskRequest",
     "FillMaskResponse",
     "InfoResponse",
-    "OpenAIEmbedding",
-    "OpenAIEmbeddingsRequest",
-    "OpenAIEmbeddingsResponse",
-    "OpenAIModels",
     "PredictRequest",
     "PredictResponse",
+    "SimilarityRequest",
+    "SimilarityResponse",
     "StatusResponse",
+    "bound",
 ]
 BOUND = "x-bound"
 """Marks a part of a type for `openapi`, which writes the server's limits there."""
 
 
-def _bound(name: str) -> Meta:
+def bound(name: str) -> Meta:
+    """Metadata of a part of a type whose bounds are the server's; see `openapi`."""
     return Meta(extra_json_schema={BOUND: name})
 
 
-_Text = Annotated[str, _bound("text")]
-_Masked = Annotated[str, _bound("masked")]
+_Text = Annotated[str, bound("text")]
+_Masked = Annotated[str, bound("masked")]
 _INPUTS = Meta(
     description="One text, or a list of at least one. Text may be empty; it may not hold NUL or lone surrogates.",
     examples=["A server answers.", ["One text.", "Another one."]],
 )
-Inputs = Annotated[_Text | Annotated[list[_Text], _bound("texts")], _INPUTS]
-MaskedInputs = Annotated[_Masked | Annotated[list[_Masked], _bound("texts")], _INPUTS]
+Inputs = Annotated[_Text | Annotated[list[_Text], bound("texts")], _INPUTS]
+MaskedInputs = Annotated[_Masked | Annotated[list[_Masked], bound("texts")], _INPUTS]
 Truncate = Annotated[
     bool, Meta(description="Cut texts that are longer than the model takes; false: such a text is an error (422).")
 ]
@@ -67,37 +66,20 @@ class PredictRequest(Struct, forbid_unknown_fields=True):
     truncate: Truncate = True
 
 
+class SimilarityRequest(Struct, forbid_unknown_fields=True):
+    """A text to compare with others."""
+
+    source: _Text
+    texts: Annotated[list[_Text], bound("texts")]
+    truncate: Truncate = True
+
+
 class FillMaskRequest(Struct, forbid_unknown_fields=True):
     """Texts with at least one mask token each."""
 
     inputs: MaskedInputs
     top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K, description="Predictions per mask token.")] = 5
     truncate: Truncate = True
-
-
-class OpenAIEmbeddingsRequest(Struct):
-    """OpenAI's request; fields that are not listed are ignored, as its own server does with most."""
-
-    input: Annotated[
-        str | list[str | int | list[int]],
-        Meta(
-            description="A text, a list of texts, token ids, or a list of those. Ids that do not start with the "
-            "model's first special token get its special tokens added.",
-            examples=["A server answers.", ["One text.", "Another one."]],
-            extra_json_schema={BOUND: "texts or ids"},
-        ),
-    ]
-    model: Annotated[
-        str | None, Meta(description="Not checked: this server has one model, and the answer names it.")
-    ] = None
-    encoding_format: Annotated[Literal["float", "base64"], Meta(description="base64: little-endian float32.")] = "float"
-    dimensions: Annotated[
-        int | None,
-        Meta(
-            description="Only the width that the model has anyway; anything else is an error.",
-            extra_json_schema={BOUND: "width"},
-        ),
-    ] = None
 
 
 class Usage(Struct):
@@ -114,6 +96,14 @@ class EmbedResponse(Struct):
     """One embedding per text, in order."""
 
     embeddings: list[list[float]]
+    model: str
+    usage: Usage
+
+
+class SimilarityResponse(Struct):
+    """Per text the cosine of its embedding and that of the source, from -1 to 1."""
+
+    similarities: list[float]
     model: str
     usage: Usage
 
@@ -147,46 +137,6 @@ class FillMaskResponse(Struct):
     predictions: list[list[list[TokenScore]]]
     model: str
     usage: Usage
-
-
-class OpenAIEmbedding(Struct):
-    """One embedding in OpenAI's format."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class OpenAIUsage(Struct):
-    """OpenAI's token counts."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class OpenAIEmbeddingsResponse(Struct):
-    """OpenAI's answer."""
-
-    object: Literal["list"]
-    data: list[OpenAIEmbedding]
-    model: str
-    usage: OpenAIUsage
-
-
-class OpenAIModel(Struct):
-    """The model that this server has."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class OpenAIModels(Struct):
-    """OpenAI's list of models."""
-
-    object: Literal["list"]
-    data: list[OpenAIModel]
 
 
 class StatusResponse(Struct):
@@ -229,17 +179,18 @@ class InfoResponse(Struct):
     Fields up to `version` are those of text-embeddings-inference.
 
     Attributes:
-        model_id: Name of the model.
+        model_id: Name of the model in its bundle.
         model_sha: Its commit on the hub, or null.
         model_dtype: `bfloat16`, `float32` or `int8`.
-        served_model_name: The name again.
-        model_type: `{"embedding": {"pooling": ...}}`, `{"classifier": {"id2label", "label2id"}}`, or
-            `{"fill-mask": {}}`.
-        max_concurrent_requests: Most requests that can wait, if each has one token; `limits.max_queue_tokens` counts.
+        served_model_name: Name in answers.
+        model_type: `{"embedding": {"pooling": ...}}`, `{"classifier": {"id2label", "label2id"}}`, `{"reranker": ...}`
+            with the same where there is one label, or `{"fill-mask": {}}`.
+        max_concurrent_requests: Most requests that may wait or run; without such an option, as many as tokens, which
+            `limits.max_queue_tokens` counts.
         max_input_length: Longest text in tokens.
         max_batch_tokens: Token budget of a batch.
-        max_batch_requests: Always null: tokens count.
-        max_client_batch_size: Most texts in a request.
+        max_batch_requests: Most texts of a batch; null: as the tokens allow.
+        max_client_batch_size: Texts that clients should send in a request; one with more is split.
         auto_truncate: Whether longer texts are cut unless a request says otherwise.
         tokenization_workers: Threads that tokenize.
         version: Of torch_ext.
@@ -285,17 +236,13 @@ class ErrorDetail(Struct):
     Attributes:
         type: Kind of error, the same for all errors of that kind.
         message: What was expected, what came, what to do.
-        param: Always null; on /v1/* only.
-        code: The HTTP status; on /v1/* only.
     """
 
     type: str
     message: str
-    param: msgspec.UnsetType | None = msgspec.UNSET
-    code: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class ErrorResponse(Struct):
-    """Every error of the server."""
+    """Every error of the server's own routes."""
 
     error: ErrorDetail

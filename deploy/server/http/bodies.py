@@ -30,6 +30,7 @@ __all__ = [
     "encode_in_parts",
     "encode_list",
     "encode_part",
+    "encode_rows",
     "parts",
 ]
 
@@ -195,7 +196,7 @@ class Large(NamedTuple):
 
     Attributes:
         body: The answer.
-        key: Its field that is large, a list.
+        key: Its field that is large, a list; empty: the answer is this list alone, without the object around it.
         values_each: About how many numbers each item of the list holds.
     """
 
@@ -211,6 +212,13 @@ def encode_list(body: dict[str, Any], key: str, values_each: int) -> bytes | Lar
     return encode(body)
 
 
+def encode_rows(rows: Sequence[Any], values_each: int) -> bytes | Large:
+    """The same of an answer that is a list without an object around it."""
+    if len(rows) * values_each > INLINE_VALUES:
+        return Large({"": rows}, "", values_each)
+    return encode(rows)
+
+
 def encode_in_parts(large: Large) -> bytes:
     """The same of a large answer."""
     found = []
@@ -222,9 +230,10 @@ def encode_in_parts(large: Large) -> bytes:
 
 def parts(large: Large) -> Iterator[bytes]:
     """The same, one part after the other; each takes a millisecond or less to make."""
-    before = b"{"
+    before = b"{" if large.key else b""
     for name, value in large.body.items():
-        before += encode(name) + b":"
+        if large.key:
+            before += encode(name) + b":"
         if name != large.key:
             before += encode(value) + b","
             continue
@@ -234,7 +243,7 @@ def parts(large: Large) -> Iterator[bytes]:
             yield before + encode_part(value[start : start + step])
             before = b","
         before = b"]," if value else before + b"],"
-    yield before[:-1] + b"}"
+    yield before[:-1] + (b"}" if large.key else b"")
 
 
 def encode_part(items: Sequence[Any]) -> bytes:

@@ -49,12 +49,12 @@ class Response(NamedTuple):
     status: int = 200
 
 
-def error_response(error: ApiError, body: bytes) -> Response:
-    """The answer that tells of an error, with the body that its dialect gives it."""
+def error_response(error: ApiError, body: bytes, status: int) -> Response:
+    """The answer that tells of an error, with the body and the status that its dialect gives it."""
     headers = [JSON_HEADER, *((name.lower().encode(), value.encode()) for name, value in error.headers.items())]
     if ERRORS[error.kind].retry and "Retry-After" not in error.headers:
         headers.append((b"retry-after", b"1"))
-    return Response(body, tuple(headers), error.status)
+    return Response(body, tuple(headers), status)
 
 
 def authorize(headers: Headers, api_key: bytes) -> None:

@@ -72,8 +72,8 @@ class Settings:
         max_queue_ms: How long a request may take, as predicted; one that would take longer is 429 at once.
         max_batch_ms: How long a batch may take, by the measured speed; a single text may take longer.
         max_body_bytes: Longest request body; checked while it is read, before it is parsed.
-        max_inputs: Most texts in a request.
-        max_chars: Longest text, in code points.
+        max_inputs: Texts that clients are told to send in a request; one with more is split.
+        max_chars: How much of a text is read at first, in code points; more only while it makes too few tokens.
         request_timeout_s: A request has to arrive within this time.
         keep_alive_s: Idle connections are closed after this time.
         drain_delay_s: After SIGTERM, how long connections are still accepted while /ready answers 503.
@@ -84,6 +84,14 @@ class Settings:
         max_values: Most numbers in one answer.
         max_memory_mb: Most memory that all connections and requests may hold, in MB; None: half of what is available
             when the model is loaded, within the limits of all control groups.
+        accept_token_ids: Take token ids in place of texts.
+        any_dimensions: Cut embeddings to any width that OpenAI's clients ask for, whatever the model was trained for.
+        auto_truncate: Cut texts that are too long where a request does not say.
+        served_model_name: Name of the model in answers; None: that of the bundle.
+        max_concurrent_requests: Most requests that wait or run; None: as the tokens allow.
+        max_batch_requests: Most texts of a batch; None: as the tokens allow.
+        cors_allow_origin: Origins whose pages may ask, `*` for all.
+        root_path: What all paths begin with.
         response_timeout_s: A client that reads nothing of its answer for this time is disconnected.
     """
 
@@ -104,9 +112,17 @@ class Settings:
     measure_limit_s: float = 30.0
     api_key: str | None = None
     access_log: bool = False
-    max_values: int = 2 << 20
+    max_values: int = 16 << 20
     max_memory_mb: int | None = None
     response_timeout_s: float = 30.0
+    accept_token_ids: bool = False
+    any_dimensions: bool = False
+    auto_truncate: bool = True
+    served_model_name: str | None = None
+    max_concurrent_requests: int | None = None
+    max_batch_requests: int | None = None
+    cors_allow_origin: tuple[str, ...] = ()
+    root_path: str = ""
 
     @property
     def helper_threads(self) -> int:
@@ -142,8 +158,8 @@ class Bound:
 
 BOUNDS: Mapping[str, Bound] = {
     "body_bytes": Bound("a request body", "bytes", "max_body_bytes"),
-    "inputs": Bound("a request", "inputs in one request", "max_inputs"),
-    "chars": Bound("one text", "characters", "max_chars"),
+    "inputs": Bound("a request", "inputs in one request", "max_queue_tokens"),
+    "chars": Bound("one text of /tokenize", "characters", "max_chars"),
     "tokens": Bound("a request, and all requests that wait", "tokens in one request", "max_queue_tokens"),
     "wait_ms": Bound("a request waits and is computed", "ms", "max_queue_ms", status=429),
     "masks": Bound("one text of fill-mask", "mask tokens in one text", fixed=MASKS_PER_TEXT, status=422),
@@ -181,8 +197,8 @@ class Limits:
 
     Attributes:
         body_bytes: Longest body.
-        inputs: Most texts.
-        chars: Longest text, in code points.
+        inputs: Most texts; each has a token at least.
+        chars: Longest text, in code points, where it is not cut.
         masks: Most mask tokens in one text.
         ids: Most token ids, where they are taken instead of texts.
         values: Most numbers in the answer.
@@ -203,12 +219,17 @@ class Limits:
     @classmethod
     def of_texts(cls, settings: Settings) -> Limits:
         """Those of a route that takes texts."""
-        return cls(settings.max_body_bytes, settings.max_inputs, settings.max_chars, values=settings.max_values)
+        return cls(settings.max_body_bytes, settings.max_queue_tokens, values=settings.max_values)
 
     @classmethod
     def of_texts_or_ids(cls, settings: Settings) -> Limits:
         """Those of a route that takes texts or token ids."""
         return dataclasses.replace(cls.of_texts(settings), ids=settings.max_queue_tokens)
+
+    @classmethod
+    def of_whole_texts(cls, settings: Settings) -> Limits:
+        """Those of a route that takes texts and cuts none."""
+        return dataclasses.replace(cls.of_texts_or_ids(settings), chars=settings.max_chars)
 
     @classmethod
     def of_masked_texts(cls, settings: Settings) -> Limits:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .batching import Batcher
-from .service import Result, Served, Service
+from .request import Result, Served, widths_of
+from .service import Service
 from .tokens import TextTokenizer
 
-__all__ = ["Batcher", "Result", "Served", "Service", "TextTokenizer"]
+__all__ = ["Batcher", "Result", "Served", "Service", "TextTokenizer", "widths_of"]

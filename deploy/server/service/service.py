@@ -5,92 +5,31 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from ...bundle import Manifest
-from ...machine import versions
 from ...tasks import Ids
-from ...tasks.feature_extraction import EmbedOptions
 from ...tasks.fill_mask import FillMaskOptions
 from ...tasks.text_classification import ClassifyOptions
 from ..errors import ApiError
-from ..limits.bounds import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, TURN_CHARS, Limits, Settings, exceeded
+from ..limits.bounds import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, Limits, Settings, exceeded
 from ..limits.budget import TEXT_BYTES, MemoryBudget
 from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
 from ..variants import Choice
 from .batching import Batcher
+from .request import Request, Result, Served, embed_options, too_many, turns, widths_of
 from .structured import StructuredQuestions
 from .tokens import TextTokenizer
 from .work import Work
 
-__all__ = ["Result", "Served", "Service"]
+__all__ = ["Service"]
 
 Returned = TypeVar("Returned")
 
-_EMBED_OPTIONS = {value: EmbedOptions(value) for value in (False, True)}
-
-
-class Result(NamedTuple):
-    """What a request got.
-
-    Attributes:
-        values: One for each text.
-        tokens: Tokens of all texts, special tokens included.
-        tokenize_s: How long checking and tokenising took.
-        queue_s: Then, how long the first text waited.
-        infer_s: How long the batches took that held a text of it.
-    """
-
-    values: list[Any]
-    tokens: int
-    tokenize_s: float
-    queue_s: float
-    infer_s: float
-
-
-@dataclass(frozen=True)
-class Served:
-    """What the engine turned out to be.
-
-    Attributes:
-        choice: The variant, and why it was taken.
-        isa: What runs it.
-    """
-
-    choice: Choice
-    isa: str
-
-    @functools.cached_property
-    def versions(self) -> dict[str, str]:
-        """Versions of the packages that compute; looked up for who asks first."""
-        return versions()
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What a client asks about.
-
-    Attributes:
-        inputs: Texts, or pairs of texts, as the client sent them.
-        caller: Who waits.
-        limits: Of the route.
-        truncate: Cut inputs that are longer than the model takes.
-        encode: Makes token ids of some inputs: gets them, `truncate`, and the index of the first.
-        options: For the task.
-        check: Refuses token ids that the task cannot take; returns how many answers the others get.
-    """
-
-    inputs: Sequence[Any]
-    caller: Caller
-    limits: Limits
-    truncate: bool
-    encode: Callable[..., list[Any]]
-    options: Any = None
-    check: Callable[[Sequence[Any], Limits], int] = lambda ids, limits: len(ids)
+_INLINE_INPUTS = 1024
 
 
 class Service(StructuredQuestions):
@@ -101,6 +40,7 @@ class Service(StructuredQuestions):
         settings: Of the server.
         model: Name of the model.
         width: Numbers of an embedding.
+        dimensions: Widths that embeddings may be cut to.
         draining: Set once on shutdown: no more requests are welcome.
         served: What is served; None until it is loaded.
         helper_threads: Threads that do what would hold the event loop up.
@@ -112,13 +52,15 @@ class Service(StructuredQuestions):
     ) -> None:
         self.manifest = manifest
         self.settings = settings
-        self.model = manifest.model.name
+        self.model = settings.served_model_name or manifest.model.name
         self.width = manifest.hidden_size
+        self.dimensions = widths_of(manifest, settings.any_dimensions)
         self.draining = False
         self.served: Served | None = None
         self.helper_threads = settings.helper_threads
         self.budget = MemoryBudget.of(settings.max_memory_mb, batcher.retry_after)
         self._tokenizer = tokenizer
+        tokenizer.read_chars = settings.max_chars
         self._batcher = batcher
         self._metrics = metrics
         self._normalize = manifest.pooling is not None and manifest.pooling.normalize
@@ -129,8 +71,14 @@ class Service(StructuredQuestions):
         self._prompt_chars = 0 if manifest.prompts is None else len(manifest.prompts.default_text)
         self._helpers = ThreadPoolExecutor(self.helper_threads, thread_name_prefix="helper")
         self._tokenizing_chars = 0
+        self._running = 0
 
     # State.
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Of the bundle."""
+        return self._tokenizer
 
     @property
     def ready(self) -> bool:
@@ -184,6 +132,9 @@ class Service(StructuredQuestions):
         *,
         normalize: bool | None = None,
         truncate: bool = True,
+        cut_left: bool | None = None,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
     ) -> Awaitable[Result]:
         """Embeddings of texts.
 
@@ -193,6 +144,9 @@ class Service(StructuredQuestions):
             limits: Of the route.
             normalize: Divide by the L2 norm; None: as the model was trained.
             truncate: Cut texts that are longer than the model takes; otherwise they are an error.
+            cut_left: Cut off their beginning, or their end; None: what the model was trained with.
+            prompt_name: Which of the model's prompts goes before each text; None: its default prompt.
+            dimensions: Keep so many leading numbers, and normalise what is left; None: all.
 
         Returns:
             Per text a row, f32 [width]; see `tasks.Rows`.
@@ -201,14 +155,24 @@ class Service(StructuredQuestions):
             ApiError: See `errors`.
             CallerLeft: The client has left.
         """
-        options = _EMBED_OPTIONS[self._normalize if normalize is None else normalize]
-        return self._ask(_Request(texts, caller, limits, truncate, self._tokenizer.encode, options))
+        options = embed_options(self._normalize if normalize is None else normalize, dimensions, self.width)
+        encode = self._encoder(cut_left, prompt_name)
+        return self._ask(Request(texts, caller, limits, truncate, encode, options))
 
-    def embed_ids(self, texts: Sequence[Sequence[int]], caller: Caller, limits: Limits) -> Awaitable[Result]:
+    def embed_ids(
+        self,
+        texts: Sequence[Sequence[int]],
+        caller: Caller,
+        limits: Limits,
+        *,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+    ) -> Awaitable[Result]:
         """Embeddings of texts that are token ids already; see `embed`."""
+        options = embed_options(self._normalize if normalize is None else normalize, dimensions, self.width)
         started_s = time.perf_counter()
         if len(texts) > limits.inputs:
-            raise _too_many(len(texts), limits)
+            raise too_many(len(texts), limits)
         longest = self._tokenizer.max_tokens
         for index, text in enumerate(texts):
             if len(text) > longest:  # Before each id is looked at.
@@ -217,7 +181,14 @@ class Service(StructuredQuestions):
                     f"input {index}: expected at most {longest} tokens with special tokens, got {len(text)}",
                 )
         ids = [self._tokenizer.check_ids(index, text) for index, text in enumerate(texts)]
-        return self._run(ids, _EMBED_OPTIONS[self._normalize], caller, limits, started_s)
+        return self._run(ids, options, caller, limits, started_s)
+
+    def _encoder(self, cut_left: bool | None, prompt_name: str | None) -> Callable[..., list[Any]]:
+        """What makes token ids of texts, cut and with a prompt as a request wants it."""
+        if cut_left is None and prompt_name is None:
+            return self._tokenizer.encode
+        prompt = None if prompt_name is None else self._tokenizer.prompt(prompt_name)
+        return functools.partial(self._tokenizer.encode, prompt=prompt, cut_left=cut_left)
 
     def classify(
         self,
@@ -227,6 +198,7 @@ class Service(StructuredQuestions):
         *,
         raw_scores: bool = False,
         truncate: bool = True,
+        cut_left: bool | None = None,
     ) -> Awaitable[Result]:
         """Labels with scores of texts, or of pairs of texts, best first.
 
@@ -236,6 +208,7 @@ class Service(StructuredQuestions):
             limits: See `embed`.
             raw_scores: Logits as scores, without the model's activation.
             truncate: Cut what is longer than the model takes, in a pair the longer text first; see `embed`.
+            cut_left: See `embed`.
 
         Returns:
             Per input `[{"label": ..., "score": ...}]`.
@@ -244,8 +217,11 @@ class Service(StructuredQuestions):
             ApiError: See `embed`.
             CallerLeft: See `embed`.
         """
-        encode, options = self._tokenizer.encode_mixed, ClassifyOptions(raw_scores)
-        return self._ask(_Request(inputs, caller, limits, truncate, encode, options))
+        options = ClassifyOptions(raw_scores)
+        encode: Callable[..., list[Any]] = self._tokenizer.encode_mixed
+        if cut_left is not None:
+            encode = functools.partial(encode, cut_left=cut_left)
+        return self._ask(Request(inputs, caller, limits, truncate, encode, options))
 
     async def rerank(
         self,
@@ -256,6 +232,7 @@ class Service(StructuredQuestions):
         *,
         raw_scores: bool = False,
         truncate: bool = True,
+        cut_left: bool | None = None,
     ) -> Result:
         """How well texts fit a query, by a model with one label; see `classify`.
 
@@ -273,9 +250,9 @@ class Service(StructuredQuestions):
                 f"reranking needs a model with one label, this one has {len(labels)} ({', '.join(labels[:5])}"
                 f"{', ...' if len(labels) > 5 else ''}); classify pairs of query and text instead",
             )
-        self._check_text(query, "query", limits)
+        self._check_text(query, "query")
         pairs = [(query, text) for text in texts]
-        result = await self.classify(pairs, caller, limits, raw_scores=raw_scores, truncate=truncate)
+        result = await self.classify(pairs, caller, limits, raw_scores=raw_scores, truncate=truncate, cut_left=cut_left)
         return result._replace(values=[answer[0]["score"] for answer in result.values])
 
     def fill(
@@ -283,38 +260,32 @@ class Service(StructuredQuestions):
     ) -> Awaitable[Result]:
         """The best `top_k` tokens for every mask token of texts; see `embed`."""
         encode, options = self._tokenizer.encode, FillMaskOptions(top_k)
-        return self._ask(_Request(texts, caller, limits, truncate, encode, options, self._check_masks))
+        return self._ask(Request(texts, caller, limits, truncate, encode, options, self._check_masks))
 
     # How it is done.
 
-    def _sizes(self, request: _Request) -> list[int]:
+    def _sizes(self, request: Request) -> list[int]:
         """Checks the inputs against the limits and returns how many characters each has, with the prompt."""
         inputs, limits = request.inputs, request.limits
         if len(inputs) > limits.inputs:
-            raise _too_many(len(inputs), limits)
+            raise too_many(len(inputs), limits)
         if not inputs:
-            raise ApiError("invalid_request", "expected at least one input, got an empty list")
+            raise ApiError("no_inputs", "expected at least one input, got an empty list")
         sizes = []
         for index, given in enumerate(inputs):
             where = f"input {index}"
             if isinstance(given, str):
-                sizes.append(self._prompt_chars + self._check_text(given, where, limits))
+                sizes.append(self._prompt_chars + self._check_text(given, where))
             else:
-                sizes.append(sum(self._check_text(text, where, limits) for text in given))
+                sizes.append(sum(self._check_text(text, where) for text in given))
         return sizes
 
-    def _check_text(self, text: str, where: str, limits: Limits) -> int:
-        """Checks one text against the limits and returns how many characters it has."""
-        size = len(text)
-        if size > limits.chars:
-            raise ApiError(
-                "too_large",
-                f"{exceeded('chars', limits.chars, size, f'{where}: ')}; the model reads "
-                f"{self._tokenizer.max_tokens} tokens only",
-            )
+    @staticmethod
+    def _check_text(text: str, where: str) -> int:
+        """Checks one text and returns how many characters it has."""
         if "\0" in text:
             raise ApiError("invalid_request", f"{where}: expected text, got a NUL character")
-        return size
+        return len(text)
 
     def _check_masks(self, ids: Sequence[Ids], limits: Limits) -> int:
         """Checks how many masks each text has, and returns how many all have."""
@@ -330,9 +301,11 @@ class Service(StructuredQuestions):
             total += masks
         return total
 
-    def _ask(self, request: _Request) -> Awaitable[Result]:
+    def _ask(self, request: Request) -> Awaitable[Result]:
         """Checks, tokenises and runs what a client asks about: short requests here, long ones part by part."""
         started_s = time.perf_counter()
+        if len(request.inputs) > _INLINE_INPUTS:
+            return self._ask_in_parts(request, None, started_s)
         sizes = self._sizes(request)
         if sum(sizes) > INLINE_CHARS:
             return self._ask_in_parts(request, sizes, started_s)
@@ -340,12 +313,14 @@ class Service(StructuredQuestions):
         units = request.check(ids, request.limits)
         return self._run(ids, request.options, request.caller, request.limits, started_s, units)
 
-    async def _ask_in_parts(self, request: _Request, sizes: Sequence[int], started_s: float) -> Result:
+    async def _ask_in_parts(self, request: Request, sizes: Sequence[int] | None, started_s: float) -> Result:
+        if sizes is None:
+            sizes = await self.aside(self._sizes, request)
         ids = await self._tokenize(request, sizes)
         units = request.check(ids, request.limits)
         return await self._run(ids, request.options, request.caller, request.limits, started_s, units)
 
-    async def _tokenize(self, request: _Request, sizes: Sequence[int]) -> list[Any]:
+    async def _tokenize(self, request: Request, sizes: Sequence[int]) -> list[Any]:
         """Token ids of a long request, part by part on helper threads: other requests get their turn in between."""
         waiting, chars = self._tokenizing_chars, sum(sizes)
         if waiting and waiting + chars > TOKENIZE_BACKLOG_CHARS:
@@ -356,7 +331,7 @@ class Service(StructuredQuestions):
         ids: list[Any] = []
         self._tokenizing_chars += chars
         try:
-            for start, stop in _turns(sizes):
+            for start, stop in turns(sizes):
                 ids += await self.aside(request.encode, request.inputs[start:stop], request.truncate, start)
                 if request.caller.gone:
                     raise CallerLeft
@@ -389,10 +364,14 @@ class Service(StructuredQuestions):
         asked = caller.values_each * units
         if asked > limits.values:
             raise ApiError("too_large", exceeded("values", limits.values, asked))
+        most = self.settings.max_concurrent_requests
+        if most is not None and self._running >= most:
+            raise self._batcher.try_later(f"{most} requests are waiting or running (--max-concurrent-requests)")
         work = Work(ids, options, asyncio.get_running_loop().create_future(), caller.deadline_s)
         self.budget.hold(caller, TEXT_BYTES * (len(ids) + units) + 8 * work.tokens + caller.value_bytes * asked)
         self._batcher.submit(work)
         caller.on_leave = functools.partial(self._batcher.abandon, work)
+        self._running += 1
         try:
             values = await work.future
         except asyncio.CancelledError:
@@ -400,28 +379,10 @@ class Service(StructuredQuestions):
                 raise CallerLeft from None
             self._batcher.abandon(work)
             raise
+        finally:
+            self._running -= 1
         result = Result(
             values, work.tokens, work.submitted_s - started_s, work.started_s - work.submitted_s, work.infer_s
         )
         self._metrics.stages(result.tokenize_s, result.queue_s, result.infer_s)
         return result
-
-
-def _too_many(found: int, limits: Limits) -> ApiError:
-    return ApiError("too_large", exceeded("inputs", limits.inputs, found))
-
-
-def _turns(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Parts of a long request: index of the first input of each, and of the one behind its last.
-
-    Args:
-        sizes: Characters of each input.
-    """
-    start = chars = 0
-    for index, size in enumerate(sizes):
-        chars += size
-        if chars >= TURN_CHARS:
-            yield start, index + 1
-            start, chars = index + 1, 0
-    if start < len(sizes):
-        yield start, len(sizes)

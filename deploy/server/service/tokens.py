@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from array import array
@@ -42,6 +41,7 @@ class TextTokenizer:
         suffix: Special tokens put after it.
         prompts: What the model was trained to see before its inputs.
         token_types: Whether the model is given the token types of pairs.
+        read_chars: How much of a long text is read at first; see `_enough`.
     """
 
     def __init__(
@@ -57,7 +57,9 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
         self.token_types = token_types
+        self.read_chars = 32_768
         self._cut_left = truncation_side == "left"
+        self._pair_tokenizers: dict[bool, Tokenizer] = {}
         self.prompts = Prompts({}) if prompts is None else prompts
         self.vocab_size = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
         # What stands around a text is read off an example, so that cutting needs no second pass over the text.
@@ -89,14 +91,22 @@ class TextTokenizer:
         except Exception as error:  # The library raises plain Exception.
             raise ValueError(f"{manifest.tokenizer_path}: not a usable tokenizer: {error}") from error
 
-    def encode(self, texts: Sequence[str], truncate: bool, first: int = 0, prompt: str | None = None) -> list[Ids]:
+    def encode(
+        self,
+        texts: Sequence[str],
+        truncate: bool,
+        first: int = 0,
+        prompt: str | None = None,
+        cut_left: bool | None = None,
+    ) -> list[Ids]:
         """Token ids of texts, special tokens and the prompt included.
 
         Args:
             texts: At least one; no lone surrogates.
-            truncate: Cut to `max_tokens`, on the side that the model cuts; otherwise a longer text is an error.
+            truncate: Cut to `max_tokens`; otherwise a longer text is an error.
             first: Index of the first of them in its request, for messages.
             prompt: What to put before each text; None: the model's default prompt.
+            cut_left: Cut off the beginning, or the end; None: on the side that the model cuts.
 
         Returns:
             Per text its ids, 1 <= tokens <= `max_tokens`.
@@ -110,6 +120,8 @@ class TextTokenizer:
             prompt = self.prompts.default_text
         if prompt:
             texts = [prompt + text for text in texts]
+        cut_left = self._cut_left if cut_left is None else cut_left
+        texts = [text if len(text) <= self.read_chars else self._enough(text, cut_left) for text in texts]
         result = []
         for index, encoding in enumerate(_encodings(self._tokenizer, texts), first):
             ids = encoding.ids
@@ -121,7 +133,7 @@ class TextTokenizer:
                         "truncate: true",
                     )
                 head, tail = len(self.prefix), len(self.suffix)
-                if self._cut_left:
+                if cut_left:
                     ids = self.prefix + ids[len(ids) - (limit - head) :]
                 else:
                     ids = ids[: limit - tail] + self.suffix
@@ -155,25 +167,50 @@ class TextTokenizer:
             )
         return array("q", whole)
 
-    @functools.cached_property
-    def _pair_tokenizer(self) -> Tokenizer:
-        """One that cuts pairs, the longer text first, as transformers does. It is another one: `encode` cuts itself."""
-        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
-        tokenizer.enable_truncation(self.max_tokens, direction="left" if self._cut_left else "right")
-        return tokenizer
+    def _enough(self, text: str, cut_left: bool) -> str:
+        """As much of a long text as makes more tokens than the model takes; all of it if it makes fewer.
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]], truncate: bool, first: int = 0) -> list[PairIds]:
+        A part ends at a space: the tokens of a word that was cut would be others.
+        """
+        size = self.read_chars
+        while size < len(text):
+            if cut_left:
+                part = text[-size:]
+                part = part[max(part.find(" "), 0) :]
+            else:
+                part = text[:size]
+                part = part[: part.rfind(" ")] if " " in part else part
+            if len(self._tokenizer.encode_batch_fast([part])[0].ids) > self.max_tokens:
+                return part
+            size *= 2
+        return text
+
+    def _pair_tokenizer(self, cut_left: bool) -> Tokenizer:
+        """One that cuts pairs, the longer text first, as transformers does. It is another one: `encode` cuts itself."""
+        if cut_left not in self._pair_tokenizers:
+            tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+            tokenizer.enable_truncation(self.max_tokens, direction="left" if cut_left else "right")
+            self._pair_tokenizers[cut_left] = tokenizer
+        return self._pair_tokenizers[cut_left]
+
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], truncate: bool, first: int = 0, cut_left: bool | None = None
+    ) -> list[PairIds]:
         """Token ids of pairs of texts; prompts are for single ones.
 
         Args:
             pairs: At least one; no lone surrogates.
             truncate: Cut to `max_tokens`, the longer text first; otherwise a longer pair is an error.
             first: Index of the first of them in its request, for messages.
+            cut_left: Cut off the beginnings, or the ends; None: on the side that the model cuts.
 
         Raises:
             ApiError: A pair is too long and `truncate` is false.
         """
-        tokenizer = self._pair_tokenizer if truncate else self._tokenizer
+        cut_left = self._cut_left if cut_left is None else cut_left
+        tokenizer = self._pair_tokenizer(cut_left) if truncate else self._tokenizer
+        if any(len(text) > self.read_chars for pair in pairs for text in pair):
+            pairs = [(self._enough(one, cut_left), self._enough(two, cut_left)) for one, two in pairs]
         result = []
         for index, encoding in enumerate(_encodings(tokenizer, pairs), first):
             if len(encoding.ids) > self.max_tokens:
@@ -187,13 +224,13 @@ class TextTokenizer:
         return result
 
     def encode_mixed(
-        self, inputs: Sequence[str | tuple[str, str]], truncate: bool, first: int = 0
+        self, inputs: Sequence[str | tuple[str, str]], truncate: bool, first: int = 0, cut_left: bool | None = None
     ) -> list[Ids | PairIds]:
         """Token ids of texts and pairs of texts in any order; see `encode` and `encode_pairs`."""
         result: list[Ids | PairIds] = []
         for single, run in itertools.groupby(inputs, key=lambda given: isinstance(given, str)):
             encode: Callable[..., list[Any]] = self.encode if single else self.encode_pairs
-            result += encode(list(run), truncate, first + len(result))
+            result += encode(list(run), truncate, first + len(result), cut_left=cut_left)
         return result
 
     @property
@@ -205,6 +242,54 @@ class TextTokenizer:
     def cuts_left(self) -> bool:
         """Whether longer texts lose their beginning."""
         return self._cut_left
+
+    def prompt(self, name: str) -> str:
+        """A prompt by its name.
+
+        Raises:
+            ApiError: The model has no such prompt.
+        """
+        if name not in self.prompts.texts:
+            known = ", ".join(self.prompts.texts)
+            raise ApiError(
+                "invalid_request",
+                f"prompt_name: expected {f'one of {known}' if known else 'none, this model has no prompts'}, got "
+                f"{name[:80]!r}",
+            )
+        return self.prompts.texts[name]
+
+    def describe(self, text: str, special: bool, prompt: str | None = None) -> list[dict[str, Any]]:
+        """The tokens of a text, uncut: id, text, whether it is a special one, and where it is in the text.
+
+        Args:
+            text: A text without lone surrogates.
+            special: Add the special tokens that stand around a text.
+            prompt: What to put before it; None: the model's default prompt.
+        """
+        whole = (self.prompts.default_text if prompt is None else prompt) + text
+        encoding = self._tokenizer.encode(whole, add_special_tokens=special)
+        rows = zip(encoding.ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True)
+        return [
+            {
+                "id": token_id,
+                "text": token if added else whole[start:stop],
+                "special": bool(added),
+                "start": None if added else start,
+                "stop": None if added else stop,
+            }
+            for token_id, token, (start, stop), added in rows
+        ]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of token ids.
+
+        Raises:
+            ApiError: An id outside of the vocabulary.
+        """
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = next(value for value in ids if not 0 <= value < self.vocab_size)
+            raise ApiError("invalid_request", f"ids: expected token ids from 0 to {self.vocab_size - 1}, got {wrong}")
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token(self, token_id: int) -> str:
         """How a token id reads."""

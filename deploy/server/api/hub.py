@@ -1,0 +1,255 @@
+"""`POST /` and `/invocations`: what the bundle's task is for, in the words of TEI and of huggingface_hub.
+
+A client of the hub is given the address of the server as its model, and sends `inputs` and `parameters` there as to a
+pipeline. TEI answers what its model is for on the same paths; its clients send no `parameters`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ..limits.bounds import MAX_TOP_K
+from .route import JSON_HEADER, ApiError, Caller, Context, Handler, Limits, Response, Route, encode, server_timing
+from .schemas import BOUND, MaskedInputs
+from .tei import embed, predict, rerank, row, similarity
+from .tei_schemas import (
+    Cut,
+    Direction,
+    Prompt,
+    RerankRequest,
+    SimilarityInput,
+    SimilarityParameters,
+    TeiEmbedRequest,
+    TeiPredictRequest,
+    TeiSimilarityRequest,
+)
+
+__all__ = ["ROUTES"]
+
+_MANY = Annotated[int, Meta(ge=1)]
+
+
+class RootEmbedRequest(Struct):
+    """Texts to embed, as /embed has them, or a text to compare with others, as /similarity has them."""
+
+    inputs: Annotated[
+        str | list[str | int | list[int]] | SimilarityInput, Meta(extra_json_schema={BOUND: "texts or similarity"})
+    ]
+    normalize: bool | None = True
+    truncate: Cut = None
+    truncation_direction: Direction = "Right"
+    prompt_name: Prompt = None
+    dimensions: Annotated[int | None, Meta(extra_json_schema={BOUND: "dimensions"})] = None
+    parameters: SimilarityParameters | None = None
+
+
+class ClassifyParameters(Struct):
+    """How a pipeline answers."""
+
+    top_k: _MANY | None = None
+    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
+
+
+class RootClassifyRequest(Struct):
+    """Texts to classify, as /predict has them or, with `parameters`, as a pipeline; or a query and texts to rank."""
+
+    inputs: Annotated[str | list[str | list[str]] | None, Meta(extra_json_schema={BOUND: "predict"})] = None
+    raw_scores: bool = False
+    truncate: Cut = None
+    truncation_direction: Direction = "Right"
+    parameters: ClassifyParameters | None = None
+    query: str | None = None
+    texts: list[str] | None = None
+    return_text: bool = False
+
+
+class FillMaskParameters(Struct):
+    """How a pipeline answers."""
+
+    top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K)] | None = None
+    targets: list[str] | None = None
+
+
+class RootFillMaskRequest(Struct):
+    """Texts with at least one mask token each."""
+
+    inputs: MaskedInputs
+    parameters: FillMaskParameters | None = None
+
+
+class MaskFilling(Struct):
+    """A token that may stand at the mask, and the text with it."""
+
+    score: float
+    token: int
+    token_str: str
+    sequence: str
+
+
+_FILLINGS = list[MaskFilling | list[MaskFilling | list[MaskFilling]]]
+
+
+async def root_embed(context: Context, request: RootEmbedRequest, caller: Caller) -> Response:
+    """Embeddings, or cosines."""
+    if isinstance(request.inputs, SimilarityInput):
+        return await similarity(context, TeiSimilarityRequest(request.inputs, request.parameters), caller)
+    wanted = TeiEmbedRequest(
+        request.inputs,
+        request.normalize,
+        request.truncate,
+        request.truncation_direction,
+        request.prompt_name,
+        request.dimensions,
+    )
+    return await embed(context, wanted, caller)
+
+
+def _softmax(logits: Sequence[float]) -> list[float]:
+    most = max(logits)
+    powers = [math.exp(value - most) for value in logits]
+    total = math.fsum(powers)
+    return [power / total for power in powers]
+
+
+def _sigmoids(logits: Sequence[float]) -> list[float]:
+    return [0.5 * (1.0 + math.tanh(0.5 * value)) for value in logits]
+
+
+_FUNCTIONS: dict[str, Callable[[Sequence[float]], list[float]]] = {
+    "softmax": _softmax,
+    "sigmoid": _sigmoids,
+    "none": list,
+}
+
+
+async def root_classify(context: Context, request: RootClassifyRequest, caller: Caller) -> Response:
+    """Labels with scores: as TEI answers, or as a pipeline where there are `parameters`; or ranks."""
+    options = request.parameters
+    if request.inputs is None:
+        if request.query is None or request.texts is None:
+            raise ApiError("invalid_request", "expected `inputs`, or `query` and `texts`, got neither")
+        return await rerank(
+            context,
+            RerankRequest(
+                request.query,
+                request.texts,
+                request.raw_scores,
+                request.return_text,
+                request.truncate,
+                request.truncation_direction,
+            ),
+            caller,
+        )
+    if options is None:
+        wanted = TeiPredictRequest(request.inputs, request.raw_scores, request.truncate, request.truncation_direction)
+        return await predict(context, wanted, caller)
+    if isinstance(request.inputs, list) and all(isinstance(text, str) for text in request.inputs):
+        inputs: list[Any] = request.inputs
+    elif isinstance(request.inputs, str):
+        inputs = [request.inputs]
+    else:
+        raise ApiError("invalid_request", "inputs: expected a text or a list of texts beside `parameters`")
+    chosen = options.function_to_apply
+    result = await context.service.classify(inputs, caller, context.limits, raw_scores=chosen is not None)
+    answers = result.values
+    if chosen is not None:
+        apply = _FUNCTIONS[chosen]
+        answers = [
+            [
+                {"label": item["label"], "score": score}
+                for item, score in zip(labels, apply([item["score"] for item in labels]), strict=True)
+            ]
+            for labels in answers
+        ]
+    if options.top_k is not None:
+        answers = [labels[: options.top_k] for labels in answers]
+    return Response(encode(answers), (JSON_HEADER, server_timing(result)))
+
+
+async def root_fill_mask(context: Context, request: RootFillMaskRequest, caller: Caller) -> Response:
+    """The best tokens for each mask, as a pipeline: of a single mask without a list around them."""
+    options = request.parameters or FillMaskParameters()
+    if options.targets is not None:
+        raise ApiError("invalid_request", "parameters.targets: expected none, this server ranks the whole vocabulary")
+    single = isinstance(request.inputs, str)
+    texts: list[str] = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    result = await context.service.fill(texts, caller, context.limits, top_k=options.top_k or 5)
+    mask = context.service.manifest.special_tokens["mask"]
+    assert mask is not None  # The manifest was checked.
+    answers = []
+    for text, masks in zip(texts, result.values, strict=True):
+        parts = text.split(mask.token)
+        found = [
+            [
+                {
+                    "score": item["score"],
+                    "token": item["token_id"],
+                    "token_str": item["token"],
+                    "sequence": mask.token.join(parts[: place + 1])
+                    + item["token"].strip()
+                    + mask.token.join(parts[place + 1 :]),
+                }
+                for item in tokens
+            ]
+            for place, tokens in enumerate(masks)
+        ]
+        answers.append(found[0] if len(found) == 1 else found)
+    return Response(encode(answers[0] if single else answers), (JSON_HEADER, server_timing(result)))
+
+
+def _rows(
+    task: str, handler: Handler, request: type, example: dict[str, Any], answer: Any, **fields: Any
+) -> tuple[Route, ...]:
+    return tuple(
+        row(
+            path,
+            task,
+            summary=f"What {task} is for, as TEI and pipelines of transformers answer it",
+            handler=handler,
+            request=request,
+            example=example,
+            answer=answer,
+            answered="What the task answers.",
+            **fields,
+        )
+        for path in ("/", "/invocations")
+    )
+
+
+ROUTES = (
+    *_rows(
+        "feature-extraction",
+        root_embed,
+        RootEmbedRequest,
+        {"inputs": "A server answers."},
+        list[list[float] | float],
+        limits=Limits.of_texts_or_ids,
+        values=lambda manifest, request: request.dimensions or manifest.hidden_size,
+        value_bytes=12,
+    ),
+    *_rows(
+        "text-classification",
+        root_classify,
+        RootClassifyRequest,
+        {"inputs": "What a day!"},
+        list[msgspec.Raw],
+        limits=Limits.of_texts,
+        values=lambda manifest, request: 2 * len(manifest.labels or ()),
+        value_bytes=128,
+    ),
+    *_rows(
+        "fill-mask",
+        root_fill_mask,
+        RootFillMaskRequest,
+        {"inputs": "Paris is the {mask} of France.", "parameters": {"top_k": 3}},
+        _FILLINGS,
+        limits=Limits.of_masked_texts,
+        values=lambda manifest, request: 4 * ((request.parameters and request.parameters.top_k) or 5),
+        value_bytes=128,
+    ),
+)
