@@ -155,7 +155,9 @@ def test_serving_needs_no_numpy(
     assert not {"numpy", "torch", "onnxruntime", "transformers"} & set(modules)
     answers = [body for _, body in replies]
     if task == "feature-extraction":
-        first, ids, coded, many = answers
+        first, ids, coded, cut, cosines, _, many = answers
+        assert [len(row) for row in cut] == [5, 5]
+        assert cosines[0] == pytest.approx(1, abs=1e-5)
         assert [len(row) for row in first["embeddings"]] == [64, 64]
         assert len(ids["data"][0]["embedding"]) == 64
         for item, row in zip(coded["data"], first["embeddings"], strict=True):
@@ -165,3 +167,4 @@ def test_serving_needs_no_numpy(
         assert [len(mask) for mask in answers[0]["predictions"][0]] == [3, 3]
     else:
         assert [len(labels) for labels in answers[0]["predictions"]] == [2, 2]
+        assert [len(labels) for labels in answers[1]] == [2]
