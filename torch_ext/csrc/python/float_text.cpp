@@ -4,7 +4,9 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 namespace torch_ext {
 namespace {
@@ -93,14 +95,37 @@ Decimal shortest(uint32_t fraction, uint32_t biased) {
   return {s + up, k};
 }
 
-char* fill(char* out, char c, int count) {
-  for (int i = 0; i < count; ++i) *out++ = c;
-  return out;
+// Sixteen bytes, of which fewer may count: quicker than as many as count.
+void copy_16(char* out, const char* from) { std::memcpy(out, from, 16); }
+
+char* copy(char* out, std::string_view text) {
+  std::memcpy(out, text.data(), text.size());
+  return out + text.size();
 }
 
-char* copy(char* out, const char* from, int count) {
-  std::memcpy(out, from, static_cast<size_t>(count));
-  return out + count;
+constexpr auto kPairs = [] {
+  std::array<char, 200> pairs = {};
+  for (size_t i = 0; i < 100; ++i) {
+    pairs[2 * i] = static_cast<char>('0' + i / 10);
+    pairs[2 * i + 1] = static_cast<char>('0' + i % 10);
+  }
+  return pairs;
+}();
+
+// Writes a number's digits before `end` and returns where they begin.
+char* write_digits_before(char* end, uint32_t number) {
+  while (number >= 100) {
+    end -= 2;
+    std::memcpy(end, &kPairs[2 * (number % 100)], 2);
+    number /= 100;
+  }
+  if (number >= 10) {
+    end -= 2;
+    std::memcpy(end, &kPairs[2 * number], 2);
+    return end;
+  }
+  *--end = static_cast<char>('0' + number);
+  return end;
 }
 
 }  // namespace
@@ -109,45 +134,52 @@ char* write_float(float value, char* out) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   const uint32_t fraction = bits & 0x7fffff, biased = bits >> 23 & 0xff;
-  if (biased == 0xff) return copy(out, "null", 4);
-  if (bits >> 31) *out++ = '-';
-  if (fraction == 0 && biased == 0) return copy(out, "0.0", 3);
+  if (biased == 0xff) return copy(out, "null");
+  *out = '-';
+  out += bits >> 31;
+  if (fraction == 0 && biased == 0) return copy(out, "0.0");
   auto [digits, exponent] = shortest(fraction, biased);
   while (digits % 10 == 0) {
     digits /= 10;
     ++exponent;
   }
-  char text[10];
-  char* first = text + sizeof text;
-  for (; digits; digits /= 10) *--first = static_cast<char>('0' + digits % 10);
-  const int count = static_cast<int>(text + sizeof text - first);
+  char text[32] = {};
+  char* const end = text + 16;
+  const char* const first = write_digits_before(end, digits);
+  const int count = static_cast<int>(end - first);
   const int point = count + exponent;  // digits before the point
+  if (point <= 0 && point > -6) {
+    copy(out, "0.00000");
+    out += 2 - point;
+    copy_16(out, first);
+    return out + count;
+  }
   if (exponent >= 0 && point <= 13) {
-    out = fill(copy(out, first, count), '0', exponent);
-    return copy(out, ".0", 2);
+    copy_16(out, first);
+    std::memset(out + count, '0', 16);
+    return copy(out + point, ".0");
   }
   if (point > 0 && point <= 13) {
-    out = copy(out, first, point);
-    *out++ = '.';
-    return copy(out, first + point, count - point);
-  }
-  if (point <= 0 && point > -6) {
-    out = fill(copy(out, "0.", 2), '0', -point);
-    return copy(out, first, count);
+    copy_16(out, first);
+    out[point] = '.';
+    copy_16(out + point + 1, first + point);
+    return out + count + 1;
   }
   *out++ = *first;
   if (count > 1) {
     *out++ = '.';
-    out = copy(out, first + 1, count - 1);
+    copy_16(out, first + 1);
+    out += count - 1;
   }
-  int power = point - 1;
-  *out++ = 'e';
-  if (power < 0) {
-    *out++ = '-';
-    power = -power;
+  *out = 'e';
+  out[1] = '-';
+  out += point - 1 < 0 ? 2 : 1;
+  const auto power = static_cast<uint32_t>(std::abs(point - 1));
+  if (power >= 10) {
+    std::memcpy(out, &kPairs[2 * power], 2);
+    return out + 2;
   }
-  if (power >= 10) *out++ = static_cast<char>('0' + power / 10);
-  *out++ = static_cast<char>('0' + power % 10);
+  *out++ = static_cast<char>('0' + power);
   return out;
 }
 

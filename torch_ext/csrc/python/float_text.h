@@ -5,8 +5,10 @@
 
 namespace torch_ext {
 
-/// Most characters that `write_float` writes.
-constexpr size_t kFloatTextBytes = 24;
+/// The longest text of a number, such as `-0.00000117549435`.
+constexpr size_t kFloatTextBytes = 17;
+/// Room that `write_float` needs: it writes more than it keeps.
+constexpr size_t kFloatRoomBytes = 32;
 
 /// Writes a finite number as JSON has it, such as `0.1`, `-2.0` or `1.5e-9`, and returns the end. Of the shortest texts that
 /// read back as `value` it is the one nearest to `value`. NaN and infinity, which JSON lacks, become `null`.

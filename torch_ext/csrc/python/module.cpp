@@ -762,7 +762,8 @@ PyObject* module_json_row(PyObject*, PyObject* object) {
   Floats row;
   if (!row.read(object, 1)) return nullptr;
   const size_t count = row.size(0);
-  const std::unique_ptr<char[]> text(new (std::nothrow) char[count * (torch_ext::kFloatTextBytes + 1) + 2]);
+  const size_t room = 2 + count * (torch_ext::kFloatTextBytes + 1) + torch_ext::kFloatRoomBytes;
+  const std::unique_ptr<char[]> text(new (std::nothrow) char[room]);
   if (!text) return PyErr_NoMemory();
   char* end = text.get();
   *end++ = '[';
