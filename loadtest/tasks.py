@@ -188,6 +188,16 @@ def _check_token_classify(answer: dict[str, Any], count: int, traits: Traits) ->
         _check_places(found, "entities")
 
 
+def _questions(texts: Sequence[str]) -> list[dict[str, str]]:
+    """A question about each text: its first words."""
+    return [{"question": " ".join(text.split()[:5]) or "what?", "context": text or "nothing"} for text in texts]
+
+
+def _check_answer(answer: dict[str, Any], count: int, traits: Traits) -> None:
+    for found in _expect_list(answer.get("predictions"), "predictions", count):
+        _check_places(found, "answers")
+
+
 def _check_fill_mask(answer: dict[str, Any], count: int, traits: Traits) -> None:
     for masks in _expect_list(answer.get("predictions"), "predictions", count):
         if not _expect_list(masks, "masks of a text"):
@@ -211,6 +221,7 @@ TASKS: dict[str, Task] = {
             lambda texts, _: _dump({"inputs": list(texts)}),
             _check_token_classify,
         ),
+        Task("answer", "/api/answer", lambda texts, _: _dump({"inputs": _questions(texts)}), _check_answer),
         Task(
             "fill-mask",
             "/api/fill-mask",

@@ -36,6 +36,7 @@ TASKS = {
     "feature-extraction": "embed",
     "text-classification": "predict",
     "token-classification": "token-classify",
+    "question-answering": "answer",
     "fill-mask": "fill-mask",
 }
 START_TIMEOUT_S = 120

@@ -282,7 +282,7 @@ class Accuracy:
 
     Attributes:
         metric: `cosine` (feature-extraction, per text), `agreement` (same best label, or token: of the text, of its
-            tokens, of its masks) or `closeness` (regression: 1 less the relative error).
+            tokens, of its masks), `exact_match` (same answer) or `closeness` (regression: 1 less the relative error).
         mean: Mean of the metric over the texts.
         min: Worst text.
         texts: How many texts were compared.

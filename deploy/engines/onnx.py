@@ -50,12 +50,12 @@ class OnnxEngine(PaddedEngine):
         except Exception as error:  # Its exceptions have no public base class.
             raise BundleError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it: {error}") from error
         self._inputs = {item.name for item in self._session.get_inputs()}
-        self._output = self._session.get_outputs()[0].name
+        self._outputs = [item.name for item in self._session.get_outputs()[: len(task.onnx_outputs)]]
         self.isa = f"onnxruntime-{onnxruntime.__version__}"
         # Activations of all texts of a group share one scale.
         self.couples_texts = dtype == "int8"
 
     def _forward(self, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Floats:
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        outputs: list[Any] = self._session.run([self._output], {name: feeds[name] for name in self._inputs})
-        return np.asarray(outputs[0], np.float32)
+        outputs: list[Any] = self._session.run(self._outputs, {name: feeds[name] for name in self._inputs})
+        return np.asarray(outputs[0] if len(outputs) == 1 else np.stack(outputs, axis=-1), np.float32)

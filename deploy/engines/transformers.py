@@ -29,5 +29,7 @@ class TransformersEngine(PaddedEngine):
         if "token_type_ids" in self._inputs:
             inputs["token_type_ids"] = torch.from_numpy(types)
         with torch.inference_mode():
-            output = self._model(**inputs)[0]  # Hidden states of a bare encoder, logits where there is a head.
+            outputs = self._model(**inputs)[: len(self.task.onnx_outputs)]
+        # Hidden states of a bare encoder, logits where there is a head; those of starts and ends side by side.
+        output = outputs[0] if len(outputs) == 1 else torch.stack(outputs, dim=-1)
         return np.asarray(output.numpy(), np.float32)

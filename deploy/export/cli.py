@@ -33,7 +33,8 @@ default bounds, feature-extraction (cosine per text): fp32 mean and min 0.99999;
 onnx-int8 mean 0.985; torch_ext-int8 mean 0.996, min 0.99. Classification and fill-mask: share of texts with
 the same best label or token (mean), probabilities (max_prob_diff), relative error of the logits (logit_error); with one
 label also the rank correlation of the texts (rank_correlation; no default). Token classification: share of tokens with
-the same label (mean of the texts), F1 of entities (entity_f1; no default), probabilities and logits as above. Linear
+the same label (mean of the texts), F1 of entities (entity_f1; no default), probabilities and logits as above. Question
+answering: share of texts with the same answer, probabilities and logits. Linear
 layers that would make torch_ext-int8 miss its bounds, or --accuracy, are found by measurement and stay in bf16; those
 of onnx-int8 in fp32.
 

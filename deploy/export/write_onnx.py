@@ -64,9 +64,10 @@ def export_fp32(model: Any, task: str, work: Path, target: Path) -> None:
     inputs = {item.name for item in graph.input}
     if not {"input_ids", "attention_mask"} <= inputs <= {"input_ids", "attention_mask", "token_type_ids"}:
         raise ExportError(f"optimum wrote an ONNX model with inputs {sorted(inputs)}, which the server cannot feed")
-    if graph.output[0].name != kind.onnx_output:
+    names = tuple(item.name for item in graph.output[: len(kind.onnx_outputs)])
+    if names != kind.onnx_outputs:
         raise ExportError(
-            f"optimum wrote an ONNX model with output {graph.output[0].name}, expected {kind.onnx_output}"
+            f"optimum wrote an ONNX model with outputs {', '.join(names)}, expected {', '.join(kind.onnx_outputs)}"
         )
     if (work / "model.onnx_data").exists():  # The name is written in the model, so it stays.
         (work / "model.onnx_data").rename(target.parent / "model.onnx_data")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 from .feature_extraction import FeatureExtraction
 from .fill_mask import FillMask
+from .question_answering import QuestionAnswering
 from .rows import Ids, Rows
 from .task import RAW, Described, Needs, States, Task, TaskError
 from .text_classification import TextClassification
@@ -22,7 +23,8 @@ from .token_classification import TokenClassification
 __all__ = ["RAW", "TASKS", "Described", "Ids", "Needs", "Rows", "States", "Task", "TaskError", "open_task"]
 
 TASKS: Mapping[str, type[Task]] = {
-    task.name: task for task in (FeatureExtraction, TextClassification, TokenClassification, FillMask)
+    task.name: task
+    for task in (FeatureExtraction, TextClassification, TokenClassification, QuestionAnswering, FillMask)
 }
 """Every task, by the name that a manifest has for it. Where two fit a model, the first is taken."""
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .question_answering import best_spans
 from .token_classification import spans
 
-__all__ = ["Comparison", "Cosine", "Labels", "Masks", "TokenLabels", "rank_correlation"]
+__all__ = ["AnswerSpans", "Comparison", "Cosine", "Labels", "Masks", "TokenLabels", "rank_correlation"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -227,6 +228,22 @@ class TokenLabels(_Tokens):
         for place, count in enumerate((len(expected), len(found), len(expected & found))):
             self._found[place] += count
         return float(same.mean()), np.abs(first - second).max(axis=1), _relative_error(right, got, centred=True)
+
+
+class AnswerSpans(_Tokens):
+    """Logits of tokens that answers begin and end there: whether the likeliest answer is the same."""
+
+    metric = "exact_match"
+    _LONGEST = 15
+
+    def _compare(self, right: Doubles, got: Doubles) -> tuple[float, Doubles, tuple[float, float]]:
+        first, second = _softmax(right.T), _softmax(got.T)
+        starts, ends = first.tolist()
+        ((best, _, _),) = best_spans(starts, ends, 1, self._LONGEST)
+        starts, ends = second.tolist()
+        found = best_spans(starts, ends, 1, self._LONGEST)
+        same = bool(found) and first[0, found[0][1]] * first[1, found[0][2]] >= best - TIE
+        return float(same), np.abs(first - second).max(axis=1), _relative_error(right.T, got.T, centred=True)
 
 
 class Masks(Comparison):

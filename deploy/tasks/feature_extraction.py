@@ -37,7 +37,7 @@ class FeatureExtraction(Task):
     auto_class = "AutoModel"
     architecture = "Model"
     optimum_task = "feature-extraction"
-    onnx_output = "last_hidden_state"
+    onnx_outputs = ("last_hidden_state",)
     spare_weights = (".pooler.",)  # sentence-transformers does not use it, and many models come without.
     usual = EmbedOptions(True)
 

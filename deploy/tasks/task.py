@@ -191,7 +191,8 @@ class Task(ABC):
         auto_class: Class of transformers that loads such a model.
         architecture: What the names of its model classes end in.
         optimum_task: What optimum calls the task when it writes ONNX.
-        onnx_output: First output of the ONNX graph.
+        onnx_outputs: First outputs of the ONNX graph, and of the model in transformers; of several, the numbers of each
+            token side by side.
         spare_weights: Parts of names of weights that a model may lack.
         usual: Options of an ordinary request.
         logits_per_token: How many logits a padded graph computes for each token; 0: hidden states at most.
@@ -204,7 +205,7 @@ class Task(ABC):
     auto_class: ClassVar[str]
     architecture: ClassVar[str]
     optimum_task: ClassVar[str]
-    onnx_output: ClassVar[str] = "logits"
+    onnx_outputs: ClassVar[tuple[str, ...]] = ("logits",)
     spare_weights: ClassVar[tuple[str, ...]] = ()
     usual: Any = None
     logits_per_token: int = 0

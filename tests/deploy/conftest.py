@@ -35,6 +35,7 @@ SUFFIXES = {
     "feature-extraction": "Model",
     "text-classification": "ForSequenceClassification",
     "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
     "fill-mask": "ForMaskedLM",
 }
 

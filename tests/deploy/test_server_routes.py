@@ -106,7 +106,7 @@ def test_the_endpoint_of_a_task_is_found_in_the_rows(tmp_path: Path) -> None:
     rows = [dataclasses.replace(row, path=f"/moved{row.path}") for row in ROUTES]
     for row in rows:
         expected = {"feature-extraction": "embed", "text-classification": "classify", "fill-mask": "fill-mask"}
-        expected["token-classification"] = "token-classify"
+        expected |= {"token-classification": "token-classify", "question-answering": "answer"}
         for task, name in expected.items():
             message = app._wrong_task(row, rows, make_manifest(tmp_path, task))
             if row.task in (None, task):

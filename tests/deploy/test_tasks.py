@@ -202,7 +202,7 @@ def test_what_can_be_bounded_is_measured(tmp_path: Path) -> None:
             fields = task.read(folder)
             manifest = dataclasses.replace(make_manifest(tmp_path, task.name), **fields)
             comparison = open_task(manifest).comparison(2)
-            of_tokens = task.name in ("token-classification", "fill-mask")
+            of_tokens = task.name in ("token-classification", "question-answering", "fill-mask")
             rows = np.float32([[[1, 2]], [[3, 1]]]) if of_tokens else np.float32([[1, 2], [3, 1]])
             rows = rows[..., :labels] if task.needs.labels else rows
             for text, row in enumerate(rows):

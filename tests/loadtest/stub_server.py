@@ -44,6 +44,8 @@ def right_answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return {
             "predictions": [[{"entity_group": "A", "score": 0.9, "word": "o", "start": 0, "end": 1}] for _ in texts]
         }
+    if path == "/api/answer":
+        return {"predictions": [[{"score": 0.9, "start": 0, "end": 1, "answer": "o"}] for _ in texts]}
     if path == "/api/fill-mask":
         candidates = [{"token": "x", "token_id": 1, "score": 0.5}] * body["top_k"]
         return {"predictions": [[candidates] for _ in texts]}

@@ -128,9 +128,15 @@ def test_wrong_late_and_other_answers(locust: Locust, stubs: list[Stub]) -> None
 
 def test_other_endpoints(locust: Locust, stub: Stub) -> None:
     stub.delay_s = 0.02
-    tasks = {"predict": (), "token-classify": (), "fill-mask": (), "openai": ("--encoding-format", "base64")}
+    tasks = {
+        "predict": (),
+        "token-classify": (),
+        "answer": (),
+        "fill-mask": (),
+        "openai": ("--encoding-format", "base64"),
+    }
     common = ("--inputs-per-request", "3", "--slo-error-rate", "0")
-    assert {"embed", *tasks} == set(TASKS)
+    assert {"embed", "token-classify", "answer", *tasks} == set(TASKS)
     runs = together(
         *(partial(locust, stub.host, "--task", task, *common, *arguments) for task, arguments in tasks.items())
     )

@@ -57,6 +57,7 @@ def wrong(task: str, change: Any) -> bytes:
         ("token-classify", lambda a: a["predictions"][0][0].pop("end"), "a start and an end"),
         ("token-classify", lambda a: a["predictions"][0][0].update(end=-1), "a start and an end"),
         ("token-classify", lambda a: a["predictions"][0][0].update(score="x"), "finite score"),
+        ("answer", lambda a: a["predictions"][0][0].update(start=2), "a start and an end in each of answers"),
         ("fill-mask", lambda a: a.update(predictions=[[]]), "one mask in each text"),
         ("fill-mask", lambda a: a["predictions"][0][0].pop(), "top_k=5 candidates for a mask, got 4"),
     ],

@@ -1,4 +1,4 @@
-"""The server's own routes whose answers point into texts: labels of tokens, entities."""
+"""The server's own routes whose answers point into texts: entities, and answers to questions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from ...tasks.question_answering import AnswerOptions
+from ..limits.bounds import MAX_TOP_K
 from .route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, encode_list, server_timing
-from .schemas import Inputs, Truncate, Usage
+from .schemas import BOUND, Inputs, Truncate, Usage
 
 __all__ = ["ROUTES"]
+
+
+_MAX_ANSWER_LEN = 512
+_Text = Annotated[str, Meta(extra_json_schema={BOUND: "text"})]
 
 
 class TokenClassifyRequest(Struct, forbid_unknown_fields=True):
@@ -58,6 +64,60 @@ class TokenClassifyResponse(Struct):
     usage: Usage
 
 
+class Question(Struct, forbid_unknown_fields=True):
+    """A question, and the text in which to look for an answer."""
+
+    question: _Text
+    context: _Text
+
+
+class AnswerRequest(Struct, forbid_unknown_fields=True):
+    """Questions about texts; the options are those of transformers' pipeline."""
+
+    inputs: Annotated[
+        Question | Annotated[list[Question], Meta(extra_json_schema={BOUND: "texts"})],
+        Meta(description="One question with its context, or a list of at least one."),
+    ]
+    top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K, description="Answers to each question, at most.")] = 1
+    max_answer_len: Annotated[int, Meta(ge=1, le=_MAX_ANSWER_LEN, description="Longest answer, in tokens.")] = 15
+    max_seq_len: Annotated[
+        Annotated[int, Meta(ge=3)] | None,
+        Meta(description="Tokens read at a time, the question included; null: 384, or what the model takes."),
+    ] = None
+    doc_stride: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="Tokens that two parts of a long context have in common; null: 128, or half of a part."),
+    ] = None
+    handle_impossible_answer: Annotated[
+        bool, Meta(description="Whether the empty answer is one: that the context has none.")
+    ] = False
+    align_to_words: Annotated[bool, Meta(description="Whether answers begin and end with whole words.")] = True
+
+
+class Answer(Struct):
+    """A part of a context.
+
+    Attributes:
+        score: Its probability.
+        start: Where it begins in the context, in code points.
+        end: Where it ends.
+        answer: The part.
+    """
+
+    score: float
+    start: int
+    end: int
+    answer: str
+
+
+class AnswerResponse(Struct):
+    """Per question its answers, best first."""
+
+    predictions: list[list[Answer]]
+    model: str
+    usage: Usage
+
+
 async def token_classify(context: Context, request: TokenClassifyRequest, caller: Caller) -> Response:
     """POST /api/token-classify."""
     result = await context.service.classify_tokens(
@@ -66,6 +126,23 @@ async def token_classify(context: Context, request: TokenClassifyRequest, caller
         context.limits,
         aggregation_strategy=request.aggregation_strategy,
         truncate=request.truncate,
+    )
+    return _predictions(context, result, result.values)
+
+
+async def answer(context: Context, request: AnswerRequest, caller: Caller) -> Response:
+    """POST /api/answer."""
+    inputs = [request.inputs] if isinstance(request.inputs, Question) else request.inputs
+    options = AnswerOptions(
+        request.top_k, request.max_answer_len, request.handle_impossible_answer, request.align_to_words
+    )
+    result = await context.service.answer(
+        [(one.question, one.context) for one in inputs],
+        caller,
+        context.limits,
+        options,
+        max_seq_len=request.max_seq_len,
+        doc_stride=request.doc_stride,
     )
     return _predictions(context, result, result.values)
 
@@ -92,6 +169,21 @@ ROUTES = (
         limits=Limits.of_texts,
         values=lambda manifest, request: _ENTITY_VALUES,  # Of each token, at worst.
         value_bytes=64,  # A fifth of a dict.
+        secured=True,
+        tag="inference",
+    ),
+    Route(
+        method="POST",
+        path="/api/answer",
+        summary="Answer questions about texts",
+        handler=answer,
+        task="question-answering",
+        request=AnswerRequest,
+        example={"inputs": {"question": "Where did she live?", "context": "Ada Lovelace lived in London."}},
+        answer=AnswerResponse,
+        limits=Limits.of_texts,
+        values=lambda manifest, request: 4 * request.top_k,
+        value_bytes=96,  # A quarter of a dict and its text.
         secured=True,
         tag="inference",
     ),

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...engines.batch import PairIds
 from ...tasks import Ids
+from ...tasks.question_answering import Window
 from ...tasks.token_classification import TokenText
 from ..errors import ApiError
 from .tokens import TextTokenizer
@@ -15,7 +17,7 @@ from .tokens import TextTokenizer
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-__all__ = ["Located", "LocatingTokenizer"]
+__all__ = ["Asked", "Located", "LocatingTokenizer"]
 
 _SLICE_TEXTS = 16
 
@@ -40,6 +42,21 @@ class Located:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question about a text, as the model reads it: in windows that overlap, if the text is long.
+
+    Attributes:
+        text: The text.
+        windows: Its parts.
+        ids: Token ids of each window, the question included.
+    """
+
+    text: str
+    windows: list[Window]
+    ids: list[PairIds]
 
 
 class LocatingTokenizer:
@@ -93,6 +110,64 @@ class LocatingTokenizer:
             )
         return result
 
+    def encode_questions(
+        self,
+        inputs: Sequence[tuple[str, str]],
+        truncate: bool,
+        first: int = 0,
+        *,
+        max_seq_len: int,
+        doc_stride: int,
+        null_id: int | None,
+    ) -> list[Asked]:
+        """Token ids of questions and texts, in windows of at most `max_seq_len` tokens.
+
+        Args:
+            inputs: Question and text.
+            truncate: Not looked at: nothing is cut.
+            first: Index of the first of them in its request, for messages.
+            max_seq_len: Most tokens of a window, the question included.
+            doc_stride: Tokens that windows have in common.
+            null_id: Of the token that stands for no answer where it comes first; None: there is none.
+
+        Raises:
+            ApiError: A question is so long that no room is left for the text, or one of both is empty.
+        """
+        result = []
+        for index, ((question, text), encoding) in enumerate(zip(inputs, self.encodings(inputs), strict=True), first):
+            if not question or not text:
+                raise ApiError("invalid_request", f"input {index}: expected a question and a context, got an empty one")
+            sides = encoding.sequence_ids
+            begin = sides.index(1) if 1 in sides else len(sides)
+            count = sides.count(1)
+            room = max_seq_len - (len(sides) - count)
+            if room < 1 or (count > room and room <= doc_stride):
+                others = len(sides) - count
+                raise ApiError(
+                    "invalid_request",
+                    f"input {index}: expected a question of at most {max_seq_len - doc_stride - 1} tokens with special "
+                    f"tokens, so that more than doc_stride={doc_stride} of max_seq_len={max_seq_len} are left for the "
+                    f"context, got {others}; send a shorter question",
+                )
+            asked = Asked(text, [], [])
+            start = begin
+            while True:
+                end = min(start + room, begin + count)
+                asked.ids.append(self._window_ids(encoding, begin, count, start, end))
+                asked.windows.append(_window(encoding, begin, start, end, null_id))
+                if end == begin + count:
+                    break
+                start += room - doc_stride
+            result.append(asked)
+        return result
+
+    def _window_ids(self, encoding: Encoding, begin: int, count: int, start: int, end: int) -> PairIds:
+        """Token ids of a window: all but the text's, of which only some."""
+        ids, types = encoding.ids, encoding.type_ids
+        kept = [*ids[:begin], *ids[start:end], *ids[begin + count :]]
+        mine = [*types[:begin], *types[start:end], *types[begin + count :]]
+        return PairIds(array("q", kept), array("q", mine if self._tokenizer.token_types else [0] * len(kept)))
+
     def encodings(self, inputs: Sequence[str] | Sequence[tuple[str, str]]) -> Iterator[Encoding]:
         """Encodings with places, a few at a time: they take far more memory than what is kept of them."""
         for start in range(0, len(inputs), _SLICE_TEXTS):
@@ -120,3 +195,15 @@ class LocatingTokenizer:
         """The text of how tokens read."""
         decoder = self.backend.decoder
         return " ".join(words) if decoder is None else str(decoder.decode(words))
+
+
+def _window(encoding: Encoding, begin: int, start: int, end: int, null_id: int | None) -> Window:
+    offsets = encoding.offsets[start:end]
+    words = [-1 if word is None else word for word in encoding.word_ids[start:end]]
+    return Window(
+        begin,
+        array("i", [offset[0] for offset in offsets]),
+        array("i", [offset[1] for offset in offsets]),
+        array("i", words),
+        null_id is not None and encoding.ids[0] == null_id,
+    )

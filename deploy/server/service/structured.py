@@ -11,16 +11,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...tasks import RAW
+from ...tasks.question_answering import AnswerOptions, best_answers
 from ...tasks.token_classification import TokenOptions, entities
+from ..errors import ApiError
 from ..limits.bounds import INLINE_CHARS, Limits
 from ..limits.callers import Caller
-from .located import Located, LocatingTokenizer
+from .located import Asked, Located, LocatingTokenizer
 
 if TYPE_CHECKING:
     from ...bundle import Manifest
     from .tokens import TextTokenizer
 
 __all__ = ["StructuredQuestions"]
+
+_WINDOW_TOKENS = 384
+_STRIDE_TOKENS = 128
 
 _INLINE_TOKENS = 2048
 """Answers of at most this many tokens are put together on the event loop, in 2 ms or less."""
@@ -101,6 +107,66 @@ class StructuredQuestions:
             tokens = self._locating.tokens(text)
             mine = [scores[token.place] for token in tokens]
             found.append(entities(tokens, mine, labels, strategy, self._locating.join))
+        return found
+
+    async def answer(
+        self,
+        questions: Sequence[tuple[str, str]],
+        caller: Caller,
+        limits: Limits,
+        options: AnswerOptions | None = None,
+        *,
+        max_seq_len: int | None = None,
+        doc_stride: int | None = None,
+    ) -> Any:
+        """The parts of texts that answer questions; see `Service.embed`.
+
+        Args:
+            questions: Question and text of each.
+            caller: Who waits.
+            limits: Of the route.
+            options: What is asked for.
+            max_seq_len: Most tokens that the model reads at a time, the question included; None: 384, or what the model
+                takes. A longer text is read in windows.
+            doc_stride: Tokens that two windows have in common; None: 128, or half of `max_seq_len`.
+
+        Returns:
+            A `Result`: per question a list of what `tasks.question_answering.best_answers` makes.
+
+        Raises:
+            ApiError: See `errors`.
+            CallerLeft: The client has left.
+        """
+        started_s = time.perf_counter()
+        options = options or AnswerOptions()
+        longest = self._tokenizer.max_tokens
+        size = min(longest, _WINDOW_TOKENS) if max_seq_len is None else max_seq_len
+        stride = min(size // 2, _STRIDE_TOKENS) if doc_stride is None else doc_stride
+        if size > longest:
+            raise ApiError("invalid_request", f"max_seq_len: expected at most {longest}, got {size}")
+        if stride >= size:
+            raise ApiError("invalid_request", f"doc_stride: expected less than max_seq_len={size}, got {stride}")
+        cls = self.manifest.special_tokens["cls"]
+        encode = functools.partial(
+            self._locating.encode_questions,
+            max_seq_len=size,
+            doc_stride=stride,
+            null_id=None if cls is None else cls.id,
+        )
+        asked = await self._encode(_Question(questions, caller, limits, True, encode))
+        ids = [window for one in asked for window in one.ids]
+        result = await self._run(ids, RAW, caller, limits, started_s, len(asked))
+        values = await self._finish(result.tokens, self._answers, asked, result.values, options)
+        return result._replace(values=values)
+
+    @staticmethod
+    def _answers(asked: Sequence[Asked], rows: Sequence[Any], options: AnswerOptions) -> list[Any]:
+        found, start = [], 0
+        for one in asked:
+            end = start + len(one.windows)
+            logits = [[row.tolist() for row in window] for window in rows[start:end]]
+            found.append(best_answers(one.text, one.windows, logits, options))
+            start = end
         return found
 
     # How it is done.
