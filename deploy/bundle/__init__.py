@@ -7,6 +7,7 @@ that a server that runs ONNX Runtime loads neither torch nor transformers for it
 |---|---|
 | `manifest` | the whole: `Manifest`, reading and writing it |
 | `fields` | its parts, the names that are allowed, and how JSON becomes each of them |
+| `stages` | what comes behind the encoder: sparse pooling |
 | `files` | the files beside it: names, sizes, digests |
 | `config` | whether the manifest agrees with the model's own configuration |
 """
@@ -33,6 +34,7 @@ from deploy.bundle.fields import (
     ModelInfo,
     Pooling,
     Prompts,
+    Reader,
     SpecialToken,
     Speed,
     Variant,
@@ -40,6 +42,7 @@ from deploy.bundle.fields import (
 )
 from deploy.bundle.files import FileEntry, file_entry, owned_files
 from deploy.bundle.manifest import Manifest, load_manifest, write_manifest
+from deploy.bundle.stages import Sparse
 
 __all__ = [
     "ACTIVATIONS",
@@ -63,6 +66,8 @@ __all__ = [
     "ModelInfo",
     "Pooling",
     "Prompts",
+    "Reader",
+    "Sparse",
     "SpecialToken",
     "Speed",
     "Variant",

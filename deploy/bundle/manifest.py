@@ -31,6 +31,7 @@ from deploy.bundle.fields import (
     Variant,
 )
 from deploy.bundle.files import FileEntry, check_file, check_file_name, check_format, read_json
+from deploy.bundle.stages import Sparse
 
 __all__ = ["Manifest", "load_manifest", "write_manifest"]
 
@@ -62,6 +63,7 @@ class Manifest:
         machine: Where accuracy and speed of every variant were measured; None in bundles that were written before this
             field existed.
         vocab_size: Number of token ids; None in bundles that were written before this field existed.
+        sparse: How sparse vectors are made; None unless the task needs it.
         token_types: Whether the model is given the token types of pairs of texts; else all are 0.
     """
 
@@ -84,6 +86,7 @@ class Manifest:
     truncation_side: str = "right"
     vocab_size: int | None = None
     token_types: bool = True
+    sparse: Sparse | None = None
 
     def path(self, name: str) -> Path:
         """Path of a file of the bundle; `name` has to be listed in `files`."""
@@ -136,6 +139,8 @@ class Manifest:
             result["activation"] = self.activation
         if self.vocab_size is not None:
             result["vocab_size"] = self.vocab_size
+        if self.sparse is not None:
+            result["sparse"] = self.sparse.to_json()
         if not self.token_types:
             result["token_types"] = False
         if self.prompts is not None:
@@ -230,6 +235,7 @@ def _parse(root: Path, value: Any) -> Manifest:
         verification=top.child("verification", optional=True).value,
         machine=Machine.read(top.child("machine")) if top.value.get("machine") is not None else None,
         vocab_size=None if top.value.get("vocab_size") is None else top.count("vocab_size", 1),
+        sparse=Sparse.read(top.child("sparse")) if needs.sparse else None,
         token_types=top.get("token_types", bool, optional=True) is not False,
     )
 

@@ -15,7 +15,7 @@ from .batch import Batch, groups
 from .engine import Engine
 from .pooling import Floats, pool_padded, shortened
 
-__all__ = ["PaddedEngine", "PaddedIds", "PaddedStates", "padded", "ranked"]
+__all__ = ["PaddedEngine", "PaddedIds", "PaddedStates", "padded", "ranked", "splade"]
 
 PaddedIds = npt.NDArray[np.int64]
 
@@ -46,6 +46,18 @@ def ranked(logits: Floats, k: int) -> tuple[Rows, Rows]:
     return Rows(np.ascontiguousarray(best, np.int64)), Rows(np.ascontiguousarray(scores, np.float32))
 
 
+def splade(logits: Floats, total: bool, twice: bool) -> tuple[memoryview, memoryview]:
+    """The sparse vector of a text, of its logits f32 [tokens, outputs]; see `States.sparse`."""
+    with np.errstate(invalid="ignore"):
+        kept = logits if total else logits.max(axis=0, keepdims=True)
+        kept = np.log1p(np.maximum(kept, 0))
+    vector = (np.log1p(kept) if twice else kept).sum(axis=0)
+    indices = np.flatnonzero(vector)
+    found: tuple[memoryview, memoryview]
+    found = Rows(indices.astype(np.int64)[None])[0], Rows(vector[indices].astype(np.float32)[None])[0]
+    return found
+
+
 class PaddedStates:
     """First output of a padded model: hidden states or logits, f32 [texts, longest, n], or logits [texts, labels]."""
 
@@ -69,6 +81,10 @@ class PaddedStates:
     def top_k(self, texts: Sequence[int], positions: Sequence[int], k: int) -> tuple[Rows, Rows]:
         """See `States.top_k`."""
         return ranked(self._some(texts, positions), k)
+
+    def sparse(self, total: bool, twice: bool) -> list[tuple[memoryview, memoryview]]:
+        """See `States.sparse`."""
+        return [splade(self._output[row, : len(ids)], total, twice) for row, ids in enumerate(self.ids)]
 
     def _some(self, texts: Sequence[int], positions: Sequence[int]) -> Floats:
         return self._output[np.array(texts, np.int64), np.array(positions, np.int64)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class _PackedStates:
         """See `States.top_k`."""
         indices, probabilities = self._states.top_k(self._tokens(texts, positions), min(k, self._outputs))
         return Rows(indices), Rows(probabilities)
+
+    def sparse(self, total: bool, twice: bool) -> list[tuple[memoryview, memoryview]]:
+        """See `States.sparse`."""
+        (bounds,), (indices,), (values,) = map(Rows, self._states.sparse(total=total, twice=twice))
+        return [(indices[first:last], values[first:last]) for first, last in pairwise(bounds.tolist())]
 
     def _tokens(self, texts: Sequence[int], positions: Sequence[int]) -> Any:
         """Places in the batch, i64 [n]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from deploy.engines.batch import Batch, joined
@@ -136,6 +137,15 @@ class _EncoderStates:
         from deploy.engines.padded import ranked
 
         return ranked(self._token_logits(texts, positions), k)
+
+    def sparse(self, total: bool, twice: bool) -> list[tuple[memoryview, memoryview]]:
+        """See `States.sparse`."""
+        from deploy.engines.padded import splade
+
+        assert self._head is not None
+        bounds = self.cu_seqlens.tolist()
+        # Text by text: logits of all would not fit.
+        return [splade(self._head(self.hidden[first:last]).numpy(), total, twice) for first, last in pairwise(bounds)]
 
     def _token_logits(self, texts: Sequence[int], positions: Sequence[int]) -> Any:
         import torch

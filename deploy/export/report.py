@@ -80,6 +80,7 @@ def describe_model(folder: Path, source: Source, tokens: Tokens, config: Any) ->
         truncation_side=tokens.truncation_side,
         token_types=tokens.token_types,
         pooling=source.pooling,
+        sparse=source.sparse,
         prompts=source.prompts,
         special_tokens=tokens.special,
         vocab_size=int(config.vocab_size),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import POOLING_MODES, Prompts
+from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
 from deploy.export.errors import ExportError, first_line
 
 __all__ = ["SentenceFiles", "read_json", "read_sentence_files"]
@@ -70,6 +70,7 @@ class SentenceFiles:
         max_tokens: Longest input, or None.
         lowercase: Whether texts are lower-cased.
         prompts: None where there are none.
+        sparse: How logits of a masked-LM head become one sparse vector, or None.
         activation: Name of the class in torch that makes scores of a cross-encoder's logits, or None.
         where: The file that decides.
         problem: Why embeddings of ours would differ, or None.
@@ -84,6 +85,7 @@ class SentenceFiles:
     lowercase: bool = False
     prompts: Prompts | None = None
     activation: str | None = None
+    sparse: Sparse | None = None
     where: str = ""
     problem: str | None = None
     pooling_file: Path | None = field(default=None, repr=False)
@@ -101,6 +103,10 @@ def read_sentence_files(root: Path) -> SentenceFiles:
     _read_pooling(root, files)
     _read_settings(root, files)
     _read_model_settings(root, files)
+    if files.sparse is not None and (files.problem is not None or files.normalize):
+        raise ExportError(
+            files.problem or f"{root / 'modules.json'}: Normalize behind a SpladePooling is not supported"
+        )
     return files
 
 
@@ -121,6 +127,16 @@ def _pooling(files: SentenceFiles, place: Path, index: int) -> None:
         files.problem = files.problem or f"{place}: a second Pooling module is not supported"
 
 
+def _splade_pooling(files: SentenceFiles, place: Path, index: int) -> None:
+    path = place / "config.json"
+    settings = read_json(path, dict) if path.is_file() else {}
+    names = {"strategy": "pooling_strategy", "activation": "activation_function"}
+    try:
+        files.sparse = Sparse.read(Reader(str(path), {ours: settings.get(name) for ours, name in names.items()}))
+    except BundleError as error:
+        raise ExportError(str(error)) from error
+
+
 def _normalize(files: SentenceFiles, place: Path, index: int) -> None:
     files.normalize = True
 
@@ -131,6 +147,8 @@ def _dropout(files: SentenceFiles, place: Path, index: int) -> None:
 
 _MODULES: Mapping[str, Callable[[SentenceFiles, Path, int], None]] = {
     "Transformer": _transformer,
+    "MLMTransformer": _transformer,
+    "SpladePooling": _splade_pooling,
     "Pooling": _pooling,
     "Normalize": _normalize,
     "Dropout": _dropout,
@@ -221,6 +239,13 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
         if files.problem is not None or files.pooling_file is not None:
             raise ExportError(
                 f"{root / 'modules.json'}: expected a cross-encoder of a Transformer module alone, which has its head; "
+                "others are not supported"
+            )
+    elif kind == "SparseEncoder":
+        files.embeds = False
+        if files.problem is not None or files.sparse is None:
+            raise ExportError(
+                f"{root / 'modules.json'}: expected a sparse encoder of a masked-LM Transformer and a SpladePooling; "
                 "others are not supported"
             )
     elif kind != "SentenceTransformer":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts
+from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts, Sparse
 from deploy.export.errors import ExportError
 from deploy.export.sentence import SentenceFiles, read_json, read_sentence_files
 
@@ -29,6 +29,8 @@ MODEL_TYPES: Mapping[str, bool] = {
 """Encoders that can be exported, by `model_type`, and whether torch_ext runs them; others have ONNX variants only."""
 
 _TASK_OF_SUFFIX = {task.architecture: name for name, task in reversed([*TASKS.items()])}
+_SPARSE = next(name for name, task in TASKS.items() if task.needs.sparse)
+"""The task of a folder that it makes sparse vectors with."""
 _EMBEDS = next(name for name, task in TASKS.items() if task.needs.pooling)
 """The task of a folder that sentence-transformers makes embeddings with."""
 
@@ -64,7 +66,8 @@ class Source:
         task: One of the bundle's tasks.
         task_source: What decided the task.
         pooling: None unless the task needs it.
-        prompts: None unless the task needs a pooling and the model has some.
+        sparse: How sparse vectors are made; None unless the task needs it.
+        prompts: None unless the task makes embeddings and the model has some.
         max_tokens: Longest input, or None: what the tokenizer says, within `max_positions`.
         max_positions: Longest input that the position table allows.
         lowercase: Whether sentence-transformers lower-cases texts before the tokenizer.
@@ -84,6 +87,7 @@ class Source:
     task: str
     task_source: str
     pooling: Pooling | None
+    sparse: Sparse | None
     prompts: Prompts | None
     max_tokens: int | None
     max_positions: int
@@ -142,6 +146,7 @@ def read_source(
     if not embeds and (pooling is not None or normalize is not None):
         raise ExportError(f"--pooling and --normalize are for {_EMBEDS}; the task is {task} ({task_source})")
     chosen, note = _choose_pooling(sentence, pooling, normalize) if embeds else (None, None)
+    prompts = sentence.prompts if embeds or TASKS[task].needs.sparse else None
     positions = _max_positions(config, model_type, where)
     longest = _longest(max_tokens, sentence.max_tokens, positions)
     _check_tokenizer(folder)
@@ -157,7 +162,8 @@ def read_source(
         task=task,
         task_source=task_source,
         pooling=chosen,
-        prompts=sentence.prompts if embeds else None,
+        sparse=(sentence.sparse or Sparse()) if TASKS[task].needs.sparse else None,
+        prompts=prompts,
         max_tokens=longest,
         max_positions=positions,
         lowercase=sentence.lowercase,
@@ -165,7 +171,9 @@ def read_source(
         named_activation=named,
         weights=weights,
         weights_bytes=weights_bytes,
-        notes=tuple(item for item in (_prompt_note(sentence.prompts, embeds), note) if item),
+        notes=tuple(
+            item for item in (_prompt_note(sentence.prompts, embeds or TASKS[task].needs.sparse), note) if item
+        ),
     )
 
 
@@ -189,6 +197,8 @@ def _read_config(where: Path) -> tuple[Mapping[str, Any], str]:
 
 
 def _infer_task(config: Mapping[str, Any], sentence: SentenceFiles, where: Path) -> tuple[str, str]:
+    if sentence.sparse is not None:
+        return _SPARSE, sentence.where
     if sentence.embeds:
         return _EMBEDS, sentence.where
     architectures = config.get("architectures") or []

@@ -267,8 +267,8 @@ def _wrong_task(route: Route, routes: Sequence[Route], manifest: Manifest) -> st
     """Why a route does not serve a bundle, and which one does; None if it does."""
     if route.task in (None, manifest.task):
         return None
-    fitting = next(other.path for other in routes if other.task == manifest.task)
+    fitting = next((other.path for other in routes if other.task == manifest.task), None)
     return (
-        f"{route.path} needs a bundle for {route.task}, and {manifest.model.name} is for {manifest.task}: "
-        f"POST to {fitting}"
+        f"{route.path} needs a bundle for {route.task}, and {manifest.model.name} is for {manifest.task}"
+        f"{'' if fitting is None else f': POST to {fitting}'}"
     )

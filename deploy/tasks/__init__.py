@@ -16,6 +16,7 @@ from .feature_extraction import FeatureExtraction
 from .fill_mask import FillMask
 from .question_answering import QuestionAnswering
 from .rows import Ids, Rows
+from .sparse_embedding import SparseEmbedding
 from .task import RAW, Described, Needs, States, Task, TaskError
 from .text_classification import TextClassification
 from .token_classification import TokenClassification
@@ -24,7 +25,14 @@ __all__ = ["RAW", "TASKS", "Described", "Ids", "Needs", "Rows", "States", "Task"
 
 TASKS: Mapping[str, type[Task]] = {
     task.name: task
-    for task in (FeatureExtraction, TextClassification, TokenClassification, QuestionAnswering, FillMask)
+    for task in (
+        FeatureExtraction,
+        TextClassification,
+        TokenClassification,
+        QuestionAnswering,
+        FillMask,
+        SparseEmbedding,
+    )
 }
 """Every task, by the name that a manifest has for it. Where two fit a model, the first is taken."""
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .question_answering import best_spans
 from .token_classification import spans
 
-__all__ = ["AnswerSpans", "Comparison", "Cosine", "Labels", "Masks", "TokenLabels", "rank_correlation"]
+__all__ = ["AnswerSpans", "Comparison", "Cosine", "Labels", "Masks", "SparseCosine", "TokenLabels", "rank_correlation"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -75,6 +75,42 @@ class Cosine(_Rows):
         with np.errstate(divide="ignore", invalid="ignore"):
             cosines[order] = (right * got).sum(axis=1) / (norms[0] * norms[1])
             length_error = float(np.abs(norms[1] / norms[0] - 1).max())
+        return cosines, {"length_error": length_error}
+
+
+class SparseCosine(Comparison):
+    """Sparse vectors: the cosine to the reference's, per text."""
+
+    metric = "cosine"
+
+    def __init__(self, texts: int) -> None:
+        self._texts = texts
+        self._reference: dict[int, tuple[npt.NDArray[np.int64], Doubles]] = {}
+
+    @staticmethod
+    def _vector(output: Any) -> tuple[npt.NDArray[np.int64], Doubles]:
+        return np.array(output.indices, np.int64), np.array(output.values, np.float64)
+
+    def remember(self, text: int, output: Any) -> None:
+        """See `Comparison.remember`."""
+        self._reference[text] = self._vector(output)
+
+    def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
+        """See `Comparison.measure`."""
+        cosines = np.full(self._texts, np.nan)
+        length_error = 0.0
+        for text, output in run:
+            if isinstance(output, Exception):
+                length_error = math.inf
+                continue
+            (words, right), (mine, got) = self._reference[text], self._vector(output)
+            _, here, there = np.intersect1d(words, mine, assume_unique=True, return_indices=True)
+            norms = float(np.linalg.norm(right)), float(np.linalg.norm(got))
+            if not all(norms):  # Texts without any word: alike if both are.
+                cosines[text] = float(norms[0] == norms[1])
+                continue
+            cosines[text] = float(right[here] @ got[there]) / (norms[0] * norms[1])
+            length_error = max(length_error, abs(norms[1] / norms[0] - 1))
         return cosines, {"length_error": length_error}
 
 

@@ -17,7 +17,7 @@ from .task import LOGITS_BYTES, RAW, Described, Needs, States, Task, TaskError, 
 if TYPE_CHECKING:
     from .comparison import Comparison
 
-__all__ = ["FillMask", "FillMaskOptions", "Filled"]
+__all__ = ["FillMask", "FillMaskOptions", "Filled", "vocab_size"]
 
 _USUAL_VOCABULARY = 32_768
 """Assumed where neither the manifest nor the model's configuration has its size."""
@@ -36,7 +36,7 @@ class FillMaskOptions:
     top_k: int
 
 
-def _vocab_size(model: Described) -> int:
+def vocab_size(model: Described) -> int:
     """Number of token ids; bundles of before the manifest's field existed have the model's `config.json`."""
     if model.vocab_size is not None:
         return model.vocab_size
@@ -92,7 +92,7 @@ class FillMask(Task):
         mask = model.special_tokens["mask"]
         assert mask is not None  # The manifest was checked.
         self.mask_id = mask.id
-        self.logits_per_token = _vocab_size(model)
+        self.logits_per_token = vocab_size(model)
         # The widest row that an encoder computes for a token is that of its feed-forward part, 4 times the hidden size.
         self._mask_tokens = -(-self.logits_per_token // (4 * model.hidden_size))
 

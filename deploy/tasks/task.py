@@ -50,6 +50,7 @@ class Needs:
         labels: Names of classes, and how their logits are read.
         mask_token: A mask token.
         pairs: Each input is a pair of texts.
+        sparse: How logits of tokens become one sparse vector per text.
     """
 
     head: bool = False
@@ -57,6 +58,7 @@ class Needs:
     labels: bool = False
     mask_token: bool = False
     pairs: bool = False
+    sparse: bool = False
 
 
 class _Pooling(Protocol):
@@ -65,6 +67,14 @@ class _Pooling(Protocol):
 
     @property
     def normalize(self) -> bool: ...
+
+
+class _Sparse(Protocol):
+    @property
+    def total(self) -> bool: ...
+
+    @property
+    def twice(self) -> bool: ...
 
 
 class _Token(Protocol):
@@ -114,6 +124,10 @@ class Described(Protocol):
     @property
     def pooling(self) -> _Pooling | None:
         """How embeddings are made."""
+
+    @property
+    def sparse(self) -> _Sparse | None:
+        """How sparse vectors are made."""
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -174,6 +188,16 @@ class States(Protocol):
         Returns:
             Their indices, i64 [n, k], and their probabilities by softmax over all outputs, f32 [n, k]: NaN in a whole
             row if any of its logits is NaN, or infinity above 0.
+        """
+
+    def sparse(self, total: bool, twice: bool) -> Sequence[tuple[Sequence[int], Sequence[float]]]:
+        """Per text a sparse vector over the head's outputs: indices, rising, and values of the entries that are not 0.
+
+        A value is NaN or infinite where a logit is.
+
+        Args:
+            total: The sum over the text's tokens of log(1 + max(x, 0)), instead of the largest.
+            twice: log(1 + x) of that again.
         """
 
 

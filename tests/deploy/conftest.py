@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -37,6 +38,7 @@ SUFFIXES = {
     "token-classification": "ForTokenClassification",
     "question-answering": "ForQuestionAnswering",
     "fill-mask": "ForMaskedLM",
+    "sparse-embedding": "ForMaskedLM",
 }
 
 ModelMaker = Callable[..., Path]
@@ -118,7 +120,25 @@ def make_tiny_model(folder: Path, model_type: str, task: str, **settings: Any) -
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter) * (0.05 if "Norm" in name or "norm" in name else 0.1))
         model.save_pretrained(folder)
+    if task == "sparse-embedding":
+        write_splade_files(folder)
     return folder
+
+
+def write_splade_files(folder: Path, **pooling: str) -> None:
+    """What sentence-transformers writes beside a masked-LM model that makes sparse vectors."""
+    package = "sentence_transformers.sparse_encoder.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{package}.MLMTransformer"},
+        {"idx": 1, "name": "1", "path": "1_SpladePooling", "type": f"{package}.SpladePooling"},
+    ]
+    (folder / "1_SpladePooling").mkdir(exist_ok=True)
+    for path, content in (
+        (folder / "modules.json", modules),
+        (folder / "1_SpladePooling" / "config.json", {"pooling_strategy": "max", **pooling}),
+        (folder / "config_sentence_transformers.json", {"model_type": "SparseEncoder"}),
+    ):
+        path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, SpecialToken, Variant
+from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, Sparse, SpecialToken, Variant
 from deploy.engines.open import load_engine
 from deploy.server.api import ROUTES
 from deploy.server.api.route import Route
@@ -61,6 +61,7 @@ def make_manifest(folder: Path, task: str = "feature-extraction", max_tokens: in
         pooling=Pooling("mean", True) if task == "feature-extraction" else None,
         labels=("no", "yes") if TASKS[task].needs.labels else None,
         problem_type="single_label_classification" if TASKS[task].needs.labels else None,
+        sparse=Sparse() if TASKS[task].needs.sparse else None,
         special_tokens={
             "pad": SpecialToken(0, "[PAD]"),
             "cls": SpecialToken(2, "[CLS]"),

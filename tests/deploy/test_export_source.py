@@ -186,7 +186,7 @@ def test_sentence_files_decide_before_the_architecture(tmp_path: Path) -> None:
     assert read(folder).task == "feature-extraction"
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["BertForTokenClassification"], ["BertForPreTraining"]])
+@pytest.mark.parametrize("architectures", [None, [], ["BertForMultipleChoice"], ["BertForPreTraining"]])
 def test_task_that_cannot_be_told(tmp_path: Path, architectures: Any) -> None:
     folder = write(tmp_path, config={**CONFIG, "architectures": architectures})
     with pytest.raises(

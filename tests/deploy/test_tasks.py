@@ -25,6 +25,7 @@ from deploy.tasks import RAW, TASKS, Rows, TaskError, open_task
 from deploy.tasks.bounds import BOUND_NAMES
 from deploy.tasks.feature_extraction import EmbedOptions
 from deploy.tasks.fill_mask import FillMaskOptions
+from deploy.tasks.sparse_embedding import SparseVector
 from deploy.tasks.text_classification import PROBLEM_TYPES, read_labels
 
 MASK = 4
@@ -205,7 +206,8 @@ def test_what_can_be_bounded_is_measured(tmp_path: Path) -> None:
             of_tokens = task.name in ("token-classification", "question-answering", "fill-mask")
             rows = np.float32([[[1, 2]], [[3, 1]]]) if of_tokens else np.float32([[1, 2], [3, 1]])
             rows = rows[..., :labels] if task.needs.labels else rows
-            for text, row in enumerate(rows):
+            answers = [SparseVector([2, 5], row) for row in rows] if task.needs.sparse else rows
+            for text, row in enumerate(answers):
                 comparison.remember(text, row)
-            _, details = comparison.measure(list(enumerate(rows)))
+            _, details = comparison.measure(list(enumerate(answers)))
             assert set(task.bound_names(folder)) == {"mean", "min"} | (set(details) & set(BOUND_NAMES))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...tasks import RAW
 from ...tasks.question_answering import AnswerOptions, best_answers
+from ...tasks.sparse_embedding import SparseEmbedding
 from ...tasks.token_classification import TokenOptions, entities
 from ..errors import ApiError
 from ..limits.bounds import INLINE_CHARS, Limits
@@ -168,6 +169,35 @@ class StructuredQuestions:
             found.append(best_answers(one.text, one.windows, logits, options))
             start = end
         return found
+
+    async def embed_sparse(
+        self,
+        texts: Sequence[str],
+        caller: Caller,
+        limits: Limits,
+        *,
+        truncate: bool = True,
+        encode: Callable[..., list[Any]] | None = None,
+    ) -> Any:
+        """Sparse vectors of texts over the words of the vocabulary; see `Service.embed`.
+
+        Args:
+            texts: As a client sent them.
+            caller: Who waits.
+            limits: Of the route.
+            truncate: Cut texts that are longer than the model takes.
+            encode: Makes token ids; None: with the model's default prompt, cut as the model was trained.
+
+        Returns:
+            A `Result`: per text a `tasks.sparse_embedding.SparseVector`, which reads `[{"index": ..., "value": ...}]`.
+
+        Raises:
+            ApiError: See `errors`.
+            CallerLeft: The client has left.
+        """
+        started_s = time.perf_counter()
+        ids = await self._encode(_Question(texts, caller, limits, truncate, encode or self._tokenizer.encode))
+        return await self._run(ids, SparseEmbedding.usual, caller, limits, started_s)
 
     # How it is done.
 

@@ -1,0 +1,129 @@
+"""Sparse vectors: those of sentence-transformers' SparseEncoder, from its folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from conftest import write_splade_files
+from server_harness import ask
+
+from deploy.bundle import Sparse, load_manifest
+from deploy.export.cli import main
+from deploy.server.limits.bounds import Limits
+from deploy.server.limits.callers import Caller
+from deploy.tasks.comparison import SparseCosine
+from deploy.tasks.sparse_embedding import SparseVector
+
+QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet"]
+TEXTS = ["the name of the file", "", "returns the values of all objects " * 12, "x"]
+LIMITS = Limits(inputs=100, chars=5000, values=1 << 20)
+
+ModelMaker = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "strategy", "activation", "other"),
+    [
+        ("bert", "max", "relu", "onnx-fp32"),
+        ("bert", "sum", "log1p_relu", "onnx-fp32"),
+        ("roberta", "max", "log1p_relu", "torch_ext-bf16"),
+        ("distilbert", "sum", "relu", "torch_ext-int8"),
+    ],
+)
+def test_vectors_are_those_of_sentence_transformers(
+    model_type: str, strategy: str, activation: str, other: str, tiny_model: ModelMaker, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model(model_type, "fill-mask"), tmp_path / "model")
+    write_splade_files(folder, pooling_strategy=strategy, activation_function=activation)
+    arguments = ["--variants", f"torch_ext-fp32,{other}", "--max-tokens", "60", *QUICK]
+    assert main([str(folder), "-o", str(tmp_path / "out"), *arguments]) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert (manifest.task, manifest.sparse) == ("sparse-embedding", Sparse(strategy, activation))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sentence_transformers import SparseEncoder
+
+        encoder = SparseEncoder(str(folder), device="cpu")
+        encoder.max_seq_length = 60
+        expected = encoder.encode(TEXTS, convert_to_sparse_tensor=False).numpy()
+    for name in manifest.variants:
+        result = ask(manifest, name, lambda service: service.embed_sparse(TEXTS, Caller(), LIMITS))
+        for vector, right in zip(result.values, expected, strict=True):
+            assert [item["index"] for item in vector] == sorted(item["index"] for item in vector)
+            found = np.zeros_like(right)
+            found[[item["index"] for item in vector]] = [item["value"] for item in vector]
+            if name in ("torch_ext-fp32", "onnx-fp32"):
+                np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)
+            else:
+                assert found @ right / np.linalg.norm(found) / np.linalg.norm(right) > 0.99
+
+
+def test_folders_that_are_refused(tiny_model: ModelMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(change: Callable[[Path], None]) -> str:
+        folder = shutil.copytree(tiny_model("bert", "fill-mask"), tmp_path / "model")
+        write_splade_files(folder)
+        change(folder)
+        assert main([str(folder), "-o", str(tmp_path / "out"), *QUICK]) == 2
+        shutil.rmtree(folder)
+        return capsys.readouterr().err
+
+    def add(kind: str) -> Callable[[Path], None]:
+        def change(folder: Path) -> None:
+            modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+            modules.append({"idx": 2, "name": "2", "path": "", "type": f"sentence_transformers.models.{kind}"})
+            (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+
+        return change
+
+    assert "Normalize behind a SpladePooling is not supported" in refused(add("Normalize"))
+    assert "expected a sparse encoder of a masked-LM Transformer and a SpladePooling" in refused(add("Router"))
+    settings = {"pooling_strategy": "mean"}
+    found = refused(
+        lambda folder: (folder / "1_SpladePooling" / "config.json").write_text(json.dumps(settings)) and None
+    )
+    assert "strategy: expected one of max, sum, got 'mean'" in found
+    found = refused(
+        lambda folder: (
+            (folder / "modules.json").write_text(
+                json.dumps([{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}])
+            )
+            and None
+        )
+    )
+    assert "expected a sparse encoder" in found
+
+
+def test_a_vector_is_made_when_it_is_read() -> None:
+    vector = SparseVector([3, 7], [0.5, 2.0])
+    assert len(vector) == 2
+    assert vector == [{"index": 3, "value": 0.5}, {"index": 7, "value": 2.0}]
+    assert vector[-1:] == [{"index": 7, "value": 2.0}]
+    assert SparseVector([], []) == []
+
+
+def test_cosines_of_sparse_vectors() -> None:
+    comparison = SparseCosine(4)
+    for text, indices in enumerate(([1, 5], [2], [], [4])):
+        comparison.remember(text, SparseVector(indices, [3.0, 4.0][: len(indices)]))
+    run: list[tuple[int, Any]] = [
+        (0, SparseVector([1, 5], [6.0, 8.0])),
+        (1, SparseVector([3], [1.0])),
+        (2, SparseVector([], [])),
+    ]
+    cosines, details = comparison.measure(run)
+    assert cosines[:3].tolist() == pytest.approx([1, 0, 1])
+    assert details["length_error"] == pytest.approx(1)
+    cosines, details = comparison.measure([*run, (3, FloatingPointError())])
+    assert np.isnan(cosines[3])
+    assert details["length_error"] == float("inf")
