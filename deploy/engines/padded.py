@@ -82,6 +82,11 @@ class PaddedStates:
         """See `States.top_k`."""
         return ranked(self._some(texts, positions), k)
 
+    def token_vectors(self) -> list[tuple[Rows, bool]]:
+        """See `States.token_vectors`."""
+        texts = [Rows(np.ascontiguousarray(self._output[row, : len(ids)])) for row, ids in enumerate(self.ids)]
+        return [(rows, all(rows.finite)) for rows in texts]
+
     def sparse(self, total: bool, twice: bool) -> list[tuple[memoryview, memoryview]]:
         """See `States.sparse`."""
         return [splade(self._output[row, : len(ids)], total, twice) for row, ids in enumerate(self.ids)]

@@ -50,6 +50,12 @@ class _PackedStates:
         indices, probabilities = self._states.top_k(self._tokens(texts, positions), min(k, self._outputs))
         return Rows(indices), Rows(probabilities)
 
+    def token_vectors(self) -> list[tuple[Sequence[memoryview], bool]]:
+        """See `States.token_vectors`."""
+        rows = Rows(self._states.hidden())
+        finite = rows.finite
+        return [(rows[first:last], all(finite[first:last])) for first, last in pairwise(self._bounds)]
+
     def sparse(self, total: bool, twice: bool) -> list[tuple[memoryview, memoryview]]:
         """See `States.sparse`."""
         (bounds,), (indices,), (values,) = map(Rows, self._states.sparse(total=total, twice=twice))

@@ -138,6 +138,12 @@ class _EncoderStates:
 
         return ranked(self._token_logits(texts, positions), k)
 
+    def token_vectors(self) -> list[tuple[Rows, bool]]:
+        """See `States.token_vectors`."""
+        bounds = self.cu_seqlens.tolist()
+        texts = [Rows(self.hidden[first:last].float().numpy()) for first, last in pairwise(bounds)]
+        return [(rows, all(rows.finite)) for rows in texts]
+
     def sparse(self, total: bool, twice: bool) -> list[tuple[memoryview, memoryview]]:
         """See `States.sparse`."""
         from deploy.engines.padded import splade

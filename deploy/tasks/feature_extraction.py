@@ -12,7 +12,7 @@ from .task import Described, ModelFolder, Needs, States, Task, not_finite
 if TYPE_CHECKING:
     from .comparison import Comparison
 
-__all__ = ["EmbedOptions", "FeatureExtraction"]
+__all__ = ["EmbedOptions", "FeatureExtraction", "TokenVectorOptions"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,13 @@ class EmbedOptions:
     dimensions: int | None = None
 
 
+@dataclass(frozen=True)
+class TokenVectorOptions:
+    """A request for a vector of each token, as the model computes it: there is nothing to choose."""
+
+
 class FeatureExtraction(Task):
-    """Answers a row per text, f32 [dimensions]."""
+    """Answers a row per text, f32 [dimensions]; to `TokenVectorOptions`, a row per token of it."""
 
     name = "feature-extraction"
     needs = Needs(pooling=True)
@@ -56,8 +61,13 @@ class FeatureExtraction(Task):
         result: list[Any] = [None] * len(options)
         # Nearly always one kind; then each is a pass over all texts, which is little beside the model's.
         for kind in dict.fromkeys(options):
-            rows = states.pooled(self._pooling.mode, kind.normalize, kind.dimensions)
-            finite = rows.finite
+            rows: Sequence[Any]
+            finite: Sequence[Any]
+            if isinstance(kind, TokenVectorOptions):
+                rows, finite = zip(*states.token_vectors(), strict=True)
+            else:
+                pooled = states.pooled(self._pooling.mode, kind.normalize, kind.dimensions)
+                rows, finite = pooled, pooled.finite
             for index, option in enumerate(options):
                 if option == kind:
                     result[index] = rows[index] if finite[index] else not_finite("an embedding")

@@ -190,6 +190,9 @@ class States(Protocol):
             row if any of its logits is NaN, or infinity above 0.
         """
 
+    def token_vectors(self) -> Sequence[tuple[Sequence[memoryview], bool]]:
+        """Per text the vectors of its tokens, each f32 [hidden], and whether all are finite."""
+
     def sparse(self, total: bool, twice: bool) -> Sequence[tuple[Sequence[int], Sequence[float]]]:
         """Per text a sparse vector over the head's outputs: indices, rising, and values of the entries that are not 0.
 

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from conftest import write_splade_files
-from server_harness import ask
+from server_harness import ask, make_manifest, running
 
 from deploy.bundle import Sparse, load_manifest
 from deploy.export.cli import main
@@ -127,3 +127,22 @@ def test_cosines_of_sparse_vectors() -> None:
     cosines, details = comparison.measure([*run, (3, FloatingPointError())])
     assert np.isnan(cosines[3])
     assert details["length_error"] == float("inf")
+
+
+def test_the_route(tmp_path: Path) -> None:
+    with running(make_manifest(tmp_path, "sparse-embedding")) as server:
+        server.engine.run = lambda ids, options: [  # type: ignore[method-assign]
+            SparseVector(sorted(set(text)), [0.5] * len(set(text))) for text in ids
+        ]
+        reply = server("POST", "/embed_sparse", {"inputs": ["w0 w1", "w2"], "truncate": False, "unknown": 1})
+        assert reply.status == 200, reply.body
+        rows = [[2, 3, 5, 6], [2, 3, 7]]
+        assert reply.json == [[{"index": index, "value": 0.5} for index in row] for row in rows]
+        assert reply.headers["x-compute-tokens"] == "7"
+        assert server("POST", "/embed_sparse", {"inputs": "w0"}).json[0][0]["index"] == 2
+        for body, kind in (
+            ({"inputs": []}, "Empty"),
+            ({"inputs": "w0 " * 40, "truncate": False}, "Validation"),
+            ({"inputs": "w0", "prompt_name": "query"}, "Validation"),
+        ):
+            assert server("POST", "/embed_sparse", body).json["error_type"] == kind

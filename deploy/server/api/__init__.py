@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import hub, native, openai, operations, rerank, structured, tei
+from . import hub, native, openai, operations, rerank, structured, tei, tei_vectors
 
 __all__ = ["ROUTES"]
 
@@ -10,6 +10,7 @@ ROUTES = (
     *native.ROUTES,
     *structured.ROUTES,
     *tei.ROUTES,
+    *tei_vectors.ROUTES,
     *openai.ROUTES,
     *rerank.ROUTES,
     *hub.ROUTES,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...tasks import RAW
+from ...tasks.feature_extraction import TokenVectorOptions
 from ...tasks.question_answering import AnswerOptions, best_answers
 from ...tasks.sparse_embedding import SparseEmbedding
 from ...tasks.token_classification import TokenOptions, entities
@@ -50,6 +51,8 @@ class StructuredQuestions:
     if TYPE_CHECKING:
         manifest: Manifest
         _tokenizer: TextTokenizer
+
+        def _encoder(self, cut_left: bool | None, prompt_name: str | None) -> Callable[..., list[Any]]: ...
 
         def _sizes(self, request: Any) -> list[int]: ...
 
@@ -177,7 +180,8 @@ class StructuredQuestions:
         limits: Limits,
         *,
         truncate: bool = True,
-        encode: Callable[..., list[Any]] | None = None,
+        cut_left: bool | None = None,
+        prompt_name: str | None = None,
     ) -> Any:
         """Sparse vectors of texts over the words of the vocabulary; see `Service.embed`.
 
@@ -186,7 +190,8 @@ class StructuredQuestions:
             caller: Who waits.
             limits: Of the route.
             truncate: Cut texts that are longer than the model takes.
-            encode: Makes token ids; None: with the model's default prompt, cut as the model was trained.
+            cut_left: Cut off their beginning, or their end; None: what the model was trained with.
+            prompt_name: Which of the model's prompts goes before each text; None: its default prompt.
 
         Returns:
             A `Result`: per text a `tasks.sparse_embedding.SparseVector`, which reads `[{"index": ..., "value": ...}]`.
@@ -196,8 +201,33 @@ class StructuredQuestions:
             CallerLeft: The client has left.
         """
         started_s = time.perf_counter()
-        ids = await self._encode(_Question(texts, caller, limits, truncate, encode or self._tokenizer.encode))
+        encode = self._encoder(cut_left, prompt_name)
+        ids = await self._encode(_Question(texts, caller, limits, truncate, encode))
         return await self._run(ids, SparseEmbedding.usual, caller, limits, started_s)
+
+    async def embed_all(
+        self,
+        texts: Sequence[str],
+        caller: Caller,
+        limits: Limits,
+        *,
+        truncate: bool = True,
+        cut_left: bool | None = None,
+        prompt_name: str | None = None,
+    ) -> Any:
+        """A vector of each token of texts, special tokens and prompts included; see `embed_sparse`.
+
+        Returns:
+            A `Result`: per text rows of f32 [width].
+
+        Raises:
+            ApiError: See `errors`.
+            CallerLeft: The client has left.
+        """
+        started_s = time.perf_counter()
+        encode = self._encoder(cut_left, prompt_name)
+        ids = await self._encode(_Question(texts, caller, limits, truncate, encode))
+        return await self._run(ids, TokenVectorOptions(), caller, limits, started_s, sum(map(len, ids)))
 
     # How it is done.
 

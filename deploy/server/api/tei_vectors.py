@@ -1,0 +1,92 @@
+"""The routes of text-embeddings-inference whose answers are other than one vector for each text."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from .route import Caller, Context, Limits, Response, encode_rows
+from .schemas import Inputs
+from .tei import measured, row
+from .tei_schemas import Cut, Direction, Prompt, cut_left
+
+__all__ = ["ROUTES"]
+
+
+class TeiVectorsRequest(Struct):
+    """Texts to embed."""
+
+    inputs: Inputs
+    truncate: Cut = None
+    truncation_direction: Direction = "Right"
+    prompt_name: Prompt = None
+
+
+class TeiSparseValue(Struct):
+    """A word of the vocabulary and its weight."""
+
+    index: Annotated[int, Meta(ge=0)]
+    value: float
+
+
+TeiSparseResponse = list[list[TeiSparseValue]]
+TeiEmbedAllResponse = list[list[list[float]]]
+
+
+def _options(context: Context, request: TeiVectorsRequest) -> dict[str, Any]:
+    auto = context.service.settings.auto_truncate
+    return {
+        "truncate": auto if request.truncate is None else request.truncate,
+        "cut_left": cut_left(request.truncation_direction),
+        "prompt_name": request.prompt_name,
+    }
+
+
+async def embed_sparse(context: Context, request: TeiVectorsRequest, caller: Caller) -> Response:
+    """POST /embed_sparse."""
+    started_s = time.perf_counter()
+    texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    result = await context.service.embed_sparse(texts, caller, context.limits, **_options(context, request))
+    headers = measured(result, sum(map(len, texts)), started_s)
+    return Response(encode_rows(result.values, 2 * max(map(len, result.values))), headers)
+
+
+async def embed_all(context: Context, request: TeiVectorsRequest, caller: Caller) -> Response:
+    """POST /embed_all."""
+    started_s = time.perf_counter()
+    service = context.service
+    texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    result = await service.embed_all(texts, caller, context.limits, **_options(context, request))
+    headers = measured(result, sum(map(len, texts)), started_s)
+    return Response(encode_rows(result.values, service.width * max(map(len, result.values))), headers)
+
+
+ROUTES = (
+    row(
+        "/embed_sparse",
+        "sparse-embedding",
+        summary="Weights of words for texts",
+        handler=embed_sparse,
+        request=TeiVectorsRequest,
+        example={"inputs": ["A server answers.", "A second text."]},
+        answer=TeiSparseResponse,
+        answered="Per text the words with a weight above 0.",
+        limits=Limits.of_texts,
+        values=lambda manifest, request: 2048,  # Hundreds of words for a text of a trained model.
+        value_bytes=8,
+    ),
+    row(
+        "/embed_all",
+        "feature-extraction",
+        summary="A vector for each token of texts",
+        handler=embed_all,
+        request=TeiVectorsRequest,
+        example={"inputs": "A server answers."},
+        answer=TeiEmbedAllResponse,
+        answered="Per text, per token its vector, special tokens included.",
+        limits=Limits.of_texts,
+        values=lambda manifest, request: manifest.hidden_size,
+    ),
+)

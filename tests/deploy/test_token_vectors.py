@@ -1,0 +1,60 @@
+"""A vector for each token: the hidden states of transformers."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from server_harness import ask, make_manifest, running
+
+from deploy.bundle import load_manifest
+from deploy.server.limits.bounds import Limits, Settings
+from deploy.server.limits.callers import Caller
+from deploy.tasks import Rows
+from deploy.tasks.feature_extraction import TokenVectorOptions
+
+TEXTS = ["the name of the file", "", "returns the values of all objects"]
+LIMITS = Limits(inputs=100, chars=5000, values=1 << 20)
+
+
+def test_vectors_are_the_hidden_states(
+    tiny_model: Callable[..., Path], tiny_bundle: Callable[[str, str], Path]
+) -> None:
+    manifest = load_manifest(tiny_bundle("bert", "feature-extraction"), verify=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+
+        folder = tiny_model("bert", "feature-extraction")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModel.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            expected = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].numpy() for text in TEXTS]
+    for variant, close in (("torch_ext-fp32", 1e-4), ("onnx-fp32", 1e-4), ("torch_ext-bf16", 0.2)):
+        result = ask(manifest, variant, lambda service: service.embed_all(TEXTS, Caller(), LIMITS))
+        assert result.tokens == sum(map(len, expected))
+        for rows, right in zip(result.values, expected, strict=True):
+            np.testing.assert_allclose(np.asarray(list(rows)), right, atol=close)
+
+
+def test_the_route(tmp_path: Path) -> None:
+    with running(make_manifest(tmp_path), Settings(port=0, max_values=100)) as server:
+
+        def run(ids: Any, options: Any) -> list[Any]:
+            assert all(isinstance(option, TokenVectorOptions) for option in options)
+            return [list(Rows(np.float32([[token] * 8 for token in text]))) for text in ids]
+
+        server.engine.run = run  # type: ignore[method-assign]
+        reply = server("POST", "/embed_all", {"inputs": ["w0", "w1 w2"]})
+        assert reply.status == 200, reply.body
+        assert reply.json == [[[token] * 8 for token in text] for text in ([2, 5, 3], [2, 6, 7, 3])]
+        # 14 tokens of 8 numbers.
+        assert server("POST", "/embed_all", {"inputs": "w0 " * 12}).status == 413
