@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -31,9 +32,11 @@ import orjson
 from ..bundle import Manifest
 from .api import ROUTES
 from .api.openapi import document
-from .api.route import NATIVE, Context, Dialect, Route
+from .api.route import NATIVE, Binary, Context, Dialect, Route
 from .errors import ApiError
 from .http.bodies import INLINE_BYTES, Large, decode, decode_in_parts, encode_in_parts, parts
+from .http.coding import LEAST_BYTES, compress, compressed
+from .http.cors import Cors
 from .http.exchange import Headers, Receive, Response, Scope, Send, authorize, error_response, read_body
 from .limits.bounds import Settings
 from .limits.callers import Caller, CallerLeft
@@ -83,6 +86,7 @@ class App:
         routes: Sequence[Route] = ROUTES,
     ) -> None:
         self._metrics = Metrics()
+        self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
         self.service = Service(manifest, tokenizer, batcher, settings, self._metrics)
         self._metrics.gauges(
             lambda: batcher.queued_tokens, lambda: self.service.budget.held_bytes, lambda: self.service.ready
@@ -102,7 +106,8 @@ class App:
                 lambda: written(self._variant, self.service.budget.limit_mb),
             )
             endpoint = _Endpoint(route, context, key, _wrong_task(route, routes, manifest))
-            self._routes.setdefault(route.path, {})[route.method] = endpoint
+            for path in _paths(route.path, self.service.model):
+                self._routes.setdefault(settings.root_path + path, {})[route.method] = endpoint
 
     @property
     def _variant(self) -> str | None:
@@ -139,6 +144,8 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; `HttpProtocol` adds `deploy.headers` and `deploy.caller` to its scope."""
         started_s = time.perf_counter()
+        if self._cors is not None and await self._cors.answer(scope, send):
+            return
         path: str = scope["path"]
         caller: Caller = scope["deploy.caller"]
         label = "other"
@@ -160,11 +167,16 @@ class App:
             request = None
             if endpoint.decoder is not None:
                 body = await read_body(headers, receive, endpoint.body_bytes, self.service.budget, caller)
+                split = endpoint.route.split
+                if split is not None:
+                    body, tail = split(headers, body)
                 if len(body) <= INLINE_BYTES:
                     request = decode(endpoint.decoder, body)
                 else:
                     request = await self.service.aside(decode_in_parts, endpoint.decoder, body, endpoint.context.limits)
                 del body
+                if split is not None:
+                    request = Binary(request, tail)
                 caller.values_each = endpoint.route.values(self.service.manifest, request)
                 caller.value_bytes = endpoint.route.value_bytes
             response = await endpoint.handler(endpoint.context, request, caller)
@@ -175,6 +187,8 @@ class App:
                 else:
                     rest = parts(data)
                     data = await self.service.aside(next, rest)
+            if headers.get(b"accept-encoding") == b"gzip" and isinstance(data, bytes):
+                response, data, rest = await self._in_gzip(response, data, rest)
         except ApiError as error:
             response, data = self._error(error, scope)
         except CallerLeft:
@@ -189,6 +203,8 @@ class App:
         fields = [*response.headers]
         if rest is None:
             fields.append((b"content-length", b"%d" % len(data)))
+        if self._cors is not None:
+            fields += self._cors.fields(scope["deploy.headers"])
         if self.service.draining:
             fields.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": response.status, "headers": fields})
@@ -203,6 +219,20 @@ class App:
             finally:
                 self.service.budget.release(caller)
         self._metrics.answered(label, response.status, time.perf_counter() - started_s)
+
+    async def _in_gzip(
+        self, response: Response, data: bytes, rest: Iterator[bytes] | None
+    ) -> tuple[Response, bytes, Iterator[bytes] | None]:
+        """An answer in gzip, with the header that says so; a short one as it is."""
+        if rest is not None:
+            rest = compressed(itertools.chain((data,), rest))
+            data = await self.service.aside(next, rest)
+        elif len(data) < LEAST_BYTES:
+            return response, data, None
+        else:
+            data = compress(data) if len(data) <= INLINE_BYTES else await self.service.aside(compress, data)
+        fields = ((b"content-encoding", b"gzip"), (b"vary", b"accept-encoding"))
+        return response._replace(headers=(*response.headers, *fields)), data, rest
 
     async def _send_parts(self, part: bytes, rest: Iterator[bytes], send: Send, caller: Caller) -> None:
         """Sends a large answer, each part as soon as the client has read most of those before.
@@ -242,6 +272,11 @@ def _timeout_s(value: bytes) -> float:
             "invalid_request", f"x-request-timeout-ms: expected whole milliseconds from 1, got {value[:40]!r}"
         )
     return 1e-3 * int(value)
+
+
+def _paths(path: str, model: str) -> tuple[str, ...]:
+    """A path, and the same behind the name of the model, where the dialect has no place for that name."""
+    return (path,) if path.startswith(("/v1/", "/v2")) else (path, f"/models/{model}{path}")
 
 
 def rows_of(routes: Sequence[Route], task: str, model: str) -> list[Route]:

@@ -42,6 +42,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _prefix(text: str) -> str:
+    if text and not text.startswith("/"):
+        raise argparse.ArgumentTypeError(f"expected a path such as /nlp, got {text}")
+    return text.rstrip("/")
+
+
 def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
     parser = argparse.ArgumentParser(
@@ -170,6 +176,14 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get(API_KEY_VARIABLE),
         help=f"require Authorization: Bearer KEY; better given in {API_KEY_VARIABLE}, which other users cannot see",
     )
+    parser.add_argument(
+        "--cors-allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin whose pages may ask, * for all; may be given several times (default: none)",
+    )
+    parser.add_argument("--root-path", type=_prefix, default="", metavar="/PREFIX", help="what all paths begin with")
     parser.add_argument(
         "--accept-token-ids", action="store_true", help="take token ids of the model's tokenizer in place of texts"
     )
@@ -306,6 +320,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         access_log=arguments.access_log,
         accept_token_ids=arguments.accept_token_ids,
         any_dimensions=arguments.any_dimensions,
+        cors_allow_origin=tuple(arguments.cors_allow_origin),
+        root_path=arguments.root_path,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     if settings.access_log:

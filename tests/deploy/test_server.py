@@ -270,9 +270,10 @@ def test_chunked_body_is_refused_while_it_is_read(server: LiveServer) -> None:
         assert client("POST", "/api/embed", GOOD).status == 200
 
 
-def test_compressed_body_is_refused(server: LiveServer) -> None:
-    reply = server("POST", "/api/embed", gzip.compress(json.dumps(GOOD).encode()), Content_Encoding="gzip")
-    assert (reply.status, reply.kind) == (415, "unsupported_media_type")
+def test_a_body_in_another_coding_is_refused(server: LiveServer) -> None:
+    for coding in ("br", "deflate", "gzip, gzip"):
+        reply = server("POST", "/api/embed", gzip.compress(json.dumps(GOOD).encode()), Content_Encoding=coding)
+        assert (reply.status, reply.kind) == (415, "unsupported_media_type")
     assert server("POST", "/api/embed", GOOD, Content_Encoding="identity").status == 200
 
 
@@ -416,7 +417,8 @@ def test_endpoint_of_another_task(server: LiveServer, path: str) -> None:
 def test_every_route_is_described(server: LiveServer) -> None:
     document = server("GET", "/openapi.json").json
     described = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
-    assert described == {(path, method) for path, methods in server.app._routes.items() for method in methods}
+    served = {(path, method) for path, methods in server.app._routes.items() for method in methods}
+    assert {(path, method) for path, method in served if not path.startswith("/models/fake")} == described
     text = json.dumps(document)
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
     assert references <= set(document["components"]["schemas"])

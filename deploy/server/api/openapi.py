@@ -84,6 +84,7 @@ def document(
             "version": version,
             "description": limits if variant is None else f"Variant {variant}. {limits}",
         },
+        **({"servers": [{"url": settings.root_path}]} if settings.root_path else {}),
         "paths": paths,
         "components": components,
         "x-limits": _table(settings, memory_mb),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...bundle import Manifest
 from ..errors import ERRORS, ApiError, error_body, error_fields, error_text
@@ -25,6 +25,7 @@ __all__ = [
     "JSON_HEADER",
     "NATIVE",
     "ApiError",
+    "Binary",
     "Caller",
     "Context",
     "Dialect",
@@ -97,6 +98,18 @@ def server_timing(result: Result) -> tuple[bytes, bytes]:
     )
 
 
+class Binary(NamedTuple):
+    """A request whose JSON is followed by bytes: what a handler of a row with `split` gets.
+
+    Attributes:
+        request: What the JSON says.
+        tail: The bytes.
+    """
+
+    request: Any
+    tail: bytes
+
+
 Handler = Callable[[Context, Any, Caller], Awaitable[Response]]
 """Answers a request: gets the route's context, the decoded body (None without one), and who waits."""
 
@@ -123,6 +136,7 @@ class Route:
         values: Numbers in the answer to each input (fill-mask: to each mask) of a request, before it is run.
         value_bytes: Memory that each of them holds until it is sent.
         secured: Whether the API key is asked for.
+        split: Cuts a body into JSON and what follows it; None: it is all JSON.
         tag: Heading in the documentation.
     """
 
@@ -142,6 +156,7 @@ class Route:
     values: Callable[[Manifest, Any], int] = lambda manifest, request: 0
     value_bytes: int = 4
     secured: bool = False
+    split: Callable[[Mapping[bytes, bytes], bytes], tuple[bytes, bytes]] | None = None
     tag: str = "operation"
 
     @property

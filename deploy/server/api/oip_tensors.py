@@ -1,0 +1,181 @@
+"""Tensors of the Open Inference Protocol: in JSON, or in binary behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import orjson
+from msgspec import Meta, Struct
+
+from .route import ApiError, encode
+
+__all__ = ["HEADER_LENGTH", "InferInput", "InferOutput", "Tensor", "read_texts", "split_body", "write_outputs"]
+
+HEADER_LENGTH = b"inference-header-content-length"
+"""Header of a request or an answer whose JSON is followed by binary tensors: the length of the JSON."""
+
+Parameters = dict[str, Any]
+
+
+class InferInput(Struct):
+    """A tensor of a request."""
+
+    name: str
+    shape: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=8)]
+    datatype: str
+    data: list[Any] | None = None
+    parameters: Parameters | None = None
+
+
+class InferOutput(Struct):
+    """A tensor that is asked for."""
+
+    name: str
+    parameters: Parameters | None = None
+
+
+class Tensor:
+    """A tensor of an answer.
+
+    Attributes:
+        name: Its name.
+        datatype: `FP32` or `BYTES`.
+        shape: Of all rows.
+    """
+
+    __slots__ = ("_rows", "datatype", "name", "shape")
+
+    def __init__(self, name: str, datatype: str, shape: Sequence[int], rows: Sequence[Any]) -> None:
+        """Wraps.
+
+        Args:
+            name: Its name.
+            datatype: `FP32`: rows are buffers of f32; `BYTES`: rows are lists of texts.
+            shape: Of all rows.
+            rows: One for each input.
+        """
+        self.name = name
+        self.datatype = datatype
+        self.shape = list(shape)
+        self._rows = rows
+
+    def json(self) -> Any:
+        """Its numbers or texts, without rows."""
+        rows = [memoryview(row) for row in self._rows] if self.datatype == "FP32" else self._rows
+        return orjson.Fragment(b"[%s]" % b",".join(encode(row)[1:-1] for row in rows))
+
+    def binary(self) -> bytes:
+        """Its numbers in little-endian order, or its texts, each behind its length."""
+        if self.datatype == "FP32":
+            return b"".join(self._rows)
+        texts = [text.encode() for row in self._rows for text in row]
+        return b"".join(part for text in texts for part in (len(text).to_bytes(4, "little"), text))
+
+
+def split_body(headers: Mapping[bytes, bytes], body: bytes) -> tuple[bytes, bytes]:
+    """The JSON of a request, and the binary tensors behind it.
+
+    Raises:
+        ApiError: The header that tells where one ends is no such number.
+    """
+    told = headers.get(HEADER_LENGTH)
+    if told is None:
+        return body, b""
+    if not (told.isdigit() and len(told) <= 12 and int(told) <= len(body)):
+        raise ApiError(
+            "invalid_request",
+            f"Inference-Header-Content-Length: expected 0 to {len(body)}, the length of the body, got {told[:40]!r}",
+        )
+    return body[: int(told)], body[int(told) :]
+
+
+def read_texts(inputs: Sequence[InferInput], tail: bytes, most: int) -> dict[str, list[str]]:
+    """The texts of each input.
+
+    Args:
+        inputs: Of a request.
+        tail: Its binary tensors, in the order of the inputs.
+        most: How many texts an input may have.
+
+    Raises:
+        ApiError: An input is no list of texts, or differs from its shape.
+    """
+    found: dict[str, list[str]] = {}
+    start = 0
+    for given in inputs:
+        where = f"input {given.name[:40]!r}"
+        if given.datatype != "BYTES":
+            raise ApiError("invalid_request", f"{where}: expected datatype BYTES, got {given.datatype[:20]}")
+        count = math.prod(given.shape)
+        if count > most:
+            raise ApiError("too_large", f"{where}: expected at most {most} texts, got {count}")
+        size = (given.parameters or {}).get("binary_data_size")
+        if size is not None:
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(tail) - start:
+                raise ApiError("invalid_request", f"{where}: expected {size} bytes, got {len(tail) - start}")
+            texts = _texts(memoryview(tail)[start : start + size], count, where)
+            start += size
+        else:
+            texts = _flat(given.data or [], where)
+        if len(texts) != count:
+            raise ApiError("invalid_request", f"{where}: expected {count} texts by its shape, got {len(texts)}")
+        found[given.name] = texts
+    if start != len(tail):
+        raise ApiError("invalid_request", f"expected {start} bytes of binary tensors, got {len(tail)}")
+    return found
+
+
+def _flat(data: Sequence[Any], where: str) -> list[str]:
+    texts: list[str] = []
+    for item in data:
+        if isinstance(item, list):
+            texts += _flat(item, where)
+        elif isinstance(item, str):
+            texts.append(item)
+        else:
+            raise ApiError("invalid_request", f"{where}: expected texts, got {type(item).__name__}")
+    return texts
+
+
+def _texts(buffer: memoryview, count: int, where: str) -> list[str]:
+    texts: list[str] = []
+    start = 0
+    while start < len(buffer) and len(texts) <= count:
+        end = start + 4 + int.from_bytes(buffer[start : start + 4], "little")
+        if start + 4 > len(buffer) or end > len(buffer):
+            raise ApiError("invalid_request", f"{where}: a text is longer than the tensor")
+        try:
+            texts.append(str(buffer[start + 4 : end], "utf-8"))
+        except UnicodeDecodeError:
+            raise ApiError("invalid_request", f"{where}: expected UTF-8 in text {len(texts)}") from None
+        start = end
+    return texts
+
+
+def write_outputs(body: dict[str, Any], tensors: Sequence[Tensor], binary: Sequence[bool]) -> tuple[bytes, int | None]:
+    """The bytes of an answer.
+
+    Args:
+        body: The answer without `outputs`.
+        tensors: Its outputs.
+        binary: Which of them are sent in binary.
+
+    Returns:
+        The bytes, and the length of the JSON in them, where binary tensors follow it.
+    """
+    outputs: list[dict[str, Any]] = []
+    parts: list[bytes] = []
+    for tensor, as_bytes in zip(tensors, binary, strict=True):
+        output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if as_bytes:
+            parts.append(tensor.binary())
+            output["parameters"] = {"binary_data_size": len(parts[-1])}
+        else:
+            output["data"] = tensor.json()
+        outputs.append(output)
+    head = encode({**body, "outputs": outputs})
+    if not parts:
+        return head, None
+    return b"".join([head, *parts]), len(head)
