@@ -283,7 +283,7 @@ def serve_framework(name: str) -> None:
     import uvicorn
 
     from deploy.server.api.schemas import EmbedRequest
-    from deploy.server.lifecycle import listen
+    from deploy.server.sockets import listen
 
     row = np.random.default_rng(0).standard_normal((1, 384), np.float32)
     decoder = msgspec.json.Decoder(EmbedRequest)

@@ -31,6 +31,7 @@ LONGEST = (
     "ops/test_transformers.py",
     "loadtest/test_locust.py",
     "deploy/test_server_bundles.py",
+    "deploy/test_workers.py",
     "ops/test_isa.py",
     "benchmarks/test_encoder_benchmark.py",
     "deploy/test_export_errors.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,22 @@ from typing import Any
 from ..tasks import States, Task
 from .batch import Batch, Ids, PairIds
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Image"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """Packed weights of another process, and where they run.
+
+    Attributes:
+        fd: A descriptor of them; see `Engine.share`.
+        cpus: CPUs of the engine's threads; none: those of the process.
+        pin: Bind each of them to one.
+    """
+
+    fd: int
+    cpus: tuple[int, ...] = ()
+    pin: bool = False
 
 
 class Engine(ABC):
@@ -58,6 +74,10 @@ class Engine(ABC):
     def cost(self, ids: Ids | PairIds) -> int:
         """What a text costs of a token budget; see `Task.cost_tokens`. On any thread."""
         return self.task.cost_tokens(ids.ids if isinstance(ids, PairIds) else ids)
+
+    def share(self) -> int | None:
+        """A descriptor of the weights, which other processes can map; None: each process has to load its own."""
+        return None
 
     def _mode(self) -> contextlib.AbstractContextManager[Any]:
         """What has to be on while a batch runs."""

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from ..bundle import BundleError, Manifest
 from ..tasks import open_task
-from .engine import Engine
+from .engine import Engine, Image
 
-__all__ = ["load_engine", "open_engine"]
+__all__ = ["Image", "load_engine", "open_engine"]
 
 
 class _Kind(Protocol):
@@ -26,7 +26,15 @@ class _Kind(Protocol):
     def dtype(self) -> str: ...
 
 
-def open_engine(manifest: Manifest, variant: _Kind, threads: int, token_text: Callable[[int], str] = str) -> Engine:
+def open_engine(
+    manifest: Manifest,
+    variant: _Kind,
+    threads: int,
+    token_text: Callable[[int], str] = str,
+    *,
+    image: Image | None = None,
+    shared: bool = False,
+) -> Engine:
     """Opens a variant of a bundle.
 
     Args:
@@ -34,6 +42,8 @@ def open_engine(manifest: Manifest, variant: _Kind, threads: int, token_text: Ca
         variant: Which variant.
         threads: Threads of the engine.
         token_text: How a token id reads, for answers that hold tokens.
+        image: Weights of the variant that another process has loaded; None: from its file.
+        shared: Keep the weights where other processes can map them, if the engine can; see `Engine.share`.
 
     Raises:
         BundleError: The weights do not fit the manifest, or their engine is not installed.
@@ -47,7 +57,9 @@ def open_engine(manifest: Manifest, variant: _Kind, threads: int, token_text: Ca
             return OnnxEngine(path, variant.dtype, threads, task)
         from .torch_ext import TorchExtEngine
 
-        return TorchExtEngine.load(path, variant.dtype, threads, task)
+        if image is not None:
+            return TorchExtEngine.map(image, threads, task)
+        return TorchExtEngine.load(path, variant.dtype, threads, task, shared=shared)
     except ImportError as error:
         how = "pip install 'torch-ext[onnx]'" if variant.engine == "onnxruntime" else "install it"
         raise BundleError(
@@ -61,6 +73,9 @@ def load_engine(
     variant: _Kind,
     threads: int,
     token_text: Callable[[int], str] = str,
+    *,
+    image: Image | None = None,
+    shared: bool = False,
 ) -> tuple[Engine, str]:
     """Opens a variant of a bundle and makes it ready to serve: it has run once.
 
@@ -69,6 +84,8 @@ def load_engine(
         variant: Which variant of it.
         threads: Threads of the engine.
         token_text: How a token id reads, for answers that hold tokens.
+        image: See `open_engine`.
+        shared: See `open_engine`.
 
     Returns:
         The engine, and what runs it for the start-up line.
@@ -77,7 +94,7 @@ def load_engine(
         BundleError: See `open_engine`.
         FloatingPointError: The model computes NaN or infinity for nothing but special tokens.
     """
-    engine = open_engine(manifest, variant, threads, token_text)
+    engine = open_engine(manifest, variant, threads, token_text, image=image, shared=shared)
     special = [token.id for name in ("cls", "mask", "sep") if (token := manifest.special_tokens[name]) is not None]
     ids = array("q", special or [0])
     for answer in engine.run([ids, ids[:-1] if len(ids) > 1 else ids], [engine.task.usual] * 2):

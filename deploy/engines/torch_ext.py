@@ -14,7 +14,7 @@ from torch_ext.runtime import States as HiddenStates
 from ..bundle import BundleError
 from ..tasks import Rows, States, Task
 from .batch import Batch, joined
-from .engine import Engine
+from .engine import Engine, Image
 
 __all__ = ["TorchExtEngine"]
 
@@ -76,7 +76,7 @@ class TorchExtEngine(Engine):
         self._encoder = encoder
 
     @classmethod
-    def load(cls, path: Path, dtype: str, threads: int, task: Task) -> TorchExtEngine:
+    def load(cls, path: Path, dtype: str, threads: int, task: Task, *, shared: bool = False) -> TorchExtEngine:
         """Loads a file and packs its weights.
 
         Args:
@@ -84,16 +84,35 @@ class TorchExtEngine(Engine):
             dtype: Of its weights.
             threads: Threads of the engine.
             task: What the answers are.
+            shared: Keep the weights where other processes can map them; see `share`.
 
         Raises:
             BundleError: The file has no head, though the task needs one.
             ValueError: It is damaged, or of another kind.
         """
         kind: Any = dtype
-        encoder = Encoder.open(path, kind, threads=threads)
+        encoder = Encoder.open(path, kind, threads=threads, shared=shared)
         if task.needs.head and not encoder.outputs:
             raise BundleError(f"{path}: no head for {task.name} in this file; export the model again")
         return cls(encoder, task)
+
+    @classmethod
+    def map(cls, image: Image, threads: int, task: Task) -> TorchExtEngine:
+        """Maps weights that another process has loaded.
+
+        Args:
+            image: The weights, and where to run.
+            threads: Threads of the engine.
+            task: What the answers are.
+
+        Raises:
+            ValueError: They are damaged, or for another kind of CPU.
+        """
+        return cls(Encoder.open_image(image.fd, threads=threads, cpus=image.cpus, pin=image.pin), task)
+
+    def share(self) -> int:
+        """See `Engine.share`."""
+        return self._encoder.share()
 
     def _states(self, batch: Batch) -> Iterator[tuple[Batch, States]]:
         bounds = batch.bounds()

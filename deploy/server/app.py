@@ -75,7 +75,12 @@ class _Endpoint:
 
 
 class App:
-    """Serves one model."""
+    """Serves one model.
+
+    Attributes:
+        metrics: What it counts.
+        service: The model.
+    """
 
     def __init__(
         self,
@@ -85,8 +90,11 @@ class App:
         settings: Settings,
         routes: Sequence[Route] = ROUTES,
     ) -> None:
-        self._metrics = Metrics()
+<<<<<<< HEAD
         self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
+=======
+        self.metrics = self._metrics = Metrics()
+>>>>>>> 24c1b15 (serve --workers: several processes on one copy of the weights, one port and one page of metrics)
         self.service = Service(manifest, tokenizer, batcher, settings, self._metrics)
         self._metrics.gauges(
             lambda: batcher.queued_tokens, lambda: self.service.budget.held_bytes, lambda: self.service.ready

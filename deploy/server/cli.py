@@ -19,20 +19,18 @@ from typing import TYPE_CHECKING
 from ..bundle import BundleError, check_config, load_manifest
 from ..options import positive as _positive
 from .limits.bounds import Settings
-from .variants import Selection, add_options
+from .process import Process, UsageError
+from .variants import add_options
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
 
-__all__ = ["main", "settle_threads"]
+__all__ = ["main", "parse", "port_of", "serve", "settle_threads", "start_logging"]
 
 API_KEY_VARIABLE = "DEPLOY_API_KEY"
 PORT_VARIABLE = "PORT"
 """The health check of the server's image reads it, too."""
-
-
-class _UsageError(Exception):
-    """Something the caller can put right; its message is one line."""
+WORKERS_VARIABLE = "WORKERS"
 
 
 def _seconds(text: str) -> float:
@@ -46,6 +44,10 @@ def _prefix(text: str) -> str:
     if text and not text.startswith("/"):
         raise argparse.ArgumentTypeError(f"expected a path such as /nlp, got {text}")
     return text.rstrip("/")
+
+
+def _workers(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--threads", type=_positive, help="threads of the engine (default: CPU quota of the container, rounded down)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_workers,
+        default=os.environ.get(WORKERS_VARIABLE) or None,
+        metavar="N|auto",
+        help="processes that serve together on one copy of the weights, each with its own CPUs and --threads; auto: by "
+        "the CPUs. SIGHUP loads the bundle again. Limits of tokens and memory are shared out among them "
+        f"(default: {WORKERS_VARIABLE} of the environment, else this process alone)",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -205,12 +216,18 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code, see the parser's epilog.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     # Nearly all that a start makes stays: a tenth of its imports' time would be spent on looking for what does not.
     gc.disable()
     try:
-        return _serve(arguments)
-    except (_UsageError, BundleError) as error:
+        if arguments.workers is not None:
+            from .workers import supervise
+
+            gc.enable()
+            start_logging()
+            return supervise(arguments, argv, port_of(arguments.port, os.environ))
+        return serve(arguments, Process())
+    except (UsageError, BundleError) as error:
         print(f"python -m deploy serve: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -222,6 +239,16 @@ def main(argv: Sequence[str]) -> int:
         return 2
     finally:
         gc.enable()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the options; see the parser's help."""
+    return _parser().parse_args(argv)
+
+
+def start_logging() -> None:
+    """Sends the server's log to standard error."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
 
 
 def settle_threads(threads: int) -> None:
@@ -240,35 +267,46 @@ def settle_threads(threads: int) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _port(option: int | None, environment: Mapping[str, str]) -> int:
+def port_of(option: int | None, environment: Mapping[str, str]) -> int:
     """The port to listen on: `--port`, else the environment's, else the default.
 
     Raises:
-        _UsageError: It is not one.
+        UsageError: It is not one.
     """
     source, given = "--port", str(option)
     if option is None:
         source, given = PORT_VARIABLE, environment.get(PORT_VARIABLE) or str(Settings().port)
     if not (given.isascii() and given.isdecimal() and len(given) <= 5 and int(given) <= 65535):
-        raise _UsageError(f"{source}: expected 0 to 65535, got {given}")
+        raise UsageError(f"{source}: expected 0 to 65535, got {given}")
     return int(given)
 
 
-def _serve(arguments: argparse.Namespace) -> int:
+def serve(arguments: argparse.Namespace, process: Process) -> int:
+    """Serves in this process until a signal.
+
+    Args:
+        arguments: See `parse`.
+        process: What is decided for this process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BundleError: The bundle cannot be served.
+        UsageError: An option is wrong, or the address cannot be used.
+    """
     # Names and sizes now, hashes when it is known which variants may be loaded.
     manifest = load_manifest(arguments.bundle, verify=False, variants=())
-    port = _port(arguments.port, os.environ)
-
-    from ..machine import usable_cpus
-
-    threads = arguments.threads or usable_cpus()
+    process.check(manifest)
+    port = port_of(arguments.port, os.environ)
+    threads = process.threads(arguments.threads)
     settle_threads(threads)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    selection = Selection(manifest, arguments.variant, threads, arguments.cache_dir)
+    start_logging()
+    selection = process.selection(manifest, arguments, threads)
     # The hashes of large files take as long as the imports, and need another core for it; so does the engine, if it is
     # known.
     beside = ThreadPoolExecutor(2)
-    checked = beside.submit(load_manifest, arguments.bundle, verify=True, variants=selection.names)
+    checked = beside.submit(load_manifest, arguments.bundle, verify=True, variants=process.files_of(selection))
     tokenizers: Future[TextTokenizer] = Future()
 
     def open_engine(variant: str) -> tuple[Engine, str]:
@@ -279,6 +317,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             manifest.variant(variant),
             threads,
             lambda token: tokenizers.result().token(token),
+            image=process.image,
         )
 
     known = selection.names[0] if len(selection.names) == 1 else None
@@ -286,7 +325,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     beside.shutdown(wait=False)
 
     from .app import App
-    from .lifecycle import Server, listen
     from .service import Batcher, TextTokenizer
 
     try:
@@ -326,28 +364,20 @@ def _serve(arguments: argparse.Namespace) -> int:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     if settings.access_log:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
-    try:
-        sock = listen(settings.host, settings.port)
-    except OSError as error:
-        raise _UsageError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; choose another --host or "
-            "--port (--port 0 takes a free one)"
-        ) from error
-    host, port = sock.getsockname()[:2]  # Of which 0 has become a free one.
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    settings = process.settings(settings)
+    sockets = process.listen(settings)
     selection.prepare(tokenizer.vocab_size, settings.measure_limit_s)
-    started = ""
+    isa = ""
 
     def load() -> Engine:
-        nonlocal started
+        nonlocal isa
         choice = selection.decide()
         engine, isa = open_engine(choice.variant) if opened is None else opened.result()
         app.serves(choice, isa)
-        started = f"variant={choice.variant} threads={threads} isa={isa} ({choice})"
         return engine
 
     def announce() -> None:
-        print(f"serving {manifest.model.name} ({manifest.task}) on {url} {started}", flush=True)
+        process.announce(manifest, selection.decide(), threads, isa)
 
     batcher = Batcher(
         load,
@@ -359,8 +389,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     batcher.cancel_load = selection.cancel
     app = App(manifest, tokenizer, batcher, settings)
     batcher.on_batch = app.count_batch
-    server = Server(app, batcher, settings, announce)
-    server.run(sockets=[sock])
+    server = process.server(app, batcher, settings, announce)
+    server.run(sockets=sockets)
     for number in (signal.SIGTERM, signal.SIGINT):  # All is done but to say so by the exit code.
         signal.signal(number, signal.SIG_IGN)
     if server.load_error is not None:

@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -29,9 +28,10 @@ from .http.protocol import HttpProtocol
 from .limits.bounds import Settings
 from .limits.budget import CONNECTION_BYTES, give_back
 from .service import Batcher
+from .sockets import refuse_new
 from .variants import LoadCancelled
 
-__all__ = ["Server", "listen"]
+__all__ = ["Server"]
 
 log = logging.getLogger("deploy.server")
 
@@ -46,41 +46,6 @@ RECEIVING_GRACE_S = 2.0
 
 READING_GRACE_S = 5.0
 """While draining, how long a client may read nothing of its answer."""
-
-
-def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
-    """A listening socket.
-
-    Raises:
-        OSError: The host is unknown, or the port is in use or not permitted.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = found[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(backlog)
-        sock.setblocking(False)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _refuse_new(sock: socket.socket) -> None:
-    """Lets a listening socket drop every packet, so that what the kernel has accepted is all there is to take.
-
-    Without this, a connection that is made between the last accept and the close would be reset. A client whose packet
-    is dropped tries again and is refused then. Does nothing where there are no socket filters.
-    """
-    import ctypes
-
-    accept_no_bytes = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K, 0.
-    program = ctypes.create_string_buffer(accept_no_bytes)
-    so_attach_filter = 26
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
 class Server(uvicorn.Server):
@@ -140,9 +105,14 @@ class Server(uvicorn.Server):
             gc.collect()
             gc.freeze()
             gc.enable()
-            self._app.service.budget.settle(available_memory_bytes())
+            self._app.service.budget.settle(self._available_bytes())
             if not self.should_exit:
                 self._on_ready()
+
+    def _available_bytes(self) -> int | None:
+        """Memory that is available to this process; several workers share what there is."""
+        available = available_memory_bytes()
+        return None if available is None else available // self._settings.workers
 
     def _stop_without_engine(self) -> None:
         """Nothing can be answered any more: whoever started the process sees that, and starts another one."""
@@ -208,6 +178,7 @@ class Server(uvicorn.Server):
         for connection in self._connections:  # Whoever still waits for them ends without a word.
             connection.transport.abort()
         await asyncio.sleep(0)
+        self._ended()
         self._app.close()
         with contextlib.suppress(asyncio.TimeoutError):
             left_s = LOADING_GRACE_S if loading else max(deadline_s - time.monotonic(), 0.1)
@@ -217,6 +188,9 @@ class Server(uvicorn.Server):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(self.exit_code or int(not loading))
+
+    def _ended(self) -> None:
+        """Called when the last request has been answered."""
 
     async def _stop_listening(self, sockets: list[socket.socket]) -> None:
         """Closes the listening sockets, after taking the connections that the kernel has accepted."""
@@ -229,7 +203,7 @@ class Server(uvicorn.Server):
         await asyncio.sleep(0)
         for twin in twins:
             twin.setblocking(False)
-            _refuse_new(twin)
+            refuse_new(twin)
             with contextlib.suppress(BlockingIOError), twin:
                 while True:
                     connection, _ = twin.accept()

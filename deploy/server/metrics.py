@@ -31,11 +31,16 @@ _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """Counters and histograms; a registry of its own, so that several servers fit in one process (tests)."""
+    """Counters and histograms; a registry of its own, so that several servers fit in one process (tests).
+
+    Attributes:
+        gather: Adds the metrics of other workers to those of this process.
+    """
 
     CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
     def __init__(self) -> None:
+        self.gather: Callable[[bytes], bytes] = lambda own: own
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._model = Gauge(
@@ -107,5 +112,9 @@ class Metrics:
         self._abandoned.inc()
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """What this process has counted, in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def answer(self) -> bytes:
+        """The metrics of the server: those of all its workers, if there are several."""
+        return self.gather(self.render())

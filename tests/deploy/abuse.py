@@ -266,10 +266,11 @@ def serve_fake() -> None:
     from server_harness import make_manifest
 
     from deploy.server.app import App
-    from deploy.server.lifecycle import Server, listen
+    from deploy.server.lifecycle import Server
     from deploy.server.limits.bounds import Settings
     from deploy.server.service.batching import Batcher
     from deploy.server.service.tokens import TextTokenizer
+    from deploy.server.sockets import listen
     from deploy.server.variants.choice import Choice
 
     row = memoryview(array("f", [1.0] * 384))

@@ -22,12 +22,13 @@ from deploy.engines.open import load_engine
 from deploy.server.api import ROUTES
 from deploy.server.api.route import Route
 from deploy.server.app import App
-from deploy.server.lifecycle import Server, listen
+from deploy.server.lifecycle import Server
 from deploy.server.limits.bounds import Settings
 from deploy.server.metrics import Metrics
 from deploy.server.service import Service
 from deploy.server.service.batching import Batcher
 from deploy.server.service.tokens import TextTokenizer
+from deploy.server.sockets import listen
 from deploy.server.variants.choice import Choice
 from deploy.tasks import TASKS, Ids
 

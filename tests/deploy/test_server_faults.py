@@ -485,24 +485,25 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_its_engine(tmp_path: Pa
     ],
 )
 def test_port(option: int | None, variable: str | None, expected: int) -> None:
-    from deploy.server.cli import _port
+    from deploy.server.cli import port_of
 
-    assert _port(option, {} if variable is None else {"PORT": variable}) == expected
+    assert port_of(option, {} if variable is None else {"PORT": variable}) == expected
 
 
 @pytest.mark.parametrize(
     ("option", "variable", "named"), [(None, "x", "PORT"), (None, "70000", "PORT"), (-1, None, "--port")]
 )
 def test_wrong_port(option: int | None, variable: str | None, named: str) -> None:
-    from deploy.server.cli import _port, _UsageError
+    from deploy.server.cli import port_of
+    from deploy.server.process import UsageError
 
-    with pytest.raises(_UsageError, match=named):
-        _port(option, {} if variable is None else {"PORT": variable})
+    with pytest.raises(UsageError, match=named):
+        port_of(option, {} if variable is None else {"PORT": variable})
 
 
 def test_the_server_listens_where_the_health_check_asks() -> None:
     """Both read PORT in the same way."""
-    from deploy.server.cli import _port
+    from deploy.server.cli import port_of
 
     script = ROOT / "dockerfiles" / "healthcheck.py"
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -513,7 +514,7 @@ def test_the_server_listens_where_the_health_check_asks() -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 1
         assert expected in done.stderr
-    assert _port(None, {"PORT": str(port)}) == port
+    assert port_of(None, {"PORT": str(port)}) == port
 
 
 def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Manifest) -> None:

@@ -49,6 +49,7 @@ async def info(context: Context, request: None, caller: Caller) -> Response:
         "task": manifest.task,
         "variant": choice.variant,
         "isa": served.isa,
+        "workers": settings.workers,
         "threads": settings.threads,
         "limits": {
             "max_tokens": manifest.max_tokens,
@@ -95,7 +96,7 @@ async def ready(context: Context, request: None, caller: Caller) -> Response:
 
 async def metrics(context: Context, request: None, caller: Caller) -> Response:
     """GET /metrics."""
-    return Response(context.metrics.render(), ((b"content-type", context.metrics.CONTENT_TYPE.encode()),))
+    return Response(context.metrics.answer(), ((b"content-type", context.metrics.CONTENT_TYPE.encode()),))
 
 
 async def docs(context: Context, request: None, caller: Caller) -> Response:

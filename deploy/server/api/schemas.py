@@ -197,7 +197,8 @@ class InfoResponse(Struct):
         task: Task of the bundle.
         variant: Which of its variants is served.
         isa: What runs it: kernels of torch_ext, or a version of ONNX Runtime.
-        threads: Threads of the engine.
+        workers: Processes that serve together.
+        threads: Threads of the engine, in each of them.
         limits: What a request may cost.
         versions: Of the packages that compute.
         chosen_by: `option` (`--variant`), `measurement` at this start, `cache` (one of an earlier start), `only` (no
@@ -222,6 +223,7 @@ class InfoResponse(Struct):
     task: str
     variant: str
     isa: str
+    workers: int
     threads: int
     limits: InfoLimits
     versions: dict[str, str]

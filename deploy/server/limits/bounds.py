@@ -93,6 +93,7 @@ class Settings:
         cors_allow_origin: Origins whose pages may ask, `*` for all.
         root_path: What all paths begin with.
         response_timeout_s: A client that reads nothing of its answer for this time is disconnected.
+        workers: Processes that serve together; tokens and memory are the part of this one.
     """
 
     host: str = "127.0.0.1"
@@ -123,6 +124,7 @@ class Settings:
     max_batch_requests: int | None = None
     cors_allow_origin: tuple[str, ...] = ()
     root_path: str = ""
+    workers: int = 1
 
     @property
     def helper_threads(self) -> int:

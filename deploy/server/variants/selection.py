@@ -75,6 +75,13 @@ class Selection:
             self._choice = self._best("cache", speeds, failed)
             self.names = [self._choice.variant]
 
+    @classmethod
+    def settled(cls, manifest: Manifest, choice: Choice) -> Selection:
+        """One that was decided by another process."""
+        selection = cls(manifest, choice.variant, 1, None)
+        selection._choice = choice
+        return selection
+
     def prepare(self, vocab_size: int, limit_s: float) -> None:
         """Makes ready to measure, if there is anything to measure, so that `cancel` works from now on.
 

@@ -1,0 +1,114 @@
+"""Messages between the supervisor and one of its processes, with descriptors: JSON in packets of a Unix socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["CONNECTION", "Channel", "Message"]
+
+MOST_BYTES = 128 << 10
+"""Longest message; the system's buffers take more."""
+
+MOST_DESCRIPTORS = 4
+
+CONNECTION = "connection"
+"""Kind of the message that a client's connection comes with."""
+
+_CONNECTION = json.dumps({"kind": CONNECTION}).encode()
+
+
+class Message(NamedTuple):
+    """A message.
+
+    Attributes:
+        kind: What it is about.
+        values: What it says.
+        fds: Descriptors that came with it; the receiver closes them.
+    """
+
+    kind: str
+    values: dict[str, Any]
+    fds: tuple[int, ...]
+
+    def close(self) -> None:
+        """Closes the descriptors of a message that nobody wants."""
+        for fd in self.fds:
+            os.close(fd)
+
+
+class Channel:
+    """One end."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        """Both ends."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), cls(theirs)
+
+    @classmethod
+    def inherited(cls, fd: int) -> Channel:
+        """The end that a process was started with."""
+        return cls(socket.socket(fileno=fd))
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self.sock.fileno()
+
+    def send(self, kind: str, values: Mapping[str, Any] | None = None, fds: Sequence[int] = ()) -> None:
+        """Sends a message.
+
+        Raises:
+            OSError: The other end is closed, or (`BlockingIOError`) does not read.
+        """
+        self._send(json.dumps({"kind": kind, **(values or {})}).encode(), fds)
+
+    def send_connection(self, connection: socket.socket) -> bool:
+        """Hands a client over, without waiting; False: the other end is closed, or does not read."""
+        try:
+            self._send(_CONNECTION, [connection.fileno()], socket.MSG_DONTWAIT)
+        except OSError:  # Also ETOOMANYREFS: too many connections are under way.
+            return False
+        return True
+
+    def _send(self, data: bytes, fds: Sequence[int], flags: int = 0) -> None:
+        # Python 3.11's send_fds and recv_fds ignore their flags.
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+        self.sock.sendmsg([data], rights, flags)
+
+    def receive(self, wait: bool = True) -> Message | None:
+        """The next message; None: the other end is closed.
+
+        Raises:
+            BlockingIOError: There is none, and `wait` is false.
+        """
+        fds = array("i")
+        room = socket.CMSG_LEN(MOST_DESCRIPTORS * fds.itemsize)
+        try:
+            data, extra, _, _ = self.sock.recvmsg(MOST_BYTES, room, 0 if wait else socket.MSG_DONTWAIT)
+        except ConnectionError:
+            return None
+        for level, kind, content in extra:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) // fds.itemsize * fds.itemsize])
+        if not data:
+            return None
+        values = json.loads(data)
+        return Message(values.pop("kind"), values, tuple(fds))
+
+    def end(self) -> None:
+        """Tells the other end that nothing more will come."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Closes this end."""
+        self.sock.close()

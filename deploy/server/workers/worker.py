@@ -1,0 +1,226 @@
+"""A worker: the server of one process, with connections and weights from its supervisor.
+
+    python -m deploy.server.workers.worker FD
+
+where FD is its end of a channel. The end of what comes through it means: answer what is there, and exit; so a
+supervisor that dies takes its workers with it. Signals are the supervisor's affair: whoever stops a group of processes
+reaches it, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ...bundle import BundleError, Manifest
+from ..cli import parse, serve
+from ..lifecycle import Server
+from ..process import Process, UsageError
+from ..variants import Choice, Selection
+from .board import Board
+from .channel import CONNECTION, Channel
+from .exposition import merge
+from .job import CHANGED, Job, digest
+
+if TYPE_CHECKING:
+    from ...engines.open import Image
+    from ..app import App
+    from ..limits.bounds import Settings
+    from ..service import Batcher
+
+__all__ = ["main"]
+
+PUBLISH_S = 1.0
+"""How old the metrics of a worker may be that others see."""
+
+
+class _ChangedError(BundleError):
+    """The bundle on disk is another one than the others serve."""
+
+
+class _WorkerServer(Server):
+    """Takes connections from the supervisor, and drains when it says so."""
+
+    channel: Channel
+    board: Board
+    slot: int
+
+    def __init__(self, app: App, batcher: Batcher, settings: Settings, on_ready: Callable[[], None]) -> None:
+        super().__init__(app, batcher, settings, on_ready)
+        self._received = 0
+        self._entering: set[asyncio.Task[Any]] = set()
+        self._published_s = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Does nothing: the supervisor says when to stop."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to load, and to listen to the supervisor."""
+        await super().startup(sockets)
+        asyncio.get_running_loop().add_reader(self.channel.fileno(), self._receive)
+
+    def _receive(self) -> None:
+        """Takes the messages that are there."""
+        for _ in range(64):
+            try:
+                message = self.channel.receive(wait=False)
+            except BlockingIOError:
+                return
+            if message is None:
+                self._stop_receiving()
+                self._app.draining = True
+                self.should_exit = True
+                return
+            if message.kind == CONNECTION:
+                for fd in message.fds:
+                    self._take(socket.socket(fileno=fd))
+            else:
+                message.close()
+                self._app.draining = True  # The only other thing that a supervisor says.
+
+    def _take(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        connection.setblocking(False)
+        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
+        self._entering.add(task)
+        task.add_done_callback(self._entered)
+        self._received += 1
+        self._count()
+
+    def _entered(self, task: asyncio.Task[Any]) -> None:
+        self._entering.discard(task)
+        if not task.cancelled():
+            task.exception()  # A client that has left already.
+
+    def _count(self) -> None:
+        self.board.count(self.slot, self._received, len(self.server_state.connections) + len(self._entering))
+
+    def _stop_receiving(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.channel.fileno())
+
+    async def on_tick(self, counter: int) -> bool:
+        """Every 0.1 s."""
+        self._count()
+        self._publish(PUBLISH_S)
+        return await super().on_tick(counter)
+
+    def _check_connections(self, settings: Settings) -> None:
+        super()._check_connections(settings)
+        self._publish(PUBLISH_S)  # There are no more ticks in a drain.
+
+    def _publish(self, after_s: float) -> None:
+        now_s = time.monotonic()
+        if now_s - self._published_s >= after_s:
+            self._published_s = now_s
+            self.board.publish(self.slot, self._app.metrics.render())
+
+    def _ended(self) -> None:
+        self._publish(0.0)
+
+    async def _stop_listening(self, sockets: list[socket.socket]) -> None:
+        # Where the engine has died, connections are still on their way; the supervisor gives them to another worker.
+        self._stop_receiving()
+        with contextlib.suppress(OSError):
+            self.channel.send("leaving")
+        if self._entering:
+            await asyncio.wait(self._entering)
+
+
+class _Worker(Process):
+    """What the supervisor has decided."""
+
+    def __init__(self, channel: Channel, job: Job, board: Board, image: Image | None) -> None:
+        super().__init__()
+        self.image = image
+        self._channel = channel
+        self._job = job
+        self._board = board
+
+    def threads(self, asked: int | None) -> int:
+        return self._job.threads
+
+    def check(self, manifest: Manifest) -> None:
+        if digest(manifest) != self._job.bundle:
+            raise _ChangedError(f"{manifest.root}: the bundle has changed since it was loaded")
+
+    def selection(self, manifest: Manifest, arguments: argparse.Namespace, threads: int) -> Selection:
+        return Selection.settled(manifest, Choice(**self._job.choice))
+
+    def files_of(self, selection: Selection) -> Collection[str]:
+        return () if self.image is not None else selection.names
+
+    def settings(self, settings: Settings) -> Settings:
+        """Each worker has its part of what is for all requests together; the supervisor waits for `drain_delay_s`."""
+        count = self._job.workers
+        memory_mb = settings.max_memory_mb
+        return dataclasses.replace(
+            settings,
+            workers=count,
+            threads=self._job.threads,
+            max_queue_tokens=-(-settings.max_queue_tokens // count),
+            max_memory_mb=None if memory_mb is None else max(1, memory_mb // count),
+            drain_delay_s=0.0,
+        )
+
+    def listen(self, settings: Settings) -> list[socket.socket]:
+        return []
+
+    def server(self, app: App, batcher: Batcher, settings: Settings, on_ready: Callable[[], None]) -> Server:
+        server = _WorkerServer(app, batcher, settings, on_ready)
+        server.channel, server.board, server.slot = self._channel, self._board, self._job.slot
+        app.metrics.gather = lambda own: merge([own, *self._board.texts(without=self._job.slot)])
+        return server
+
+    def announce(self, manifest: Manifest, choice: Choice, threads: int, isa: str) -> None:
+        self._channel.send("ready", {"isa": isa})
+
+
+def main(fd: int) -> int:
+    """Serves until the channel ends.
+
+    Args:
+        fd: Descriptor of the channel.
+
+    Returns:
+        The exit code of the server, or `CHANGED`.
+    """
+    gc.disable()  # As in a server that is alone; it is enabled when the engine is loaded.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    channel = Channel.inherited(fd)
+    message = channel.receive()
+    if message is None:
+        return 0
+    job = Job(**message.values)
+    cpus = tuple(job.cpus)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    image: Image | None = None
+    if len(message.fds) > 1:
+        from ...engines.open import Image
+
+        image = Image(message.fds[1], cpus, job.pin)
+    worker = _Worker(channel, job, Board(message.fds[0]), image)
+    try:
+        return serve(parse(job.argv), worker)
+    except _ChangedError as error:
+        channel.send("failed", {"reason": str(error)})
+        return CHANGED
+    except (BundleError, UsageError) as error:
+        channel.send("failed", {"reason": str(error)})
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
