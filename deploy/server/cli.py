@@ -25,7 +25,7 @@ from .variants import add_options
 if TYPE_CHECKING:
     from ..engines.engine import Engine
 
-__all__ = ["main", "parse", "port_of", "serve", "settle_threads", "start_logging"]
+__all__ = ["main", "missing", "parse", "port_of", "serve", "settle_threads", "start_logging"]
 
 API_KEY_VARIABLE = "DEPLOY_API_KEY"
 PORT_VARIABLE = "PORT"
@@ -231,14 +231,15 @@ def main(argv: Sequence[str]) -> int:
         print(f"python -m deploy serve: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(
-            f"python -m deploy serve: the package {error.name} is missing; install the extra: "
-            "pip install 'torch-ext[serve]'",
-            file=sys.stderr,
-        )
+        print(f"python -m deploy serve: {missing(error)}", file=sys.stderr)
         return 2
     finally:
         gc.enable()
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What to do about a package that is not there."""
+    return f"the package {error.name} is missing; install the extra: pip install 'torch-ext[serve]'"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -233,7 +233,7 @@ def test_metrics_are_added_up() -> None:
         'requests_total{endpoint="/a b",status="429"} 1.0',
         'seconds_bucket{le="+Inf"} 4.0',
         "seconds_sum 3.0",
-        "serve_ready 0.0",
+        "serve_ready 1.0",
         "queue 4.0",
     ):
         assert line in lines
@@ -515,6 +515,47 @@ def test_reload_loses_nothing_and_a_broken_bundle_changes_nothing(tiny: Path, tm
         assert server.metric("serve_reloads_total") == 1
         code, err = server.stop()
         assert (code, err) == (0, "")
+
+
+def test_a_worker_that_finds_another_bundle_is_no_part_of_the_one_served(tiny: Path, tmp_path: Path) -> None:
+    bundle = copy(tiny, tmp_path)
+    with workers(bundle) as server:
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        manifest["model"]["name"] = "another"
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        os.kill(server.pids[0], signal.SIGKILL)
+        # All of them serve the new one then.
+        assert server.read_line().startswith("reloaded, serving another ")
+        names = set()
+        for _ in range(4):
+            with Client(server.port) as client:
+                names.add(client("GET", "/info").json["model_id"])
+        assert names == {"another"}
+        code, err = server.stop()
+    assert code == 0
+    assert "the bundle has changed since it was loaded" in err
+
+
+# A server that may open few files.
+FEW = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))
+from deploy.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_connections_wait_while_workers_have_no_descriptors(tiny: Path) -> None:
+    with workers(tiny, program=FEW) as server, contextlib.ExitStack() as stack:
+        # Each worker takes 32.
+        clients = [stack.enter_context(Client(server.port)) for _ in range(90)]
+        for client in clients:
+            client.send("POST", "/embed", {"inputs": "a"})
+        for client in clients:
+            assert client.read().status == 200
+            client.connection.close()  # Makes room for one that waits.
+        stack.close()
+        assert server.stop() == (0, "")
 
 
 def test_workers_end_with_their_supervisor(tiny: Path) -> None:

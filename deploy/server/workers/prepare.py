@@ -16,9 +16,8 @@ import sys
 from typing import Any
 
 from ...bundle import BundleError, check_config, load_manifest
-from ..cli import parse, settle_threads, start_logging
+from ..cli import missing, parse, settle_threads, start_logging
 from ..process import UsageError
-from ..service import TextTokenizer
 from ..variants import Selection
 from .channel import Channel
 from .job import digest
@@ -41,6 +40,9 @@ def _prepare(argv: list[str], threads: int) -> tuple[dict[str, Any], int | None]
     Raises:
         BundleError: The bundle cannot be served.
     """
+    from ...engines.open import load_engine
+    from ..service import TextTokenizer
+
     arguments = parse(argv)
     manifest = load_manifest(arguments.bundle, verify=False, variants=())
     known = digest(manifest)
@@ -50,8 +52,6 @@ def _prepare(argv: list[str], threads: int) -> tuple[dict[str, Any], int | None]
     tokenizer = TextTokenizer.from_manifest(manifest)
     selection.prepare(tokenizer.vocab_size, arguments.measure_limit)
     choice = selection.decide()
-    from ...engines.open import load_engine
-
     engine, isa = load_engine(manifest, manifest.variant(choice.variant), threads, tokenizer.token, shared=True)
     message = {
         "name": manifest.model.name,
@@ -79,8 +79,11 @@ def main(fd: int) -> int:
     start_logging()
     try:
         prepared, image = _prepare(message.values["argv"], threads)
-    except (BundleError, UsageError, ModuleNotFoundError) as error:
+    except (BundleError, UsageError) as error:
         channel.send("failed", {"reason": str(error)})
+        return 2
+    except ModuleNotFoundError as error:
+        channel.send("failed", {"reason": missing(error)})
         return 2
     except Exception as error:  # What the engine says of a file.
         channel.send("failed", {"reason": f"the bundle cannot be loaded: {type(error).__name__}: {error}"})
