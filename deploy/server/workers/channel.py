@@ -10,10 +10,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["CONNECTION", "Channel", "Message"]
+__all__ = ["CONNECTION", "SHORT_BYTES", "Channel", "Message"]
 
 MOST_BYTES = 128 << 10
 """Longest message; the system's buffers take more."""
+
+SHORT_BYTES = 256
+"""Longest message that a worker gets after its job."""
 
 MOST_DESCRIPTORS = 4
 
@@ -84,8 +87,12 @@ class Channel:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
         self.sock.sendmsg([data], rights, flags)
 
-    def receive(self, wait: bool = True) -> Message | None:
+    def receive(self, wait: bool = True, most_bytes: int = MOST_BYTES) -> Message | None:
         """The next message; None: the other end is closed.
+
+        Args:
+            wait: Wait until there is one.
+            most_bytes: Longest message; a buffer of this size is made for each.
 
         Raises:
             BlockingIOError: There is none, and `wait` is false.
@@ -93,7 +100,7 @@ class Channel:
         fds = array("i")
         room = socket.CMSG_LEN(MOST_DESCRIPTORS * fds.itemsize)
         try:
-            data, extra, _, _ = self.sock.recvmsg(MOST_BYTES, room, 0 if wait else socket.MSG_DONTWAIT)
+            data, extra, _, _ = self.sock.recvmsg(most_bytes, room, 0 if wait else socket.MSG_DONTWAIT)
         except ConnectionError:
             return None
         for level, kind, content in extra:
@@ -101,6 +108,8 @@ class Channel:
                 fds.frombytes(content[: len(content) // fds.itemsize * fds.itemsize])
         if not data:
             return None
+        if data == _CONNECTION:
+            return Message(CONNECTION, {}, tuple(fds))
         values = json.loads(data)
         return Message(values.pop("kind"), values, tuple(fds))
 

@@ -29,7 +29,7 @@ from ..lifecycle import Server
 from ..process import Process, UsageError
 from ..variants import Choice, Selection
 from .board import Board
-from .channel import CONNECTION, Channel
+from .channel import CONNECTION, SHORT_BYTES, Channel
 from .exposition import merge
 from .job import CHANGED, Job, digest
 
@@ -74,7 +74,7 @@ class _WorkerServer(Server):
         """Takes the messages that are there."""
         for _ in range(64):
             try:
-                message = self.channel.receive(wait=False)
+                message = self.channel.receive(wait=False, most_bytes=SHORT_BYTES)
             except BlockingIOError:
                 return
             if message is None:
