@@ -245,7 +245,8 @@ if is_cross() and COMPILES:
     set_cross_compiler()
 
 setuptools.setup(
-    packages=["torch_ext", "torch_ext.encoder"],  # An allow-list: nothing else is ever installed into site-packages.
+    # An allow-list: nothing else is ever installed into site-packages.
+    packages=["torch_ext", "torch_ext.encoder", "torch_ext.encoder.huggingface"],
     package_data={"torch_ext": ["py.typed", "_runtime.pyi", "include/*.h"]},
     include_package_data=False,
     ext_modules=[

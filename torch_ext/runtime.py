@@ -209,7 +209,7 @@ class Encoder:
     embedding_size: int
 
     def __init__(self, encoder: Any) -> None:
-        """Users call :meth:`open`, :meth:`open_image` or :meth:`pack`."""
+        """Users call :meth:`open`, :meth:`from_pretrained`, :meth:`open_image` or :meth:`pack`."""
         self._encoder = encoder
         self._info: dict[str, Any] = encoder.info()
         for name in type(self).__annotations__:
@@ -242,6 +242,61 @@ class Encoder:
             OSError: The system refuses threads or CPUs.
         """
         return cls(_runtime.open(os.fsencode(path), _options(dtype, threads, cpus, pin, shared)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        dtype: Literal["bf16", "fp32"] = "bf16",
+        head: str | None = "auto",
+        *,
+        threads: int | None = None,
+        cpus: Iterable[int] = (),
+        pin: bool = False,
+        shared: bool = False,
+    ) -> Encoder:
+        """Reads a folder of Hugging Face as ``save_pretrained`` writes it, and packs it for this CPU.
+
+        Nothing but ``config.json`` and safetensors is read, which are mapped; pickles are never opened.
+
+        Args:
+            folder: Of an architecture in ``torch_ext.encoder.ARCHITECTURES``; weights of fp32, fp16 or bf16, in one
+                file or in several.
+            dtype: What to run it as. int8 takes ``torch_ext.Encoder.from_pretrained(folder, "int8").save(path)``.
+            head: ``"text-classification"``, ``"token-classification"``, ``"question-answering"`` or ``"fill-mask"``,
+                which has to be there; ``"auto"``: the one that ``config.json`` names, if it is there; None: no head.
+            threads: See :meth:`open`.
+            cpus: See :meth:`open`.
+            pin: See :meth:`open`.
+            shared: See :meth:`open`.
+
+        Raises:
+            FileNotFoundError: There is no such folder, no configuration, no weights, or not all files of them.
+            ValueError: The architecture is not supported; a file is damaged, or a pickle; a weight is missing, is not
+                finite, or has a shape that the configuration does not say.
+            OSError: A file cannot be read, or the system refuses threads or CPUs.
+        """
+        if dtype not in ("bf16", "fp32"):
+            raise ValueError(
+                f"Encoder: expected dtype bf16 or fp32 for a folder of Hugging Face, got {dtype!r}; int8 takes a "
+                "file of torch_ext.Encoder.from_pretrained(folder, 'int8').save(path) or of python -m deploy export"
+            )
+        from torch_ext.encoder.huggingface.folder import read_folder
+
+        model = read_folder(folder, head)
+        tensors = {name: [Tensor(*part) for part in parts] for name, parts in model.tensors.items()}
+        head_spec = None if model.head is None else vars(model.head)
+        return cls.pack(
+            vars(model.spec),
+            tensors,
+            head_spec,
+            dtype,
+            name=os.fspath(folder),
+            threads=threads,
+            cpus=cpus,
+            pin=pin,
+            shared=shared,
+        )
 
     @classmethod
     def open_image(

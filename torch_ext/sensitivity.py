@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext.encoder import Encoder
-from torch_ext.encoder.huggingface import read_encoder
+from torch_ext.encoder.huggingface.models import read_encoder
 from torch_ext.encoder.spec import is_matrix, scale_name
 
 __all__ = [

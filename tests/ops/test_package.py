@@ -33,6 +33,8 @@ TORCH_FREE = (
     "torch_ext",
     "torch_ext.encoder",
     "torch_ext.encoder.spec",
+    "torch_ext.encoder.huggingface",
+    "torch_ext.encoder.huggingface.folder",
     "torch_ext.doctor",
     "torch_ext.machine",
     "torch_ext.runtime",

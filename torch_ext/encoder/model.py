@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import torch_ext.ops  # noqa: F401 - registers the ops
 from torch_ext.encoder import files
 from torch_ext.encoder.balance import Observe, balance, random_texts
-from torch_ext.encoder.huggingface import read_encoder, read_head
+from torch_ext.encoder.huggingface.models import encoder_in_folder, head_in_folder, read_encoder, read_head
 from torch_ext.encoder.packing import LAYER_PARTS, pack_encoder
 from torch_ext.encoder.positions import relative_bias_table, rotary_table
 from torch_ext.encoder.spec import Dtype, EncoderSpec, HeadSpec, check_dtype, is_matrix, is_table, scale_name
@@ -248,9 +248,9 @@ class LayerWeights(NamedTuple):
 class Encoder(_Weighted[EncoderSpec]):
     """A BERT-family encoder that computes on tokens only, never on padding.
 
-    Made by :meth:`from_transformers` or :meth:`load`, and immutable: threads may share it. The weights in use are
-    packed for this kind of CPU; what is saved or pickled is unpacked. A process that is started by spawn or forkserver
-    gets the packed weights, in shared memory.
+    Made by :meth:`from_transformers`, :meth:`from_pretrained` or :meth:`load`, and immutable: threads may share it. The
+    weights in use are packed for this kind of CPU; what is saved or pickled is unpacked. A process that is
+    started by spawn or forkserver gets the packed weights, in shared memory.
 
     Attributes:
         spec: what it computes.
@@ -328,6 +328,28 @@ class Encoder(_Weighted[EncoderSpec]):
                 ``keep_bf16`` names no linear layer.
         """
         spec, weights = read_encoder(model)
+        return cls(spec, cls.balanced(spec, weights) if dtype == "int8" else weights, dtype, keep_bf16)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], dtype: Dtype = "bf16", keep_bf16: str | Iterable[str] = ()
+    ) -> Encoder:
+        """Take the encoder out of a folder that ``save_pretrained`` wrote, without the transformers package.
+
+        Args:
+            folder: with ``config.json`` and safetensors, as for :meth:`torch_ext.runtime.Encoder.from_pretrained`.
+            dtype: as for :meth:`from_transformers`.
+            keep_bf16: likewise.
+
+        Returns:
+            The encoder, equal to that of :meth:`from_transformers` for the model in the folder.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or a file of it is missing.
+            ValueError: the architecture is not supported, or a file is damaged or does not fit; or as for
+                :meth:`from_transformers`.
+        """
+        spec, weights = encoder_in_folder(folder)
         return cls(spec, cls.balanced(spec, weights) if dtype == "int8" else weights, dtype, keep_bf16)
 
     @classmethod
@@ -617,6 +639,26 @@ class Head(_Weighted[HeadSpec]):
             ValueError: the model has no head that is supported.
         """
         spec, weights = read_head(model)
+        return cls(spec, weights, dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], dtype: Dtype = "bf16", task: str = "auto") -> Head:
+        """Take the head out of a folder that ``save_pretrained`` wrote, without the transformers package.
+
+        Args:
+            folder: with ``config.json`` and safetensors.
+            dtype: ``"bf16"`` or ``"fp32"``; ``"int8"`` is taken for bf16.
+            task: ``"text-classification"``, ``"token-classification"``, ``"question-answering"`` or ``"fill-mask"``;
+                ``"auto"``: the one that ``config.json`` names.
+
+        Returns:
+            The head, equal to that of :meth:`from_transformers` for the model in the folder.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or a file of it is missing.
+            ValueError: there is no such head, or a file is damaged or does not fit.
+        """
+        spec, weights = head_in_folder(folder, task)
         return cls(spec, weights, dtype)
 
     def __call__(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 __all__ = [
     "ACTIVATIONS",
     "DTYPES",
+    "TASKS",
     "Dtype",
     "EncoderSpec",
     "HeadSpec",

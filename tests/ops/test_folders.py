@@ -1,0 +1,383 @@
+"""Folders of Hugging Face, read without torch: the bits of the transformers path, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import torch_ext
+from tests.ops import test_transformers
+from tests.ops.test_transformers import HEADS, batch, make
+from torch_ext import Encoder, Head, runtime
+
+pytestmark = [
+    pytest.mark.needs_transformers,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+]
+
+KINDS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+}
+
+
+@pytest.fixture(autouse=True)
+def _transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_transformers, "transformers", pytest.importorskip("transformers"))
+
+
+def saved(folder: Path, kind: str, name: str, **more: Any) -> nn.Module:
+    """Saves a random model and returns it as it is loaded from there."""
+    labels = {"ForSequenceClassification": {"num_labels": 3}, "ForTokenClassification": {"num_labels": 5}}
+    make(kind, name, **labels.get(kind, {})).save_pretrained(folder, **more)
+    prefix = test_transformers.CONFIGS[name][0]
+    loaded: nn.Module = getattr(test_transformers.transformers, prefix + kind).from_pretrained(folder)
+    return loaded.eval()
+
+
+def logits(states: runtime.States, task: str | None) -> Any:
+    return states.text_logits() if task == "text-classification" else states.token_logits()
+
+
+def equal(actual: Any, expected: Tensor) -> bool:
+    """Whether bits are equal; nearly so where PyTorch's kernels compute what torch has."""
+    ours, theirs = torch.from_dlpack(actual), expected.float()
+    if torch_ext.isa_report()["isa"] == runtime.isa_report()["isa"]:
+        return torch.equal(ours, theirs)
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=0.1, atol=0.1)
+
+
+def same_as(model: nn.Module, folder: Path, generator: torch.Generator, head: str | None = "auto") -> runtime.Encoder:
+    """The folder's encoder, which computes what the model's does, in both dtypes, with its head."""
+    ids, bounds = batch(generator)
+    for dtype in ("fp32", "bf16"):
+        expected, found = Encoder.from_transformers(model, dtype), runtime.Encoder.from_pretrained(folder, dtype, head)
+        assert found.spec == vars(expected.spec)
+        hidden, states = expected(ids, bounds), found.encode(ids, bounds)
+        assert equal(states.hidden(), hidden)
+        again = Encoder.from_pretrained(folder, dtype)
+        assert torch.equal(again(ids, bounds), hidden)
+        if found.task is not None:
+            expected_head = Head.from_transformers(model, dtype)
+            assert found.head_spec == vars(expected_head.spec)
+            texts = expected_head.spec.task == "text-classification"
+            wanted = expected_head.classify(hidden, bounds) if texts else expected_head(hidden)
+            assert equal(logits(states, found.task), wanted)
+            head_again = Head.from_pretrained(folder, dtype, "auto" if head is None else head)
+            assert torch.equal(head_again.classify(hidden, bounds) if texts else head_again(hidden), wanted)
+    return found
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_architecture_and_head_gives_the_same_bits(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+    for kind, task in KINDS.items():
+        encoder = same_as(saved(tmp_path / kind, kind, name), tmp_path / kind, generator)
+        assert encoder.task is not None
+        assert runtime.Encoder.from_pretrained(tmp_path / kind, head=task).task == encoder.task
+    model = saved(tmp_path / "Model", "Model", name)
+    assert same_as(model, tmp_path / "Model", generator).task is None
+    with pytest.raises(ValueError, match=r"model.safetensors: the file has no .*: is it a plain .* for fill-mask\?"):
+        runtime.Encoder.from_pretrained(tmp_path / "Model", head="fill-mask")
+    with pytest.raises(ValueError, match="no supported head"):
+        Head.from_pretrained(tmp_path / "Model")
+
+
+def test_heads_are_chosen(generator: torch.Generator, tmp_path: Path) -> None:
+    saved(tmp_path, "ForMaskedLM", "bert")
+    assert runtime.Encoder.from_pretrained(tmp_path, head=None).task is None
+    assert runtime.Encoder.from_pretrained(tmp_path, head="fill-mask").task == "fill-mask"
+    with pytest.raises(ValueError, match="unknown head 'regression'; known: text-classification, token-class"):
+        runtime.Encoder.from_pretrained(tmp_path, head="regression")
+    with pytest.raises(ValueError, match=r"expected dtype bf16 or fp32 for a folder.*int8 takes a file"):
+        runtime.Encoder.from_pretrained(tmp_path, "int8")  # type: ignore[arg-type]
+    int8 = Encoder.from_pretrained(tmp_path, "int8", "layers.0")
+    assert "layers.0.ffn.up" in int8.kept_bf16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["ForMaskedLM", "ForSequenceClassification"])
+def test_shards_of_other_dtypes(kind: str, dtype: torch.dtype, generator: torch.Generator, tmp_path: Path) -> None:
+    for name in ("bert", "modernbert, biases, one theta"):
+        folder = tmp_path / name
+        make(kind, name).to(dtype).save_pretrained(folder, max_shard_size="40KB")
+        assert len([*folder.glob("*.safetensors")]) > 1
+        prefix = test_transformers.CONFIGS[name][0]
+        model = getattr(test_transformers.transformers, prefix + kind).from_pretrained(folder).eval()
+        same_as(model, folder, generator)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights = change(weights) or weights
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "model.safetensors")
+
+
+def test_legacy_names_and_what_is_beside_them(generator: torch.Generator, tmp_path: Path) -> None:
+    model = saved(tmp_path, "ForMaskedLM", "bert")
+
+    def legacy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        renamed = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+            for name, tensor in weights.items()
+        }
+        renamed["bert.embeddings.position_ids"] = torch.arange(40)[None]
+        renamed["bert.pooler.dense.weight"] = torch.zeros(48, 48)
+        renamed["cls.seq_relationship.weight"] = torch.zeros(2, 48)
+        return renamed
+
+    edit(tmp_path, legacy)
+    same_as(model, tmp_path, generator)
+    # A decoder of its own.
+    edit(tmp_path, lambda weights: {**weights, "cls.predictions.decoder.weight": torch.ones(100, 48)})
+    same_as(model, tmp_path, generator)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}), encoding="utf-8")
+    same_as(type(model).from_pretrained(tmp_path).eval(), tmp_path, generator)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert"])
+def test_a_prefix_or_none(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+    model = saved(tmp_path, "ForMaskedLM", name)
+    base = f"{model.base_model_prefix}."
+    bare = getattr(test_transformers.transformers, test_transformers.CONFIGS[name][0] + "Model")
+    same_as(bare.from_pretrained(tmp_path).eval(), tmp_path, generator, None)
+    edit(tmp_path, lambda weights: {key.removeprefix(base): tensor for key, tensor in weights.items()})
+    same_as(model, tmp_path, generator)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "mpnet", "modernbert"])
+def test_a_configuration_with_little_in_it(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+    """The values that transformers adds are added here, too."""
+    make("Model", name, **({"local_attention": 128} if name == "modernbert" else {})).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    sizes = ("hidden_size", "dim", "n_layers", "n_heads", "hidden_dim", "num_hidden_layers", "num_attention_heads")
+    kept = ("model_type", *sizes, "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
+    more = ("embedding_size", *(["pad_token_id"] if name == "modernbert" else []))
+    few = {key: config[key] for key in (*kept, *more) if key in config}
+    (tmp_path / "config.json").write_text(json.dumps(few), encoding="utf-8")
+    bare = getattr(test_transformers.transformers, test_transformers.CONFIGS[name][0] + "Model")
+    same_as(bare.from_pretrained(tmp_path).eval(), tmp_path, generator)
+
+
+def test_neither_torch_nor_numpy_is_imported(tmp_path: Path) -> None:
+    saved(tmp_path, "ForSequenceClassification", "roberta")
+    program = (
+        "import sys; from torch_ext.runtime import Encoder; encoder = Encoder.from_pretrained(sys.argv[1]); "
+        "logits = encoder.encode([5, 6, 7], [0, 3]).text_logits().tolist(); "
+        "print(encoder.task, len(logits[0]), *{'torch', 'numpy', 'transformers', 'safetensors'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert (done.stdout, done.stderr) == ("text-classification 3\n", "")
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="folder", scope="module")
+def fixture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_transformers, "transformers", pytest.importorskip("transformers"))
+        make("ForMaskedLM", "bert").save_pretrained(folder)
+    return folder
+
+
+def sharded(folder: Path) -> Path:
+    """Puts the weights into two files with an index, which it returns."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    places = {name: f"model-{1 + index % 2}.safetensors" for index, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: weights[name] for name in names if places[name] == file}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+    return index
+
+
+def place(index: Path, file: Any) -> None:
+    """Has an index name a file for one of the weights."""
+    value = json.loads(index.read_text(encoding="utf-8"))
+    value["weight_map"]["bert.embeddings.LayerNorm.bias"] = file
+    index.write_text(json.dumps(value), encoding="utf-8")
+
+
+def put(name: str, value: float, dtype: torch.dtype = torch.float32) -> Callable[[Path], object]:
+    """Sets the last element of a weight, whose dtype changes."""
+
+    def change(weights: dict[str, Tensor]) -> None:
+        weights[name] = weights[name].to(dtype)
+        weights[name].view(-1)[-1] = value
+
+    return lambda folder: edit(folder, change)
+
+
+def configured(**fields: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+
+    return change
+
+
+def header(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    value = json.loads(data[8 : 8 + size])
+    change(value)
+    text = json.dumps(value).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def cut(folder: Path, size: int) -> None:
+    os.truncate(folder / "model.safetensors", size)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+
+
+NORM = "bert.embeddings.LayerNorm.weight"
+DAMAGED = "model.safetensors is damaged, or is not a safetensors file: "
+WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    "no folder": (shutil.rmtree, FileNotFoundError, "no such folder"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, "not a model folder"),
+    "config is no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        ValueError,
+        "config.json: expected J",
+    ),
+    "config is a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        ValueError,
+        "expected a JSON object",
+    ),
+    "other architecture": (
+        configured(model_type="gpt2"),
+        ValueError,
+        "unsupported architecture 'gpt2'; supported: bert",
+    ),
+    "a decoder": (configured(is_decoder=True), ValueError, "expected is_decoder=False, got True"),
+    "size of another kind": (
+        configured(hidden_size="48"),
+        ValueError,
+        "expected hidden_size to be a whole number, got",
+    ),
+    "other width": (configured(hidden_size=52), ValueError, r"expected embeddings.* \[100, 52\].*got \[100, 48\]"),
+    "more layers": (configured(num_hidden_layers=4), ValueError, r"has no encoder.layer.3.*: is it a plain bert enco"),
+    "fewer layers": (configured(num_hidden_layers=2), ValueError, "has weights that a plain bert encoder has not"),
+    "no heads": (configured(num_attention_heads=0), ValueError, "expected num_heads of at least 1, got 0"),
+    "no layers": (configured(num_hidden_layers=-1), ValueError, "expected num_layers of at least 1, got -1"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "no weights"),
+    "a pickle": (
+        pickled,
+        ValueError,
+        r"pytorch_model.bin: expected weights in model.safetensors: this file is a pickle",
+    ),
+    "missing weight": (
+        lambda folder: edit(folder, lambda w: {k: v for k, v in w.items() if k != NORM}),
+        ValueError,
+        "has no embeddings.LayerNorm.weight",
+    ),
+    "half a head": (
+        lambda folder: edit(folder, lambda w: {k: v for k, v in w.items() if "transform.dense.w" not in k}),
+        ValueError,
+        "has no cls.predictions.transform.dense.weight: is it a plain bert model for fill-mask",
+    ),
+    "other shape": (
+        lambda folder: edit(folder, lambda w: {**w, NORM: torch.ones(47)}),
+        ValueError,
+        r"expected embeddings.LayerNorm.weight \[48\], as config.json has it, got \[47\]",
+    ),
+    "other dimensions": (
+        lambda folder: edit(folder, lambda w: {**w, NORM: torch.ones(48, 1)}),
+        ValueError,
+        r"expected embeddings.LayerNorm.weight with 1 dimensions, got \[48, 1\]",
+    ),
+    "integers": (put(NORM, 1, torch.int32), ValueError, "of one of the dtypes F32, F16, BF16, got I32"),
+    "NaN": (
+        put(NORM, float("nan")),
+        ValueError,
+        "expected finite weights, got NaN or infinity in embeddings.LayerNorm",
+    ),
+    "infinity, fp16": (put(NORM, float("-inf"), torch.float16), ValueError, "expected finite weights"),
+    "NaN, bf16": (put(NORM, float("nan"), torch.bfloat16), ValueError, "expected finite weights"),
+    "NaN in the word table": (
+        put("bert.embeddings.word_embeddings.weight", float("inf")),
+        ValueError,
+        "infinity in embeddings.word_embeddings.weight",
+    ),
+    "no tensors": (lambda folder: cut(folder, 0), ValueError, DAMAGED + "it has 0 bytes"),
+    "cut in the header": (lambda folder: cut(folder, 100), ValueError, DAMAGED + "its header of"),
+    "cut in a weight": (lambda folder: cut(folder, 60_000), ValueError, DAMAGED + ".* ends at byte"),
+    "header is no JSON": (
+        lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{]"),
+        ValueError,
+        DAMAGED + "its header: expected JSON",
+    ),
+    "header says little": (
+        lambda folder: header(folder, lambda h: h[NORM].pop("shape")),
+        ValueError,
+        "does not describe",
+    ),
+    "header says other bytes": (
+        lambda folder: header(folder, lambda h: h[NORM].update(shape=[49])),
+        ValueError,
+        r"takes 196 bytes, its place has 192",
+    ),
+    "header says a name": (lambda folder: header(folder, lambda h: h.update(x=1)), ValueError, "does not describe x"),
+    "overlap": (
+        lambda folder: header(folder, lambda h: h.update(x={"dtype": "U8", "shape": [8], "data_offsets": [0, 8]})),
+        ValueError,
+        "its tensors leave a gap or overlap at byte",
+    ),
+    "missing shard": (
+        lambda folder: sharded(folder).with_name("model-2.safetensors").unlink(),
+        FileNotFoundError,
+        "model-2.safetensors: missing, though model.safetensors.index.json names it",
+    ),
+    "shard elsewhere": (lambda folder: place(sharded(folder), "../x.safetensors"), ValueError, "got '../x.*; refused"),
+    "shard is a number": (lambda folder: place(sharded(folder), 1), ValueError, "got 1; refused"),
+    "not in its shard": (
+        lambda folder: place(sharded(folder), "model-2.safetensors"),
+        ValueError,
+        "model-2.safetensors: no bert.embeddings.LayerNorm.bias, which model.safetensors.index.json says is there",
+    ),
+    "index without a map": (lambda folder: sharded(folder).write_text("{}"), ValueError, "expected weight_map"),
+    "index is no JSON": (lambda folder: sharded(folder).write_text("x"), ValueError, "index.json: expected JSON"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(name: str, folder: Path, tmp_path: Path) -> None:
+    change, kind, match = WRONG[name]
+    copied = shutil.copytree(folder, tmp_path / "model")
+    change(copied)
+    for read in (runtime.Encoder.from_pretrained, lambda path: runtime.Encoder.from_pretrained(path, "fp32")):
+        with pytest.raises(kind, match=match) as caught:
+            read(copied)
+        assert "\n" not in str(caught.value)
+        assert str(copied) in str(caught.value)
+
+
+def test_large_numbers_are_finite(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "model")
+    for value, dtype in ((3.0e38, torch.float32), (-3.3e38, torch.bfloat16), (-65504.0, torch.float16)):
+        put(NORM, value, dtype)(copied)
+        runtime.Encoder.from_pretrained(copied)

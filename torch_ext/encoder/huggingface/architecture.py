@@ -1,0 +1,180 @@
+"""What there is to say of an architecture of Hugging Face, and how values of its configuration are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["Architecture", "HeadNames", "activation", "get", "number", "padding_id", "whole"]
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+# What configurations call the fields of a specification, unless an architecture says otherwise.
+_FIELDS: Mapping[str, str] = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "activation": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadNames:
+    """Where a head keeps its weights (``{base}`` is the encoder), and what it does with them.
+
+    Attributes:
+        out: the output layer.
+        dense: the layer before it, if there is one.
+        norm: the norm between them, if there is one.
+        activation: after the dense layer: what Hugging Face calls it, or ``config.`` and the field that says it.
+        pooling: of texts: ``cls`` or ``mean``, or ``config.`` and the field that says it.
+        tied: whether the output layer is the word table, unless the configuration says ``tie_word_embeddings: false``.
+        bias: another name of the output layer's bias.
+    """
+
+    out: str
+    dense: str | None = None
+    norm: str | None = None
+    activation: str = ""
+    pooling: str = "cls"
+    tied: bool = False
+    bias: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Where an architecture keeps its weights, and what its configuration means.
+
+    Attributes:
+        base: name of the encoder in a model with a head.
+        layer: prefix of a layer's weights; ``{}`` is its number.
+        qkv: query, key and value, one after the other, or one that holds all.
+        out, attention_norm, up, down, ffn_norm: the other parts of a layer.
+        heads: by task.
+        word, position, token_type, embedding_norm, projection, relative_bias, final_norm: what is outside of layers.
+            None: there is none. The projection is there only where the tables have another width.
+        optional_biases: whether biases may be absent; they are taken for zero.
+        fields: what the configuration calls fields of the specification, where it differs from BERT's. A number
+            instead of a name is the value itself.
+        defaults: values of the configuration that a ``config.json`` may leave out.
+        padding_index: of models that count positions over tokens other than padding: the id of padding, and the row
+            of the position table that it takes; the first token takes the next one. None: all tokens are counted, from
+            row 0.
+        more: further fields of the specification.
+        options: options that must have one value, further to those of all architectures.
+    """
+
+    base: str
+    layer: str
+    qkv: tuple[str, ...]
+    out: str
+    attention_norm: str
+    up: str
+    down: str
+    ffn_norm: str
+    heads: Mapping[str, HeadNames]
+    word: str = "embeddings.word_embeddings"
+    position: str | None = "embeddings.position_embeddings"
+    token_type: str | None = "embeddings.token_type_embeddings"
+    embedding_norm: str = "embeddings.LayerNorm"
+    projection: str = "embeddings_project"
+    relative_bias: str | None = None
+    final_norm: str | None = None
+    optional_biases: bool = False
+    fields: Mapping[str, str | float] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+    )
+    padding_index: Callable[[Any], int] | None = None
+    more: Callable[[Any], dict[str, Any]] = lambda config: {}
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def whole(self, config: Any, field: str) -> int:
+        """The configuration's value of a field of the specification that is a whole number.
+
+        Raises:
+            ValueError: it lacks the value, or has one of another kind; also raised by the methods below.
+        """
+        return whole(config, str(self.fields.get(field, _FIELDS[field])))
+
+    def number(self, config: Any, field: str) -> float:
+        """The configuration's value of a field of the specification that is a number."""
+        name = self.fields.get(field, _FIELDS[field])
+        return number(config, name) if isinstance(name, str) else name
+
+    def activation(self, config: Any) -> str:
+        """The activation of the feed-forward part, as a specification names it."""
+        return activation(get(config, str(self.fields.get("activation", _FIELDS["activation"]))))
+
+
+def get(config: Any, name: str) -> Any:
+    """A value of a configuration.
+
+    Raises:
+        ValueError: it lacks the value.
+    """
+    if not hasattr(config, name):
+        raise ValueError(f"unsupported configuration: expected a {config.model_type} configuration with {name}")
+    return getattr(config, name)
+
+
+def whole(config: Any, name: str) -> int:
+    """A whole number of a configuration.
+
+    Raises:
+        ValueError: it lacks the value, or has one of another kind.
+    """
+    value = get(config, name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"unsupported configuration: expected {name} to be a whole number, got {value!r:.80}")
+    return value
+
+
+def number(config: Any, name: str) -> float:
+    """A finite number of a configuration.
+
+    Raises:
+        ValueError: it lacks the value, or has one of another kind.
+    """
+    value = get(config, name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"unsupported configuration: expected {name} to be a number, got {value!r:.80}")
+    return float(value)
+
+
+def padding_id(config: Any) -> int:
+    """The id of padding, where positions are counted from.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if get(config, "pad_token_id") is None:
+        raise ValueError(
+            f"unsupported configuration: expected pad_token_id of a {config.model_type} configuration, where positions "
+            "are counted from, got None"
+        )
+    return whole(config, "pad_token_id")
+
+
+def activation(name: Any) -> str:
+    """What a specification calls an activation of Hugging Face.
+
+    Raises:
+        ValueError: it is not supported.
+    """
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise ValueError(f"unsupported activation {name!r:.80}; supported: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]

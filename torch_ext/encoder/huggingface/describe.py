@@ -1,0 +1,182 @@
+"""From a configuration and the shapes of weights to specifications, and to which weights become which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch_ext.encoder.huggingface.architecture import Architecture, HeadNames, activation, get
+from torch_ext.encoder.spec import TASKS, EncoderSpec, HeadSpec
+
+__all__ = ["Plan", "Shapes", "describe_encoder", "describe_head", "head_layers"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+Plan = dict[str, list[str | int]]
+"""By the names of ``EncoderSpec.shapes()`` and ``HeadSpec.shapes()``: names of a model's weights, which follow one
+another along the first dimension; a number stands for that many zeros."""
+
+# Buffers, and what belongs to heads.
+_IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.weight", "pooler.dense.bias")
+
+
+class _Taker:
+    """Takes weights one by one, so that what is left shows."""
+
+    def __init__(self, shapes: Shapes, owner: str, kind: str, optional_biases: bool) -> None:
+        self.plan: Plan = {}
+        self.taken: set[str] = set()
+        self._shapes, self._owner, self._kind = shapes, owner, kind
+        self._optional_biases = optional_biases
+
+    def take(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """The shape of a weight."""
+        if name not in self._shapes:
+            raise ValueError(f"{self._owner} has no {name}: is it a plain {self._kind}?")
+        self.taken.add(name)
+        shape = self._shapes[name]
+        if len(shape) != dimensions:
+            raise ValueError(f"{self._owner}: expected {name} with {dimensions} dimensions, got {list(shape)}")
+        return shape
+
+    def table(self, to: str, name: str) -> tuple[int, int]:
+        """A table of embeddings, or of biases."""
+        rows, columns = self.take(f"{name}.weight", 2)
+        self.plan[to] = [f"{name}.weight"]
+        return rows, columns
+
+    def pair(self, to: str, *names: str, dimensions: int = 2) -> tuple[int, ...]:
+        """Weight and bias of a linear layer, or of several that become one; returns the shape of the first one."""
+        shapes = [self.take(f"{name}.weight", dimensions) for name in names]
+        self.plan[f"{to}.weight"] = [f"{name}.weight" for name in names]
+        biases: list[str | int] = []
+        for name, shape in zip(names, shapes, strict=True):
+            if self._optional_biases and f"{name}.bias" not in self._shapes:
+                biases.append(shape[0])
+            else:
+                self.take(f"{name}.bias", 1)
+                biases.append(f"{name}.bias")
+        self.plan[f"{to}.bias"] = biases
+        return shapes[0]
+
+    def norm(self, to: str, name: str) -> None:
+        self.pair(to, name, dimensions=1)
+
+
+def describe_encoder(
+    config: Any, names: Architecture, shapes: Shapes, owner: str, foreign: Iterable[str] = ()
+) -> tuple[EncoderSpec, Plan]:
+    """The specification of an encoder, and where its weights come from.
+
+    Args:
+        config: has the configuration's values as attributes.
+        names: the row of its architecture.
+        shapes: of the model's weights, by their names below the encoder.
+        owner: what messages call the model.
+        foreign: weights among them that are none of the encoder's.
+
+    Raises:
+        ValueError: a weight or a value of the configuration is missing, is not supported, or there are weights that an
+            encoder of this architecture lacks.
+    """
+    source = _Taker(shapes, owner, f"{config.model_type} encoder", names.optional_biases)
+    padding = -1 if names.padding_index is None else names.padding_index(config)
+    vocabulary, width = source.table("embeddings.word", names.word)
+    fields: dict[str, Any] = {
+        "position_offset": padding + 1,
+        "padding_id": padding,
+        "vocab_size": vocabulary,
+        "type_vocab_size": 0,
+    }
+    if names.position is not None:
+        rows, _ = source.table("embeddings.position", names.position)
+        fields["max_positions"] = rows - fields["position_offset"]
+    if names.token_type is not None:
+        fields["type_vocab_size"], _ = source.table("embeddings.token_type", names.token_type)
+    source.norm("embeddings.norm", names.embedding_norm)
+    if f"{names.projection}.weight" in shapes:
+        source.pair("embeddings.projection", names.projection)
+        fields["embedding_size"] = width
+    if names.relative_bias is not None:
+        source.table("relative_attention_bias", names.relative_bias)
+    spec = EncoderSpec(
+        architecture=config.model_type,
+        hidden_size=names.whole(config, "hidden_size"),
+        num_layers=names.whole(config, "num_layers"),
+        num_heads=names.whole(config, "num_heads"),
+        intermediate_size=names.whole(config, "intermediate_size"),
+        activation=names.activation(config),
+        layer_norm_eps=names.number(config, "layer_norm_eps"),
+        **{**fields, **names.more(config)},
+    )
+    for index in range(spec.num_layers):
+        to, prefix = f"layers.{index}", names.layer.format(index)
+        source.pair(f"{to}.attention.qkv", *(f"{prefix}.{part}" for part in names.qkv))
+        source.pair(f"{to}.attention.out", f"{prefix}.{names.out}")
+        if index or spec.norm_first_attention:
+            source.norm(f"{to}.attention.norm", f"{prefix}.{names.attention_norm}")
+        source.pair(f"{to}.ffn.up", f"{prefix}.{names.up}")
+        source.pair(f"{to}.ffn.down", f"{prefix}.{names.down}")
+        source.norm(f"{to}.ffn.norm", f"{prefix}.{names.ffn_norm}")
+    if names.final_norm is not None:
+        source.norm("final_norm", names.final_norm)
+    left = sorted(shapes.keys() - source.taken - set(_IGNORED) - set(foreign))
+    if left:
+        raise ValueError(
+            f"{owner} has weights that a plain {config.model_type} encoder has not (adapters?): "
+            f"{', '.join(left[:5])}{' ...' if len(left) > 5 else ''}"
+        )
+    return spec, source.plan
+
+
+def head_layers(names: HeadNames, base: str) -> dict[str, str]:
+    """The names of a head's layers, by ``dense``, ``norm`` and ``out``.
+
+    Args:
+        names: of the head.
+        base: name of the encoder.
+    """
+    layers = {"dense": names.dense, "norm": names.norm, "out": names.out}
+    return {part: name.format(base=base) for part, name in layers.items() if name is not None}
+
+
+def describe_head(
+    config: Any, architecture: Architecture, task: str, shapes: Shapes, owner: str, base: str
+) -> tuple[HeadSpec, Plan]:
+    """The specification of a head, and where its weights come from.
+
+    Args:
+        config: has the configuration's values as attributes.
+        architecture: its row.
+        task: one of the row's heads.
+        shapes: of all weights of the model.
+        owner: what messages call the model.
+        base: name of the encoder in it.
+
+    Raises:
+        ValueError: a weight or a value of the configuration is missing, or is not supported.
+    """
+    names = architecture.heads[task]
+    source = _Taker(shapes, owner, f"{config.model_type} model for {task}", architecture.optional_biases)
+    rows = {}
+    for part, name in head_layers(names, base).items():
+        rows[part] = source.pair(f"head.{part}", name, dimensions=1 if part == "norm" else 2)[0]
+
+    def named(value: str) -> str:
+        return str(get(config, value.removeprefix("config."))) if value.startswith("config.") else value
+
+    hidden_size = architecture.whole(config, "hidden_size")
+    dense_size = rows.get("dense", hidden_size)
+    spec = HeadSpec(
+        # Answers are where the logits of a token's two labels say.
+        task=task if task in TASKS else "token-classification",
+        hidden_size=hidden_size,
+        activation="none" if names.dense is None else activation(named(names.activation)),
+        norm=names.norm is not None,
+        layer_norm_eps=architecture.number(config, "layer_norm_eps"),
+        num_outputs=rows["out"],
+        dense=names.dense is not None,
+        dense_size=0 if dense_size == hidden_size else dense_size,
+        pooling=named(names.pooling),
+    )
+    return spec, source.plan

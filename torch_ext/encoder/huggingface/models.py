@@ -1,0 +1,125 @@
+"""Encoders and heads out of models of the transformers package, and folders as tensors.
+
+Looks at a model's attributes only: the package is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_ext.encoder.huggingface.architecture import Architecture
+from torch_ext.encoder.huggingface.describe import Plan, describe_encoder, describe_head, head_layers
+from torch_ext.encoder.huggingface.folder import AUTO, FolderModel, read_folder
+from torch_ext.encoder.huggingface.safetensors import StoredTensor
+from torch_ext.encoder.huggingface.table import ARCHITECTURES, HEAD_CLASSES, find_architecture
+from torch_ext.encoder.spec import EncoderSpec, HeadSpec
+
+__all__ = ["encoder_in_folder", "head_in_folder", "read_encoder", "read_head"]
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _read_config(model: nn.Module) -> tuple[Any, Architecture]:
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not isinstance(getattr(config, "model_type", None), str):
+        raise TypeError(
+            f"expected a Hugging Face model (an nn.Module with config.model_type), got {type(model).__name__}"
+        )
+    return config, find_architecture(config)
+
+
+def _gather(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a plan; encoders are made of fp32 and bf16."""
+    gathered: dict[str, Tensor] = {}
+    for name, sources in plan.items():
+        parts = [torch.zeros(source) if isinstance(source, int) else weights[source] for source in sources]
+        wide = [part.float() if part.dtype in (torch.float16, torch.float64) else part for part in parts]
+        gathered[name] = wide[0] if len(wide) == 1 else torch.cat(wide)
+    return gathered
+
+
+def read_encoder(model: nn.Module) -> tuple[EncoderSpec, dict[str, Tensor]]:
+    """The specification and weights of a model's encoder.
+
+    Raises:
+        TypeError: ``model`` has no transformers configuration.
+        ValueError: the architecture, or an option of it, is not supported; the message says what is.
+    """
+    config, architecture = _read_config(model)
+    base = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)
+    weights: dict[str, Tensor] = dict(base.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    spec, plan = describe_encoder(config, architecture, shapes, type(model).__name__)
+    return spec, _gather(plan, weights)
+
+
+def read_head(model: nn.Module) -> tuple[HeadSpec, dict[str, Tensor]]:
+    """The specification and weights of a model's head.
+
+    Raises:
+        TypeError: ``model`` has no transformers configuration.
+        ValueError: the model has no head that is supported.
+    """
+    config, architecture = _read_config(model)
+    # The class tells heads apart whose weights have the same names: those for texts and for tokens, say.
+    ends = (suffix for base in type(model).__mro__ for suffix in HEAD_CLASSES if base.__name__.endswith(suffix))
+    task = HEAD_CLASSES.get(next(ends, ""), "")
+    weights: dict[str, Tensor] = dict(model.state_dict())
+    base = str(getattr(model, "base_model_prefix", ""))
+    if not _has_head(architecture, task, weights, base):
+        raise ValueError(
+            f"{type(model).__name__} has no supported head; supported: "
+            f"{', '.join(f'*{name}' for name in HEAD_CLASSES)} of {', '.join(ARCHITECTURES)}"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    spec, plan = describe_head(config, architecture, task, shapes, type(model).__name__, base)
+    return spec, _gather(plan, weights)
+
+
+def _has_head(architecture: Architecture, task: str, weights: Mapping[str, Tensor], base: str) -> bool:
+    """Whether a model has the weights of a head, and no others outside of its encoder."""
+    if task not in architecture.heads:
+        return False
+    names = architecture.heads[task]
+    layers = head_layers(names, base).values()
+    known = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
+    needed = {f"{name}.weight" for name in layers} if architecture.optional_biases else known
+    others = (name for name in weights if not name.startswith(f"{base}.") and name not in known)
+    return needed <= weights.keys() and all(name == names.bias for name in others)
+
+
+def encoder_in_folder(folder: str | os.PathLike[str]) -> tuple[EncoderSpec, dict[str, Tensor]]:
+    """The specification and weights of a folder's encoder; see :func:`read_folder`."""
+    model = read_folder(folder, None)
+    return model.spec, _as_tensors(model, model.spec)
+
+
+def head_in_folder(folder: str | os.PathLike[str], task: str = AUTO) -> tuple[HeadSpec, dict[str, Tensor]]:
+    """The specification and weights of a folder's head; see :func:`read_folder`.
+
+    Raises:
+        ValueError: also where it has none.
+    """
+    model = read_folder(folder, task)
+    if model.head is None:
+        raise ValueError(f"{folder}: no supported head; supported: {', '.join(dict.fromkeys(HEAD_CLASSES.values()))}")
+    return model.head, _as_tensors(model, model.head)
+
+
+def _as_tensors(model: FolderModel, spec: EncoderSpec | HeadSpec) -> dict[str, Tensor]:
+    result = {}
+    for name in spec.shapes():
+        parts = [_as_tensor(part) for part in model.tensors[name]]
+        result[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return result
+
+
+def _as_tensor(part: StoredTensor) -> Tensor:
+    # What is mapped cannot be written to, and torch warns of that: a copy of one weight at a time.
+    tensor = torch.frombuffer(bytearray(part.data), dtype=_DTYPES[part.dtype]).view(part.shape)
+    return tensor.float() if part.dtype == "F16" else tensor

@@ -1,0 +1,172 @@
+"""Files of safetensors, mapped: nothing is read but headers, until somebody looks at a weight."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["WEIGHTS_FILE", "WEIGHTS_INDEX", "StoredTensor", "find_weights", "map_weights"]
+
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+# Files that can hold code, or that other libraries read.
+_OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+
+_MAX_HEADER_BYTES = 100_000_000  # as the format has it
+
+_ELEMENT_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
+
+_CHUNK_BYTES = 16 << 20
+
+
+class StoredTensor(NamedTuple):
+    """A weight in a mapped file.
+
+    Attributes:
+        dtype: as safetensors name it: ``F32``, ``F16``, ``BF16``, or one that no encoder has, such as ``I64``.
+        shape: its sizes.
+        data: its elements, row after row.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def is_finite(self) -> bool:
+        """Whether an element is neither NaN nor infinite; of a floating-point dtype.
+
+        Looks at the byte of each element that holds most of its exponent, by C loops of Python.
+        """
+        size = _ELEMENT_BYTES[self.dtype]
+        # Of fp32 and bf16 also finite numbers from 2 ** 127 on have this byte; the rest of the exponent decides.
+        suspect = re.compile(b"[\x7c-\x7f\xfc-\xff]" if self.dtype == "F16" else b"[\x7f\xff]")
+        for start in range(0, len(self.data), _CHUNK_BYTES):
+            chunk = bytes(self.data[start : start + _CHUNK_BYTES])
+            high = chunk[size - 1 :: size]
+            for found in suspect.finditer(high):
+                if self.dtype == "F16" or chunk[size * found.start() + size - 2] & 0x80:
+                    return False
+        return True
+
+
+def find_weights(folder: Path) -> Path:
+    """The file that says where a folder's weights are: the weights themselves, or an index of several files.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: there are none but in formats that are not read.
+    """
+    for name in (WEIGHTS_FILE, WEIGHTS_INDEX):
+        if (folder / name).is_file():
+            return folder / name
+    for name in _OTHER_WEIGHTS:
+        if (folder / name).exists():
+            why = "a pickle, which can run code, and" if ".bin" in name else "of another format, and"
+            raise ValueError(
+                f"{folder / name}: expected weights in {WEIGHTS_FILE}: this file is {why} is not opened; convert it "
+                "with transformers: model.save_pretrained(folder, safe_serialization=True)"
+            )
+    raise FileNotFoundError(f"{folder}: no weights (neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX})")
+
+
+def map_weights(path: Path) -> dict[str, StoredTensor]:
+    """The weights of a file, or of all files of an index, by name.
+
+    Args:
+        path: what :func:`find_weights` returned.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the index names one that is not there.
+        ValueError: a file is damaged, or the index names files elsewhere, or weights that are not where it says.
+        OSError: a file cannot be read.
+    """
+    if path.name != WEIGHTS_INDEX:
+        return _map_file(path)
+    places = _read_json(path.read_bytes(), f"{path}").get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{path}: expected weight_map, an object that names files, got {places!r:.80}")
+    for name in places.values():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise ValueError(f"{path}: weight_map: expected names of files beside it, got {name!r:.200}; refused")
+    files = {}
+    for name in sorted(set(places.values())):
+        if not (path.parent / name).is_file():
+            raise FileNotFoundError(f"{path.parent / name}: missing, though {path.name} names it; copy the model again")
+        files[name] = _map_file(path.parent / name)
+    weights = {}
+    for weight, name in places.items():
+        if weight not in files[name]:
+            raise ValueError(
+                f"{path.parent / name}: no {weight}, which {path.name} says is there; copy the model again"
+            )
+        weights[weight] = files[name][weight]
+    return weights
+
+
+def _read_json(text: bytes | memoryview, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(bytes(text).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _map_file(path: Path) -> dict[str, StoredTensor]:
+    def sound(condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"{path} is damaged, or is not a safetensors file: {what}; copy the model again")
+
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        sound(stat.S_ISREG(status.st_mode), "it is no regular file")
+        size = status.st_size
+        sound(size >= 8, f"it has {size} bytes")
+        data = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+    header_bytes = int.from_bytes(data[:8], "little")
+    sound(
+        header_bytes <= min(size - 8, _MAX_HEADER_BYTES),
+        f"its header of {header_bytes} bytes does not fit {size} bytes",
+    )
+    try:
+        header = _read_json(data[8 : 8 + header_bytes], "its header")
+    except ValueError as error:
+        sound(False, str(error))
+        raise
+    data = data[8 + header_bytes :]
+    weights, places = {}, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(
+                f"{path} is damaged, or is not a safetensors file: its header does not describe {name:.200}"
+            ) from None
+        sound(
+            all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)) and begin <= end,
+            f"its header does not describe {name:.200}",
+        )
+        sound(end <= len(data), f"{name} ends at byte {end} of {len(data)}")
+        places.append((begin, end))
+        bytes_ = _ELEMENT_BYTES.get(dtype)
+        if bytes_ is not None:
+            for number in shape:
+                bytes_ *= number
+            sound(bytes_ == end - begin, f"{name} {list(shape)} takes {bytes_} bytes, its place has {end - begin}")
+        weights[name] = StoredTensor(dtype, shape, data[begin:end])
+    covered = 0
+    for begin, end in sorted(places):
+        sound(begin == covered, f"its tensors leave a gap or overlap at byte {min(begin, covered)}")
+        covered = end
+    sound(covered == len(data), f"its tensors end at byte {covered} of {len(data)}")
+    return weights

@@ -1,0 +1,64 @@
+"""All architectures, and the tasks of their heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch_ext.encoder.huggingface.architecture import Architecture
+from torch_ext.encoder.huggingface.bert import BERT, ELECTRA, ROBERTA
+from torch_ext.encoder.huggingface.distilbert import DISTILBERT
+from torch_ext.encoder.huggingface.modernbert import MODERNBERT
+from torch_ext.encoder.huggingface.mpnet import MPNET
+
+__all__ = ["ARCHITECTURES", "HEAD_CLASSES", "find_architecture"]
+
+_TABLE: Mapping[str, Architecture] = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "distilbert": DISTILBERT,
+    "electra": ELECTRA,
+    "mpnet": MPNET,
+    "modernbert": MODERNBERT,
+}
+
+ARCHITECTURES: tuple[str, ...] = tuple(_TABLE)
+
+HEAD_CLASSES: Mapping[str, str] = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+}
+"""Tasks by what the names of their classes end in."""
+
+# Options that change what is computed, and the one value that is supported.
+_OPTIONS: Mapping[str, Any] = {
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+}
+
+
+def find_architecture(config: Any) -> Architecture:
+    """The row of a configuration.
+
+    Args:
+        config: has the configuration's values as attributes, ``model_type`` among them.
+
+    Raises:
+        ValueError: the architecture, or an option of it, is not supported.
+    """
+    architecture = _TABLE.get(config.model_type)
+    if architecture is None:
+        raise ValueError(
+            f"unsupported architecture {config.model_type!r:.80}; supported: {', '.join(ARCHITECTURES)}. Another model "
+            "still gains from torch_ext.optimize(model)"
+        )
+    for name, wanted in {**_OPTIONS, **architecture.options}.items():
+        value = getattr(config, name, wanted)
+        if value != wanted:
+            raise ValueError(f"unsupported configuration: expected {name}={wanted!r}, got {value!r:.80}")
+    return architecture
