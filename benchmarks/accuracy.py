@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 from deploy.bundle import Manifest, ModelInfo, SpecialToken  # noqa: E402
 from deploy.engines.batch import batches  # noqa: E402
 from deploy.engines.engine import Engine  # noqa: E402
-from deploy.export.source import read_source  # noqa: E402
+from deploy.folder.source import read_source  # noqa: E402
 from deploy.machine import cpu_name  # noqa: E402
 from deploy.tasks import open_task  # noqa: E402
 from deploy.texts import docstrings, sample  # noqa: E402

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("deploy.export.cli", "prepare a model: verified bf16, int8 and fp32 variants in one bundle"),
-    "serve": ("deploy.server.cli", "serve a bundle over HTTP"),
+    "serve": ("deploy.server.cli", "serve a bundle, or a model's folder as it is, over HTTP"),
 }
 
 USAGE = """\
@@ -25,6 +25,7 @@ commands:
 examples:
   python -m deploy export sentence-transformers/all-MiniLM-L6-v2 -o bundle
   python -m deploy serve bundle --port 8000
+  python -m deploy serve all-MiniLM-L6-v2    # a folder that was not exported
 
 Each command explains itself: python -m deploy COMMAND --help
 Exit codes: 0 done, 1 a bug or an unexpected failure, 2 something the caller can put right (the message says what).

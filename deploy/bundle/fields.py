@@ -344,7 +344,7 @@ class Variant:
         engine: One of `ENGINES`.
         dtype: `bf16`, `fp32` or `int8`.
         bytes: Size of everything that this variant loads.
-        accuracy: Comparison with fp32.
+        accuracy: Comparison with fp32; None where nobody measured it, as in a folder that was not exported.
         speed: Quick measurement, or None.
         extra_files: Other files of the bundle that it needs (external weights of an ONNX model above 2 GiB).
         quantization: What was measured to find the layers that int8 would damage too much: `kept_bf16`, names of those
@@ -359,7 +359,7 @@ class Variant:
     engine: str
     dtype: str
     bytes: int
-    accuracy: Accuracy
+    accuracy: Accuracy | None
     speed: Speed | None = None
     extra_files: tuple[str, ...] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
@@ -372,7 +372,7 @@ class Variant:
             "engine": self.engine,
             "dtype": self.dtype,
             "bytes": self.bytes,
-            "accuracy": asdict(self.accuracy),
+            "accuracy": None if self.accuracy is None else asdict(self.accuracy),
             "speed": None if self.speed is None else asdict(self.speed),
             "extra_files": list(self.extra_files),
         }

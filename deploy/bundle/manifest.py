@@ -65,6 +65,8 @@ class Manifest:
         vocab_size: Number of token ids; None in bundles that were written before this field existed.
         sparse: How sparse vectors are made; None unless the task needs it.
         token_types: Whether the model is given the token types of pairs of texts; else all are 0.
+        tokenizer_json: Content of the tokenizer of a folder that was not exported, which lists no files; None: it is in
+            `tokenizer_path`.
     """
 
     root: Path
@@ -87,6 +89,7 @@ class Manifest:
     vocab_size: int | None = None
     token_types: bool = True
     sparse: Sparse | None = None
+    tokenizer_json: str | None = None
 
     def path(self, name: str) -> Path:
         """Path of a file of the bundle; `name` has to be listed in `files`."""

@@ -77,20 +77,22 @@ class TorchExtEngine(Engine):
 
     @classmethod
     def load(cls, path: Path, dtype: str, threads: int, task: Task, *, shared: bool = False) -> TorchExtEngine:
-        """Loads a file and packs its weights.
+        """Loads a file, or a folder of Hugging Face, and packs its weights.
 
         Args:
-            path: The file.
+            path: The file, or the folder.
             dtype: Of its weights.
             threads: Threads of the engine.
             task: What the answers are.
             shared: Keep the weights where other processes can map them; see `share`.
 
         Raises:
-            BundleError: The file has no head, though the task needs one.
+            BundleError: The file has no head, though the task needs one, or the folder cannot be used.
             ValueError: It is damaged, or of another kind.
         """
         kind: Any = dtype
+        if path.is_dir():
+            return cls(_open_folder(path, kind, threads, task, shared), task)
         encoder = Encoder.open(path, kind, threads=threads, shared=shared)
         if task.needs.head and not encoder.outputs:
             raise BundleError(f"{path}: no head for {task.name} in this file; export the model again")
@@ -121,3 +123,11 @@ class TorchExtEngine(Engine):
         types = joined(batch.types) if typed and batch.types is not None else None
         states = self._encoder.encode(joined(batch.ids), bounds, types)
         yield batch, _PackedStates(batch, states, bounds, self._encoder.outputs)
+
+
+def _open_folder(path: Path, dtype: Any, threads: int, task: Task, shared: bool) -> Encoder:
+    head = task.name if task.needs.head else None
+    try:
+        return Encoder.from_pretrained(path, dtype, head, threads=threads, shared=shared)
+    except (ValueError, FileNotFoundError) as error:
+        raise BundleError(str(error)) from error

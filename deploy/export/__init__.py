@@ -3,8 +3,7 @@
 | module | part |
 |---|---|
 | `cli`, `options` | options, exit codes, one line per error |
-| `hub` | finds the model: a folder, or a download |
-| `source`, `sentence` | what the model folder says: task, pooling, prompts, limits; takes milliseconds and no library |
+| `deploy.folder` | finds the model and reads what its folder says; the server does so, too |
 | `staging`, `signals` | the folder appears complete or not at all |
 | `pipeline` | the stages, from loading to the manifest |
 | `needs` | libraries, memory, room on the disk |

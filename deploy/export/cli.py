@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from deploy.bundle import POOLING_MODES, TASKS, VARIANTS, BundleError
 from deploy.export.errors import ExportError, Interrupted, first_line, is_disk_full
+from deploy.folder.errors import FolderError
 from deploy.options import positive
 from deploy.tasks.bounds import BOUND_NAMES
 from deploy.texts import TextsError
 
 if TYPE_CHECKING:
-    from deploy.export.source import Source
+    from deploy.folder.source import Source
 
 __all__ = ["main"]
 
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             return _run(options)
-    except (ExportError, BundleError, TextsError) as error:
+    except (FolderError, BundleError, TextsError) as error:
         return _fail(options, str(error), 2)
     except Interrupted as stop:
         name = signal.Signals(stop.signal).name
@@ -199,9 +200,9 @@ def _fail(options: argparse.Namespace, message: str, code: int) -> int:
 def _run(options: argparse.Namespace) -> int:
     # First the checks that need no model.
     _check_accuracy(options, options.variants)
-    from deploy.export.hub import find_model
-    from deploy.export.source import read_source
     from deploy.export.staging import check_target
+    from deploy.folder.hub import find_model
+    from deploy.folder.source import read_source
 
     protected = [Path(options.model)] if os.path.isdir(options.model) else []
     target = check_target(options.output, options.force, protected)

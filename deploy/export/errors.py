@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import re
-from collections.abc import Iterator
+from deploy.folder.errors import FolderError, first_line, is_disk_full
 
 __all__ = ["ExportError", "Interrupted", "first_line", "is_disk_full"]
 
 
-class ExportError(Exception):
+class ExportError(FolderError):
     """The export cannot go on; the message says what was expected, what was found, and what to do."""
 
 
@@ -23,32 +21,3 @@ class Interrupted(BaseException):
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
         self.signal = signal
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an exception and everything that it was raised from."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception, or what it was raised from, says that a disk or a quota is full.
-
-    Libraries in C++ and Rust report it as text.
-    """
-    for item in _chain(error):
-        if isinstance(item, OSError) and item.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return True
-        if re.search(r"no space left on device|disk quota exceeded|os error (28|122)\b", str(item), re.IGNORECASE):
-            return True
-    return False
-
-
-def first_line(error: BaseException, limit: int = 300) -> str:
-    """The first line that says something of an exception's message, at most `limit` characters."""
-    lines = (line.strip() for line in str(error).splitlines())
-    text = next((line for line in lines if line), "") or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from deploy.bundle import VARIANTS
 from deploy.export.errors import ExportError, first_line
 from deploy.export.progress import megabytes
-from deploy.export.source import Source
+from deploy.folder.source import Source
 from deploy.machine import available_memory_bytes
 
 __all__ = ["check_disk", "import_libraries", "memory_note", "threads"]

@@ -22,7 +22,6 @@ from deploy.export.options import Options, Texts, read_texts
 from deploy.export.progress import Progress, megabytes, quiet_libraries
 from deploy.export.reference import load_model, readable_folder
 from deploy.export.report import Findings, describe_model, make_manifest
-from deploy.export.source import Source
 from deploy.export.staging import Staging
 from deploy.export.tokenizer import Tokens
 from deploy.export.verify import describe, measure, refuse, verify
@@ -35,6 +34,7 @@ from deploy.export.write_onnx import (
     variant_bytes,
 )
 from deploy.export.write_torch_ext import Quantized, write_encoder, write_int8_encoder
+from deploy.folder.source import Source
 from deploy.machine import usable_cpus
 from deploy.tasks import TaskError, open_task
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from deploy.bundle import CONFIG_FILE, TASKS
 from deploy.export.errors import ExportError, first_line, is_disk_full
-from deploy.export.sentence import read_json
-from deploy.export.source import Source
+from deploy.folder.sentence import read_json
+from deploy.folder.source import Source
 
 __all__ = ["load_model", "older_config", "older_tokenizer_config", "readable_folder"]
 

@@ -25,9 +25,9 @@ from deploy.bundle import (
 from deploy.export.accuracy import Result
 from deploy.export.errors import ExportError
 from deploy.export.progress import megabytes
-from deploy.export.source import Source
 from deploy.export.tokenizer import Tokens
 from deploy.export.write_onnx import files_of
+from deploy.folder.source import Source
 from deploy.machine import machine
 from deploy.onnx_session import kernels
 from deploy.tasks import TaskError
@@ -156,11 +156,12 @@ def _versions() -> dict[str, str]:
 
 def print_table(manifest: Manifest) -> None:
     """Prints accuracy, size and speed of every variant."""
-    metric = next(iter(manifest.variants.values())).accuracy.metric
+    accuracies = {name: known for name, variant in manifest.variants.items() if (known := variant.accuracy) is not None}
+    metric = next(iter(accuracies.values())).metric
     rows = [("variant", "size", f"{metric} mean", "min", "texts/s")]
-    for name, variant in manifest.variants.items():
+    for name, accuracy in accuracies.items():
+        variant = manifest.variants[name]
         speed = f"{variant.speed.texts_per_s:.0f}" if variant.speed else "-"
-        accuracy = variant.accuracy
         rows.append((name, megabytes(variant.bytes), f"{accuracy.mean:.6f}", f"{accuracy.min:.6f}", speed))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     print()

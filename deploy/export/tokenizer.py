@@ -10,7 +10,7 @@ from typing import Any
 from deploy.bundle import TASKS, TRUNCATION_SIDES, SpecialToken
 from deploy.engines.batch import Ids, PairIds
 from deploy.export.errors import ExportError, first_line
-from deploy.export.source import Source
+from deploy.folder.source import Source
 
 __all__ = ["Tokens"]
 

@@ -90,11 +90,8 @@ class App:
         settings: Settings,
         routes: Sequence[Route] = ROUTES,
     ) -> None:
-<<<<<<< HEAD
-        self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
-=======
         self.metrics = self._metrics = Metrics()
->>>>>>> 24c1b15 (serve --workers: several processes on one copy of the weights, one port and one page of metrics)
+        self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
         self.service = Service(manifest, tokenizer, batcher, settings, self._metrics)
         self._metrics.gauges(
             lambda: batcher.queued_tokens, lambda: self.service.budget.held_bytes, lambda: self.service.ready

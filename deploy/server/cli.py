@@ -13,12 +13,13 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
-from ..bundle import BundleError, check_config, load_manifest
+from ..bundle import TASKS, BundleError, check_config, load_manifest
 from ..options import positive as _positive
 from .limits.bounds import Settings
+from .model import describe
 from .process import Process, UsageError
 from .variants import add_options
 
@@ -54,11 +55,20 @@ def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m deploy serve",
-        description="Serve a bundle over HTTP. GET /docs on the running server describes its API.",
+        description="Serve a bundle, or a model as it is, over HTTP. GET /docs on the running server describes its "
+        "API.",
         epilog="Exit codes: 0 stopped by a signal, every accepted request answered; 1 some were not, or a bug; "
-        "2 the bundle, the options or the address are wrong.",
+        "2 the model, the options or the address are wrong.",
     )
-    parser.add_argument("bundle", type=Path, metavar="DIR", help="folder written by python -m deploy export")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder written by python -m deploy export; or a model's folder of Hugging Face or sentence-transformers, "
+        "or an id on the hub, which is served as it is, in bf16, or in fp32 with --variant torch_ext-fp32",
+    )
+    parser.add_argument(
+        "--task", choices=TASKS, help="of a model that was not exported; default: from the model's files"
+    )
     add_options(parser)
     parser.add_argument("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
     parser.add_argument(
@@ -297,7 +307,7 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
         UsageError: An option is wrong, or the address cannot be used.
     """
     # Names and sizes now, hashes when it is known which variants may be loaded.
-    manifest = load_manifest(arguments.bundle, verify=False, variants=())
+    manifest, exported = describe(arguments.model, arguments.task)
     process.check(manifest)
     port = port_of(arguments.port, os.environ)
     threads = process.threads(arguments.threads)
@@ -307,7 +317,8 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
     # The hashes of large files take as long as the imports, and need another core for it; so does the engine, if it is
     # known.
     beside = ThreadPoolExecutor(2)
-    checked = beside.submit(load_manifest, arguments.bundle, verify=True, variants=process.files_of(selection))
+    check = partial(load_manifest, manifest.root, verify=True, variants=process.files_of(selection))
+    checked = beside.submit(check) if exported else None
     tokenizers: Future[TextTokenizer] = Future()
 
     def open_engine(variant: str) -> tuple[Engine, str]:
@@ -329,8 +340,9 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
     from .service import Batcher, TextTokenizer
 
     try:
-        manifest = checked.result()
-        check_config(manifest)
+        if checked is not None:
+            manifest = checked.result()
+            check_config(manifest)
         tokenizer = TextTokenizer.from_manifest(manifest)
     except ValueError as error:
         tokenizers.cancel()  # Nobody may wait for it any more.

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from deploy.bundle import Pooling, Prompts
-from deploy.export import source as sources
-from deploy.export.errors import ExportError
-from deploy.export.hub import find_model
-from deploy.export.source import MODEL_TYPES, read_source
+from deploy.folder import source as sources
+from deploy.folder.errors import FolderError
+from deploy.folder.hub import find_model
+from deploy.folder.source import MODEL_TYPES, read_source
 from deploy.tasks import TASKS, TaskError
 
 CONFIG = {
@@ -116,9 +116,9 @@ def test_pooling_of_models_without_the_files_is_stated(tmp_path: Path) -> None:
 )
 def test_what_would_give_other_embeddings_is_refused(tmp_path: Path, files: dict[str, Any], message: str) -> None:
     folder = write(tmp_path, **files)
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(FolderError, match=message):
         read(folder)
-    with pytest.raises(ExportError, match="pass --pooling"):
+    with pytest.raises(FolderError, match="pass --pooling"):
         read(folder, normalize=True)
     pooling = read(folder, pooling="mean").pooling
     assert pooling is not None
@@ -160,7 +160,7 @@ def test_longest_input(
 
 @pytest.mark.parametrize("option", [0, 2, 513, -1])
 def test_longest_input_that_does_not_fit(tmp_path: Path, option: int) -> None:
-    with pytest.raises(ExportError, match=f"--max-tokens {option}: expected 3 to 512"):
+    with pytest.raises(FolderError, match=f"--max-tokens {option}: expected 3 to 512"):
         read(write(tmp_path), max_tokens=option)
 
 
@@ -190,7 +190,7 @@ def test_sentence_files_decide_before_the_architecture(tmp_path: Path) -> None:
 def test_task_that_cannot_be_told(tmp_path: Path, architectures: Any) -> None:
     folder = write(tmp_path, config={**CONFIG, "architectures": architectures})
     with pytest.raises(
-        ExportError, match=r"cannot tell the task .* pass --task feature-extraction\|text-classification"
+        FolderError, match=r"cannot tell the task .* pass --task feature-extraction\|text-classification"
     ):
         read(folder)
     assert read(folder, task="fill-mask").task == "fill-mask"
@@ -198,7 +198,7 @@ def test_task_that_cannot_be_told(tmp_path: Path, architectures: Any) -> None:
 
 def test_options_of_another_task(tmp_path: Path) -> None:
     with pytest.raises(
-        ExportError, match="--pooling and --normalize are for feature-extraction; the task is fill-mask"
+        FolderError, match="--pooling and --normalize are for feature-extraction; the task is fill-mask"
     ):
         read(write(tmp_path), task="fill-mask", pooling="mean")
 
@@ -239,14 +239,14 @@ def test_default_prompt_goes_before_every_text(tmp_path: Path) -> None:
     # sentence-transformers knows these two names without a text.
     source = read(write(tmp_path, prompts={**settings, "default_prompt_name": "document"}))
     assert (source.prompt, source.prompts) == ("", Prompts({"query": "query: ", "document": ""}, "document"))
-    with pytest.raises(ExportError, match=r"default_prompt_name: expected one of the prompts \(query\), got 'title'"):
+    with pytest.raises(FolderError, match=r"default_prompt_name: expected one of the prompts \(query\), got 'title'"):
         read(write(tmp_path, prompts={"prompts": {"query": "q"}, "default_prompt_name": "title"}))
     with pytest.raises(
-        ExportError, match=r"default_prompt_name: expected one of the prompts \(query\), got \['query'\]"
+        FolderError, match=r"default_prompt_name: expected one of the prompts \(query\), got \['query'\]"
     ):
         read(write(tmp_path, prompts={"prompts": {"query": "q"}, "default_prompt_name": ["query"]}))
     for wrong in (["query: "], {"query": 3}):
-        with pytest.raises(ExportError, match="prompts: expected an object of strings"):
+        with pytest.raises(FolderError, match="prompts: expected an object of strings"):
             read(write(tmp_path, prompts={"prompts": wrong}))
     assert read(write(tmp_path, prompts=settings), task="fill-mask").prompts is None
 
@@ -257,7 +257,7 @@ def test_prompt_that_pooling_leaves_out(tmp_path: Path) -> None:
         "pooling": {"pooling_mode": "mean", "include_prompt": False},
         "prompts": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
     }
-    with pytest.raises(ExportError, match=r"leaves out the prompt .query: . .*include_prompt false.*pass --pooling"):
+    with pytest.raises(FolderError, match=r"leaves out the prompt .query: . .*include_prompt false.*pass --pooling"):
         read(write(tmp_path, **files))
     assert read(tmp_path, pooling="mean").prompt == "query: "
     del files["prompts"]["default_prompt_name"]
@@ -288,7 +288,7 @@ def test_modules_that_lead_out_of_the_folder(tmp_path: Path, path: str, module: 
     listed[module]["path"] = path
     folder = write(tmp_path / "model", modules=listed, pooling={"pooling_mode": "mean"})
     (folder / "link").symlink_to(other)
-    with pytest.raises(ExportError, match=r"modules.json: path .* leads out of the model's folder; refused"):
+    with pytest.raises(FolderError, match=r"modules.json: path .* leads out of the model's folder; refused"):
         read(folder)
 
 
@@ -298,7 +298,7 @@ def test_shards_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     for name in ("../other.safetensors", "/etc/passwd", "a/b.safetensors", 3):
         index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": name}}), encoding="utf-8")
-        with pytest.raises(ExportError, match="weight_map: expected names of files beside it"):
+        with pytest.raises(FolderError, match="weight_map: expected names of files beside it"):
             read(folder)
 
 
@@ -351,39 +351,39 @@ def test_cross_encoders_that_have_modules(tmp_path: Path) -> None:
     assert (source.task, source.pooling, facts(source)["activation"]) == ("text-classification", None, "sigmoid")
     for types in (MODULES, [MODULES[0], "sentence_transformers.base.modules.dense.Dense"]):
         folder = write(tmp_path, config=config, modules=modules(*types), prompts=settings, pooling={})
-        with pytest.raises(ExportError, match="expected a cross-encoder of a Transformer module alone"):
+        with pytest.raises(FolderError, match="expected a cross-encoder of a Transformer module alone"):
             read(folder)
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"not a model folder \(no config.json\)"):
+    with pytest.raises(FolderError, match=r"not a model folder \(no config.json\)"):
         read(tmp_path)
     for content, message in (
         ("{", "expected JSON"),
         ("[]", "expected a JSON object, got list"),
         ("\0", "expected JSON"),
     ):
-        with pytest.raises(ExportError, match=message):
+        with pytest.raises(FolderError, match=message):
             read(write(tmp_path, config=content))
     with pytest.raises(
-        ExportError, match=r"unknown architecture 'gpt2' \(GPT2Model\); supported model types: bert, roberta"
+        FolderError, match=r"unknown architecture 'gpt2' \(GPT2Model\); supported model types: bert, roberta"
     ):
         read(write(tmp_path, config={**CONFIG, "model_type": "gpt2", "architectures": ["GPT2Model"]}))
-    with pytest.raises(ExportError, match=r"unknown architecture None \(no architecture\)"):
+    with pytest.raises(FolderError, match=r"unknown architecture None \(no architecture\)"):
         read(write(tmp_path, config={}))
-    with pytest.raises(ExportError, match="max_position_embeddings: expected a whole number, got None"):
+    with pytest.raises(FolderError, match="max_position_embeddings: expected a whole number, got None"):
         read(write(tmp_path, config={**CONFIG, "max_position_embeddings": None}))
 
 
 def test_folders_without_tokenizer_or_weights(tmp_path: Path) -> None:
     folder = write(tmp_path)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ExportError, match=r"no tokenizer \(none of tokenizer.json, vocab.txt"):
+    with pytest.raises(FolderError, match=r"no tokenizer \(none of tokenizer.json, vocab.txt"):
         read(folder)
     (folder / "vocab.txt").write_text("a", encoding="utf-8")
     assert read(folder).safe_format
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ExportError, match=r"no weights \(none of model.safetensors"):
+    with pytest.raises(FolderError, match=r"no weights \(none of model.safetensors"):
         read(folder)
     (folder / "pytorch_model.bin").write_bytes(b"123")
     source = read(folder)
@@ -405,12 +405,12 @@ def test_models_are_found_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert find_model(f"{folder}/") == (folder, "my-model", None)
     monkeypatch.chdir(tmp_path)
     assert find_model("my-model") == (folder, "my-model", None)
-    with pytest.raises(ExportError, match="found a file; pass the folder"):
+    with pytest.raises(FolderError, match="found a file; pass the folder"):
         find_model(str(folder / "config.json"))
-    with pytest.raises(ExportError, match="--revision main: only for models on the hub"):
+    with pytest.raises(FolderError, match="--revision main: only for models on the hub"):
         find_model(str(folder), "main")
     for model in (str(tmp_path / "missing"), "./missing", "../missing", "a/b/c", "", "a b", "-x", "~/missing"):
-        with pytest.raises(ExportError, match="no such folder, and not an id on the hub"):
+        with pytest.raises(FolderError, match="no such folder, and not an id on the hub"):
             find_model(model)
 
 

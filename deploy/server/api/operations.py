@@ -67,8 +67,8 @@ async def info(context: Context, request: None, caller: Caller) -> Response:
             {
                 "variant": name,
                 "texts_per_s": choice.texts_per_s.get(name),
-                "mean": accuracy.mean,
-                "min": accuracy.min,
+                "mean": None if accuracy is None else accuracy.mean,
+                "min": None if accuracy is None else accuracy.min,
             }
             for name, accuracy in accuracies.items()
         ],

@@ -150,14 +150,15 @@ class MeasuredVariant(Struct):
 
     Attributes:
         texts_per_s: Measured on this machine, tokenisation not included; null if it was not measured.
-        mean: Accuracy against transformers in fp32 by the bundle's metric, measured by the export.
+        mean: Accuracy against transformers in fp32 by the bundle's metric, measured by the export; null for one that
+            was not exported.
         min: That of the worst text.
     """
 
     variant: str
     texts_per_s: float | None
-    mean: float
-    min: float
+    mean: float | None
+    min: float | None
 
 
 class InfoLimits(Struct):

@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import Encoding, Tokenizer
 
-from ...bundle import Prompts
+from ...bundle import TOKENIZER_FILE, Prompts
 from ...engines.batch import Ids, PairIds
 from ..errors import ApiError
 
@@ -46,13 +46,13 @@ class TextTokenizer:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | str,
         max_tokens: int,
         truncation_side: str = "right",
         prompts: Prompts | None = None,
         token_types: bool = True,
     ) -> None:
-        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer = Tokenizer.from_str(path) if isinstance(path, str) else Tokenizer.from_file(str(path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
@@ -82,14 +82,14 @@ class TextTokenizer:
         """
         try:
             return cls(
-                manifest.tokenizer_path,
+                manifest.tokenizer_path if manifest.tokenizer_json is None else manifest.tokenizer_json,
                 manifest.max_tokens,
                 manifest.truncation_side,
                 manifest.prompts,
                 manifest.token_types,
             )
         except Exception as error:  # The library raises plain Exception.
-            raise ValueError(f"{manifest.tokenizer_path}: not a usable tokenizer: {error}") from error
+            raise ValueError(f"{manifest.root / TOKENIZER_FILE}: not a usable tokenizer: {error}") from error
 
     def encode(
         self,

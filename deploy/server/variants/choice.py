@@ -76,7 +76,7 @@ def candidates(manifest: Manifest) -> tuple[list[str], dict[str, str]]:
         variant = manifest.variants[name]
         absent = [file for file in (variant.file, *variant.extra_files) if not (manifest.root / file).exists()]
         packages = [package for package in _PACKAGES[variant.engine] if importlib.util.find_spec(package) is None]
-        if missed := misses(variant.accuracy):
+        if variant.accuracy is not None and (missed := misses(variant.accuracy)):
             left_out[name] = f"its bound is missed ({missed})"
         elif absent:
             left_out[name] = f"{absent[0]} is missing"

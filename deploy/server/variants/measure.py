@@ -221,7 +221,7 @@ def main() -> int:
     mean = manifest.verification.get("mean_tokens")
     known = isinstance(mean, (int, float)) and 1 <= mean < math.inf
     lengths = make_lengths(float(mean) if known else _MEAN_TOKENS, manifest.max_tokens)  # type: ignore[arg-type]
-    accuracies = {name: manifest.variants[name].accuracy for name in job.names}
+    accuracies = {name: found for name in job.names if (found := manifest.variants[name].accuracy) is not None}
     compare(job.names, load, texts, lengths, accuracies, report)
     out.flush()
     # Threads of engines have nothing left to say.

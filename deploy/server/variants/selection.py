@@ -66,6 +66,11 @@ class Selection:
         self.names, self._left_out = candidates(manifest)
         if not self.names:
             raise self._none(self._left_out)
+        if all(manifest.variants[name].accuracy is None for name in self.names):
+            # A folder that was not exported: there are no bounds to keep, and no figures to choose by.
+            del self.names[1:]
+            self._choice = Choice(self.names[0], "default", {}, self._left_out)
+            return
         if len(self.names) == 1:
             self._choice = Choice(self.names[0], "only", {}, self._left_out)
             return
@@ -122,7 +127,8 @@ class Selection:
         return self._choice
 
     def _best(self, by: str, speeds: Mapping[str, float], left_out: Mapping[str, str]) -> Choice:
-        accuracies = {name: self._manifest.variants[name].accuracy for name in speeds}
+        variants = self._manifest.variants
+        accuracies = {name: known for name in speeds if (known := variants[name].accuracy) is not None}
         ranked = dict(sorted(speeds.items(), key=lambda item: -item[1]))
         return Choice(fastest(speeds, accuracies), by, ranked, {**self._left_out, **left_out})
 

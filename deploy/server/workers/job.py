@@ -43,5 +43,14 @@ class Job:
 
 
 def digest(manifest: Manifest) -> str:
-    """SHA-256 of a bundle's manifest, which has those of its files."""
-    return hashlib.sha256((manifest.root / MANIFEST_FILE).read_bytes()).hexdigest()
+    """What changes with a bundle, or with a model that was not exported: a SHA-256.
+
+    Of a bundle, that of its manifest, which has those of its files; of a model, that of the names, sizes and times of
+    its files.
+    """
+    path = manifest.root / MANIFEST_FILE
+    if path.exists():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = ((str(file.relative_to(manifest.root)), file.stat()) for file in sorted(manifest.root.rglob("*")))
+    listed = [(name, state.st_size, state.st_mtime_ns) for name, state in files]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()

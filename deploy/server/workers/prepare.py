@@ -17,6 +17,7 @@ from typing import Any
 
 from ...bundle import BundleError, check_config, load_manifest
 from ..cli import missing, parse, settle_threads, start_logging
+from ..model import describe
 from ..process import UsageError
 from ..variants import Selection
 from .channel import Channel
@@ -44,11 +45,12 @@ def _prepare(argv: list[str], threads: int) -> tuple[dict[str, Any], int | None]
     from ..service import TextTokenizer
 
     arguments = parse(argv)
-    manifest = load_manifest(arguments.bundle, verify=False, variants=())
+    manifest, exported = describe(arguments.model, arguments.task)
     known = digest(manifest)
     selection = Selection(manifest, arguments.variant, threads, arguments.cache_dir)
-    manifest = load_manifest(arguments.bundle, verify=True, variants=selection.names)
-    check_config(manifest)
+    if exported:
+        manifest = load_manifest(manifest.root, verify=True, variants=selection.names)
+        check_config(manifest)
     tokenizer = TextTokenizer.from_manifest(manifest)
     selection.prepare(tokenizer.vocab_size, arguments.measure_limit)
     choice = selection.decide()

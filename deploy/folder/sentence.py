@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
-from deploy.export.errors import ExportError, first_line
+from deploy.folder.errors import FolderError, first_line
 
 __all__ = ["SentenceFiles", "read_json", "read_sentence_files"]
 
@@ -42,16 +42,16 @@ def read_json(path: Path, kind: type) -> Any:
     """The content of a JSON file, of the given kind (`dict` or `list`).
 
     Raises:
-        ExportError: It cannot be read, or is something else.
+        FolderError: It cannot be read, or is something else.
     """
     try:
         value = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
-        raise ExportError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise FolderError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ExportError(f"{path}: expected JSON: {first_line(error)}") from error
+        raise FolderError(f"{path}: expected JSON: {first_line(error)}") from error
     if not isinstance(value, kind):
-        raise ExportError(
+        raise FolderError(
             f"{path}: expected a JSON {'object' if kind is dict else 'array'}, got {type(value).__name__}"
         )
     return value
@@ -96,7 +96,7 @@ def read_sentence_files(root: Path) -> SentenceFiles:
     """Reads them; those that are missing say nothing.
 
     Raises:
-        ExportError: A file is damaged, or leads out of the folder.
+        FolderError: A file is damaged, or leads out of the folder.
     """
     files = SentenceFiles(root)
     _read_modules(root, files)
@@ -104,7 +104,7 @@ def read_sentence_files(root: Path) -> SentenceFiles:
     _read_settings(root, files)
     _read_model_settings(root, files)
     if files.sparse is not None and (files.problem is not None or files.normalize):
-        raise ExportError(
+        raise FolderError(
             files.problem or f"{root / 'modules.json'}: Normalize behind a SpladePooling is not supported"
         )
     return files
@@ -134,7 +134,7 @@ def _splade_pooling(files: SentenceFiles, place: Path, index: int) -> None:
     try:
         files.sparse = Sparse.read(Reader(str(path), {ours: settings.get(name) for ours, name in names.items()}))
     except BundleError as error:
-        raise ExportError(str(error)) from error
+        raise FolderError(str(error)) from error
 
 
 def _normalize(files: SentenceFiles, place: Path, index: int) -> None:
@@ -165,7 +165,7 @@ def _read_modules(root: Path, files: SentenceFiles) -> None:
         return
     for index, module in enumerate(read_json(listed, list)):
         if not isinstance(module, dict) or not isinstance(module.get("type"), str):
-            raise ExportError(f"{listed}: expected objects with a type, got {module!r:.80}")
+            raise FolderError(f"{listed}: expected objects with a type, got {module!r:.80}")
         kind = module["type"].rpartition(".")[2]
         place = _inside(root, module.get("path", ""), listed)
         if kind in _MODULES:
@@ -179,13 +179,13 @@ def _inside(root: Path, path: Any, where: Path) -> Path:
     """The folder of a module, which has to be the model's or below it.
 
     Raises:
-        ExportError: It is not: whoever wrote the model would choose files of this machine.
+        FolderError: It is not: whoever wrote the model would choose files of this machine.
     """
     if not isinstance(path, str):
-        raise ExportError(f"{where}: path: expected a string, got {path!r:.80}")
+        raise FolderError(f"{where}: path: expected a string, got {path!r:.80}")
     place = root / path
     if "\0" in path or not place.resolve().is_relative_to(root.resolve()):
-        raise ExportError(f"{where}: path {path!r:.200} leads out of the model's folder; refused")
+        raise FolderError(f"{where}: path {path!r:.200} leads out of the model's folder; refused")
     return place
 
 
@@ -237,14 +237,14 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
     if kind == "CrossEncoder":
         files.cross_encoder, files.embeds = True, False
         if files.problem is not None or files.pooling_file is not None:
-            raise ExportError(
+            raise FolderError(
                 f"{root / 'modules.json'}: expected a cross-encoder of a Transformer module alone, which has its head; "
                 "others are not supported"
             )
     elif kind == "SparseEncoder":
         files.embeds = False
         if files.problem is not None or files.sparse is None:
-            raise ExportError(
+            raise FolderError(
                 f"{root / 'modules.json'}: expected a sparse encoder of a masked-LM Transformer and a SpladePooling; "
                 "others are not supported"
             )
@@ -259,12 +259,12 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
         )
     declared = settings.get("prompts") or {}
     if not isinstance(declared, dict) or not all(isinstance(text, str | None) for text in declared.values()):
-        raise ExportError(f"{path}: prompts: expected an object of strings, got {declared!r:.80}")
+        raise FolderError(f"{path}: prompts: expected an object of strings, got {declared!r:.80}")
     texts = {name: text or "" for name, text in declared.items()}
     default = settings.get("default_prompt_name")
     known = (None, "query", "document", *texts)  # sentence-transformers knows two names without a text.
     if default not in known:
-        raise ExportError(
+        raise FolderError(
             f"{path}: default_prompt_name: expected one of the prompts ({', '.join(texts) or 'there are none'}), got "
             f"{default!r:.80}"
         )

@@ -5,14 +5,14 @@ Everything here takes milliseconds: the error for a wrong folder, task or option
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts, Sparse
-from deploy.export.errors import ExportError
-from deploy.export.sentence import SentenceFiles, read_json, read_sentence_files
+from deploy.folder.errors import FolderError
+from deploy.folder.sentence import SentenceFiles, read_json, read_sentence_files
 
 __all__ = ["MODEL_TYPES", "Source", "read_source"]
 
@@ -122,6 +122,7 @@ def read_source(
     pooling: str | None = None,
     normalize: bool | None = None,
     max_tokens: int | None = None,
+    model_types: Collection[str] = MODEL_TYPES,
 ) -> Source:
     """Reads a model folder.
 
@@ -133,18 +134,19 @@ def read_source(
         pooling: Overrides the pooling mode.
         normalize: Overrides whether embeddings are normalized.
         max_tokens: Overrides the longest input.
+        model_types: Which kinds of models are taken.
 
     Raises:
-        ExportError: It is not a model folder, or of a kind that cannot be exported, or an override does not fit.
+        FolderError: It is not a model folder, or of a kind that is not taken, or an override does not fit.
     """
     sentence = read_sentence_files(root)
     folder = sentence.folder
     where = folder / CONFIG_FILE
-    config, model_type = _read_config(where)
+    config, model_type = _read_config(where, model_types)
     task, task_source = (task, "--task") if task is not None else _infer_task(config, sentence, where)
     embeds = TASKS[task].needs.pooling
     if not embeds and (pooling is not None or normalize is not None):
-        raise ExportError(f"--pooling and --normalize are for {_EMBEDS}; the task is {task} ({task_source})")
+        raise FolderError(f"--pooling and --normalize are for {_EMBEDS}; the task is {task} ({task_source})")
     chosen, note = _choose_pooling(sentence, pooling, normalize) if embeds else (None, None)
     prompts = sentence.prompts if embeds or TASKS[task].needs.sparse else None
     positions = _max_positions(config, model_type, where)
@@ -180,18 +182,18 @@ def read_source(
 # One function per question that a folder answers.
 
 
-def _read_config(where: Path) -> tuple[Mapping[str, Any], str]:
+def _read_config(where: Path, model_types: Collection[str]) -> tuple[Mapping[str, Any], str]:
     if not where.is_file():
-        raise ExportError(
+        raise FolderError(
             f"{where.parent}: not a model folder (no {CONFIG_FILE}); pass a folder saved by save_pretrained, or a hub "
             "id"
         )
     config = read_json(where, dict)
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if model_type not in model_types:
         kind = ", ".join(map(str, config.get("architectures") or [])) or "no architecture"
-        raise ExportError(
-            f"{where}: unknown architecture {model_type!r} ({kind}); supported model types: {', '.join(MODEL_TYPES)}"
+        raise FolderError(
+            f"{where}: unknown architecture {model_type!r} ({kind}); supported model types: {', '.join(model_types)}"
         )
     return config, str(model_type)
 
@@ -207,7 +209,7 @@ def _infer_task(config: Mapping[str, Any], sentence: SentenceFiles, where: Path)
             if str(architecture).endswith(suffix):
                 return task, str(architecture)
     named = ", ".join(map(str, architectures)) or "no architecture"
-    raise ExportError(f"{where}: cannot tell the task from {named}; pass --task {'|'.join(TASKS)}")
+    raise FolderError(f"{where}: cannot tell the task from {named}; pass --task {'|'.join(TASKS)}")
 
 
 def _architecture(config: Mapping[str, Any], model_type: str, task: str) -> str:
@@ -221,7 +223,7 @@ def _architecture(config: Mapping[str, Any], model_type: str, task: str) -> str:
 def _choose_pooling(sentence: SentenceFiles, mode: str | None, normalize: bool | None) -> tuple[Pooling, str | None]:
     """Decides the pooling: options first, then the model's files, then what sentence-transformers does without them."""
     if sentence.problem is not None and mode is None:
-        raise ExportError(f"{sentence.problem}; pass --pooling to make embeddings in another way on purpose")
+        raise FolderError(f"{sentence.problem}; pass --pooling to make embeddings in another way on purpose")
     note = None
     if mode is not None:
         source = "--pooling"
@@ -253,25 +255,25 @@ def _prompt_note(prompts: Prompts | None, embeds: bool) -> str | None:
 def _max_positions(config: Mapping[str, Any], model_type: str, where: Path) -> int:
     positions = config.get("max_position_embeddings")
     if not isinstance(positions, int) or isinstance(positions, bool) or positions < 0:
-        raise ExportError(f"{where}: max_position_embeddings: expected a whole number, got {positions!r}")
+        raise FolderError(f"{where}: max_position_embeddings: expected a whole number, got {positions!r}")
     if model_type in OFFSET_POSITIONS:
         padding = config.get("pad_token_id")
         positions -= (padding if isinstance(padding, int) else 1) + 1
     if positions < 3:
-        raise ExportError(f"{where}: max_position_embeddings: expected room for at least 3 tokens, got {positions}")
+        raise FolderError(f"{where}: max_position_embeddings: expected room for at least 3 tokens, got {positions}")
     return positions
 
 
 def _longest(option: int | None, declared: int | None, positions: int) -> int | None:
     if option is not None and not 3 <= option <= positions:
-        raise ExportError(f"--max-tokens {option}: expected 3 to {positions} (the model's positions)")
+        raise FolderError(f"--max-tokens {option}: expected 3 to {positions} (the model's positions)")
     limit = option if option is not None else declared
     return limit if limit is None or 3 <= limit <= positions else positions
 
 
 def _check_tokenizer(folder: Path) -> None:
     if not any((folder / item).is_file() for item in _TOKENIZER_FILES):
-        raise ExportError(
+        raise FolderError(
             f"{folder}: no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save one with tokenizer.save_pretrained"
         )
 
@@ -280,7 +282,7 @@ def _find_weights(folder: Path) -> tuple[str, int]:
     """Name of the weights file, and the size of all of them."""
     weights = next((item for item in _WEIGHTS if (folder / item).is_file()), None)
     if weights is None:
-        raise ExportError(
+        raise FolderError(
             f"{folder}: no weights (none of {', '.join(_WEIGHTS)}); save them there with model.save_pretrained"
         )
     if weights.endswith(".index.json"):
@@ -293,7 +295,7 @@ def _check_shards(index: Path) -> None:
     shards = read_json(index, dict).get("weight_map")
     for name in shards.values() if isinstance(shards, dict) else ():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ExportError(f"{index}: weight_map: expected names of files beside it, got {name!r:.200}; refused")
+            raise FolderError(f"{index}: weight_map: expected names of files beside it, got {name!r:.200}; refused")
 
 
 def _named_activation(config: Mapping[str, Any], sentence: SentenceFiles) -> str | None:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from deploy.export.errors import ExportError, is_disk_full
+from deploy.folder.errors import FolderError, is_disk_full
 
 __all__ = ["find_model"]
 
@@ -31,22 +31,22 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str, str 
         Folder, name, and commit (None for a folder).
 
     Raises:
-        ExportError: There is no such folder, or the hub does not give the model.
+        FolderError: There is no such folder, or the hub does not give the model.
     """
     path = Path(model).expanduser()
     if not model:
-        raise ExportError("MODEL is empty: no such folder, and not an id on the hub (expected NAME or OWNER/NAME)")
+        raise FolderError("MODEL is empty: no such folder, and not an id on the hub (expected NAME or OWNER/NAME)")
     if path.is_dir():
         if revision is not None:
-            raise ExportError(f"--revision {revision}: only for models on the hub, and {model} is a folder")
+            raise FolderError(f"--revision {revision}: only for models on the hub, and {model} is a folder")
         resolved = Path(os.path.realpath(path))
         return resolved, resolved.name, None
     if path.exists():
-        raise ExportError(
+        raise FolderError(
             f"{model}: expected a model folder or an id on the hub, found a file; pass the folder it is in"
         )
     if not _REPO_ID.fullmatch(model) or ".." in model or model.startswith((".", "/", "~")):
-        raise ExportError(f"{model}: no such folder, and not an id on the hub (expected NAME or OWNER/NAME)")
+        raise FolderError(f"{model}: no such folder, and not an id on the hub (expected NAME or OWNER/NAME)")
     return _download(model, revision)
 
 
@@ -55,7 +55,7 @@ def _download(model: str, revision: str | None) -> tuple[Path, str, str | None]:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
-        raise ExportError(f"{model}: no such folder, and huggingface_hub is not installed to download it") from error
+        raise FolderError(f"{model}: no such folder, and huggingface_hub is not installed to download it") from error
 
     description = ["*.json", "*.txt", "*.model"]
     other_formats = ["onnx/*", "openvino/*", "coreml/*", "*.fp16.*", "*.onnx*", "tf_model*", "flax_model*"]
@@ -69,22 +69,22 @@ def _download(model: str, revision: str | None) -> tuple[Path, str, str | None]:
             if any(folder.rglob(patterns[0])):
                 break
     except errors.GatedRepoError:
-        raise ExportError(f"{model}: access is gated; accept its terms on the hub and set HF_TOKEN") from None
+        raise FolderError(f"{model}: access is gated; accept its terms on the hub and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
-        raise ExportError(f"{model}: the hub has no revision {revision!r} of it") from None
+        raise FolderError(f"{model}: the hub has no revision {revision!r} of it") from None
     except errors.RepositoryNotFoundError:
-        raise ExportError(
+        raise FolderError(
             f"{model}: no such folder, and no such model on the hub (for a private one set HF_TOKEN)"
         ) from None
     except errors.HFValidationError:
-        raise ExportError(f"{model}: no such folder, and not an id on the hub (expected NAME or OWNER/NAME)") from None
+        raise FolderError(f"{model}: no such folder, and not an id on the hub (expected NAME or OWNER/NAME)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError) as error:
-        raise ExportError(
+        raise FolderError(
             f"{model}: no such folder, and the hub cannot be reached or does not answer for it. {_hub_state()}"
         ) from error
     except OSError as error:  # Connection errors of requests, and a full disk, are both of that kind.
         if is_disk_full(error):
             raise
-        raise ExportError(f"{model}: no such folder, and the hub cannot be reached. {_hub_state()}") from error
+        raise FolderError(f"{model}: no such folder, and the hub cannot be reached. {_hub_state()}") from error
     revision_found = folder.name if folder.parent.name == "snapshots" else None
     return folder, model, revision_found

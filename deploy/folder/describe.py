@@ -1,0 +1,81 @@
+"""A model's folder as the manifest of a bundle, in memory: what the server needs to run it as it is."""
+
+from __future__ import annotations
+
+from deploy.bundle import CONFIG_FILE, TASKS, VARIANTS, Manifest, ModelInfo, Variant
+from deploy.folder.errors import FolderError
+from deploy.folder.hub import find_model
+from deploy.folder.source import Source, read_source
+from deploy.folder.tokenizer import read_tokenizer
+from deploy.tasks import TaskError
+
+__all__ = ["describe_folder"]
+
+_VARIANTS = ("torch_ext-bf16", "torch_ext-fp32")
+"""Those that need no measurement and no other library."""
+
+_HIDDEN_SIZE = ("hidden_size", "dim")
+
+
+def describe_folder(model: str, task: str | None) -> Manifest:
+    """The manifest of a model that nobody exported.
+
+    Args:
+        model: Path of a folder, or id on the hub.
+        task: Overrides the task that the folder names.
+
+    Returns:
+        A manifest whose root is the folder. It lists no files, and its variants have no accuracy: nobody measured it.
+
+    Raises:
+        FolderError: There is no such model, its folder is damaged, or it cannot be served as it is.
+    """
+    import torch_ext
+    from torch_ext.encoder import ARCHITECTURES
+
+    root, name, revision = find_model(model)
+    source = read_source(root, name, revision, task, model_types=ARCHITECTURES)
+    if not source.safe_format:
+        raise FolderError(
+            f"{source.folder / source.weights}: a pickle, which can run code, and is not opened; save the model again "
+            "with model.save_pretrained(folder, safe_serialization=True), or python -m deploy export it"
+        )
+    tokenizer = read_tokenizer(source)
+    if TASKS[source.task].needs.mask_token and tokenizer.special["mask"] is None:
+        raise FolderError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")
+    try:
+        fields = TASKS[source.task].read(source)
+    except TaskError as error:
+        raise FolderError(f"{source.folder / CONFIG_FILE}: {error}") from error
+    vocabulary = source.config.get("vocab_size")
+    return Manifest(
+        root=source.folder,
+        model=ModelInfo(name, revision, source.architecture),
+        created_with={"torch_ext": torch_ext.__version__},
+        task=source.task,
+        hidden_size=_hidden_size(source),
+        max_tokens=tokenizer.max_tokens,
+        truncation_side=tokenizer.truncation_side,
+        token_types=tokenizer.token_types,
+        pooling=source.pooling,
+        prompts=source.prompts,
+        special_tokens=tokenizer.special,
+        vocab_size=vocabulary if isinstance(vocabulary, int) else None,
+        tokenizer_json=tokenizer.text,
+        files={},
+        variants={name: _variant(name, source) for name in _VARIANTS},
+        **{"labels": None, "problem_type": None, **fields},
+    )
+
+
+def _variant(name: str, source: Source) -> Variant:
+    kind = VARIANTS[name]
+    # The folder itself: the engine reads it.
+    return Variant(name, ".", kind.engine, kind.dtype, source.weights_bytes, accuracy=None)
+
+
+def _hidden_size(source: Source) -> int:
+    size = next((source.config[name] for name in _HIDDEN_SIZE if name in source.config), None)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise FolderError(f"{source.folder / CONFIG_FILE}: hidden_size: expected at least 1, got {size!r:.80}")
+    return size

@@ -1,0 +1,217 @@
+"""The tokenizer of a model's folder as transformers would load it, from its files alone.
+
+| file | what it says |
+|---|---|
+| `tokenizer.json` | the tokenizer |
+| `tokenizer_config.json` | what transformers changes in it: lower case, accents, a space in front, more tokens |
+| `special_tokens_map.json` | special tokens, in older folders |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.bundle import TOKENIZER_FILE, TRUNCATION_SIDES, SpecialToken
+from deploy.folder.errors import FolderError
+from deploy.folder.sentence import read_json
+from deploy.folder.source import Source
+
+__all__ = ["FolderTokenizer", "read_tokenizer"]
+
+_SETTINGS_FILE = "tokenizer_config.json"
+_SPECIAL_FILE = "special_tokens_map.json"
+
+_BRACKETS = {"pad": "[PAD]", "mask": "[MASK]", "cls": "[CLS]", "sep": "[SEP]"}
+_ANGLES = {"pad": "<pad>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a class of tokenizers takes for granted.
+
+    Attributes:
+        special: Its special tokens.
+        token_types: Whether models are given token types.
+        lowercase: Fields of the normalizer that its settings decide, by their names there, and their values where the
+            settings are silent.
+        space: Whether its settings decide on a space in front of the text.
+    """
+
+    special: Mapping[str, str]
+    token_types: bool
+    lowercase: Mapping[str, tuple[str, Any]]
+    space: bool = False
+
+
+_BERT_NORMALIZER: Mapping[str, tuple[str, Any]] = {
+    "lowercase": ("do_lower_case", True),
+    "strip_accents": ("strip_accents", None),
+    "handle_chinese_chars": ("tokenize_chinese_chars", True),
+}
+_ANY = _Kind({}, True, {})
+_KINDS: Mapping[str, _Kind] = {
+    "Bert": _Kind(_BRACKETS, True, _BERT_NORMALIZER),
+    "Electra": _Kind(_BRACKETS, True, _BERT_NORMALIZER),
+    "DistilBert": _Kind(_BRACKETS, False, _BERT_NORMALIZER),
+    "MPNet": _Kind(_ANGLES, False, {name: _BERT_NORMALIZER[name] for name in ("lowercase", "strip_accents")}),
+    "Roberta": _Kind(_ANGLES, False, {}, space=True),
+    "XLMRoberta": _Kind(_ANGLES, False, {}),
+    "Camembert": _Kind(_ANGLES, False, {}),
+}
+"""By the name of the class, without what it ends in; others have nothing of their own."""
+
+_KIND_OF_MODEL: Mapping[str, str] = {
+    "bert": "Bert",
+    "electra": "Electra",
+    "distilbert": "DistilBert",
+    "mpnet": "MPNet",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+}
+"""Which class transformers takes where no file names one."""
+
+
+@dataclass(frozen=True)
+class FolderTokenizer:
+    """What the files say.
+
+    Attributes:
+        text: Content of `tokenizer.json`, changed as transformers changes it.
+        max_tokens: Longest input.
+        truncation_side: From which side longer texts are cut.
+        token_types: Whether the model is given the token types of pairs.
+        special: `pad`, `mask`, `cls`, `sep`; None for one that there is not.
+    """
+
+    text: str
+    max_tokens: int
+    truncation_side: str
+    token_types: bool
+    special: Mapping[str, SpecialToken | None]
+
+
+def read_tokenizer(source: Source) -> FolderTokenizer:
+    """Reads the tokenizer of a folder.
+
+    Args:
+        source: What the folder says.
+
+    Raises:
+        FolderError: There is no `tokenizer.json`, a file is damaged, or the tokenizer does not belong to the model.
+    """
+    path = source.folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise FolderError(
+            f"{source.folder}: no {TOKENIZER_FILE}, only files of a slow tokenizer, which takes transformers: save a "
+            "fast one there with AutoTokenizer.from_pretrained(...).save_pretrained, or export the model"
+        )
+    tokenizer, settings = read_json(path, dict), _optional(source, _SETTINGS_FILE)
+    kind = _kind(source, settings)
+    _add_tokens(tokenizer, settings)
+    _normalize(tokenizer, settings, kind, source.lowercase)
+    ids = dict(_vocabulary(tokenizer))
+    size = source.config.get("vocab_size")
+    if isinstance(size, int) and max(ids.values(), default=-1) >= size:
+        raise FolderError(
+            f"{source.folder}: the tokenizer has ids up to {max(ids.values())}, the model a vocabulary of {size}; "
+            "they do not belong together"
+        )
+    side = settings.get("truncation_side", "right")
+    if side not in TRUNCATION_SIDES:
+        raise FolderError(
+            f"{source.folder / _SETTINGS_FILE}: truncation_side: expected one of {', '.join(TRUNCATION_SIDES)}, got "
+            f"{side!r:.80}"
+        )
+    # Without a limit of its own a tokenizer says 1e30.
+    declared = settings.get("model_max_length")
+    known = isinstance(declared, int | float) and 3 <= declared <= source.max_positions
+    inputs = settings.get("model_input_names")
+    return FolderTokenizer(
+        text=json.dumps(tokenizer, ensure_ascii=False),
+        max_tokens=source.max_tokens or (int(declared) if known else source.max_positions),  # type: ignore[arg-type]
+        truncation_side=side,
+        token_types="token_type_ids" in inputs if isinstance(inputs, list) else kind.token_types,
+        special=_special_tokens(source, settings, kind, ids),
+    )
+
+
+def _optional(source: Source, name: str) -> dict[str, Any]:
+    path = source.folder / name
+    return dict(read_json(path, dict)) if path.is_file() else {}
+
+
+def _kind(source: Source, settings: Mapping[str, Any]) -> _Kind:
+    named = settings.get("tokenizer_class") or source.config.get("tokenizer_class")
+    if not isinstance(named, str):
+        return _KINDS.get(_KIND_OF_MODEL.get(source.model_type, ""), _ANY)
+    return _KINDS.get(named.removesuffix("Fast").removesuffix("Tokenizer"), _ANY)
+
+
+def _add_tokens(tokenizer: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Adds the tokens that only the settings know, as transformers does."""
+    listed = settings.get("added_tokens_decoder")
+    added = tokenizer.get("added_tokens")
+    if not isinstance(listed, dict) or not isinstance(added, list):
+        return
+    known = {token.get("content") for token in added if isinstance(token, dict)}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for number, token in listed.items():
+        if isinstance(token, dict) and number.isdecimal() and token.get("content") not in known:
+            values = {name: bool(token.get(name, name == "normalized")) for name in flags}
+            added.append({"id": int(number), "content": str(token.get("content")), **values})
+    added.sort(key=lambda token: int(token["id"]))
+
+
+def _normalize(tokenizer: dict[str, Any], settings: Mapping[str, Any], kind: _Kind, lowercase: bool) -> None:
+    """Has the tokenizer change texts as its settings say, whatever its own file says."""
+    normalizer = tokenizer.get("normalizer")
+    if isinstance(normalizer, dict):
+        for name, (setting, usual) in kind.lowercase.items():
+            if name in normalizer:
+                normalizer[name] = settings.get(setting, usual)
+    before = tokenizer.get("pre_tokenizer")
+    if kind.space and isinstance(before, dict) and "add_prefix_space" in before:
+        before["add_prefix_space"] = settings.get("add_prefix_space", False) is True
+    if lowercase:
+        lower = {"type": "Lowercase"}
+        normalizers = [lower] if normalizer is None else [lower, normalizer]
+        tokenizer["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Tokens and their ids; what is not as the library has it is left to the library."""
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from ((token, number) for token, number in vocabulary.items() if isinstance(number, int))
+    elif isinstance(vocabulary, list):
+        yield from ((str(item[0]), number) for number, item in enumerate(vocabulary) if isinstance(item, list) and item)
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and isinstance(token.get("id"), int):
+            yield str(token.get("content")), token["id"]
+
+
+def _special_tokens(
+    source: Source, settings: Mapping[str, Any], kind: _Kind, ids: Mapping[str, int]
+) -> dict[str, SpecialToken | None]:
+    older = _optional(source, _SPECIAL_FILE)
+    special: dict[str, SpecialToken | None] = {}
+    for name in ("pad", "mask", "cls", "sep"):
+        key = f"{name}_token"
+        given = settings.get(key) if key in settings else older.get(key, kind.special.get(name))
+        token = given.get("content") if isinstance(given, dict) else given
+        special[name] = SpecialToken(ids[token], token) if isinstance(token, str) and token in ids else None
+    if special["pad"] is None:
+        declared = source.config.get("pad_token_id")
+        token = next((token for token, number in ids.items() if number == declared), None)
+        if token is None:
+            raise FolderError(
+                f"{source.folder}: the tokenizer has no padding token; set tokenizer.pad_token and save it"
+            )
+        special["pad"] = SpecialToken(ids[token], token)
+    return special

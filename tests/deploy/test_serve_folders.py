@@ -1,0 +1,250 @@
+"""Models that nobody exported, served from their folders: the answers of a bundle, and one line for errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from deploy.bundle import Manifest, Prompts, Variant, load_manifest
+from deploy.engines.open import load_engine
+from deploy.export.cli import main
+from deploy.folder.describe import describe_folder
+from deploy.folder.errors import FolderError
+from deploy.server.service.tokens import TextTokenizer
+from deploy.server.variants import Selection
+from tests.deploy.test_folders import change, save_as_transformers_5
+from tests.deploy.test_server_bundles import fails, serving
+
+TEXTS = [
+    "A list of the [MASK] values",
+    "it Returns the <mask> of the file, or none if there is no such name",
+    "Na\u00efve caf\u00e9 \u4f60\u597d",
+    "x",
+]
+
+ModelMaker = Callable[..., Path]
+
+
+def transformers_ids(folder: Path, **options: Any) -> list[list[int]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return [list(row) for row in tokenizer(TEXTS, truncation=True, **options)["input_ids"]]
+
+
+def served_ids(manifest: Manifest) -> list[list[int]]:
+    return [list(map(int, row)) for row in TextTokenizer.from_manifest(manifest).encode(TEXTS, truncate=True)]
+
+
+def answers(manifest: Manifest, variant: Variant, exact: bool = False) -> list[Any]:
+    """What is answered to those of the texts that suit the task; with the model's own options, if `exact`."""
+    engine, _ = load_engine(manifest, variant, 1)
+    ids = TextTokenizer.from_manifest(manifest).encode(TEXTS, truncate=True)
+    mask = manifest.special_tokens["mask"]
+    if manifest.task == "fill-mask" and mask is not None:
+        ids = [row for row in ids if mask.id in list(row)]
+        assert ids
+    options = [engine.task.exact if exact else engine.task.usual] * len(ids)
+    return [item.tolist() if hasattr(item, "tolist") else item for item in engine.run(ids, options)]
+
+
+NOT_COMPARED = {"root", "model", "created_with", "files", "variants", "verification", "machine", "tokenizer_json"}
+
+
+@pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "fill-mask"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_answers_are_those_of_a_bundle(model_type: str, task: str, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = tiny_model(model_type, task)
+    variants = "torch_ext-bf16,torch_ext-fp32"
+    options = ["--max-texts", "8", "--speed-seconds", "0", "--quiet", "--variants", variants]
+    assert main([str(folder), "-o", str(tmp_path / "bundle"), *options]) == 0
+    exported, described = load_manifest(tmp_path / "bundle"), describe_folder(str(folder), None)
+    for field in fields(Manifest):
+        if field.name not in NOT_COMPARED:
+            assert getattr(described, field.name) == getattr(exported, field.name), field.name
+    assert described.model.architecture == exported.model.architecture
+    assert served_ids(described) == served_ids(exported)
+    for name in variants.split(","):
+        for exact in (False, True):
+            found = answers(described, described.variant(name), exact)
+            assert found == answers(exported, exported.variant(name), exact)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
+def test_the_tokenizer_is_that_of_transformers(model_type: str, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """Whatever `tokenizer_config.json` changes in what `tokenizer.json` says."""
+    for number, settings in enumerate((
+        {},
+        {"do_lower_case": False},
+        {"strip_accents": False, "tokenize_chinese_chars": False},
+        {"add_prefix_space": True, "model_max_length": 9},
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"added_tokens_decoder": {"500": {"content": "list of", "special": False, "normalized": False}}},
+        None,
+    )):  # fmt: skip
+        folder = shutil.copytree(tiny_model(model_type, vocab_size=600), tmp_path / str(number))
+        if settings is None:
+            for name in ("tokenizer_config.json", "special_tokens_map.json"):
+                (folder / name).unlink()
+        else:
+            change(folder / "tokenizer_config.json", **settings)
+        manifest = describe_folder(str(folder), None)
+        assert served_ids(manifest) == transformers_ids(folder, max_length=manifest.max_tokens), settings
+        assert manifest.max_tokens == (9 if settings and "model_max_length" in settings else manifest.max_tokens)
+
+
+def test_files_of_sentence_transformers(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    change(folder / "1_Pooling" / "config.json", pooling_mode="cls")
+    change(folder / "sentence_bert_config.json", max_seq_length=14, do_lower_case=True)
+    change(folder / "tokenizer_config.json", truncation_side="left")
+    change(folder / "config_sentence_transformers.json", prompts={"query": "find: "}, default_prompt_name="query")
+    manifest = describe_folder(str(folder), None)
+    assert (manifest.max_tokens, manifest.truncation_side) == (14, "left")
+    assert manifest.prompts == Prompts({"query": "find: "}, "query")
+    assert manifest.pooling is not None
+    assert manifest.pooling.mode == "cls"
+    tokenizer = TextTokenizer.from_manifest(manifest)
+    expected = tokenizer.encode(["FIND: a VALUE"], truncate=True, prompt="")[0]
+    assert list(tokenizer.encode(["a value"], truncate=True)[0]) == list(expected)
+
+
+def test_folders_of_transformers_5(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("bert", "fill-mask", vocab_size=600), tmp_path / "model")
+    save_as_transformers_5(folder)
+    manifest = describe_folder(str(folder), None)
+    served = TextTokenizer.from_manifest(manifest)
+    ids = served.encode(["[Q] the value [MASK]"], truncate=True)[0]
+    assert [served.token(int(index)) for index in ids] == ["[CLS]", "[Q]", "the", "value", "[MASK]", "[SEP]"]
+    assert manifest.special_tokens["mask"] is not None
+    answers(manifest, manifest.variant("torch_ext-bf16"))
+
+
+def test_modernbert_is_served(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+        config = transformers.ModernBertConfig(vocab_size=700, max_position_embeddings=64, **sizes, **ids)
+        transformers.ModernBertModel(config).save_pretrained(folder)
+    manifest = describe_folder(str(folder), None)
+    assert manifest.max_tokens == 64
+    assert len(answers(manifest, manifest.variant("torch_ext-bf16"))[0]) == 48
+
+
+def test_the_variant_is_not_measured(tiny_model: ModelMaker) -> None:
+    manifest = describe_folder(str(tiny_model()), None)
+    selection = Selection(manifest, "auto", 1, None)
+    assert selection.names == ["torch_ext-bf16"]
+    assert str(selection.decide()) == "not measured"
+    selection = Selection(manifest, "torch_ext-fp32", 1, None)
+    assert str(selection.decide()) == "by --variant"
+
+
+def test_a_folder_is_served_without_torch(tiny_model: ModelMaker) -> None:
+    folder = tiny_model()
+    blocked = ("torch", "transformers", "safetensors", "huggingface_hub", "optimum", "onnxruntime")
+    with serving(folder, "--threads", 1, blocked=blocked) as server:
+        info = server("GET", "/info").json
+        assert (info["variant"], info["chosen_by"], info["task"]) == ("torch_ext-bf16", "default", "feature-extraction")
+        assert info["candidates"] == [{"variant": "torch_ext-bf16", "texts_per_s": None, "mean": None, "min": None}]
+        found = server("POST", "/v1/embeddings", {"input": TEXTS[2:], "model": folder.name}).json
+    manifest = describe_folder(str(folder), None)
+    assert info["max_input_length"] == manifest.max_tokens
+    rows = answers(manifest, manifest.variant("torch_ext-bf16"), exact=True)[2:]
+    for item, row in zip(found["data"], rows, strict=True):
+        assert item["embedding"] == pytest.approx(row, rel=1e-6)
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
+    "no weights": (without("model.safetensors"), None, "no weights"),
+    "a pickle": (pickled, None, "pytorch_model.bin: a pickle, which can run code, and is not opened"),
+    "no fast tokenizer": (without("tokenizer.json"), None, "no tokenizer.json, only files of a slow tokenizer"),
+    "tokenizer is no JSON": (
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        None,
+        "tokenizer.json: expected JSON",
+    ),
+    "other architecture": (
+        lambda folder: change(folder / "config.json", model_type="gpt2"),
+        None,
+        "unknown architecture 'gpt2'",
+    ),
+    "no task": (
+        lambda folder: change(folder / "config.json", architectures=["BertForNextSentencePrediction"]),
+        None,
+        "cannot tell the task from BertForNextSentencePrediction; pass --task",
+    ),
+    "small vocabulary": (lambda folder: change(folder / "config.json", vocab_size=9), None, "do not belong together"),
+    "other side": (
+        lambda folder: change(folder / "tokenizer_config.json", truncation_side="top"),
+        None,
+        "truncation_side: expected one of right, left, got 'top'",
+    ),
+    "labels with gaps": (
+        lambda folder: change(folder / "config.json", id2label={"0": "a", "2": "b"}),
+        "text-classification",
+        "id2label: expected the ids 0 to n-1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(name: str, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    edit, task, match = WRONG[name]
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    edit(folder)
+    with pytest.raises(FolderError, match=match) as caught:
+        describe_folder(str(folder), task)
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_are_one_line(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    assert "no variant 'onnx-int8'" in fails(folder, "--variant", "onnx-int8")
+    assert "not a bundle (no manifest.json)" in fails(tmp_path)
+    assert "--task feature-extraction: only for a model that was not exported" in fails(
+        tmp_path, "--task", "feature-extraction"
+    )
+    # Found while the engine is opened, beside the imports.
+    assert "the file has no cls.predictions" in fails(folder, "--task", "fill-mask")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-8])
+    assert "model.safetensors is damaged" in fails(folder)
+
+
+def test_a_model_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, tiny_model: ModelMaker) -> None:
+    """What the cache of huggingface_hub has is served; nothing else can be had here."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    folder = tiny_model()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *arguments, **options: str(folder))
+    assert describe_folder("owner/name", None).model.name == "owner/name"
+    monkeypatch.undo()
+    with pytest.raises(FolderError, match="owner/name: no such folder, and the hub cannot be reached"):
+        describe_folder("owner/name", None)
+
+
+def test_quantities_in_config_are_checked(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(FolderError, match="hidden_size: expected at least 1, got None"):
+        describe_folder(str(folder), None)
