@@ -24,7 +24,7 @@ MODEL_TYPES: Mapping[str, bool] = {
     "camembert": True,
     "electra": True,
     "mpnet": True,
-    "albert": False,
+    "albert": True,
 }
 """Encoders that can be exported, by `model_type`, and whether torch_ext runs them; others have ONNX variants only."""
 

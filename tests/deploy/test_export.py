@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from deploy.bundle import VARIANTS, Machine, load_manifest
 from deploy.engines.open import load_engine
 from deploy.export.cli import main
+from deploy.folder import source
 from deploy.machine import cpu_name, machine, usable_cpus
 from deploy.onnx_session import kernels, session_options
 from deploy.server.service.tokens import TextTokenizer
@@ -405,8 +406,12 @@ def test_chosen_variants_only(tiny_model: Callable[..., Path], tmp_path: Path) -
 
 
 def test_architectures_that_only_onnx_runs(
-    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(source, "MODEL_TYPES", {**source.MODEL_TYPES, "albert": False})
     model = tiny_model("albert")
     manifest = load_manifest_of(model, tmp_path / "a")
     assert list(manifest.variants) == ["onnx-int8", "onnx-fp32"]

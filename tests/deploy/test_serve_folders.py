@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import transformers
 
-from deploy.bundle import Manifest, Prompts, Variant, load_manifest
+from deploy.bundle import OFFSET_POSITIONS, Manifest, Prompts, Variant, load_manifest
 from deploy.engines.open import load_engine
 from deploy.export.cli import main
 from deploy.folder.describe import describe_folder
@@ -22,6 +23,7 @@ from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants import Selection
 from tests.deploy.test_folders import change, save_as_transformers_5
 from tests.deploy.test_server_bundles import fails, serving
+from torch_ext.encoder.huggingface.table import ARCHITECTURES, find_architecture
 
 TEXTS = [
     "A list of the [MASK] values",
@@ -239,6 +241,11 @@ def test_a_model_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, tiny_model
     monkeypatch.undo()
     with pytest.raises(FolderError, match="owner/name: no such folder, and the hub cannot be reached"):
         describe_folder("owner/name", None)
+
+
+def test_positions_begin_where_the_encoder_has_them() -> None:
+    counted = {name for name in ARCHITECTURES if find_architecture(SimpleNamespace(model_type=name)).padding_index}
+    assert counted == OFFSET_POSITIONS
 
 
 def test_quantities_in_config_are_checked(tiny_model: ModelMaker, tmp_path: Path) -> None:

@@ -160,14 +160,21 @@ def test_a_prefix_or_none(name: str, generator: torch.Generator, tmp_path: Path)
     same_as(model, tmp_path, generator)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "mpnet", "modernbert"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "distilbert", "electra", "mpnet", "modernbert", "albert", "rembert"]
+)
 def test_a_configuration_with_little_in_it(name: str, generator: torch.Generator, tmp_path: Path) -> None:
     """The values that transformers adds are added here, too."""
     make("Model", name, **({"local_attention": 128} if name == "modernbert" else {})).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     sizes = ("hidden_size", "dim", "n_layers", "n_heads", "hidden_dim", "num_hidden_layers", "num_attention_heads")
     kept = ("model_type", *sizes, "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
-    more = ("embedding_size", *(["pad_token_id"] if name == "modernbert" else []))
+    more = (
+        "embedding_size",
+        "input_embedding_size",
+        "output_embedding_size",
+        *(["pad_token_id"] if name == "modernbert" else []),
+    )
     few = {key: config[key] for key in (*kept, *more) if key in config}
     (tmp_path / "config.json").write_text(json.dumps(few), encoding="utf-8")
     bare = getattr(test_transformers.transformers, test_transformers.CONFIGS[name][0] + "Model")

@@ -79,6 +79,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "modernbert, all layers global": ("ModernBert", {**MODERNBERT, "global_attn_every_n_layers": 1}),
+    "albert": ("Albert", {**BERT, "embedding_size": 20, "type_vocab_size": 2}),
+    "albert, wide embeddings": ("Albert", {**BERT, "embedding_size": 48, "hidden_act": "relu"}),
+    "ernie": ("Ernie", BERT),
+    "rembert": ("RemBert", {**BERT, "input_embedding_size": 20, "output_embedding_size": 28}),
+    "roberta-prelayernorm": ("RobertaPreLayerNorm", {**BERT, "type_vocab_size": 1, "pad_token_id": 1}),
+    "data2vec-text": ("Data2VecText", {**BERT, "type_vocab_size": 1, "pad_token_id": 1}),
     "distilbert, sinusoids, relu": ("DistilBert", {**DISTILBERT, "sinusoidal_pos_embds": True, "activation": "relu"}),
 }
 
@@ -171,7 +177,7 @@ def test_padding_tokens_in_a_text(name: str, generator: torch.Generator, tmp_pat
         again = Encoder.load(tmp_path / dtype, dtype)
         assert again.spec == encoder.spec
         assert torch.equal(again(ids, bounds), hidden)
-    counted = {"Roberta", "XLMRoberta", "Camembert", "MPNet"}
+    counted = {"Roberta", "XLMRoberta", "Camembert", "MPNet", "RobertaPreLayerNorm", "Data2VecText"}
     assert exact.spec.padding_id == (padding if CONFIGS[name][0] in counted else -1)
 
 
@@ -225,6 +231,7 @@ def test_save_and_load(name: str, dtype: torch_ext.encoder.Dtype, generator: tor
 HEADS = [
     *("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "electra, narrow embeddings", "mpnet"),
     *("modernbert", "modernbert, biases, one theta"),
+    *("albert", "ernie", "rembert", "roberta-prelayernorm", "data2vec-text"),
 ]
 TASKS = {
     "ForSequenceClassification": "text-classification",

@@ -1,4 +1,4 @@
-"""BERT, and what differs from it in no more than its heads and its positions: RoBERTa and its kin, ELECTRA."""
+"""BERT, and what differs from it in heads, positions or the place of norms: RoBERTa and its kin, ELECTRA, ERNIE."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 from torch_ext.encoder.huggingface.architecture import Architecture, HeadNames, padding_id
 
-__all__ = ["BERT", "ELECTRA", "QUESTIONS", "ROBERTA", "TOKENS"]
+__all__ = ["BERT", "DATA2VEC", "ELECTRA", "ERNIE", "QUESTIONS", "ROBERTA", "ROBERTA_PRELAYERNORM", "TOKENS"]
 
 TOKENS = HeadNames(out="classifier")
 QUESTIONS = HeadNames(out="qa_outputs")
@@ -35,6 +35,9 @@ BERT = Architecture(
     },
 )
 
+# Of later versions some add a table of tasks to the words.
+ERNIE = dataclasses.replace(BERT, base="ernie", options={"use_task_id": False})
+
 ROBERTA = dataclasses.replace(
     BERT,
     base="roberta",
@@ -53,6 +56,17 @@ ROBERTA = dataclasses.replace(
     },
     padding_index=padding_id,
     defaults={**BERT.defaults, "pad_token_id": 1},
+)
+
+DATA2VEC = dataclasses.replace(ROBERTA, base="data2vec_text")
+
+ROBERTA_PRELAYERNORM = dataclasses.replace(
+    ROBERTA,
+    base="roberta_prelayernorm",
+    attention_norm="attention.LayerNorm",
+    ffn_norm="intermediate.LayerNorm",
+    final_norm="LayerNorm",
+    more=lambda config: {"norm_first": True},
 )
 
 ELECTRA = dataclasses.replace(

@@ -16,8 +16,9 @@ Plan = dict[str, list[str | int]]
 """By the names of ``EncoderSpec.shapes()`` and ``HeadSpec.shapes()``: names of a model's weights, which follow one
 another along the first dimension; a number stands for that many zeros."""
 
-# Buffers, and what belongs to heads.
-_IGNORED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.dense.weight", "pooler.dense.bias")
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_POOLER = "pooler."
+"""What belongs to heads."""
 
 
 class _Taker:
@@ -120,7 +121,8 @@ def describe_encoder(
         source.norm(f"{to}.ffn.norm", f"{prefix}.{names.ffn_norm}")
     if names.final_norm is not None:
         source.norm("final_norm", names.final_norm)
-    left = sorted(shapes.keys() - source.taken - set(_IGNORED) - set(foreign))
+    spare = {*_BUFFERS, *foreign, *(name for name in shapes if name.startswith(_POOLER))}
+    left = sorted(shapes.keys() - source.taken - spare)
     if left:
         raise ValueError(
             f"{owner} has weights that a plain {config.model_type} encoder has not (adapters?): "

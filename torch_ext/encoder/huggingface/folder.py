@@ -167,6 +167,7 @@ def _tensors(
     """The weights of a plan, each checked: shape, dtype, and that all of its elements are finite."""
     shapes = spec.shapes()
     tensors: dict[str, list[StoredTensor]] = {}
+    finite: set[str] = set()
     for name, sources in plan.items():
         rows, *columns = shapes[name]
         for source in sources:
@@ -175,6 +176,9 @@ def _tensors(
             else:
                 part = weights[source]
                 _check(source, part, (rows // len(sources), *columns))
+                if source not in finite and not part.is_finite():
+                    raise ValueError(f"expected finite weights, got NaN or infinity in {source}")
+                finite.add(source)  # Layers may share weights.
             tensors.setdefault(name, []).append(part)
     return tensors
 
@@ -184,5 +188,3 @@ def _check(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"expected {name} {list(shape)}, as config.json has it, got {list(tensor.shape)}")
     if tensor.dtype not in _FLOATS:
         raise ValueError(f"expected {name} of one of the dtypes {', '.join(_FLOATS)}, got {tensor.dtype:.20}")
-    if not tensor.is_finite():
-        raise ValueError(f"expected finite weights, got NaN or infinity in {name}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch_ext.encoder.huggingface.albert import ALBERT, REMBERT
 from torch_ext.encoder.huggingface.architecture import Architecture
-from torch_ext.encoder.huggingface.bert import BERT, ELECTRA, ROBERTA
+from torch_ext.encoder.huggingface.bert import BERT, DATA2VEC, ELECTRA, ERNIE, ROBERTA, ROBERTA_PRELAYERNORM
 from torch_ext.encoder.huggingface.distilbert import DISTILBERT
 from torch_ext.encoder.huggingface.modernbert import MODERNBERT
 from torch_ext.encoder.huggingface.mpnet import MPNET
@@ -22,6 +23,11 @@ _TABLE: Mapping[str, Architecture] = {
     "electra": ELECTRA,
     "mpnet": MPNET,
     "modernbert": MODERNBERT,
+    "albert": ALBERT,
+    "ernie": ERNIE,
+    "rembert": REMBERT,
+    "roberta-prelayernorm": ROBERTA_PRELAYERNORM,
+    "data2vec-text": DATA2VEC,
 }
 
 ARCHITECTURES: tuple[str, ...] = tuple(_TABLE)
