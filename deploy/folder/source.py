@@ -253,7 +253,7 @@ def _prompt_note(prompts: Prompts | None, embeds: bool) -> str | None:
 
 
 def _max_positions(config: Mapping[str, Any], model_type: str, where: Path) -> int:
-    positions = config.get("max_position_embeddings")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
     if not isinstance(positions, int) or isinstance(positions, bool) or positions < 0:
         raise FolderError(f"{where}: max_position_embeddings: expected a whole number, got {positions!r}")
     if model_type in OFFSET_POSITIONS:

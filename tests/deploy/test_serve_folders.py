@@ -12,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import save_file
 
 from deploy.bundle import OFFSET_POSITIONS, Manifest, Prompts, Variant, load_manifest
 from deploy.engines.open import load_engine
@@ -23,6 +25,7 @@ from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants import Selection
 from tests.deploy.test_folders import change, save_as_transformers_5
 from tests.deploy.test_server_bundles import fails, serving
+from tests.ops.test_folders import NOMIC_CONFIGS, nomic_weights
 from torch_ext.encoder.huggingface.table import ARCHITECTURES, find_architecture
 
 TEXTS = [
@@ -140,6 +143,17 @@ def test_modernbert_is_served(tiny_model: ModelMaker, tmp_path: Path) -> None:
         transformers.ModernBertModel(config).save_pretrained(folder)
     manifest = describe_folder(str(folder), None)
     assert manifest.max_tokens == 64
+    assert len(answers(manifest, manifest.variant("torch_ext-bf16"))[0]) == 48
+
+
+def test_nomic_is_served_though_its_configuration_has_other_names(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    weights = nomic_weights(torch.Generator().manual_seed(1))
+    weights["embeddings.word_embeddings.weight"] = torch.randn(700, 48)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**NOMIC_CONFIGS[1], "vocab_size": 700}), encoding="utf-8")
+    manifest = describe_folder(str(folder), "feature-extraction")
+    assert (manifest.max_tokens, manifest.hidden_size) == (64, 48)
     assert len(answers(manifest, manifest.variant("torch_ext-bf16"))[0]) == 48
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -388,3 +389,122 @@ def test_large_numbers_are_finite(folder: Path, tmp_path: Path) -> None:
     for value, dtype in ((3.0e38, torch.float32), (-3.3e38, torch.bfloat16), (-65504.0, torch.float16)):
         put(NORM, value, dtype)(copied)
         runtime.Encoder.from_pretrained(copied)
+
+
+# ---- NomicBERT, which only transformers 5 has ------------------------------------------------------------------------
+
+NOMIC_CONFIG = {"model_type": "nomic_bert", "vocab_size": 100, "type_vocab_size": 2}
+# As transformers 5 writes it, and as the model's own code has it.
+NOMIC_CONFIGS: list[dict[str, Any]] = [
+    {
+        **NOMIC_CONFIG,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 80,
+        "max_position_embeddings": 64,
+        "hidden_act": "silu",
+        "layer_norm_eps": 1e-12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
+    {
+        **NOMIC_CONFIG,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 80,
+        "n_positions": 64,
+        "layer_norm_epsilon": 1e-12,
+        "activation_function": "swiglu",
+        "rotary_emb_base": 500,
+        "rotary_emb_fraction": 1.0,
+        "prenorm": False,
+    },
+]
+
+
+def nomic_weights(generator: torch.Generator) -> dict[str, Tensor]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (100, 48),
+        "embeddings.token_type_embeddings.weight": (2, 48),
+        "emb_ln.weight": (48,),
+        "emb_ln.bias": (48,),
+    }
+    for layer in ("encoder.layers.0.", "encoder.layers.1."):
+        shapes |= {f"{layer}attn.Wqkv.weight": (144, 48), f"{layer}attn.out_proj.weight": (48, 48)}
+        shapes |= {f"{layer}mlp.{name}.weight": (80, 48) for name in ("fc11", "fc12")}
+        shapes |= {f"{layer}mlp.fc2.weight": (48, 80)}
+        shapes |= {f"{layer}norm{number}.{kind}": (48,) for number in (1, 2) for kind in ("weight", "bias")}
+    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+
+
+def nomic_reference(weights: dict[str, Tensor], ids: Tensor, types: Tensor) -> Tensor:
+    """The last hidden state of one text, in fp64."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    tokens, heads, size = len(ids), 4, 12
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (48,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
+
+    angles = torch.arange(tokens).double()[:, None] * 500.0 ** (-torch.arange(0, size, 2).double() / size)
+    cosines, sines = (torch.cat((part, part), -1)[:, None] for part in (angles.cos(), angles.sin()))
+
+    def rotated(x: Tensor) -> Tensor:
+        return x * cosines + torch.cat((-x[..., size // 2 :], x[..., : size // 2]), -1) * sines
+
+    hidden = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.token_type_embeddings.weight"][types]
+    hidden = norm(hidden, "emb_ln")
+    for layer in ("encoder.layers.0.", "encoder.layers.1."):
+        qkv = (hidden @ w[f"{layer}attn.Wqkv.weight"].T).view(tokens, 3, heads, size)
+        q, k, v = rotated(qkv[:, 0]), rotated(qkv[:, 1]), qkv[:, 2]
+        shares = (torch.einsum("qhd,khd->hqk", q, k) / size**0.5).softmax(-1)
+        attended = torch.einsum("hqk,khd->qhd", shares, v).reshape(tokens, 48) @ w[f"{layer}attn.out_proj.weight"].T
+        hidden = norm(hidden + attended, f"{layer}norm1")
+        gate = torch.nn.functional.silu(hidden @ w[f"{layer}mlp.fc12.weight"].T)
+        wide = gate * (hidden @ w[f"{layer}mlp.fc11.weight"].T)
+        hidden = norm(hidden + wide @ w[f"{layer}mlp.fc2.weight"].T, f"{layer}norm2")
+    return hidden
+
+
+def nomic_in_memory(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names that transformers 5 gives the weights of a model that it has loaded."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if "Wqkv" in name:
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[name.replace("encoder.", "").replace("attn.Wqkv", f"self_attn.{part}_proj")] = third.clone()
+            continue
+        for old, new in (
+            *(("encoder.layers", "layers"), ("emb_ln", "embeddings.LayerNorm"), ("attn.out_proj", "self_attn.o_proj")),
+            *(("fc11", "up_proj"), ("fc12", "gate_proj"), ("fc2", "down_proj")),
+            *(("norm1", "post_attention_layernorm"), ("norm2", "post_mlp_layernorm")),
+        ):
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("config", NOMIC_CONFIGS, ids=["transformers 5", "own code"])
+def test_nomic(config: dict[str, Any], generator: torch.Generator, tmp_path: Path) -> None:
+    weights = nomic_weights(generator)
+    ids, bounds = batch(generator)
+    types = torch.randint(0, 2, ids.shape, generator=generator)
+    expected = torch.cat(
+        [nomic_reference(weights, *(x[a:b] for x in (ids, types))) for a, b in itertools.pairwise(bounds.tolist())]
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = {}
+    for names, stored in (("file", weights), ("memory", nomic_in_memory(weights))):
+        for prefix in ("", "nomic_bert."):
+            save_file({f"{prefix}{name}": tensor for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+            encoder = runtime.Encoder.from_pretrained(tmp_path, "fp32")
+            found[names, prefix] = torch.from_dlpack(encoder.encode(ids, bounds, types).hidden())
+    for hidden in found.values():
+        assert torch.equal(hidden, found["file", ""])
+    torch.testing.assert_close(found["file", ""].double(), expected, rtol=1e-4, atol=1e-4)
+    rounded = runtime.Encoder.from_pretrained(tmp_path).encode(ids, bounds, types).hidden()
+    assert test_transformers.cosines(torch.from_dlpack(rounded), expected).min() > 0.9995
+    for option in ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}}, {"rotary_scaling_factor": 2}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **option}), encoding="utf-8")
+        with pytest.raises(ValueError, match="unsupported configuration: expected ro"):
+            runtime.Encoder.from_pretrained(tmp_path)

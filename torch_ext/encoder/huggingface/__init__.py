@@ -3,7 +3,7 @@
 | module | part |
 |---|---|
 | ``architecture`` | the fields of a row, and how values of a configuration are read |
-| ``albert``, ``bert``, ``distilbert``, ``modernbert``, ``mpnet`` | the rows, related architectures in one file |
+| ``albert``, ``bert``, ``distilbert`` ... | the rows, related architectures in one file |
 | ``table`` | all rows, by ``model_type`` |
 | ``describe`` | from a configuration and the shapes of weights to a specification, and which weights become which |
 | ``safetensors`` | files of weights, mapped |

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 __all__ = ["Architecture", "HeadNames", "activation", "get", "number", "padding_id", "whole"]
@@ -62,7 +62,8 @@ class Architecture:
         base: name of the encoder in a model with a head.
         layer: prefix of a layer's weights; ``{}`` is its number.
         qkv: query, key and value, one after the other, or one that holds all.
-        out, attention_norm, up, down, ffn_norm: the other parts of a layer.
+        out, attention_norm, up, down, ffn_norm: the other parts of a layer. Of a gated one ``up`` may be two, the one
+            with the activation first.
         heads: by task.
         word, position, token_type, embedding_norm, projection, relative_bias, final_norm: what is outside of layers.
             None: there is none. The projection is there only where the tables have another width.
@@ -70,11 +71,13 @@ class Architecture:
         fields: what the configuration calls fields of the specification, where it differs from BERT's. A number
             instead of a name is the value itself.
         defaults: values of the configuration that a ``config.json`` may leave out.
+        older: names of fields in a ``config.json`` of the model's own code, and what they are called now.
         padding_index: of models that count positions over tokens other than padding: the id of padding, and the row
             of the position table that it takes; the first token takes the next one. None: all tokens are counted, from
             row 0.
         more: further fields of the specification.
         options: options that must have one value, further to those of all architectures.
+        other_names: the same architecture with other names of weights.
     """
 
     base: str
@@ -82,7 +85,7 @@ class Architecture:
     qkv: tuple[str, ...]
     out: str
     attention_norm: str
-    up: str
+    up: str | tuple[str, ...]
     down: str
     ffn_norm: str
     heads: Mapping[str, HeadNames]
@@ -98,9 +101,23 @@ class Architecture:
     defaults: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
     )
+    older: Mapping[str, str] = dataclasses.field(default_factory=dict)
     padding_index: Callable[[Any], int] | None = None
     more: Callable[[Any], dict[str, Any]] = lambda config: {}
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    other_names: Architecture | None = None
+
+    def named_as(self, weights: Iterable[str]) -> Architecture:
+        """The row with the names that a model's weights have: this one, or the other."""
+        end = f".{self.embedding_norm}.weight"
+        if self.other_names is None or any(f".{name}".endswith(end) for name in weights):
+            return self
+        return self.other_names
+
+    def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a ``config.json``, with those that it may leave out, under the names that they have now."""
+        renamed = {new: config[old] for old, new in self.older.items() if old in config}
+        return {**self.defaults, **renamed, **config}
 
     def whole(self, config: Any, field: str) -> int:
         """The configuration's value of a field of the specification that is a whole number.

@@ -116,7 +116,8 @@ def describe_encoder(
         source.pair(f"{to}.attention.out", f"{prefix}.{names.out}")
         if index or spec.norm_first_attention:
             source.norm(f"{to}.attention.norm", f"{prefix}.{names.attention_norm}")
-        source.pair(f"{to}.ffn.up", f"{prefix}.{names.up}")
+        up = (names.up,) if isinstance(names.up, str) else names.up
+        source.pair(f"{to}.ffn.up", *(f"{prefix}.{part}" for part in up))
         source.pair(f"{to}.ffn.down", f"{prefix}.{names.down}")
         source.norm(f"{to}.ffn.norm", f"{prefix}.{names.ffn_norm}")
     if names.final_norm is not None:

@@ -104,8 +104,8 @@ def _newer_name(name: str, stored: Mapping[str, StoredTensor]) -> str:
 
 def _read(config: dict[str, Any], stored: Mapping[str, StoredTensor], head: str | None) -> FolderModel:
     values = SimpleNamespace(**config)
-    architecture = find_architecture(values)
-    values = SimpleNamespace(**{**architecture.defaults, **config})
+    architecture = find_architecture(values).named_as(stored)
+    values = SimpleNamespace(**architecture.complete(config))
     base = f"{architecture.base}."
     prefix = base if f"{base}{architecture.word}.weight" in stored else ""
     inner = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
@@ -143,8 +143,9 @@ def _read(config: dict[str, Any], stored: Mapping[str, StoredTensor], head: str 
 
 def _own_names(architecture: Architecture) -> list[str]:
     """The names of an encoder's weights, or how they begin."""
-    names = (architecture.layer, architecture.word, architecture.projection, architecture.relative_bias)
-    return [name for name in (*names, architecture.final_norm) if name is not None]
+    names = (architecture.layer, architecture.word, architecture.embedding_norm, architecture.projection)
+    more = (architecture.relative_bias, architecture.final_norm)
+    return [name for name in (*names, *more) if name is not None]
 
 
 def _wanted(config: Mapping[str, Any], architecture: Architecture, head: str | None) -> str | None:

@@ -54,7 +54,7 @@ def read_encoder(model: nn.Module) -> tuple[EncoderSpec, dict[str, Tensor]]:
     base = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)
     weights: dict[str, Tensor] = dict(base.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    spec, plan = describe_encoder(config, architecture, shapes, type(model).__name__)
+    spec, plan = describe_encoder(config, architecture.named_as(weights), shapes, type(model).__name__)
     return spec, _gather(plan, weights)
 
 

@@ -11,6 +11,7 @@ from torch_ext.encoder.huggingface.bert import BERT, DATA2VEC, ELECTRA, ERNIE, R
 from torch_ext.encoder.huggingface.distilbert import DISTILBERT
 from torch_ext.encoder.huggingface.modernbert import MODERNBERT
 from torch_ext.encoder.huggingface.mpnet import MPNET
+from torch_ext.encoder.huggingface.nomic import NOMIC
 
 __all__ = ["ARCHITECTURES", "HEAD_CLASSES", "find_architecture"]
 
@@ -23,6 +24,7 @@ _TABLE: Mapping[str, Architecture] = {
     "electra": ELECTRA,
     "mpnet": MPNET,
     "modernbert": MODERNBERT,
+    "nomic_bert": NOMIC,
     "albert": ALBERT,
     "ernie": ERNIE,
     "rembert": REMBERT,
