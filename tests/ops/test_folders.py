@@ -143,9 +143,8 @@ def test_legacy_names_and_what_is_beside_them(generator: torch.Generator, tmp_pa
 
     edit(tmp_path, legacy)
     same_as(model, tmp_path, generator)
-    # A decoder of its own.
+    # A decoder of its own; transformers 4 overlooks it where the configuration says that there is none, 5 does not.
     edit(tmp_path, lambda weights: {**weights, "cls.predictions.decoder.weight": torch.ones(100, 48)})
-    same_as(model, tmp_path, generator)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}), encoding="utf-8")
     same_as(type(model).from_pretrained(tmp_path).eval(), tmp_path, generator)  # type: ignore[operator]
