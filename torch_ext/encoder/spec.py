@@ -8,7 +8,6 @@ from typing import Any, Literal
 __all__ = [
     "ACTIVATIONS",
     "DTYPES",
-    "TASKS",
     "Dtype",
     "EncoderSpec",
     "HeadSpec",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch_ext.encoder.huggingface.architecture import Architecture, HeadNames, activation, get
-from torch_ext.encoder.spec import TASKS, EncoderSpec, HeadSpec
+from torch_ext.encoder.spec import EncoderSpec, HeadSpec
 
 __all__ = ["Plan", "Shapes", "describe_encoder", "describe_head", "head_layers"]
 
@@ -171,8 +171,7 @@ def describe_head(
     hidden_size = architecture.whole(config, "hidden_size")
     dense_size = rows.get("dense", hidden_size)
     spec = HeadSpec(
-        # Answers are where the logits of a token's two labels say.
-        task=task if task in TASKS else "token-classification",
+        task=task,
         hidden_size=hidden_size,
         activation="none" if names.dense is None else activation(named(names.activation)),
         norm=names.norm is not None,
