@@ -7,7 +7,7 @@ that a server that runs ONNX Runtime loads neither torch nor transformers for it
 |---|---|
 | `manifest` | the whole: `Manifest`, reading and writing it |
 | `fields` | its parts, the names that are allowed, and how JSON becomes each of them |
-| `stages` | what comes behind the encoder: sparse pooling |
+| `stages` | what comes behind the encoder: linear stages, sparse pooling |
 | `files` | the files beside it: names, sizes, digests |
 | `config` | whether the manifest agrees with the model's own configuration |
 """
@@ -42,11 +42,13 @@ from deploy.bundle.fields import (
 )
 from deploy.bundle.files import FileEntry, file_entry, owned_files
 from deploy.bundle.manifest import Manifest, load_manifest, write_manifest
-from deploy.bundle.stages import Sparse
+from deploy.bundle.stages import DENSE_ACTIVATIONS, DENSE_FILE, Dense, Sparse
 
 __all__ = [
     "ACTIVATIONS",
     "CONFIG_FILE",
+    "DENSE_ACTIVATIONS",
+    "DENSE_FILE",
     "ENGINES",
     "FORMAT",
     "FORMAT_VERSION",
@@ -60,6 +62,7 @@ __all__ = [
     "VARIANTS",
     "Accuracy",
     "BundleError",
+    "Dense",
     "FileEntry",
     "Machine",
     "Manifest",

@@ -31,7 +31,7 @@ from deploy.bundle.fields import (
     Variant,
 )
 from deploy.bundle.files import FileEntry, check_file, check_file_name, check_format, read_json
-from deploy.bundle.stages import Sparse
+from deploy.bundle.stages import Dense, Sparse
 
 __all__ = ["Manifest", "load_manifest", "write_manifest"]
 
@@ -45,7 +45,7 @@ class Manifest:
         model: Where the weights come from.
         created_with: Versions of the libraries that wrote the bundle, by name.
         task: One of `TASKS`.
-        hidden_size: Width of the hidden states, and of embeddings.
+        hidden_size: Width of the hidden states.
         max_tokens: Longest input in tokens, special tokens included.
         pooling: How embeddings are made; None unless the task needs it, as for the fields of labels.
         prompts: Texts that go before inputs, one of them maybe by default; None: none, as in bundles that were written
@@ -63,6 +63,7 @@ class Manifest:
         machine: Where accuracy and speed of every variant were measured; None in bundles that were written before this
             field existed.
         vocab_size: Number of token ids; None in bundles that were written before this field existed.
+        dense: Linear stages between pooling and norm of embeddings.
         sparse: How sparse vectors are made; None unless the task needs it.
         token_types: Whether the model is given the token types of pairs of texts; else all are 0.
         tokenizer_json: Content of the tokenizer of a folder that was not exported, which lists no files; None: it is in
@@ -90,6 +91,12 @@ class Manifest:
     token_types: bool = True
     sparse: Sparse | None = None
     tokenizer_json: str | None = None
+    dense: tuple[Dense, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Of embeddings."""
+        return self.dense[-1].outputs if self.dense else self.hidden_size
 
     def path(self, name: str) -> Path:
         """Path of a file of the bundle; `name` has to be listed in `files`."""
@@ -142,6 +149,8 @@ class Manifest:
             result["activation"] = self.activation
         if self.vocab_size is not None:
             result["vocab_size"] = self.vocab_size
+        if self.dense:
+            result["dense"] = [stage.to_json() for stage in self.dense]
         if self.sparse is not None:
             result["sparse"] = self.sparse.to_json()
         if not self.token_types:
@@ -238,9 +247,15 @@ def _parse(root: Path, value: Any) -> Manifest:
         verification=top.child("verification", optional=True).value,
         machine=Machine.read(top.child("machine")) if top.value.get("machine") is not None else None,
         vocab_size=None if top.value.get("vocab_size") is None else top.count("vocab_size", 1),
+        dense=_read_dense(top) if needs.pooling else (),
         sparse=Sparse.read(top.child("sparse")) if needs.sparse else None,
         token_types=top.get("token_types", bool, optional=True) is not False,
     )
+
+
+def _read_dense(top: Reader) -> tuple[Dense, ...]:
+    stages = top.get("dense", list, optional=True) or []
+    return tuple(Dense.read(Reader(f"{top.where}.dense[{place}]", stage)) for place, stage in enumerate(stages))
 
 
 def _read_files(listed: Reader) -> dict[str, FileEntry]:

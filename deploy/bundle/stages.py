@@ -7,10 +7,37 @@ from typing import Any
 
 from deploy.bundle.fields import Reader
 
-__all__ = ["Sparse"]
+__all__ = ["DENSE_ACTIVATIONS", "DENSE_FILE", "Dense", "Sparse"]
+
+DENSE_FILE = "dense.npz"
+"""Weights of the linear stages, for the ONNX variants; those of torch_ext have them in their own files."""
+
+DENSE_ACTIVATIONS = ("none", "tanh", "relu", "silu", "gelu")
 
 _STRATEGIES = ("max", "sum")
 _ACTIVATIONS = ("relu", "log1p_relu")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A linear stage behind the pooling, before embeddings get length 1.
+
+    Attributes:
+        outputs: Width of what it makes.
+        activation: One of `DENSE_ACTIVATIONS`.
+    """
+
+    outputs: int
+    activation: str
+
+    @classmethod
+    def read(cls, reader: Reader) -> Dense:
+        """Reads its JSON object."""
+        return cls(reader.count("outputs", 1), reader.choice("activation", DENSE_ACTIVATIONS))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"outputs": self.outputs, "activation": self.activation}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ..tasks import Rows, States, Task
 from ..tasks.task import LOGITS_BYTES
 from .batch import Batch, groups
+from .dense import open_dense
 from .engine import Engine
 from .pooling import Floats, pool_padded, shortened
 
@@ -61,14 +62,15 @@ def splade(logits: Floats, total: bool, twice: bool) -> tuple[memoryview, memory
 class PaddedStates:
     """First output of a padded model: hidden states or logits, f32 [texts, longest, n], or logits [texts, labels]."""
 
-    def __init__(self, batch: Batch, output: Floats) -> None:
+    def __init__(self, batch: Batch, output: Floats, project: Callable[[Floats], Floats] = lambda rows: rows) -> None:
         self.ids = batch.ids
         self._output = output
+        self._project = project
 
     def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
         """See `States.pooled`."""
         vectors = pool_padded(self._output, np.array([len(text) for text in self.ids]), mode)
-        return Rows(shortened(vectors, normalize, dimensions))
+        return Rows(shortened(self._project(vectors), normalize, dimensions))
 
     def text_logits(self) -> Rows:
         """See `States.text_logits`."""
@@ -106,6 +108,7 @@ class PaddedEngine(Engine):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
+        self._project = open_dense(task.model)
         # A graph computes the logits of every token, wanted or not.
         wide = task.logits_per_token
         self._max_padded = LOGITS_BYTES // (4 * wide) if wide else math.inf
@@ -113,7 +116,7 @@ class PaddedEngine(Engine):
     def _states(self, batch: Batch) -> Iterator[tuple[Batch, States]]:
         for rows in groups(batch.lengths, self.padding_bound, self._max_padded):
             part = batch.part(rows)
-            yield part, PaddedStates(part, self._forward(*padded(part, self.task.pad_id)))
+            yield part, PaddedStates(part, self._forward(*padded(part, self.task.pad_id)), self._project)
 
     @abstractmethod
     def _forward(self, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Floats:

@@ -96,6 +96,8 @@ class TorchExtEngine(Engine):
         encoder = Encoder.open(path, kind, threads=threads, shared=shared)
         if task.needs.head and not encoder.outputs:
             raise BundleError(f"{path}: no head for {task.name} in this file; export the model again")
+        if task.model.dense and encoder.task != "feature-extraction":
+            raise BundleError(f"{path}: no linear stages, which the manifest names; export the model again")
         return cls(encoder, task)
 
     @classmethod

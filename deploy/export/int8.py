@@ -34,7 +34,11 @@ class BoundMissed(Exception):  # noqa: N818 - write_torch_ext makes an ExportErr
 
 
 def choose_encoder(
-    model: Any, verification: Verification, bounds: Mapping[str, float], accuracy: float | None
+    model: Any,
+    verification: Verification,
+    bounds: Mapping[str, float],
+    accuracy: float | None,
+    linear: Head | None = None,
 ) -> tuple[Encoder, Head | None, Report]:
     """Quantizes a model as far as its bounds allow.
 
@@ -44,6 +48,7 @@ def choose_encoder(
         bounds: Bounds of the variant.
         accuracy: Mean cosine to fp32 to reach besides: of embeddings, or where the task is another, of the mean of each
             text's hidden states.
+        linear: Stages behind the pooling.
 
     Returns:
         The encoder, the head if the task has one, and what was measured.
@@ -60,7 +65,7 @@ def choose_encoder(
 
     mixtures = Mixtures(model)
     task, work = verification.task, verification.work
-    head = Head.from_transformers(model, dtype="int8") if task.needs.head else None
+    head = Head.from_transformers(model, dtype="int8") if task.needs.head else linear
     mode: Any = "mean" if task.model.pooling is None else task.model.pooling.mode
 
     def run(encoder: Encoder, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], list[tuple[int, Any]]]:
@@ -117,11 +122,17 @@ class _EncoderStates:
 
     def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
         """See `States.pooled`."""
+        import torch
+
         from torch_ext import pool
 
         assert dimensions is None  # Variants are compared as they are served by default.
         kind: Any = mode
-        return Rows(pool(self.hidden, self.cu_seqlens, kind, normalize).numpy())
+        if self._head is None:
+            return Rows(pool(self.hidden, self.cu_seqlens, kind, normalize).numpy())
+        # Linear stages come between the two.
+        vectors = self._head(pool(self.hidden, self.cu_seqlens, kind))
+        return Rows((torch.nn.functional.normalize(vectors) if normalize else vectors).numpy())
 
     def text_logits(self) -> Rows:
         """See `States.text_logits`."""

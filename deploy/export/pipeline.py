@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy.bundle import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE, VARIANTS, Manifest, Speed
+from deploy.bundle import CONFIG_FILE, DENSE_FILE, MANIFEST_FILE, TOKENIZER_FILE, VARIANTS, Manifest, Speed
 from deploy.engines.batch import Ids, PairIds, batches
 from deploy.engines.open import open_engine
 from deploy.export.accuracy import Result, Verification
+from deploy.export.dense import DenseStage, read_stages, write_stages
 from deploy.export.errors import ExportError
 from deploy.export.needs import check_disk, import_libraries, memory_note, threads
 from deploy.export.options import Options, Texts, read_texts
@@ -55,6 +56,7 @@ class Export:
         config: The model's configuration in transformers; after `load`.
         bounds: By variant; after `load`.
         reference_speed: After `reference`.
+        stages: Linear stages behind the pooling; after `load`.
         quantized: What was measured for torch_ext-int8, if it is written; after `write_torch_ext`.
         findings: By variant; after `verify`.
         manifest: After `describe`.
@@ -75,6 +77,7 @@ class Export:
     verification: Verification = field(init=False)
     bounds: dict[str, dict[str, float]] = field(default_factory=dict)
     reference_speed: Speed | None = None
+    stages: Sequence[DenseStage] = ()
     quantized: Quantized | None = None
     findings: dict[str, Findings] = field(default_factory=dict)
     manifest: Manifest = field(init=False)
@@ -102,7 +105,10 @@ def load(state: Export) -> None:
         # With tied ones counted twice, as every file but the model's own has them.
         state.parameters = sum(tensor.numel() for tensor in state.model.state_dict().values())
         check_disk(source, state.parameters, state.names, state.staging.target, state.staging.free_bytes())
-        state.draft = describe_model(state.folder, source, tokens, state.config)
+        state.stages = read_stages(source.dense, int(state.config.hidden_size))
+        write_stages(state.folder, state.stages)
+        dense = tuple(stage.described() for stage in state.stages)
+        state.draft = replace(describe_model(state.folder, source, tokens, state.config), dense=dense)
         task = open_task(state.draft)
         try:
             state.ids = task.prepare(ids)
@@ -145,10 +151,11 @@ def write_torch_ext(state: Export) -> None:
                     state.bounds[name],
                     state.options.accuracy,
                     state.names,
+                    state.stages,
                 )
                 said.append(str(state.quantized))
             else:
-                write_encoder(name, path, state.model, state.verification.task)
+                write_encoder(name, path, state.model, state.verification.task, state.stages)
             said.append(megabytes(path.stat().st_size))
     report = None if state.quantized is None else state.quantized.report
     if report is not None and (report.layers or state.options.accuracy is not None):
@@ -185,6 +192,8 @@ def verify_all(state: Export) -> None:
     if "onnx-fp32" not in state.names:
         for path in files_of(state.folder, "onnx-fp32"):
             path.unlink(missing_ok=True)
+    if not state.runs_on("onnxruntime"):
+        (state.folder / DENSE_FILE).unlink(missing_ok=True)
 
 
 def describe_all(state: Export) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from deploy.bundle import (
     CONFIG_FILE,
+    DENSE_FILE,
     MANIFEST_FILE,
     TASKS,
     VARIANTS,
@@ -113,6 +114,8 @@ def make_manifest(draft: Manifest, findings: Mapping[str, Findings], verificatio
 def _variant(name: str, folder: Path, found: Findings) -> Variant:
     kind = VARIANTS[name]
     paths = files_of(folder, name)
+    if kind.engine == "onnxruntime" and (folder / DENSE_FILE).is_file():
+        paths.append(folder / DENSE_FILE)
     return Variant(
         name=name,
         file=kind.file,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.bundle import VARIANTS
 from deploy.export.accuracy import Verification
+from deploy.export.dense import DenseStage, head_of
 from deploy.export.errors import ExportError, first_line
 from deploy.export.int8 import BoundMissed, choose_encoder
 from deploy.export.verify import refuse
@@ -38,8 +39,15 @@ class Quantized:
         return f"{len(self.report.kept)} of {self.layers} linear layers in bf16"
 
 
-def write_encoder(name: str, path: Path, model: Any, task: Task) -> None:
+def write_encoder(name: str, path: Path, model: Any, task: Task, stages: Sequence[DenseStage] = ()) -> None:
     """Writes a variant that is not quantized.
+
+    Args:
+        name: Name of the variant.
+        path: File to write.
+        model: The model in transformers.
+        task: What it is for.
+        stages: Linear stages behind the pooling.
 
     Raises:
         ExportError: torch_ext does not run the model.
@@ -49,8 +57,9 @@ def write_encoder(name: str, path: Path, model: Any, task: Task) -> None:
 
     dtype: Any = VARIANTS[name].dtype
     with _told_as_export_error(name):
-        head = Head.from_transformers(model, dtype=dtype) if task.needs.head else None
-        Encoder.from_transformers(model, dtype=dtype).save(str(path), head=head)
+        encoder = Encoder.from_transformers(model, dtype=dtype)
+        linear = head_of(stages, encoder.spec.hidden_size, dtype)
+        encoder.save(str(path), head=Head.from_transformers(model, dtype=dtype) if task.needs.head else linear)
 
 
 def write_int8_encoder(
@@ -61,6 +70,7 @@ def write_int8_encoder(
     bounds: Mapping[str, float],
     accuracy: float | None,
     names: Sequence[str],
+    stages: Sequence[DenseStage] = (),
 ) -> Quantized:
     """Writes the int8 variant; layers that it would damage too much stay in bf16, see `int8.choose_encoder`.
 
@@ -72,6 +82,7 @@ def write_int8_encoder(
         bounds: Bounds of the variant.
         accuracy: What `--accuracy` asks for.
         names: All variants that are written.
+        stages: Linear stages behind the pooling.
 
     Raises:
         ExportError: torch_ext does not run the model, or all layers in bf16 miss a bound.
@@ -79,7 +90,8 @@ def write_int8_encoder(
     """
     with _told_as_export_error(name):
         try:
-            encoder, head, report = choose_encoder(model, verification, bounds, accuracy)
+            linear = head_of(stages, verification.task.model.hidden_size, "int8")
+            encoder, head, report = choose_encoder(model, verification, bounds, accuracy, linear)
         except BoundMissed as missed:
             refuse(name, missed.result, names, " even with all layers in bf16")
             raise AssertionError("a result that missed its bound is refused") from missed

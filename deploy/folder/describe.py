@@ -40,6 +40,9 @@ def describe_folder(model: str, task: str | None) -> Manifest:
             f"{source.folder / source.weights}: a pickle, which can run code, and is not opened; save the model again "
             "with model.save_pretrained(folder, safe_serialization=True), or python -m deploy export it"
         )
+    if source.dense or TASKS[source.task].needs.sparse:
+        what = "linear stages behind the pooling" if source.dense else "sparse vectors"
+        raise FolderError(f"{source.folder}: {what} are not served from a folder; python -m deploy export it first")
     tokenizer = read_tokenizer(source)
     if TASKS[source.task].needs.mask_token and tokenizer.special["mask"] is None:
         raise FolderError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")

@@ -19,7 +19,7 @@ from typing import Any
 from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
 from deploy.folder.errors import FolderError, first_line
 
-__all__ = ["SentenceFiles", "read_json", "read_sentence_files"]
+__all__ = ["DenseModule", "SentenceFiles", "read_json", "read_sentence_files"]
 
 _SETTINGS_FILES = tuple(
     f"sentence_{name}_config.json"
@@ -57,6 +57,29 @@ def read_json(path: Path, kind: type) -> Any:
     return value
 
 
+_DENSE_ACTIVATIONS: Mapping[str, str] = {
+    "Identity": "none",
+    "Tanh": "tanh",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "GELU": "gelu",
+}
+"""Of Dense modules, by the class of torch that their files name."""
+
+
+@dataclass(frozen=True)
+class DenseModule:
+    """A linear stage behind the pooling.
+
+    Attributes:
+        folder: Where its weights are.
+        activation: One of `DENSE_ACTIVATIONS` of the bundle.
+    """
+
+    folder: Path
+    activation: str
+
+
 @dataclass
 class SentenceFiles:
     """What the files say.
@@ -70,6 +93,7 @@ class SentenceFiles:
         max_tokens: Longest input, or None.
         lowercase: Whether texts are lower-cased.
         prompts: None where there are none.
+        dense: Linear stages between pooling and norm.
         sparse: How logits of a masked-LM head become one sparse vector, or None.
         activation: Name of the class in torch that makes scores of a cross-encoder's logits, or None.
         where: The file that decides.
@@ -86,6 +110,7 @@ class SentenceFiles:
     prompts: Prompts | None = None
     activation: str | None = None
     sparse: Sparse | None = None
+    dense: list[DenseModule] = field(default_factory=list)
     where: str = ""
     problem: str | None = None
     pooling_file: Path | None = field(default=None, repr=False)
@@ -127,6 +152,20 @@ def _pooling(files: SentenceFiles, place: Path, index: int) -> None:
         files.problem = files.problem or f"{place}: a second Pooling module is not supported"
 
 
+def _dense(files: SentenceFiles, place: Path, index: int) -> None:
+    path = place / "config.json"
+    settings = read_json(path, dict) if path.is_file() else {}
+    given = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = _DENSE_ACTIVATIONS.get(given.rpartition(".")[2]) if given.startswith("torch.") else None
+    inputs = {settings.get(name) for name in ("module_input_name", "module_output_name")}
+    if activation is None:
+        files.problem = files.problem or f"{path}: a Dense module with {given} is not supported"
+    elif files.pooling_file is None or files.normalize or not inputs <= {None, "sentence_embedding"}:
+        files.problem = files.problem or f"{path}: a Dense module elsewhere than between Pooling and Normalize"
+    else:
+        files.dense.append(DenseModule(place, activation))
+
+
 def _splade_pooling(files: SentenceFiles, place: Path, index: int) -> None:
     path = place / "config.json"
     settings = read_json(path, dict) if path.is_file() else {}
@@ -150,6 +189,7 @@ _MODULES: Mapping[str, Callable[[SentenceFiles, Path, int], None]] = {
     "MLMTransformer": _transformer,
     "SpladePooling": _splade_pooling,
     "Pooling": _pooling,
+    "Dense": _dense,
     "Normalize": _normalize,
     "Dropout": _dropout,
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts, Sparse
 from deploy.folder.errors import FolderError
-from deploy.folder.sentence import SentenceFiles, read_json, read_sentence_files
+from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files
 
 __all__ = ["MODEL_TYPES", "Source", "read_source"]
 
@@ -66,6 +66,7 @@ class Source:
         task: One of the bundle's tasks.
         task_source: What decided the task.
         pooling: None unless the task needs it.
+        dense: Linear stages between pooling and norm, unless the task has no pooling.
         sparse: How sparse vectors are made; None unless the task needs it.
         prompts: None unless the task makes embeddings and the model has some.
         max_tokens: Longest input, or None: what the tokenizer says, within `max_positions`.
@@ -87,6 +88,7 @@ class Source:
     task: str
     task_source: str
     pooling: Pooling | None
+    dense: tuple[DenseModule, ...]
     sparse: Sparse | None
     prompts: Prompts | None
     max_tokens: int | None
@@ -164,6 +166,7 @@ def read_source(
         task=task,
         task_source=task_source,
         pooling=chosen,
+        dense=tuple(sentence.dense) if embeds else (),
         sparse=(sentence.sparse or Sparse()) if TASKS[task].needs.sparse else None,
         prompts=prompts,
         max_tokens=longest,

@@ -69,6 +69,11 @@ class _Pooling(Protocol):
     def normalize(self) -> bool: ...
 
 
+class _Dense(Protocol):
+    @property
+    def activation(self) -> str: ...
+
+
 class _Sparse(Protocol):
     @property
     def total(self) -> bool: ...
@@ -126,6 +131,10 @@ class Described(Protocol):
         """How embeddings are made."""
 
     @property
+    def dense(self) -> Sequence[_Dense]:
+        """Linear stages between pooling and norm."""
+
+    @property
     def sparse(self) -> _Sparse | None:
         """How sparse vectors are made."""
 
@@ -158,12 +167,12 @@ class States(Protocol):
         """Token ids of each text."""
 
     def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
-        """One vector per text, f32 [texts, dimensions].
+        """One vector per text, f32 [texts, dimensions], behind the model's linear stages.
 
         Args:
             mode: One of the bundle's pooling modes.
             normalize: Divide each vector by its L2 norm, after `dimensions`.
-            dimensions: Leading dimensions to keep; None: all, `hidden_size`.
+            dimensions: Leading dimensions to keep; None: all.
         """
 
     def text_logits(self) -> Rows:

@@ -47,7 +47,13 @@ def write(folder: Path, **files: Any) -> Path:
 
 
 def modules(*types: str) -> list[dict[str, Any]]:
-    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense", "Dropout": "2"}
+    paths = {
+        "Transformer": "",
+        "Pooling": "1_Pooling",
+        "Normalize": "2_Normalize",
+        "Dense": "2_Dense",
+        "Dropout": "2",
+    } | {"LSTM": "3"}
     return [
         {"idx": index, "name": str(index), "path": paths[kind.rpartition(".")[2]], "type": kind}
         for index, kind in enumerate(types)
@@ -105,7 +111,7 @@ def test_pooling_of_models_without_the_files_is_stated(tmp_path: Path) -> None:
         ({"pooling": {"pooling_mode_first_and_last": True}}, "pooling first_and_last is not supported"),
         ({"pooling": {"pooling_mode": 3}}, "pooling 3 is not supported"),
         ({"pooling": {"pooling_mode": ["mean", "max"]}}, r"pooling mean \+ max is not supported"),
-        ({"pooling": {}, "modules": modules(*MODULES, "sentence_transformers.models.Dense")}, "module Dense changes"),
+        ({"pooling": {}, "modules": modules(*MODULES, "sentence_transformers.models.LSTM")}, "module LSTM changes"),
         ({"modules": modules(*MODULES)}, "1_Pooling/config.json: missing, though modules.json names it"),
         (
             {"pooling": {}, "prompts": {"model_type": "MultiVectorEncoder"}},

@@ -229,7 +229,7 @@ ROUTES = (
         {"inputs": "A server answers."},
         list[list[float] | float],
         limits=Limits.of_texts_or_ids,
-        values=lambda manifest, request: request.dimensions or manifest.hidden_size,
+        values=lambda manifest, request: request.dimensions or manifest.width,
         value_bytes=12,
     ),
     *_rows(

@@ -79,7 +79,7 @@ ROUTES = (
         example={"inputs": ["A server answers.", "A second text."]},
         answer=EmbedResponse,
         limits=Limits.of_texts,
-        values=lambda manifest, request: manifest.hidden_size,
+        values=lambda manifest, request: manifest.width,
         secured=True,
         tag="inference",
     ),
@@ -93,7 +93,7 @@ ROUTES = (
         example={"source": "A server answers.", "texts": ["It replies.", "A fish swims."]},
         answer=SimilarityResponse,
         limits=Limits.of_texts,
-        values=lambda manifest, request: manifest.hidden_size,
+        values=lambda manifest, request: manifest.width,
         value_bytes=12,  # The embedding, and its numbers where cosines are computed, one after the other.
         secured=True,
         tag="inference",

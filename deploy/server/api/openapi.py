@@ -110,7 +110,7 @@ def _widths(manifest: Manifest, settings: Settings) -> dict[str, Any]:
     """Widths that OpenAI's clients may ask for."""
     widths = widths_of(manifest, settings.any_dimensions)
     if isinstance(widths, range):
-        return {"type": "integer", "minimum": 1, "maximum": manifest.hidden_size}
+        return {"type": "integer", "minimum": 1, "maximum": manifest.width}
     return {"enum": list(widths)}
 
 
@@ -141,7 +141,7 @@ def _bounds(limits: Limits, manifest: Manifest, tokenizer: TextTokenizer, settin
         "texts": texts,
         "masked": {**text, "pattern": f"^{no_nul}{masked}{no_nul}$"},
         "texts or ids": {"anyOf": [some_text, lists[0], *([some_ids, lists[1]] if settings.accept_token_ids else [])]},
-        "dimensions": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": manifest.hidden_size}, {"type": "null"}]},
+        "dimensions": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": manifest.width}, {"type": "null"}]},
         "openai dimensions": {"anyOf": [_widths(manifest, settings), {"type": "null"}]},
         "predict": {"anyOf": [some_text, one_or_two, {"type": "array", "items": one_or_two, **texts}]},
         "texts or similarity": {

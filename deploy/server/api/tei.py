@@ -220,7 +220,7 @@ ROUTES = (
         answer=TeiEmbedResponse,
         answered="Per text its embedding.",
         limits=Limits.of_texts_or_ids,
-        values=lambda manifest, request: request.dimensions or manifest.hidden_size,
+        values=lambda manifest, request: request.dimensions or manifest.width,
     ),
     row(
         "/predict",
@@ -258,7 +258,7 @@ ROUTES = (
         answer=TeiSimilarityResponse,
         answered="The cosine of each of them.",
         limits=Limits.of_texts,
-        values=lambda manifest, request: manifest.hidden_size,
+        values=lambda manifest, request: manifest.width,
         value_bytes=12,
     ),
     row(

@@ -111,7 +111,7 @@ def widths_of(manifest: Manifest, any_width: bool) -> Sequence[int]:
         manifest: Of the bundle.
         any_width: The operator allows all.
     """
-    width = manifest.hidden_size
+    width = manifest.width
     try:
         config = json.loads((manifest.root / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -53,7 +53,7 @@ class Service(StructuredQuestions):
         self.manifest = manifest
         self.settings = settings
         self.model = settings.served_model_name or manifest.model.name
-        self.width = manifest.hidden_size
+        self.width = manifest.width
         self.dimensions = widths_of(manifest, settings.any_dimensions)
         self.draining = False
         self.served: Served | None = None
