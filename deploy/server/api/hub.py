@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from ...tasks.question_answering import AnswerOptions
 from ..limits.bounds import MAX_TOP_K
 from .route import JSON_HEADER, ApiError, Caller, Context, Handler, Limits, Response, Route, encode, server_timing
-from .schemas import BOUND, MaskedInputs
+from .schemas import BOUND, Inputs, MaskedInputs, bound
 from .tei import embed, predict, rerank, row, similarity
 from .tei_schemas import (
     Cut,
@@ -202,6 +203,84 @@ async def root_fill_mask(context: Context, request: RootFillMaskRequest, caller:
     return Response(encode(answers[0] if single else answers), (JSON_HEADER, server_timing(result)))
 
 
+class TokenClassifyParameters(Struct):
+    """How a pipeline answers."""
+
+    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = None
+    ignore_labels: list[str] | None = None
+
+
+class RootTokenClassifyRequest(Struct):
+    """Texts in which to find entities."""
+
+    inputs: Inputs
+    parameters: TokenClassifyParameters | None = None
+
+
+class AnswerParameters(Struct):
+    """How a pipeline answers."""
+
+    top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K)] | None = None
+    max_answer_len: Annotated[int, Meta(ge=1, le=512)] | None = None
+    max_seq_len: Annotated[int, Meta(ge=3)] | None = None
+    doc_stride: Annotated[int, Meta(ge=0)] | None = None
+    handle_impossible_answer: bool | None = None
+    align_to_words: bool | None = None
+
+
+class AskedQuestion(Struct):
+    """A question, and the text in which to look for an answer."""
+
+    question: Annotated[str, bound("text")]
+    context: Annotated[str, bound("text")]
+
+
+class RootAnswerRequest(Struct):
+    """A question about a text."""
+
+    inputs: AskedQuestion
+    parameters: AnswerParameters | None = None
+
+
+async def root_token_classify(context: Context, request: RootTokenClassifyRequest, caller: Caller) -> Response:
+    """Entities, as a pipeline: of a single text without a list around them."""
+    options = request.parameters or TokenClassifyParameters()
+    texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    strategy = options.aggregation_strategy or "simple"
+    result = await context.service.classify_tokens(texts, caller, context.limits, aggregation_strategy=strategy)
+    answers = result.values
+    if options.ignore_labels is not None:
+        ignored = set(options.ignore_labels)
+        answers = [
+            [item for item in found if item.get("entity", item.get("entity_group")) not in ignored] for found in answers
+        ]
+    headers = (JSON_HEADER, server_timing(result))
+    return Response(encode(answers[0] if isinstance(request.inputs, str) else answers), headers)
+
+
+async def root_answer(context: Context, request: RootAnswerRequest, caller: Caller) -> Response:
+    """The best answer, or a list of them where `top_k` asks for several."""
+    options = request.parameters or AnswerParameters()
+    top_k = options.top_k or 1
+    result = await context.service.answer(
+        [(request.inputs.question, request.inputs.context)],
+        caller,
+        context.limits,
+        AnswerOptions(
+            top_k,
+            options.max_answer_len or 15,
+            options.handle_impossible_answer is True,
+            options.align_to_words is not False,
+        ),
+        max_seq_len=options.max_seq_len,
+        doc_stride=options.doc_stride,
+    )
+    (found,) = result.values
+    if top_k == 1:
+        found = found[0] if found else {"score": 0.0, "start": 0, "end": 0, "answer": ""}
+    return Response(encode(found), (JSON_HEADER, server_timing(result)))
+
+
 def _rows(
     task: str, handler: Handler, request: type, example: dict[str, Any], answer: Any, **fields: Any
 ) -> tuple[Route, ...]:
@@ -251,5 +330,25 @@ ROUTES = (
         limits=Limits.of_masked_texts,
         values=lambda manifest, request: 4 * ((request.parameters and request.parameters.top_k) or 5),
         value_bytes=128,
+    ),
+    *_rows(
+        "token-classification",
+        root_token_classify,
+        RootTokenClassifyRequest,
+        {"inputs": "Ada Lovelace lived in London."},
+        list[msgspec.Raw],
+        limits=Limits.of_texts,
+        values=lambda manifest, request: 5,
+        value_bytes=64,
+    ),
+    *_rows(
+        "question-answering",
+        root_answer,
+        RootAnswerRequest,
+        {"inputs": {"question": "Where did she live?", "context": "Ada Lovelace lived in London."}},
+        msgspec.Raw,
+        limits=Limits.of_texts,
+        values=lambda manifest, request: 4 * ((request.parameters and request.parameters.top_k) or 1),
+        value_bytes=96,
     ),
 )

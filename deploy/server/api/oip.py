@@ -221,14 +221,17 @@ async def server_metadata(context: Context, request: None, caller: Caller) -> Re
 async def model_metadata(context: Context, request: None, caller: Caller) -> Response:
     """GET /v2/models/{model}."""
     manifest = context.service.manifest
-    _, outputs, width, _ = _TASKS[manifest.task]
     inputs = ["text", "text_pair"] if manifest.task == "text-classification" else ["text"]
+    outputs: list[dict[str, Any]] = []
+    if manifest.task in _TASKS:
+        _, names, width, _ = _TASKS[manifest.task]
+        outputs = [{"name": name, "datatype": kind, "shape": [-1, width(manifest)]} for name, kind in names]
     body = {
         "name": context.service.model,
         "versions": [_VERSION],
         "platform": "torch_ext",
         "inputs": [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in inputs],
-        "outputs": [{"name": name, "datatype": kind, "shape": [-1, width(manifest)]} for name, kind in outputs],
+        "outputs": outputs,
     }
     return Response(encode(body))
 
