@@ -230,7 +230,7 @@ def direct(bundle: str, variant: str, threads: int, texts: Sequence[str], second
     Returns:
         `batch N`: us of CPU per text, pooling included, tokenisation not; `tokenize`: us per text; `mean_tokens`.
     """
-    from deploy.server.cli import settle_threads
+    from deploy.server.process import settle_threads
 
     settle_threads(threads)
     import numpy as np

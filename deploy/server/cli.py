@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,17 +20,15 @@ from ..bundle import TASKS, BundleError, check_config, load_manifest
 from ..options import positive as _positive
 from .limits.bounds import Settings
 from .model import describe
-from .process import Process, UsageError
+from .process import PORT_VARIABLE, Process, UsageError, port_of, settle_threads, start_logging
 from .variants import add_options
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
 
-__all__ = ["main", "missing", "parse", "port_of", "serve", "settle_threads", "start_logging"]
+__all__ = ["main", "missing", "parse", "serve"]
 
 API_KEY_VARIABLE = "DEPLOY_API_KEY"
-PORT_VARIABLE = "PORT"
-"""The health check of the server's image reads it, too."""
 WORKERS_VARIABLE = "WORKERS"
 
 
@@ -255,41 +253,6 @@ def missing(error: ModuleNotFoundError) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the options; see the parser's help."""
     return _parser().parse_args(argv)
-
-
-def start_logging() -> None:
-    """Sends the server's log to standard error."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-
-
-def settle_threads(threads: int) -> None:
-    """Sets what OpenMP and BLAS read once, unless the user has.
-
-    An idle OpenMP thread sleeps at once instead of looking for work. Looking costs CPU time, and takes the core from
-    the event loop and from other processes: on 2 cores that were busy otherwise, a text cost 2.9 ms of CPU with
-    sleeping threads, 3.3 ms with GOMP_SPINCOUNT=1000, 4.0 ms with 20000 and 12 ms with the default of 300000.
-
-    Args:
-        threads: Threads of the engine.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Of numpy, where there is one: it only pools.
-    if "GOMP_SPINCOUNT" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def port_of(option: int | None, environment: Mapping[str, str]) -> int:
-    """The port to listen on: `--port`, else the environment's, else the default.
-
-    Raises:
-        UsageError: It is not one.
-    """
-    source, given = "--port", str(option)
-    if option is None:
-        source, given = PORT_VARIABLE, environment.get(PORT_VARIABLE) or str(Settings().port)
-    if not (given.isascii() and given.isdecimal() and len(given) <= 5 and int(given) <= 65535):
-        raise UsageError(f"{source}: expected 0 to 65535, got {given}")
-    return int(given)
 
 
 def serve(arguments: argparse.Namespace, process: Process) -> int:

@@ -485,7 +485,7 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_its_engine(tmp_path: Pa
     ],
 )
 def test_port(option: int | None, variable: str | None, expected: int) -> None:
-    from deploy.server.cli import port_of
+    from deploy.server.process import port_of
 
     assert port_of(option, {} if variable is None else {"PORT": variable}) == expected
 
@@ -494,8 +494,7 @@ def test_port(option: int | None, variable: str | None, expected: int) -> None:
     ("option", "variable", "named"), [(None, "x", "PORT"), (None, "70000", "PORT"), (-1, None, "--port")]
 )
 def test_wrong_port(option: int | None, variable: str | None, named: str) -> None:
-    from deploy.server.cli import port_of
-    from deploy.server.process import UsageError
+    from deploy.server.process import UsageError, port_of
 
     with pytest.raises(UsageError, match=named):
         port_of(option, {} if variable is None else {"PORT": variable})
@@ -503,7 +502,7 @@ def test_wrong_port(option: int | None, variable: str | None, named: str) -> Non
 
 def test_the_server_listens_where_the_health_check_asks() -> None:
     """Both read PORT in the same way."""
-    from deploy.server.cli import port_of
+    from deploy.server.process import port_of
 
     script = ROOT / "dockerfiles" / "healthcheck.py"
     with socket.create_server(("127.0.0.1", 0)) as free:

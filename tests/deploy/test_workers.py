@@ -278,7 +278,7 @@ class Workers:
 
     def embed(self, text: str) -> list[float]:
         with Client(self.port) as client:
-            reply = client("POST", "/embed", {"inputs": text})
+            reply = client("POST", "/api/embed", {"inputs": text})
         assert reply.status == 200, reply.body
         row: list[float] = reply.json["embeddings"][0]
         return row
@@ -356,7 +356,7 @@ class Load:
                         return
                     text = self.texts[turn % len(self.texts)]
                     try:
-                        reply = client("POST", "/embed", {"inputs": text})
+                        reply = client("POST", "/api/embed", {"inputs": text})
                     except Exception as problem:
                         with self._lock:
                             self.broken.append(repr(problem))
@@ -455,7 +455,7 @@ def test_connections_are_dealt_out_evenly_and_metrics_are_those_of_all(tiny: Pat
     with workers(tiny, workers=2) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(server.port)) for _ in range(4)]
         for client in clients:
-            assert client("POST", "/embed", {"inputs": "a"}).status == 200
+            assert client("POST", "/api/embed", {"inputs": "a"}).status == 200
 
         def sockets(pid: int) -> int:
             links = (os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
@@ -464,7 +464,7 @@ def test_connections_are_dealt_out_evenly_and_metrics_are_those_of_all(tiny: Pat
         counts = [sockets(pid) for pid in server.pids]
         assert counts[0] == counts[1]
         # Each of the two workers counted two, and knows of the other's; then one dies, and they are not forgotten.
-        sample = 'serve_requests_total{endpoint="/embed",status="200"}'
+        sample = 'serve_requests_total{endpoint="/api/embed",status="200"}'
         wait_until(lambda: all(metric(client, sample) == 4 for client in clients[:2]), 20)
         assert metric(clients[0], "serve_workers") == 2
         os.kill(server.pids[0], signal.SIGKILL)
@@ -550,7 +550,7 @@ def test_connections_wait_while_workers_have_no_descriptors(tiny: Path) -> None:
         # Each worker takes 32.
         clients = [stack.enter_context(Client(server.port)) for _ in range(90)]
         for client in clients:
-            client.send("POST", "/embed", {"inputs": "a"})
+            client.send("POST", "/api/embed", {"inputs": "a"})
         for client in clients:
             assert client.read().status == 200
             client.connection.close()  # Makes room for one that waits.

@@ -16,9 +16,9 @@ import sys
 from typing import Any
 
 from ...bundle import BundleError, check_config, load_manifest
-from ..cli import missing, parse, settle_threads, start_logging
+from ..cli import missing, parse
 from ..model import describe
-from ..process import UsageError
+from ..process import UsageError, settle_threads, start_logging
 from ..variants import Selection
 from .channel import Channel
 from .job import digest
