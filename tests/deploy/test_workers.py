@@ -558,6 +558,29 @@ def test_connections_wait_while_workers_have_no_descriptors(tiny: Path) -> None:
         assert server.stop() == (0, "")
 
 
+# A supervisor that looks often.
+STRICT = """
+import sys
+from deploy.server.workers import supervisor, watch
+supervisor.LOOK_S = 0.3
+watch.LOOKS = 4
+from deploy.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_worker_that_hangs_is_replaced(tiny: Path) -> None:
+    with workers(tiny, program=STRICT) as server:
+        first = server.pids[0]
+        os.kill(first, signal.SIGSTOP)
+        wait_until(lambda: first not in server.pids, 20)
+        for _ in range(4):
+            server.embed("a")
+        code, err = server.stop()
+    assert code == 0
+    assert f"worker {first} hangs, and is killed" in err
+
+
 def test_workers_end_with_their_supervisor(tiny: Path) -> None:
     with workers(tiny) as server:
         pids = server.pids

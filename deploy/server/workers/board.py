@@ -1,4 +1,4 @@
-"""Memory that all workers share: how many connections each has, and its metrics as of its last second.
+"""Memory that all workers share: how many connections each has, that it lives, and its metrics of its last second.
 
 A slot has one writer. Texts are written alternately to two places, each with a checksum and a number, so that a reader,
 or whoever looks after the writer was killed, finds the last one that is complete. What the workers that have ended had
@@ -23,7 +23,7 @@ SUPERVISOR = 0
 """The supervisor's slot; its first number is odd while it moves what an ended worker had counted."""
 
 _HEAD_BYTES = 64
-_RECEIVED, _OPEN = 0, 1
+_RECEIVED, _OPEN, _BEATS = 0, 1, 2
 _PLACE_BYTES = (SLOT_BYTES - _HEAD_BYTES) // 2
 _PLACE = struct.Struct("<QII")  # The text's number, length and checksum.
 _WAIT_S = 0.1
@@ -63,6 +63,14 @@ class Board:
         """Writes both numbers."""
         self._set(slot, _OPEN, open_)
         self._set(slot, _RECEIVED, received)
+
+    def beat(self, slot: int) -> None:
+        """Shows that a worker's event loop runs."""
+        self._set(slot, _BEATS, self._number(slot, _BEATS) + 1)
+
+    def beats(self, slot: int) -> int:
+        """How often it has shown that."""
+        return self._number(slot, _BEATS)
 
     def publish(self, slot: int, text: bytes) -> None:
         """Writes metrics; a text that does not fit is dropped."""

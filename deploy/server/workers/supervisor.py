@@ -28,6 +28,7 @@ from .exposition import counted, write_rows
 from .front import Front
 from .generation import Generation
 from .job import CHANGED
+from .watch import LOOK_S, Watch
 
 __all__ = ["Supervisor"]
 
@@ -86,6 +87,7 @@ class Supervisor:
         self._slots = list(range(2 * len(shares.shares), 0, -1))
         self._front = Front(listener, self._board)
         self._front.workers = self._open_workers
+        self._watch = Watch(self._board)
         self._events = Events(self._take_signal)
         self._children: list[Child] = []
         self._preparing: Child | None = None
@@ -104,6 +106,7 @@ class Supervisor:
     def run(self) -> int:
         """Serves until a signal; the exit code: 0, or 1 if a request was not answered, or 2 if the bundle is broken."""
         self._events.catch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+        self._events.after(LOOK_S, self._look)
         self._prepare()
         while not self._stopping or self._children:
             self._events.wait()
@@ -255,6 +258,12 @@ class Supervisor:
         if child in self._children:
             log.error("worker %d has not ended within its drain timeout, and is killed", child.pid)
             child.kill()
+
+    def _look(self) -> None:
+        for child in self._watch.look(self._open_workers()):
+            log.error("worker %d hangs, and is killed", child.pid)
+            child.kill()
+        self._events.after(LOOK_S, self._look)
 
     # Ends.
 

@@ -111,6 +111,7 @@ class _WorkerServer(Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Every 0.1 s."""
+        self.board.beat(self.slot)
         self._count()
         self._publish(PUBLISH_S)
         return await super().on_tick(counter)
