@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch_ext.encoder.huggingface.table import HEAD_CLASSES
 from torch_ext.runtime import Encoder
 from torch_ext.runtime import States as HiddenStates
 
@@ -128,7 +129,7 @@ class TorchExtEngine(Engine):
 
 
 def _open_folder(path: Path, dtype: Any, threads: int, task: Task, shared: bool) -> Encoder:
-    head = task.name if task.needs.head else None
+    head = HEAD_CLASSES[task.architecture] if task.needs.head else None
     try:
         return Encoder.from_pretrained(path, dtype, head, threads=threads, shared=shared)
     except (ValueError, FileNotFoundError) as error:

@@ -40,9 +40,11 @@ def describe_folder(model: str, task: str | None) -> Manifest:
             f"{source.folder / source.weights}: a pickle, which can run code, and is not opened; save the model again "
             "with model.save_pretrained(folder, safe_serialization=True), or python -m deploy export it"
         )
-    if source.dense or TASKS[source.task].needs.sparse:
-        what = "linear stages behind the pooling" if source.dense else "sparse vectors"
-        raise FolderError(f"{source.folder}: {what} are not served from a folder; python -m deploy export it first")
+    if source.dense:
+        raise FolderError(
+            f"{source.folder}: linear stages behind the pooling (Dense) are not served from a folder; python -m deploy "
+            "export it"
+        )
     tokenizer = read_tokenizer(source)
     if TASKS[source.task].needs.mask_token and tokenizer.special["mask"] is None:
         raise FolderError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")
@@ -61,6 +63,7 @@ def describe_folder(model: str, task: str | None) -> Manifest:
         truncation_side=tokenizer.truncation_side,
         token_types=tokenizer.token_types,
         pooling=source.pooling,
+        sparse=source.sparse,
         prompts=source.prompts,
         special_tokens=tokenizer.special,
         vocab_size=vocabulary if isinstance(vocabulary, int) else None,

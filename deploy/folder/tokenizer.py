@@ -24,8 +24,8 @@ __all__ = ["FolderTokenizer", "read_tokenizer"]
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
 
-_BRACKETS = {"pad": "[PAD]", "mask": "[MASK]", "cls": "[CLS]", "sep": "[SEP]"}
-_ANGLES = {"pad": "<pad>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"}
+_BRACKETS = {"pad": "[PAD]", "mask": "[MASK]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
+_ANGLES = {"pad": "<pad>", "mask": "<mask>", "cls": "<s>", "sep": "</s>", "unk": "<unk>"}
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,15 @@ _BERT_NORMALIZER: Mapping[str, tuple[str, Any]] = {
     "strip_accents": ("strip_accents", None),
     "handle_chinese_chars": ("tokenize_chinese_chars", True),
 }
+_MPNET_NORMALIZER = {name: _BERT_NORMALIZER[name] for name in ("lowercase", "strip_accents")}
 _ANY = _Kind({}, True, {})
 _KINDS: Mapping[str, _Kind] = {
     "Bert": _Kind(_BRACKETS, True, _BERT_NORMALIZER),
     "Electra": _Kind(_BRACKETS, True, _BERT_NORMALIZER),
     "DistilBert": _Kind(_BRACKETS, False, _BERT_NORMALIZER),
-    "MPNet": _Kind(_ANGLES, False, {name: _BERT_NORMALIZER[name] for name in ("lowercase", "strip_accents")}),
+    "MPNet": _Kind(
+        {**_ANGLES, "unk": "[UNK]"}, False, {name: _BERT_NORMALIZER[name] for name in ("lowercase", "strip_accents")}
+    ),
     "Roberta": _Kind(_ANGLES, False, {}, space=True),
     "XLMRoberta": _Kind(_ANGLES, False, {}),
     "Camembert": _Kind(_ANGLES, False, {}),
@@ -84,7 +87,7 @@ class FolderTokenizer:
         max_tokens: Longest input.
         truncation_side: From which side longer texts are cut.
         token_types: Whether the model is given the token types of pairs.
-        special: `pad`, `mask`, `cls`, `sep`; None for one that there is not.
+        special: `pad`, `mask`, `cls`, `sep`, `unk`; None for one that there is not.
     """
 
     text: str
@@ -201,7 +204,7 @@ def _special_tokens(
 ) -> dict[str, SpecialToken | None]:
     older = _optional(source, _SPECIAL_FILE)
     special: dict[str, SpecialToken | None] = {}
-    for name in ("pad", "mask", "cls", "sep"):
+    for name in ("pad", "mask", "cls", "sep", "unk"):
         key = f"{name}_token"
         given = settings.get(key) if key in settings else older.get(key, kind.special.get(name))
         token = given.get("content") if isinstance(given, dict) else given

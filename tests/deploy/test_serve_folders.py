@@ -23,6 +23,7 @@ from deploy.folder.describe import describe_folder
 from deploy.folder.errors import FolderError
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants import Selection
+from tests.deploy.conftest import SUFFIXES
 from tests.deploy.test_folders import change, save_as_transformers_5
 from tests.deploy.test_server_bundles import fails, serving
 from tests.ops.test_folders import NOMIC_CONFIGS, nomic_weights
@@ -64,7 +65,7 @@ def answers(manifest: Manifest, variant: Variant, exact: bool = False) -> list[A
 NOT_COMPARED = {"root", "model", "created_with", "files", "variants", "verification", "machine", "tokenizer_json"}
 
 
-@pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "fill-mask"])
+@pytest.mark.parametrize("task", SUFFIXES)
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_answers_are_those_of_a_bundle(model_type: str, task: str, tiny_model: ModelMaker, tmp_path: Path) -> None:
     folder = tiny_model(model_type, task)
