@@ -21,6 +21,7 @@ from ..options import positive as _positive
 from .limits.bounds import Settings
 from .model import describe
 from .process import PORT_VARIABLE, Process, UsageError, port_of, settle_threads, start_logging
+from .tei_options import add_tei_options, fit_manifest, settle_tei_options
 from .variants import add_options
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "model",
+        nargs="?",
         metavar="MODEL",
         help="folder written by python -m deploy export; or a model's folder of Hugging Face or sentence-transformers, "
         "or an id on the hub, which is served as it is, in bf16, or in fp32 with --variant torch_ext-fp32",
@@ -212,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cut embeddings to any width that OpenAI's clients ask for, whatever the model was trained for",
     )
     parser.add_argument("--access-log", action="store_true", help="print a line per request (costs CPU)")
+    add_tei_options(parser)
     return parser
 
 
@@ -225,6 +228,8 @@ def main(argv: Sequence[str]) -> int:
         The exit code, see the parser's epilog.
     """
     arguments = parse(argv)
+    if arguments.idle:
+        print(f"python -m deploy serve: no effect here: {', '.join(arguments.idle)}", file=sys.stderr)
     # Nearly all that a start makes stays: a tenth of its imports' time would be spent on looking for what does not.
     gc.disable()
     try:
@@ -232,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
             from .workers import supervise
 
             gc.enable()
-            start_logging()
+            start_logging(arguments.json_output)
             return supervise(arguments, argv, port_of(arguments.port, os.environ))
         return serve(arguments, Process())
     except (UsageError, BundleError) as error:
@@ -252,7 +257,8 @@ def missing(error: ModuleNotFoundError) -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the options; see the parser's help."""
-    return _parser().parse_args(argv)
+    parser = _parser()
+    return settle_tei_options(parser, argv, parser.parse_args(argv), os.environ)
 
 
 def serve(arguments: argparse.Namespace, process: Process) -> int:
@@ -272,10 +278,11 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
     # Names and sizes now, hashes when it is known which variants may be loaded.
     manifest, exported = describe(arguments.model, arguments.task)
     process.check(manifest)
+    manifest = fit_manifest(manifest, arguments)
     port = port_of(arguments.port, os.environ)
     threads = process.threads(arguments.threads)
     settle_threads(threads)
-    start_logging()
+    start_logging(arguments.json_output)
     selection = process.selection(manifest, arguments, threads)
     # The hashes of large files take as long as the imports, and need another core for it; so does the engine, if it is
     # known.
@@ -304,7 +311,7 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
 
     try:
         if checked is not None:
-            manifest = checked.result()
+            manifest = fit_manifest(checked.result(), arguments)
             check_config(manifest)
         tokenizer = TextTokenizer.from_manifest(manifest)
     except ValueError as error:
@@ -336,6 +343,11 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
         any_dimensions=arguments.any_dimensions,
         cors_allow_origin=tuple(arguments.cors_allow_origin),
         root_path=arguments.root_path,
+        auto_truncate=arguments.auto_truncate,
+        served_model_name=arguments.served_model_name,
+        max_concurrent_requests=arguments.max_concurrent_requests,
+        max_batch_requests=arguments.max_batch_requests,
+        tokenization_workers=arguments.tokenization_workers,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     if settings.access_log:
@@ -362,6 +374,7 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
         max_queue_s=1e-3 * settings.max_queue_ms,
         max_batch_s=1e-3 * settings.max_batch_ms,
     )
+    batcher.max_batch_texts = settings.max_batch_requests or batcher.max_batch_texts
     batcher.cancel_load = selection.cancel
     app = App(manifest, tokenizer, batcher, settings)
     batcher.on_batch = app.count_batch

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .limits.bounds import Settings
 from .sockets import listen, url_of
+from .tei_options import log_as_json
 from .variants import Choice, Selection
 
 if TYPE_CHECKING:
@@ -53,9 +54,11 @@ def open_listener(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def start_logging() -> None:
-    """Sends the server's log to standard error."""
+def start_logging(as_json: bool = False) -> None:
+    """Sends the server's log to standard error, as lines of text or of JSON."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if as_json:
+        log_as_json()
 
 
 def settle_threads(threads: int) -> None:

@@ -130,7 +130,7 @@ def test_rows_are_one_for_each_method_and_path_and_name_errors_that_exist() -> N
 
 def test_no_path_is_named_outside_of_the_rows() -> None:
     """Nor is a row's answer made anywhere else."""
-    paths = [row.path for row in ROUTES if row.task is not None]
+    paths = [row.path for row in ROUTES if row.task is not None and row.path != "/"]
     for file in SERVER.glob("*.py"):
         text = file.read_text(encoding="utf-8")
         for path in paths:

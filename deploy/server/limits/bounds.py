@@ -89,6 +89,7 @@ class Settings:
         auto_truncate: Cut texts that are too long where a request does not say.
         served_model_name: Name of the model in answers; None: that of the bundle.
         max_concurrent_requests: Most requests that wait or run; None: as the tokens allow.
+        tokenization_workers: Threads that tokenise long requests; None: see `helper_threads`.
         max_batch_requests: Most texts of a batch; None: as the tokens allow.
         cors_allow_origin: Origins whose pages may ask, `*` for all.
         root_path: What all paths begin with.
@@ -122,6 +123,7 @@ class Settings:
     served_model_name: str | None = None
     max_concurrent_requests: int | None = None
     max_batch_requests: int | None = None
+    tokenization_workers: int | None = None
     cors_allow_origin: tuple[str, ...] = ()
     root_path: str = ""
     workers: int = 1
@@ -129,7 +131,7 @@ class Settings:
     @property
     def helper_threads(self) -> int:
         """Threads that tokenise long requests and read large bodies: for each 8 of the engine one, and at least 2."""
-        return max(2, self.threads // 8)
+        return self.tokenization_workers or max(2, self.threads // 8)
 
 
 @dataclass(frozen=True)

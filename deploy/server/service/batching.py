@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -65,6 +66,7 @@ class Batcher:
     Methods are called on the event loop, except `_main` and what it calls.
 
     Attributes:
+        max_batch_texts: Most texts of a batch.
         admission: The requests that wait or run, and who may join them.
         running: Whether the engine is loaded and takes work.
         failure: Why the engine could not be loaded, or why its thread ended; None while all is well.
@@ -93,6 +95,7 @@ class Batcher:
             max_queue_s: How long a request may wait; see `admission`.
             max_batch_s: How long a batch may take, by the speed of those before; a single text may take longer.
         """
+        self.max_batch_texts = sys.maxsize
         self.admission = Admission(max_batch_tokens, max_queue_tokens, max_queue_s, max_batch_s)
         self.running = False
         self.failure: BaseException | None = None
@@ -324,7 +327,7 @@ class Batcher:
                 line.popleft()
                 continue
             cost = work.costs[work.next]
-            if items and spent + cost > budget:
+            if items and (spent + cost > budget or len(items) >= self.max_batch_texts):
                 break
             items.append((work, work.next))
             spent += cost

@@ -19,6 +19,7 @@ from ...bundle import BundleError, check_config, load_manifest
 from ..cli import missing, parse
 from ..model import describe
 from ..process import UsageError, settle_threads, start_logging
+from ..tei_options import fit_manifest
 from ..variants import Selection
 from .channel import Channel
 from .job import digest
@@ -46,6 +47,7 @@ def _prepare(argv: list[str], threads: int) -> tuple[dict[str, Any], int | None]
 
     arguments = parse(argv)
     manifest, exported = describe(arguments.model, arguments.task)
+    fit_manifest(manifest, arguments)  # Refuses another pooling, and takes the variant of --dtype.
     known = digest(manifest)
     selection = Selection(manifest, arguments.variant, threads, arguments.cache_dir)
     if exported:
