@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle import TASKS, BundleError, check_config, load_manifest
 from ..options import positive as _positive
+from ..options import url_prefix
 from .limits.bounds import Settings
 from .model import describe
 from .process import PORT_VARIABLE, Process, UsageError, port_of, settle_threads, start_logging
@@ -38,12 +39,6 @@ def _seconds(text: str) -> float:
     if not 0 <= value < 1e6:
         raise argparse.ArgumentTypeError(f"expected seconds from 0, got {text}")
     return value
-
-
-def _prefix(text: str) -> str:
-    if text and not text.startswith("/"):
-        raise argparse.ArgumentTypeError(f"expected a path such as /nlp, got {text}")
-    return text.rstrip("/")
 
 
 def _workers(text: str) -> int | str:
@@ -204,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ORIGIN",
         help="origin whose pages may ask, * for all; may be given several times (default: none)",
     )
-    parser.add_argument("--root-path", type=_prefix, default="", metavar="/PREFIX", help="what all paths begin with")
+    parser.add_argument("--root-path", type=url_prefix, default="", metavar="/PREFIX", help="what all paths begin with")
     parser.add_argument(
         "--accept-token-ids", action="store_true", help="take token ids of the model's tokenizer in place of texts"
     )

@@ -70,7 +70,7 @@ def test_the_server_knows_its_options(compose: dict[str, Any]) -> None:
     from deploy.server.variants.choice import AUTO
 
     arguments = _parser().parse_args([default(word) for word in compose["services"]["server"]["command"]])
-    assert str(arguments.bundle) == "/bundle"
+    assert str(arguments.model) == "/bundle"
     assert arguments.variant == AUTO
     assert Settings().port == 8000
     assert compose["services"]["server"]["ports"][0].endswith(":8000")
