@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -20,6 +21,7 @@ from test_tei import serving
 
 from deploy.bundle import ModelInfo
 from deploy.server.limits.bounds import Settings
+from deploy.tasks.sparse_embedding import SparseVector
 
 NAME = "some/model"
 
@@ -201,3 +203,31 @@ def test_a_prefix_of_all_paths_and_the_name_of_the_model(tmp_path: Path) -> None
             assert server("POST", path, {"inputs": "w1"}).status == 404
         assert server("GET", "/nlp/v2/models/fake").status == 200
         assert server("GET", "/nlp/openapi.json").json["servers"] == [{"url": "/nlp"}]
+
+
+@pytest.mark.parametrize("task", ["token-classification", "question-answering", "sparse-embedding"])
+def test_answers_that_are_no_tensors_are_json(task: str, tmp_path: Path) -> None:
+    answers: dict[str, Any] = {
+        "token-classification": lambda ids: [[(token % 2, 0.5)] for token in ids],
+        "question-answering": lambda pair: [memoryview(np.float32([token, token])) for token in pair.ids],
+        "sparse-embedding": lambda ids: SparseVector([2, 7], [0.5, 1.5]),
+    }
+    with running(make_manifest(tmp_path, task)) as server:
+        server.engine.run = lambda ids, options: list(map(answers[task], ids))  # type: ignore[method-assign]
+        metadata = server("GET", "/v2/models/fake").json
+        assert metadata["outputs"] == [{"name": "answers", "datatype": "BYTES", "shape": [-1, 1]}]
+        inputs = [{"name": "text", "shape": [2], "datatype": "BYTES", "data": ["w1 w2", "w3"]}]
+        if task == "question-answering":
+            assert server("POST", "/v2/models/fake/infer", {"inputs": inputs}).status == 400
+            inputs.append({"name": "text_pair", "shape": [2], "datatype": "BYTES", "data": ["w4 w9", "w5"]})
+        reply = server("POST", "/v2/models/fake/infer", {"inputs": inputs})
+        assert reply.status == 200, reply.body
+        (output,) = reply.json["outputs"]
+        assert (output["name"], output["shape"]) == ("answers", [2, 1])
+        first, second = map(json.loads, output["data"])
+        if task == "token-classification":
+            assert [item["word"] for item in (*first, *second)] == ["w1", "w2", "w3"]
+        elif task == "question-answering":
+            assert [first[0]["answer"], second[0]["answer"]] == ["w9", "w5"]
+        else:
+            assert first == second == [{"index": 2, "value": 0.5}, {"index": 7, "value": 1.5}]

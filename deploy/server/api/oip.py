@@ -11,6 +11,8 @@ from typing import Any
 from msgspec import Struct
 
 from ...bundle import Manifest
+from ...tasks.question_answering import AnswerOptions
+from ...tasks.token_classification import STRATEGIES
 from ..service import Result
 from .oip_tensors import (
     HEADER_LENGTH,
@@ -148,13 +150,53 @@ async def _fill(
     return result, [Tensor("scores", "FP32", shape, scores), Tensor("tokens", "BYTES", shape, words)]
 
 
+def _written(result: Result) -> tuple[Result, list[Tensor]]:
+    """Answers that are no tensors, as JSON."""
+    rows = [[encode(answer).decode()] for answer in result.values]
+    return result, [Tensor("answers", "BYTES", (len(rows), 1), rows)]
+
+
+async def _classify_tokens(
+    context: Context, texts: list[str], pairs: list[str] | None, options: _Options, caller: Caller
+) -> tuple[Result, list[Tensor]]:
+    strategy = options.get("aggregation_strategy", str, "simple")
+    if pairs is not None or strategy not in STRATEGIES:
+        raise ApiError(
+            "invalid_request",
+            f"expected texts without text_pair, and parameters.aggregation_strategy of {', '.join(STRATEGIES)}",
+        )
+    return _written(await context.service.classify_tokens(texts, caller, context.limits, aggregation_strategy=strategy))
+
+
+async def _answer(
+    context: Context, texts: list[str], pairs: list[str] | None, options: _Options, caller: Caller
+) -> tuple[Result, list[Tensor]]:
+    top_k = options.get("top_k", int, 1)
+    if pairs is None or len(pairs) != len(texts) or not 1 <= top_k <= 100:
+        raise ApiError(
+            "invalid_request",
+            "expected questions as text, as many contexts as text_pair, and parameters.top_k from 1 to 100",
+        )
+    questions = list(zip(texts, pairs, strict=True))
+    return _written(await context.service.answer(questions, caller, context.limits, AnswerOptions(top_k)))
+
+
+async def _embed_sparse(
+    context: Context, texts: list[str], pairs: list[str] | None, options: _Options, caller: Caller
+) -> tuple[Result, list[Tensor]]:
+    if pairs is not None:
+        raise ApiError("invalid_request", "text_pair: expected none, this model embeds texts")
+    prompt = options.get("prompt_name", str)
+    return _written(await context.service.embed_sparse(texts, caller, context.limits, prompt_name=prompt))
+
+
 _Run = Callable[..., Any]
 _TASKS: dict[str, tuple[_Run, tuple[tuple[str, str], ...], Callable[[Manifest], int], Callable[[Manifest], int]]] = {
     "feature-extraction": (
         _embed,
         (("embedding", "FP32"),),
-        lambda manifest: manifest.hidden_size,
-        lambda manifest: manifest.hidden_size,
+        lambda manifest: manifest.width,
+        lambda manifest: manifest.width,
     ),
     "text-classification": (
         _classify,
@@ -163,6 +205,9 @@ _TASKS: dict[str, tuple[_Run, tuple[tuple[str, str], ...], Callable[[Manifest], 
         lambda manifest: 2 * len(manifest.labels or ()),
     ),
     "fill-mask": (_fill, (("scores", "FP32"), ("tokens", "BYTES")), lambda manifest: -1, lambda manifest: 300),
+    "token-classification": (_classify_tokens, (("answers", "BYTES"),), lambda manifest: 1, lambda manifest: 5),
+    "question-answering": (_answer, (("answers", "BYTES"),), lambda manifest: 1, lambda manifest: 400),
+    "sparse-embedding": (_embed_sparse, (("answers", "BYTES"),), lambda manifest: 1, lambda manifest: 2048),
 }
 """By task: what runs it, its outputs, how wide they are, and how many numbers an answer to one input has."""
 
@@ -221,7 +266,8 @@ async def server_metadata(context: Context, request: None, caller: Caller) -> Re
 async def model_metadata(context: Context, request: None, caller: Caller) -> Response:
     """GET /v2/models/{model}."""
     manifest = context.service.manifest
-    inputs = ["text", "text_pair"] if manifest.task == "text-classification" else ["text"]
+    paired = manifest.task in ("text-classification", "question-answering")
+    inputs = ["text", "text_pair"] if paired else ["text"]
     outputs: list[dict[str, Any]] = []
     if manifest.task in _TASKS:
         _, names, width, _ = _TASKS[manifest.task]

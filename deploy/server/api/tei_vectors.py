@@ -60,7 +60,7 @@ async def embed_all(context: Context, request: TeiVectorsRequest, caller: Caller
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     result = await service.embed_all(texts, caller, context.limits, **_options(context, request))
     headers = measured(result, sum(map(len, texts)), started_s)
-    return Response(encode_rows(result.values, service.width * max(map(len, result.values))), headers)
+    return Response(encode_rows(result.values, service.manifest.hidden_size * max(map(len, result.values))), headers)
 
 
 ROUTES = (
