@@ -190,9 +190,17 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def with_dense(folder: Path) -> None:
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    change(folder / "1_Pooling" / "config.json", pooling_mode="mean")
+
+
 WRONG: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
     "no weights": (without("model.safetensors"), None, "no weights"),
     "a pickle": (pickled, None, "pytorch_model.bin: a pickle, which can run code, and is not opened"),
+    "linear stages": (with_dense, None, r"linear stages behind the pooling \(Dense\) are not served from a folder"),
     "no fast tokenizer": (without("tokenizer.json"), None, "no tokenizer.json, only files of a slow tokenizer"),
     "tokenizer is no JSON": (
         lambda folder: (folder / "tokenizer.json").write_text("{"),
