@@ -344,6 +344,15 @@ def test_every_task_has_its_first_route(tmp_path: Path) -> None:
         assert "FillMask" in json.dumps(content)
 
 
+def test_what_a_bundle_is_for_is_told_and_asked_at_the_first_path(tmp_path: Path) -> None:
+    paths = {"sparse-embedding": "embed_sparse", "fill-mask": "fill-mask"}
+    for task in paths:
+        with running(make_manifest(tmp_path, task)) as server:
+            kind = {"embedding": {"pooling": "splade"}} if task == "sparse-embedding" else {task: {}}
+            assert server("GET", "/info").json["model_type"] == kind
+            assert server("POST", "/", {"inputs": []}).status == 400
+
+
 def test_info(embedder: LiveServer, classifier: LiveServer, reranker: LiveServer) -> None:
     for server, kind in ((embedder, "embedding"), (classifier, "classifier"), (reranker, "reranker")):
         info = server("GET", "/info").json

@@ -29,6 +29,7 @@ from .tei_schemas import (
     TeiPredictRequest,
     TeiSimilarityRequest,
 )
+from .tei_vectors import TeiSparseResponse, TeiVectorsRequest, embed_sparse
 
 __all__ = ["ROUTES"]
 
@@ -310,6 +311,16 @@ ROUTES = (
         limits=Limits.of_texts_or_ids,
         values=lambda manifest, request: request.dimensions or manifest.width,
         value_bytes=12,
+    ),
+    *_rows(
+        "sparse-embedding",
+        embed_sparse,
+        TeiVectorsRequest,
+        {"inputs": "A server answers."},
+        TeiSparseResponse,
+        limits=Limits.of_texts,
+        values=lambda manifest, request: 2048,
+        value_bytes=8,
     ),
     *_rows(
         "text-classification",

@@ -23,8 +23,10 @@ async def info(context: Context, request: None, caller: Caller) -> Response:
         raise ApiError("loading", "the model is being loaded")
     choice = served.choice
     labels = manifest.labels or ()
-    model_type: dict[str, Any] = {"fill-mask": {}}
-    if manifest.pooling is not None:
+    model_type: dict[str, Any] = {manifest.task: {}}
+    if manifest.task == "sparse-embedding":
+        model_type = {"embedding": {"pooling": "splade"}}
+    elif manifest.pooling is not None:
         model_type = {"embedding": {"pooling": manifest.pooling.mode}}
     elif labels:
         names = {str(index): label for index, label in enumerate(labels)}

@@ -12,7 +12,7 @@ from .schemas import Inputs
 from .tei import measured, row
 from .tei_schemas import Cut, Direction, Prompt, cut_left
 
-__all__ = ["ROUTES"]
+__all__ = ["ROUTES", "TeiSparseResponse", "TeiVectorsRequest", "embed_sparse"]
 
 
 class TeiVectorsRequest(Struct):
