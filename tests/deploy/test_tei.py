@@ -298,6 +298,8 @@ def test_predict(classifier: LiveServer) -> None:
     assert classifier("POST", "/", {"inputs": "w1", "parameters": {"top_k": 1}}).json == [one[:1]]
     scores = classifier("POST", "/", {"inputs": "w1", "parameters": {"function_to_apply": "softmax"}}).json[0]
     assert sum(item["score"] for item in scores) == pytest.approx(1.0)
+    # The tokenizer of this test puts no special tokens around pairs.
+    assert "at least one token" in bad(classifier("POST", "/predict", {"inputs": ["", ""]}), 422, "Validation")
     # A single label ranks; these are two.
     bad(classifier("POST", "/rerank", {"query": "w1", "texts": ["w2"]}), 424, "Backend")
     bad(classifier("POST", "/embed", {"inputs": "w1"}), 424, "Backend")

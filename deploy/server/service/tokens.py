@@ -205,7 +205,7 @@ class TextTokenizer:
             cut_left: Cut off the beginnings, or the ends; None: on the side that the model cuts.
 
         Raises:
-            ApiError: A pair is too long and `truncate` is false.
+            ApiError: A pair is too long and `truncate` is false, or has no tokens at all.
         """
         cut_left = self._cut_left if cut_left is None else cut_left
         tokenizer = self._pair_tokenizer(cut_left) if truncate else self._tokenizer
@@ -219,6 +219,8 @@ class TextTokenizer:
                     f"input {index}: expected at most {self.max_tokens} tokens in a pair, got {len(encoding.ids)}; "
                     "send shorter texts, or truncate: true",
                 )
+            if not encoding.ids:
+                raise ApiError("invalid_request", f"input {index}: expected a pair with at least one token, got none")
             types = encoding.type_ids if self.token_types else [0] * len(encoding.ids)
             result.append(PairIds(array("q", encoding.ids), array("q", types)))
         return result
