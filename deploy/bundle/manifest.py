@@ -268,7 +268,7 @@ def _read_files(listed: Reader) -> dict[str, FileEntry]:
 
 def _read_special_tokens(special: Reader, task: str) -> dict[str, SpecialToken | None]:
     tokens: dict[str, SpecialToken | None] = {}
-    for name in ("pad", "mask", "cls", "sep", "unk"):
+    for name in ("pad", "mask", "cls", "sep", *(("unk",) if "unk" in special.value else ())):
         reader = special.child(name, optional=True)
         tokens[name] = SpecialToken.read(reader) if reader.value else None
     if tokens["pad"] is None:

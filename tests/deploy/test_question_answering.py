@@ -140,7 +140,7 @@ def test_the_route(tmp_path: Path) -> None:
             ({"inputs": one, "top_k": 0}, 422),
             ({"inputs": {"question": "w1", "context": ""}}, 422),
             ({"inputs": one, "max_seq_len": 17}, 422),
-            ({"inputs": {"question": "w1", "context": "w" * 40_000}}, 413),
+            ({"inputs": {"question": "w1", "context": "w" * 40_000}}, 200),
         ):
             assert server("POST", "/api/answer", body).status == status, body
         windows = server("POST", "/api/answer", {"inputs": {"question": "w1", "context": "w2 " * 40}})
