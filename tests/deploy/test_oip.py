@@ -91,6 +91,7 @@ def test_json_and_binary_agree(server: LiveServer) -> None:
         binary(server, tensor, 2, parameters={"binary_data_output": True}),
         binary(server, tensor, 2, outputs=[{"name": "embedding", "parameters": {"binary_data": True}}]),
         binary(server, tensor, 2, outputs=[{"name": "embedding"}], parameters={"timeout": 5_000_000}),
+        binary(server, tensor, 2, parameters={"timeout": 10**2000}),
     ):
         assert reply.status == 200, reply.body
         assert floats(reply) == expected
@@ -115,6 +116,7 @@ def test_what_is_no_tensor_is_refused(server: LiveServer) -> None:
             {"inputs": [text(["w1"])], "outputs": [{"name": "nope"}]},
             {"inputs": [text(["w1"])], "parameters": {"normalize": "yes"}},
             {"inputs": [text(["w1"], parameters={"binary_data_size": 1 << 60})]},
+            {"inputs": [text(["w1"], shape=[10**2000] * 8)]},
         )
     ]
     replies += [
@@ -224,6 +226,12 @@ def test_answers_that_are_no_tensors_are_json(task: str, tmp_path: Path) -> None
         assert reply.status == 200, reply.body
         (output,) = reply.json["outputs"]
         assert (output["name"], output["shape"]) == ("answers", [2, 1])
+        document = server("GET", "/openapi.json").json["paths"]["/v2/models/fake/infer"]["post"]
+        example = document["requestBody"]["content"]["application/json"]["example"]
+        assert server("POST", "/v2/models/fake/infer", example).status == 200
+        long = [{**tensor, "data": ["w1 " * 40] * 2} for tensor in inputs[:1]] + inputs[1:]
+        whole = server("POST", "/v2/models/fake/infer", {"inputs": long, "parameters": {"truncate": False}})
+        assert whole.status == 400, whole.body
         first, second = map(json.loads, output["data"])
         if task == "token-classification":
             assert [item["word"] for item in (*first, *second)] == ["w1", "w2", "w3"]
