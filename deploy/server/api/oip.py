@@ -94,8 +94,7 @@ class _Options:
 
     def truncate(self, context: Context) -> bool:
         """Whether to cut texts that are longer than the model takes."""
-        value: bool = self.get("truncate", bool, context.service.settings.auto_truncate)
-        return value
+        return context.truncate(self.get("truncate", bool))
 
 
 async def _embed(

@@ -36,9 +36,8 @@ TeiEmbedAllResponse = list[list[list[float]]]
 
 
 def _options(context: Context, request: TeiVectorsRequest) -> dict[str, Any]:
-    auto = context.service.settings.auto_truncate
     return {
-        "truncate": auto if request.truncate is None else request.truncate,
+        "truncate": context.truncate(request.truncate),
         "cut_left": cut_left(request.truncation_direction),
         "prompt_name": request.prompt_name,
     }
