@@ -385,6 +385,23 @@ def test_auto_truncate_can_be_switched_off(tmp_path: Path) -> None:
         assert server("POST", "/api/embed", {**long, "truncate": True}).status == 200
 
 
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("fill-mask", {"fill-mask": {}}),
+        ("question-answering", {"question-answering": {}}),
+        ("sparse-embedding", {"embedding": {"pooling": "splade"}}),
+        (
+            "token-classification",
+            {"token-classification": {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}},
+        ),
+    ],
+)
+def test_info_names_the_kind_of_model(tmp_path: Path, task: str, expected: dict[str, Any]) -> None:
+    with running(make_manifest(tmp_path, task)) as server:
+        assert server("GET", "/info").json["model_type"] == expected
+
+
 LONG = "w1 " * 40
 
 

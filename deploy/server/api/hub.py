@@ -30,6 +30,7 @@ from .tei_schemas import (
     TeiSimilarityRequest,
     cut_left,
 )
+from .tei_vectors import TeiSparseResponse, TeiVectorsRequest, embed_sparse, sparse_values
 
 __all__ = ["ROUTES"]
 
@@ -342,6 +343,16 @@ ROUTES = (
         limits=Limits.of_masked_texts,
         values=lambda manifest, request: 4 * ((request.parameters and request.parameters.top_k) or 5),
         value_bytes=128,
+    ),
+    *_rows(
+        "sparse-embedding",
+        embed_sparse,
+        TeiVectorsRequest,
+        {"inputs": "A server answers."},
+        TeiSparseResponse,
+        limits=Limits.of_texts,
+        values=sparse_values,
+        value_bytes=8,
     ),
     *_rows(
         "token-classification",

@@ -189,7 +189,7 @@ class InfoResponse(Struct):
         model_dtype: `bfloat16`, `float32` or `int8`.
         served_model_name: Name in answers.
         model_type: `{"embedding": {"pooling": ...}}`, `{"classifier": {"id2label", "label2id"}}`, `{"reranker": ...}`
-            with the same where there is one label, or `{"fill-mask": {}}`.
+            or `{"token-classification": ...}` with the same, or the name of another task: `{"fill-mask": {}}`.
         max_concurrent_requests: Most requests that may wait or run; without such an option, as many as tokens, which
             `limits.max_queue_tokens` counts.
         max_input_length: Longest text in tokens.
