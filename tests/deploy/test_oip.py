@@ -204,6 +204,10 @@ def test_a_prefix_of_all_paths_and_the_name_of_the_model(tmp_path: Path) -> None
             assert server("POST", f"/nlp{path}", {"inputs": "w1"}).status == 200
             assert server("POST", path, {"inputs": "w1"}).status == 404
         assert server("GET", "/nlp/v2/models/fake").status == 200
+        assert list(server("GET", "/nlp/v2/models/nope").json) == ["error"]
+        reply = server("POST", "/nlp/v1/nope", {})
+        assert (reply.status, reply.kind, reply.json["error"]["param"]) == (404, "not_found", None)
+        assert "GET /nlp/docs" in reply.json["error"]["message"]
         assert server("GET", "/nlp/openapi.json").json["servers"] == [{"url": "/nlp"}]
 
 
