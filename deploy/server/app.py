@@ -102,6 +102,7 @@ class App:
             lambda variant, memory_mb: orjson.dumps(document(routes, manifest, variant, settings, tokenizer, memory_mb))
         )
         key = None if settings.api_key is None else settings.api_key.encode()
+        self._root_path = settings.root_path
         self._routes: dict[str, dict[str, _Endpoint]] = {}
         for route in routes:
             context = Context(
@@ -158,7 +159,8 @@ class App:
         try:
             methods = self._routes.get(path)
             if methods is None:
-                raise ApiError("not_found", f"no such path: {path[:200]}; GET /docs lists what there is")
+                docs = f"{self._root_path}/docs"
+                raise ApiError("not_found", f"no such path: {path[:200]}; GET {docs} lists what there is")
             label = path
             method: str = scope["method"]
             endpoint = methods.get("GET" if method == "HEAD" else method)
@@ -263,6 +265,7 @@ class App:
         rows = self._routes.get(path)
         if rows:
             return (rows.get(method) or next(iter(rows.values()))).route.dialect
+        path = path.removeprefix(self._root_path)
         return next((dialect for dialect in self._dialects if path.startswith(dialect.prefix)), NATIVE)
 
 

@@ -140,11 +140,7 @@ def settle_tei_options(
         The same, with what was given and has no effect in `idle`.
     """
     idle: list[str] = []
-    given = {
-        action.dest
-        for action in parser._actions
-        if any(word.partition("=")[0] in action.option_strings for word in argv)
-    }
+    given = _given(parser, argv)
     if arguments.model is not None:
         given.add("model")
     if arguments.api_key:  # From an option, or a variable of ours.
@@ -172,6 +168,17 @@ def settle_tei_options(
         idle.append(f"--dtype {arguments.dtype}")
     arguments.idle = idle
     return arguments
+
+
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+    """Where the options are kept that were given, abbreviated ones, too; `argv` has no errors."""
+    kept = {option: action.dest for action in parser._actions for option in action.option_strings}
+    words = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
+    found = (
+        [word] if word in kept else [option for option in kept if option.startswith(word)]  # There is one.
+        for word in words
+    )
+    return {kept[option] for options in found for option in options}
 
 
 def fit_manifest(manifest: Manifest, arguments: argparse.Namespace) -> Manifest:

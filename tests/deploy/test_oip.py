@@ -91,6 +91,7 @@ def test_json_and_binary_agree(server: LiveServer) -> None:
         binary(server, tensor, 2, parameters={"binary_data_output": True}),
         binary(server, tensor, 2, outputs=[{"name": "embedding", "parameters": {"binary_data": True}}]),
         binary(server, tensor, 2, outputs=[{"name": "embedding"}], parameters={"timeout": 5_000_000}),
+        binary(server, tensor, 2, parameters={"timeout": 10**2000}),
     ):
         assert reply.status == 200, reply.body
         assert floats(reply) == expected
@@ -115,6 +116,7 @@ def test_what_is_no_tensor_is_refused(server: LiveServer) -> None:
             {"inputs": [text(["w1"])], "outputs": [{"name": "nope"}]},
             {"inputs": [text(["w1"])], "parameters": {"normalize": "yes"}},
             {"inputs": [text(["w1"], parameters={"binary_data_size": 1 << 60})]},
+            {"inputs": [text(["w1"], shape=[10**2000] * 8)]},
         )
     ]
     replies += [
@@ -202,6 +204,10 @@ def test_a_prefix_of_all_paths_and_the_name_of_the_model(tmp_path: Path) -> None
             assert server("POST", f"/nlp{path}", {"inputs": "w1"}).status == 200
             assert server("POST", path, {"inputs": "w1"}).status == 404
         assert server("GET", "/nlp/v2/models/fake").status == 200
+        assert list(server("GET", "/nlp/v2/models/nope").json) == ["error"]
+        reply = server("POST", "/nlp/v1/nope", {})
+        assert (reply.status, reply.kind, reply.json["error"]["param"]) == (404, "not_found", None)
+        assert "GET /nlp/docs" in reply.json["error"]["message"]
         assert server("GET", "/nlp/openapi.json").json["servers"] == [{"url": "/nlp"}]
 
 
@@ -224,6 +230,12 @@ def test_answers_that_are_no_tensors_are_json(task: str, tmp_path: Path) -> None
         assert reply.status == 200, reply.body
         (output,) = reply.json["outputs"]
         assert (output["name"], output["shape"]) == ("answers", [2, 1])
+        document = server("GET", "/openapi.json").json["paths"]["/v2/models/fake/infer"]["post"]
+        example = document["requestBody"]["content"]["application/json"]["example"]
+        assert server("POST", "/v2/models/fake/infer", example).status == 200
+        long = [{**tensor, "data": ["w1 " * 40] * 2} for tensor in inputs[:1]] + inputs[1:]
+        whole = server("POST", "/v2/models/fake/infer", {"inputs": long, "parameters": {"truncate": False}})
+        assert whole.status == 400, whole.body
         first, second = map(json.loads, output["data"])
         if task == "token-classification":
             assert [item["word"] for item in (*first, *second)] == ["w1", "w2", "w3"]

@@ -140,6 +140,8 @@ def test_the_route(tmp_path: Path) -> None:
         assert reply.json == [[{"index": index, "value": 0.5} for index in row] for row in rows]
         assert reply.headers["x-compute-tokens"] == "7"
         assert server("POST", "/embed_sparse", {"inputs": "w0"}).json[0][0]["index"] == 2
+        for path in ("/", "/invocations"):
+            assert server("POST", path, {"inputs": ["w0 w1", "w2"]}).body == reply.body
         for body, kind in (
             ({"inputs": []}, "Empty"),
             ({"inputs": "w0 " * 40, "truncate": False}, "Validation"),

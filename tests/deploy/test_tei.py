@@ -393,3 +393,54 @@ def test_auto_truncate_can_be_switched_off(tmp_path: Path) -> None:
         bad(server("POST", "/embed", long), 422, "Validation")
         good(server, "/embed", {**long, "truncate": True})
         assert server("GET", "/info").json["auto_truncate"] is False
+        assert server("POST", "/api/embed", {**long, "truncate": True}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("fill-mask", {"fill-mask": {}}),
+        ("question-answering", {"question-answering": {}}),
+        ("sparse-embedding", {"embedding": {"pooling": "splade"}}),
+        (
+            "token-classification",
+            {"token-classification": {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}},
+        ),
+    ],
+)
+def test_info_names_the_kind_of_model(tmp_path: Path, task: str, expected: dict[str, Any]) -> None:
+    with running(make_manifest(tmp_path, task)) as server:
+        assert server("GET", "/info").json["model_type"] == expected
+
+
+LONG = "w1 " * 40
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "body"),
+    [
+        ("feature-extraction", "/", {"inputs": LONG}),
+        ("feature-extraction", "/embed_all", {"inputs": LONG}),
+        ("feature-extraction", "/similarity", {"inputs": {"source_sentence": "w1", "sentences": [LONG]}}),
+        ("feature-extraction", "/api/embed", {"inputs": LONG}),
+        ("feature-extraction", "/api/similarity", {"source": "w1", "texts": [LONG]}),
+        ("feature-extraction", "/v1/embeddings", {"input": LONG}),
+        ("text-classification", "/predict", {"inputs": LONG}),
+        ("text-classification", "/", {"inputs": LONG, "parameters": {"top_k": 1}}),
+        ("text-classification", "/api/classify", {"inputs": LONG}),
+        ("text-classification", "/v1/rerank", {"query": "w1", "documents": [LONG]}),
+        ("fill-mask", "/", {"inputs": f"[MASK] {LONG}"}),
+        ("fill-mask", "/api/fill-mask", {"inputs": f"[MASK] {LONG}"}),
+        ("token-classification", "/", {"inputs": LONG}),
+        ("token-classification", "/api/token-classify", {"inputs": LONG}),
+        ("sparse-embedding", "/embed_sparse", {"inputs": LONG}),
+    ],
+)
+def test_every_route_follows_auto_truncate(tmp_path: Path, task: str, path: str, body: dict[str, Any]) -> None:
+    manifest = make_manifest(tmp_path, task)
+    if "documents" in body:
+        manifest = dataclasses.replace(manifest, labels=("yes",))
+    with running(manifest, Settings(port=0, auto_truncate=False)) as server:
+        reply = server("POST", path, body)
+        assert reply.status in (400, 422), reply.body
+        assert b"truncate: true" in reply.body

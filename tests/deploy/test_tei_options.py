@@ -81,6 +81,7 @@ def test_ours_go_before_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     default = Settings().max_batch_tokens
     found = given(monkeypatch, "a", f"--max-batch-tokens={default}", MAX_BATCH_TOKENS="7")
     assert found.max_batch_tokens == default
+    assert given(monkeypatch, "a", "--max-batch-tok", "9", MAX_BATCH_TOKENS="7").max_batch_tokens == 9  # Abbreviated.
     assert given(monkeypatch, "a", API_KEY="theirs", DEPLOY_API_KEY="ours").api_key == "ours"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from deploy.bundle import Manifest, load_manifest
 from deploy.export.cli import main
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
+from deploy.server.service.located import LocatingTokenizer
 from deploy.tasks.comparison import TokenLabels
 from deploy.tasks.token_classification import STRATEGIES, spans
 
@@ -146,3 +148,19 @@ def test_entities_that_differ_lower_the_figure() -> None:
     assert np.isnan(per_text[1])
     assert details["entity_f1"] == pytest.approx(0.5)
     assert details["logit_error"] == float("inf")
+
+
+def test_many_empty_texts_do_not_hold_the_event_loop_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+
+    class Watched(LocatingTokenizer):
+        def encode(self, *arguments: Any) -> list[Any]:
+            threads.add(threading.current_thread().name.partition("_")[0])
+            return super().encode(*arguments)
+
+    monkeypatch.setattr("deploy.server.service.structured.LocatingTokenizer", Watched)
+    with running(make_manifest(tmp_path, "token-classification")) as server:
+        server.engine.run = lambda ids, options: [[(0, 0.5)] * len(text) for text in ids]  # type: ignore[method-assign]
+        reply = server("POST", "/api/token-classify", {"inputs": [""] * 1025})
+        assert reply.json["predictions"] == [[]] * 1025
+    assert threads == {"helper"}

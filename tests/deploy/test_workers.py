@@ -388,7 +388,7 @@ def copy(bundle: Path, folder: Path) -> Path:
 
 
 def test_a_killed_worker_takes_only_its_requests_and_is_replaced(tiny: Path) -> None:
-    with workers(tiny) as server:
+    with workers(tiny, "--max-concurrent-requests", 999) as server:
         assert re.search(r" variant=torch_ext-bf16 workers=2 threads=1 isa=\S+ \(by --variant\)$", server.line.strip())
         first = server.pids
         assert len(first) == 2
@@ -396,6 +396,7 @@ def test_a_killed_worker_takes_only_its_requests_and_is_replaced(tiny: Path) -> 
             info = client("GET", "/info").json
             assert client("GET", "/ready").status == 200
         assert (info["workers"], info["threads"], info["limits"]["max_queue_tokens"]) == (2, 1, 131_072)
+        assert info["max_concurrent_requests"] == 500
         with Load(server) as load:
             load.go_on()
             assert not load.broken

@@ -28,8 +28,9 @@ from .tei_schemas import (
     TeiEmbedRequest,
     TeiPredictRequest,
     TeiSimilarityRequest,
+    cut_left,
 )
-from .tei_vectors import TeiSparseResponse, TeiVectorsRequest, embed_sparse
+from .tei_vectors import TeiSparseResponse, TeiVectorsRequest, embed_sparse, sparse_values
 
 __all__ = ["ROUTES"]
 
@@ -157,7 +158,14 @@ async def root_classify(context: Context, request: RootClassifyRequest, caller: 
     else:
         raise ApiError("invalid_request", "inputs: expected a text or a list of texts beside `parameters`")
     chosen = options.function_to_apply
-    result = await context.service.classify(inputs, caller, context.limits, raw_scores=chosen is not None)
+    result = await context.service.classify(
+        inputs,
+        caller,
+        context.limits,
+        raw_scores=chosen is not None,
+        truncate=context.truncate(request.truncate),
+        cut_left=cut_left(request.truncation_direction),
+    )
     answers = result.values
     if chosen is not None:
         apply = _FUNCTIONS[chosen]
@@ -180,7 +188,9 @@ async def root_fill_mask(context: Context, request: RootFillMaskRequest, caller:
         raise ApiError("invalid_request", "parameters.targets: expected none, this server ranks the whole vocabulary")
     single = isinstance(request.inputs, str)
     texts: list[str] = [request.inputs] if isinstance(request.inputs, str) else request.inputs
-    result = await context.service.fill(texts, caller, context.limits, top_k=options.top_k or 5)
+    result = await context.service.fill(
+        texts, caller, context.limits, top_k=options.top_k or 5, truncate=context.truncate()
+    )
     mask = context.service.manifest.special_tokens["mask"]
     assert mask is not None  # The manifest was checked.
     answers = []
@@ -248,7 +258,9 @@ async def root_token_classify(context: Context, request: RootTokenClassifyReques
     options = request.parameters or TokenClassifyParameters()
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     strategy = options.aggregation_strategy or "simple"
-    result = await context.service.classify_tokens(texts, caller, context.limits, aggregation_strategy=strategy)
+    result = await context.service.classify_tokens(
+        texts, caller, context.limits, aggregation_strategy=strategy, truncate=context.truncate()
+    )
     answers = result.values
     if options.ignore_labels is not None:
         ignored = set(options.ignore_labels)
@@ -313,16 +325,6 @@ ROUTES = (
         value_bytes=12,
     ),
     *_rows(
-        "sparse-embedding",
-        embed_sparse,
-        TeiVectorsRequest,
-        {"inputs": "A server answers."},
-        TeiSparseResponse,
-        limits=Limits.of_texts,
-        values=lambda manifest, request: 2048,
-        value_bytes=8,
-    ),
-    *_rows(
         "text-classification",
         root_classify,
         RootClassifyRequest,
@@ -341,6 +343,16 @@ ROUTES = (
         limits=Limits.of_masked_texts,
         values=lambda manifest, request: 4 * ((request.parameters and request.parameters.top_k) or 5),
         value_bytes=128,
+    ),
+    *_rows(
+        "sparse-embedding",
+        embed_sparse,
+        TeiVectorsRequest,
+        {"inputs": "A server answers."},
+        TeiSparseResponse,
+        limits=Limits.of_texts,
+        values=sparse_values,
+        value_bytes=8,
     ),
     *_rows(
         "token-classification",

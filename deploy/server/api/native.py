@@ -32,7 +32,7 @@ async def embed(context: Context, request: EmbedRequest, caller: Caller) -> Resp
         caller,
         context.limits,
         normalize=request.normalize,
-        truncate=request.truncate,
+        truncate=context.truncate(request.truncate),
     )
     body = {"embeddings": result.values, "model": service.model, "usage": {"tokens": result.tokens}}
     return Response(encode_list(body, "embeddings", service.width), (JSON_HEADER, server_timing(result)))
@@ -42,7 +42,7 @@ async def similarity(context: Context, request: SimilarityRequest, caller: Calle
     """POST /api/similarity."""
     service = context.service
     result = await similarities(
-        service, request.source, request.texts, caller, context.limits, truncate=request.truncate
+        service, request.source, request.texts, caller, context.limits, truncate=context.truncate(request.truncate)
     )
     body = {"similarities": result.values, "model": service.model, "usage": {"tokens": result.tokens}}
     return Response(encode_list(body, "similarities", 1), (JSON_HEADER, server_timing(result)))
@@ -50,14 +50,16 @@ async def similarity(context: Context, request: SimilarityRequest, caller: Calle
 
 async def predict(context: Context, request: PredictRequest, caller: Caller) -> Response:
     """POST /api/classify."""
-    result = await context.service.classify(_texts(request.inputs), caller, context.limits, truncate=request.truncate)
+    result = await context.service.classify(
+        _texts(request.inputs), caller, context.limits, truncate=context.truncate(request.truncate)
+    )
     return _predictions(context, result, 2 * len(context.service.manifest.labels or ()))
 
 
 async def fill_mask(context: Context, request: FillMaskRequest, caller: Caller) -> Response:
     """POST /api/fill-mask."""
     result = await context.service.fill(
-        _texts(request.inputs), caller, context.limits, top_k=request.top_k, truncate=request.truncate
+        _texts(request.inputs), caller, context.limits, top_k=request.top_k, truncate=context.truncate(request.truncate)
     )
     most_masks = max(map(len, result.values))
     return _predictions(context, result, 3 * most_masks * request.top_k)

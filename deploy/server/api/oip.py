@@ -43,6 +43,8 @@ __all__ = ["OIP", "ROUTES"]
 
 _INLINE_VALUES = 16_384
 _VERSION = "1"
+_LONGEST_US = 10**15
+"""Who waits for longer waits for ever."""
 
 
 class InferRequest(Struct):
@@ -90,6 +92,10 @@ class _Options:
             raise ApiError("invalid_request", f"parameters.{name}: expected {kind.__name__}, got {str(value)[:40]}")
         return value
 
+    def truncate(self, context: Context) -> bool:
+        """Whether to cut texts that are longer than the model takes."""
+        return context.truncate(self.get("truncate", bool))
+
 
 async def _embed(
     context: Context, texts: list[str], pairs: list[str] | None, options: _Options, caller: Caller
@@ -101,7 +107,7 @@ async def _embed(
         caller,
         context.limits,
         normalize=options.get("normalize", bool),
-        truncate=options.get("truncate", bool, context.service.settings.auto_truncate),
+        truncate=options.truncate(context),
         prompt_name=options.get("prompt_name", str),
         dimensions=options.get("dimensions", int),
     )
@@ -122,7 +128,7 @@ async def _classify(
         caller,
         context.limits,
         raw_scores=options.get("raw_scores", bool, False),
-        truncate=options.get("truncate", bool, context.service.settings.auto_truncate),
+        truncate=options.truncate(context),
     )
     labels = list(context.service.manifest.labels or ())
     rows = []
@@ -139,7 +145,7 @@ async def _fill(
     top_k = options.get("top_k", int, 5)
     if pairs is not None or not 1 <= top_k <= 100:
         raise ApiError("invalid_request", "expected texts without text_pair, and parameters.top_k from 1 to 100")
-    result = await context.service.fill(texts, caller, context.limits, top_k=top_k)
+    result = await context.service.fill(texts, caller, context.limits, top_k=top_k, truncate=options.truncate(context))
     for index, masks in enumerate(result.values):
         if len(masks) != 1:
             raise ApiError("invalid_request", f"input {index}: expected 1 mask in each text, got {len(masks)}")
@@ -165,7 +171,11 @@ async def _classify_tokens(
             "invalid_request",
             f"expected texts without text_pair, and parameters.aggregation_strategy of {', '.join(STRATEGIES)}",
         )
-    return _written(await context.service.classify_tokens(texts, caller, context.limits, aggregation_strategy=strategy))
+    return _written(
+        await context.service.classify_tokens(
+            texts, caller, context.limits, aggregation_strategy=strategy, truncate=options.truncate(context)
+        )
+    )
 
 
 async def _answer(
@@ -186,8 +196,15 @@ async def _embed_sparse(
 ) -> tuple[Result, list[Tensor]]:
     if pairs is not None:
         raise ApiError("invalid_request", "text_pair: expected none, this model embeds texts")
-    prompt = options.get("prompt_name", str)
-    return _written(await context.service.embed_sparse(texts, caller, context.limits, prompt_name=prompt))
+    return _written(
+        await context.service.embed_sparse(
+            texts,
+            caller,
+            context.limits,
+            truncate=options.truncate(context),
+            prompt_name=options.get("prompt_name", str),
+        )
+    )
 
 
 _Run = Callable[..., Any]
@@ -222,7 +239,7 @@ async def infer(context: Context, request: Binary, caller: Caller) -> Response:
             raise ApiError("invalid_request", f"outputs: expected some of {', '.join(names)}, got {name[:40]!r}")
     options = _Options(body.parameters or {})
     if (timeout_us := options.get("timeout", int)) is not None and timeout_us > 0:
-        deadline_s = time.perf_counter() + 1e-6 * timeout_us
+        deadline_s = time.perf_counter() + 1e-6 * min(timeout_us, _LONGEST_US)
         caller.deadline_s = deadline_s if caller.deadline_s is None else min(deadline_s, caller.deadline_s)
     inputs = read_texts(body.inputs, request.tail, context.limits.inputs)
     if unknown := sorted(set(inputs) - {"text", "text_pair"}):
@@ -312,6 +329,15 @@ def _get(path: str, summary: str, handler: Any, **fields: Any) -> Route:
     )
 
 
+def _example(task: str) -> dict[str, Any]:
+    texts = {"text": "of {mask}"}
+    if task == "question-answering":
+        texts["text_pair"] = "A quota of CPU time."
+    return {
+        "inputs": [{"name": name, "shape": [1], "datatype": "BYTES", "data": [text]} for name, text in texts.items()]
+    }
+
+
 def _models(version: str) -> tuple[Route, ...]:
     path = f"/v2/models/{{model}}{version}"
     return (
@@ -326,7 +352,7 @@ def _models(version: str) -> tuple[Route, ...]:
                 dialect=OIP,
                 task=task,
                 request=InferRequest,
-                example={"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["of {mask}"]}]},
+                example=_example(task),
                 answer=InferResponse,
                 limits=Limits.of_masked_texts if task == "fill-mask" else Limits.of_texts,
                 values=lambda manifest, request: _TASKS[manifest.task][3](manifest),

@@ -23,7 +23,7 @@ class InferInput(Struct):
     """A tensor of a request."""
 
     name: str
-    shape: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=8)]
+    shape: Annotated[list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]], Meta(max_length=8)]
     datatype: str
     data: list[Any] | None = None
     parameters: Parameters | None = None

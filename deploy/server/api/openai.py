@@ -155,7 +155,7 @@ async def embeddings(context: Context, request: OpenAIEmbeddingsRequest, caller:
     if ids:
         result = await service.embed_ids(ids, caller, limits, dimensions=dimensions)
     else:
-        result = await service.embed(texts, caller, limits, dimensions=dimensions)
+        result = await service.embed(texts, caller, limits, truncate=context.truncate(), dimensions=dimensions)
     rows = result.values
     if request.encoding_format == "base64":
         rows = _base64(rows) if len(rows) <= _INLINE_ROWS else await service.aside(_base64, rows)

@@ -169,7 +169,8 @@ def _operation(
     """What the document says of a row; `of` has the schema of each type."""
     operation: dict[str, Any] = {"operationId": route.name, "tags": [route.tag], "summary": route.summary}
     if route.request is not None:
-        note = "" if route.task in (None, task) else f" Not with this bundle, which is for {task}: answers 400."
+        status = route.dialect.status("wrong_task")
+        note = "" if route.task in (None, task) else f" Not with this bundle, which is for {task}: answers {status}."
         operation["description"] = f"{route.request.__doc__}{note}"
         content = {"schema": of[route.request], "example": _fill(dict(route.example), fill)}
         operation["requestBody"] = {"required": True, "content": {JSON: content}}

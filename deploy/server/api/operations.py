@@ -24,13 +24,14 @@ async def info(context: Context, request: None, caller: Caller) -> Response:
     choice = served.choice
     labels = manifest.labels or ()
     model_type: dict[str, Any] = {manifest.task: {}}
-    if manifest.task == "sparse-embedding":
-        model_type = {"embedding": {"pooling": "splade"}}
-    elif manifest.pooling is not None:
+    if manifest.pooling is not None:
         model_type = {"embedding": {"pooling": manifest.pooling.mode}}
+    elif manifest.sparse is not None:
+        model_type = {"embedding": {"pooling": "splade"}}
     elif labels:
         names = {str(index): label for index, label in enumerate(labels)}
-        kind = "reranker" if len(labels) == 1 and manifest.task == "text-classification" else "classifier"
+        kind = "reranker" if len(labels) == 1 else "classifier"
+        kind = kind if manifest.task == "text-classification" else manifest.task
         model_type = {kind: {"id2label": names, "label2id": {v: int(k) for k, v in names.items()}}}
     dtype = manifest.variants[choice.variant].dtype
     accuracies = {name: manifest.variants[name].accuracy for name in choice.texts_per_s or (choice.variant,)}

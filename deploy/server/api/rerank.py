@@ -111,7 +111,9 @@ async def documents(context: Context, request: Any, caller: Caller) -> Response:
     service = context.service
     texts = [found if isinstance(found, str) else found.text for found in request.documents]
     try:
-        result = await service.rerank(request.query, texts, caller, context.limits, raw_scores=True)
+        result = await service.rerank(
+            request.query, texts, caller, context.limits, raw_scores=True, truncate=context.truncate()
+        )
     except ApiError as error:
         error.dialect = RERANK
         raise

@@ -88,6 +88,10 @@ class Context:
     metrics: Metrics
     document: Callable[[], bytes]
 
+    def truncate(self, wanted: bool | None = None) -> bool:
+        """Whether to cut texts that are longer than the model takes: what a request says, else `--auto-truncate`."""
+        return self.service.settings.auto_truncate if wanted is None else wanted
+
 
 def server_timing(result: Result) -> tuple[bytes, bytes]:
     """The Server-Timing header of an inference request."""

@@ -45,7 +45,11 @@ _INPUTS = Meta(
 Inputs = Annotated[_Text | Annotated[list[_Text], bound("texts")], _INPUTS]
 MaskedInputs = Annotated[_Masked | Annotated[list[_Masked], bound("texts")], _INPUTS]
 Truncate = Annotated[
-    bool, Meta(description="Cut texts that are longer than the model takes; false: such a text is an error (422).")
+    bool | None,
+    Meta(
+        description="Cut texts that are longer than the model takes; false: such a text is an error (422); null: what "
+        "`auto_truncate` of /info says."
+    ),
 ]
 
 
@@ -56,14 +60,14 @@ class EmbedRequest(Struct, forbid_unknown_fields=True):
     normalize: Annotated[
         bool | None, Meta(description="Divide embeddings by their L2 norm; null: as the model was trained.")
     ] = None
-    truncate: Truncate = True
+    truncate: Truncate = None
 
 
 class PredictRequest(Struct, forbid_unknown_fields=True):
     """Texts to classify."""
 
     inputs: Inputs
-    truncate: Truncate = True
+    truncate: Truncate = None
 
 
 class SimilarityRequest(Struct, forbid_unknown_fields=True):
@@ -71,7 +75,7 @@ class SimilarityRequest(Struct, forbid_unknown_fields=True):
 
     source: _Text
     texts: Annotated[list[_Text], bound("texts")]
-    truncate: Truncate = True
+    truncate: Truncate = None
 
 
 class FillMaskRequest(Struct, forbid_unknown_fields=True):
@@ -79,7 +83,7 @@ class FillMaskRequest(Struct, forbid_unknown_fields=True):
 
     inputs: MaskedInputs
     top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K, description="Predictions per mask token.")] = 5
-    truncate: Truncate = True
+    truncate: Truncate = None
 
 
 class Usage(Struct):
@@ -185,7 +189,7 @@ class InfoResponse(Struct):
         model_dtype: `bfloat16`, `float32` or `int8`.
         served_model_name: Name in answers.
         model_type: `{"embedding": {"pooling": ...}}`, `{"classifier": {"id2label", "label2id"}}`, `{"reranker": ...}`
-            with the same where there is one label, or the task.
+            or `{"token-classification": ...}` with the same, or the name of another task: `{"fill-mask": {}}`.
         max_concurrent_requests: Most requests that may wait or run; without such an option, as many as tokens, which
             `limits.max_queue_tokens` counts.
         max_input_length: Longest text in tokens.

@@ -31,7 +31,7 @@ class TokenClassifyRequest(Struct, forbid_unknown_fields=True):
             "token, of the mean of their probabilities, or of the surest one."
         ),
     ] = "simple"
-    truncate: Truncate = True
+    truncate: Truncate = None
 
 
 class Entity(Struct):
@@ -125,7 +125,7 @@ async def token_classify(context: Context, request: TokenClassifyRequest, caller
         caller,
         context.limits,
         aggregation_strategy=request.aggregation_strategy,
-        truncate=request.truncate,
+        truncate=context.truncate(request.truncate),
     )
     return _predictions(context, result, result.values)
 

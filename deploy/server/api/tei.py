@@ -87,10 +87,6 @@ def measured(result: Result, chars: int, started_s: float) -> tuple[tuple[bytes,
     )
 
 
-def _truncate(context: Context, wanted: bool | None) -> bool:
-    return context.service.settings.auto_truncate if wanted is None else wanted
-
-
 async def embed(context: Context, request: TeiEmbedRequest, caller: Caller) -> Response:
     """POST /embed."""
     started_s = time.perf_counter()
@@ -105,7 +101,7 @@ async def embed(context: Context, request: TeiEmbedRequest, caller: Caller) -> R
             caller,
             limits,
             normalize=normalize,
-            truncate=_truncate(context, request.truncate),
+            truncate=context.truncate(request.truncate),
             cut_left=cut_left(request.truncation_direction),
             prompt_name=request.prompt_name,
             dimensions=request.dimensions,
@@ -123,7 +119,7 @@ async def predict(context: Context, request: TeiPredictRequest, caller: Caller) 
         caller,
         context.limits,
         raw_scores=request.raw_scores,
-        truncate=_truncate(context, request.truncate),
+        truncate=context.truncate(request.truncate),
         cut_left=cut_left(request.truncation_direction),
     )
     chars = sum(len(item) if isinstance(item, str) else len(item[0]) + len(item[1]) for item in inputs)
@@ -147,7 +143,7 @@ async def rerank(context: Context, request: RerankRequest, caller: Caller) -> Re
         caller,
         context.limits,
         raw_scores=request.raw_scores,
-        truncate=_truncate(context, request.truncate),
+        truncate=context.truncate(request.truncate),
         cut_left=cut_left(request.truncation_direction),
     )
     scores: Sequence[float] = result.values
@@ -171,7 +167,7 @@ async def similarity(context: Context, request: TeiSimilarityRequest, caller: Ca
         texts,
         caller,
         context.limits,
-        truncate=_truncate(context, None if options is None else options.truncate),
+        truncate=context.truncate(None if options is None else options.truncate),
         cut_left=None if options is None else cut_left(options.truncation_direction),
         prompt_name=None if options is None else options.prompt_name,
     )

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
+from ...bundle import Manifest
 from .route import Caller, Context, Limits, Response, encode_rows
 from .schemas import Inputs
 from .tei import measured, row
 from .tei_schemas import Cut, Direction, Prompt, cut_left
 
-__all__ = ["ROUTES", "TeiSparseResponse", "TeiVectorsRequest", "embed_sparse"]
+__all__ = ["ROUTES", "TeiSparseResponse", "TeiVectorsRequest", "embed_sparse", "sparse_values"]
 
 
 class TeiVectorsRequest(Struct):
@@ -36,9 +37,8 @@ TeiEmbedAllResponse = list[list[list[float]]]
 
 
 def _options(context: Context, request: TeiVectorsRequest) -> dict[str, Any]:
-    auto = context.service.settings.auto_truncate
     return {
-        "truncate": auto if request.truncate is None else request.truncate,
+        "truncate": context.truncate(request.truncate),
         "cut_left": cut_left(request.truncation_direction),
         "prompt_name": request.prompt_name,
     }
@@ -63,6 +63,11 @@ async def embed_all(context: Context, request: TeiVectorsRequest, caller: Caller
     return Response(encode_rows(result.values, service.manifest.hidden_size * max(map(len, result.values))), headers)
 
 
+def sparse_values(manifest: Manifest, request: TeiVectorsRequest) -> int:
+    """Numbers in a sparse vector: hundreds of words for a text of a trained model."""
+    return 2048
+
+
 ROUTES = (
     row(
         "/embed_sparse",
@@ -74,7 +79,7 @@ ROUTES = (
         answer=TeiSparseResponse,
         answered="Per text the words with a weight above 0.",
         limits=Limits.of_texts,
-        values=lambda manifest, request: 2048,  # Hundreds of words for a text of a trained model.
+        values=sparse_values,
         value_bytes=8,
     ),
     row(

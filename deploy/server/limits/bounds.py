@@ -15,6 +15,7 @@ from dataclasses import dataclass
 __all__ = [
     "BOUNDS",
     "INLINE_CHARS",
+    "INLINE_INPUTS",
     "MASKS_PER_TEXT",
     "MAX_HEADERS",
     "MAX_HEADER_BYTES",
@@ -32,6 +33,9 @@ __all__ = [
 INLINE_CHARS = 4096
 """Requests with at most this many characters in all are tokenised on the event loop: about 1 ms of CPU at worst, while
 handing over to a thread and back costs about 50 us and holds nobody up less. Longer ones go to a helper thread."""
+
+INLINE_INPUTS = 1024
+"""Requests with more inputs, if only empty ones, go to a helper thread, too."""
 
 TOKENIZE_BACKLOG_CHARS = 16 << 20
 """Most characters of all requests that wait for a helper thread."""

@@ -14,7 +14,7 @@ from ...tasks import Ids
 from ...tasks.fill_mask import FillMaskOptions
 from ...tasks.text_classification import ClassifyOptions
 from ..errors import ApiError
-from ..limits.bounds import INLINE_CHARS, TOKENIZE_BACKLOG_CHARS, Limits, Settings, exceeded
+from ..limits.bounds import INLINE_CHARS, INLINE_INPUTS, TOKENIZE_BACKLOG_CHARS, Limits, Settings, exceeded
 from ..limits.budget import TEXT_BYTES, MemoryBudget
 from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
@@ -28,8 +28,6 @@ from .work import Work
 __all__ = ["Service"]
 
 Returned = TypeVar("Returned")
-
-_INLINE_INPUTS = 1024
 
 
 class Service(StructuredQuestions):
@@ -304,7 +302,7 @@ class Service(StructuredQuestions):
     def _ask(self, request: Request) -> Awaitable[Result]:
         """Checks, tokenises and runs what a client asks about: short requests here, long ones part by part."""
         started_s = time.perf_counter()
-        if len(request.inputs) > _INLINE_INPUTS:
+        if len(request.inputs) > INLINE_INPUTS:
             return self._ask_in_parts(request, None, started_s)
         sizes = self._sizes(request)
         if sum(sizes) > INLINE_CHARS:

@@ -17,7 +17,7 @@ from ...tasks.question_answering import AnswerOptions, best_answers
 from ...tasks.sparse_embedding import SparseEmbedding
 from ...tasks.token_classification import TokenOptions, entities
 from ..errors import ApiError
-from ..limits.bounds import INLINE_CHARS, Limits
+from ..limits.bounds import INLINE_CHARS, INLINE_INPUTS, Limits
 from ..limits.callers import Caller
 from .located import Asked, Located, LocatingTokenizer
 
@@ -238,8 +238,9 @@ class StructuredQuestions:
 
     async def _encode(self, question: _Question) -> list[Any]:
         """Checks and tokenises: a short question here, a long one in turns on helper threads."""
-        sizes = self._sizes(question)
-        if sum(sizes) > INLINE_CHARS:
+        many = len(question.inputs) > INLINE_INPUTS
+        sizes = await self.aside(self._sizes, question) if many else self._sizes(question)
+        if many or sum(sizes) > INLINE_CHARS:
             return await self._tokenize(question, sizes)
         return question.encode(question.inputs, question.truncate)
 

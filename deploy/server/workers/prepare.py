@@ -8,6 +8,7 @@ that what loading needs is given back when it ends.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import dataclasses
 import os
@@ -36,7 +37,7 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _prepare(argv: list[str], threads: int) -> tuple[dict[str, Any], int | None]:
+def _prepare(arguments: argparse.Namespace, threads: int) -> tuple[dict[str, Any], int | None]:
     """The message for the supervisor, and the descriptor of the weights if they can be shared.
 
     Raises:
@@ -45,7 +46,6 @@ def _prepare(argv: list[str], threads: int) -> tuple[dict[str, Any], int | None]
     from ...engines.open import load_engine
     from ..service import TextTokenizer
 
-    arguments = parse(argv)
     manifest, exported = describe(arguments.model, arguments.task)
     fit_manifest(manifest, arguments)  # Refuses another pooling, and takes the variant of --dtype.
     known = digest(manifest)
@@ -80,9 +80,10 @@ def main(fd: int) -> int:
     _end_with(message.values["parent"])
     threads = message.values["threads"]
     settle_threads(threads)
-    start_logging()
+    arguments = parse(message.values["argv"])
+    start_logging(arguments.json_output)
     try:
-        prepared, image = _prepare(message.values["argv"], threads)
+        prepared, image = _prepare(arguments, threads)
     except (BundleError, UsageError) as error:
         channel.send("failed", {"reason": str(error)})
         return 2
