@@ -21,8 +21,8 @@ from deploy.export.cli import main
 from deploy.server.errors import ApiError
 from deploy.server.limits.bounds import Limits
 from deploy.server.limits.callers import Caller
+from deploy.tasks.answers import AnswerOptions, best_spans
 from deploy.tasks.comparison import AnswerSpans
-from deploy.tasks.question_answering import AnswerOptions, best_spans
 
 QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet"]
 QUESTIONS = [

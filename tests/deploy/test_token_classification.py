@@ -20,7 +20,7 @@ from deploy.export.cli import main
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
 from deploy.tasks.comparison import TokenLabels
-from deploy.tasks.token_classification import STRATEGIES, spans
+from deploy.tasks.entities import STRATEGIES, spans
 
 QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet", "--variants", "torch_ext-fp32,torch_ext-bf16"]
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from ...tasks.question_answering import AnswerOptions
+from ...tasks.answers import AnswerOptions
 from ..limits.bounds import MAX_TOP_K
 from .route import JSON_HEADER, ApiError, Caller, Context, Handler, Limits, Response, Route, encode, server_timing
 from .schemas import BOUND, Inputs, MaskedInputs, bound

@@ -11,8 +11,8 @@ from typing import Any
 from msgspec import Struct
 
 from ...bundle import Manifest
-from ...tasks.question_answering import AnswerOptions
-from ...tasks.token_classification import STRATEGIES
+from ...tasks.answers import AnswerOptions
+from ...tasks.entities import STRATEGIES
 from ..service import Result
 from .oip_tensors import (
     HEADER_LENGTH,

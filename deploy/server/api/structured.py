@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ...tasks.question_answering import AnswerOptions
+from ...tasks.answers import AnswerOptions
 from ..limits.bounds import MAX_TOP_K
 from .route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, encode_list, server_timing
 from .schemas import BOUND, Inputs, Truncate, Usage

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...tasks import RAW
+from ...tasks.answers import AnswerOptions, best_answers
+from ...tasks.entities import entities
 from ...tasks.feature_extraction import TokenVectorOptions
-from ...tasks.question_answering import AnswerOptions, best_answers
 from ...tasks.sparse_embedding import SparseEmbedding
-from ...tasks.token_classification import TokenOptions, entities
+from ...tasks.token_classification import TokenOptions
 from ..errors import ApiError
 from ..limits.bounds import INLINE_CHARS, Limits
 from ..limits.callers import Caller
@@ -86,11 +87,11 @@ class StructuredQuestions:
             texts: As a client sent them.
             caller: Who waits.
             limits: Of the route.
-            aggregation_strategy: One of `tasks.token_classification.STRATEGIES`.
+            aggregation_strategy: One of `tasks.entities.STRATEGIES`.
             truncate: Cut texts that are longer than the model takes.
 
         Returns:
-            A `Result`: per text a list of what `tasks.token_classification.entities` makes.
+            A `Result`: per text a list of what `tasks.entities.entities` makes.
 
         Raises:
             ApiError: See `errors`.
@@ -135,7 +136,7 @@ class StructuredQuestions:
             doc_stride: Tokens that two windows have in common; None: 128, or half of `max_seq_len`.
 
         Returns:
-            A `Result`: per question a list of what `tasks.question_answering.best_answers` makes.
+            A `Result`: per question a list of what `tasks.answers.best_answers` makes.
 
         Raises:
             ApiError: See `errors`.
