@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from ...tasks.answers import AnswerOptions
 from ..limits.bounds import MAX_TOP_K
+from ..service import structured
 from .route import JSON_HEADER, ApiError, Caller, Context, Handler, Limits, Response, Route, encode, server_timing
 from .schemas import BOUND, Inputs, MaskedInputs, bound
 from .tei import embed, predict, rerank, row, similarity
@@ -248,7 +249,9 @@ async def root_token_classify(context: Context, request: RootTokenClassifyReques
     options = request.parameters or TokenClassifyParameters()
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     strategy = options.aggregation_strategy or "simple"
-    result = await context.service.classify_tokens(texts, caller, context.limits, aggregation_strategy=strategy)
+    result = await structured.classify_tokens(
+        context.service, texts, caller, context.limits, aggregation_strategy=strategy
+    )
     answers = result.values
     if options.ignore_labels is not None:
         ignored = set(options.ignore_labels)
@@ -263,7 +266,8 @@ async def root_answer(context: Context, request: RootAnswerRequest, caller: Call
     """The best answer, or a list of them where `top_k` asks for several."""
     options = request.parameters or AnswerParameters()
     top_k = options.top_k or 1
-    result = await context.service.answer(
+    result = await structured.answer(
+        context.service,
         [(request.inputs.question, request.inputs.context)],
         caller,
         context.limits,

@@ -13,7 +13,7 @@ from msgspec import Struct
 from ...bundle import Manifest
 from ...tasks.answers import AnswerOptions
 from ...tasks.entities import STRATEGIES
-from ..service import Result
+from ..service import Result, structured
 from .oip_tensors import (
     HEADER_LENGTH,
     InferInput,
@@ -165,7 +165,9 @@ async def _classify_tokens(
             "invalid_request",
             f"expected texts without text_pair, and parameters.aggregation_strategy of {', '.join(STRATEGIES)}",
         )
-    return _written(await context.service.classify_tokens(texts, caller, context.limits, aggregation_strategy=strategy))
+    return _written(
+        await structured.classify_tokens(context.service, texts, caller, context.limits, aggregation_strategy=strategy)
+    )
 
 
 async def _answer(
@@ -178,7 +180,7 @@ async def _answer(
             "expected questions as text, as many contexts as text_pair, and parameters.top_k from 1 to 100",
         )
     questions = list(zip(texts, pairs, strict=True))
-    return _written(await context.service.answer(questions, caller, context.limits, AnswerOptions(top_k)))
+    return _written(await structured.answer(context.service, questions, caller, context.limits, AnswerOptions(top_k)))
 
 
 async def _embed_sparse(
@@ -187,7 +189,7 @@ async def _embed_sparse(
     if pairs is not None:
         raise ApiError("invalid_request", "text_pair: expected none, this model embeds texts")
     prompt = options.get("prompt_name", str)
-    return _written(await context.service.embed_sparse(texts, caller, context.limits, prompt_name=prompt))
+    return _written(await structured.embed_sparse(context.service, texts, caller, context.limits, prompt_name=prompt))
 
 
 _Run = Callable[..., Any]
