@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("deploy.export.cli", "prepare a model: verified bf16, int8 and fp32 variants in one bundle"),
-    "serve": ("deploy.server.cli", "serve a bundle, or a model's folder as it is, over HTTP"),
+    "serve": ("deploy.server.main", "serve a bundle, or a model's folder as it is, over HTTP"),
 }
 
 USAGE = """\

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch_ext._imports import lazy_names, when_imported
-from torch_ext._library import register_ops
+from torch_ext._register import register_ops
 
 if TYPE_CHECKING:
     from torch_ext.accelerate import Acceleration, accelerate

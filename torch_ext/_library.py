@@ -1,15 +1,10 @@
-"""The library behind ``torch.ops.torch_ext.*``, and when it is loaded: once both torch and torch_ext are imported."""
+"""The library behind ``torch.ops.torch_ext.*``."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import sys
-import warnings
 from pathlib import Path
-from types import ModuleType
 
-__all__ = ["LIBRARY", "load_library", "register_ops"]
+__all__ = ["LIBRARY", "load_library"]
 
 LIBRARY = Path(__file__).resolve().parent / "_C.abi3.so"
 
@@ -51,21 +46,3 @@ def load_library() -> None:
                 "rebuild it against the torch that is installed: pip install --no-build-isolation --force-reinstall ."
             )
         raise ImportError(f"torch_ext: cannot load {LIBRARY}: {text}; {hint}") from error
-
-
-def register_ops(torch: ModuleType) -> None:
-    """Import :mod:`torch_ext.ops`, for those who call ``torch.ops.torch_ext.*`` only.
-
-    Called at the end of an import of torch, which must not fail: an error is a warning here, and is raised at the first
-    use of a name of torch_ext.
-
-    Args:
-        torch: just imported.
-    """
-    if "torch_ext.ops" in sys.modules:
-        return  # It is what imports torch, or was there before.
-    try:
-        importlib.import_module("torch_ext.ops")
-    except Exception as error:
-        with contextlib.suppress(RuntimeWarning):  # Raised where warnings are errors.
-            warnings.warn(f"torch.ops.torch_ext has no ops: {error}", RuntimeWarning, stacklevel=2)

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import torch_ext.ops  # noqa: F401 - registers the ops
-
 __all__ = ["register"]
 
 _ops = torch.ops.torch_ext

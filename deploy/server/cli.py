@@ -1,4 +1,4 @@
-"""The command line of `python -m deploy serve`.
+"""The options of `python -m deploy serve`, and how one process serves by them.
 
 Only the standard library is imported before the threads are settled: OpenMP reads its variables once, when torch loads.
 """
@@ -6,11 +6,9 @@ Only the standard library is imported before the threads are settled: OpenMP rea
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -21,14 +19,14 @@ from ..options import positive as _positive
 from ..options import url_prefix
 from .limits.bounds import Settings
 from .model import describe
-from .process import PORT_VARIABLE, Process, UsageError, port_of, settle_threads, start_logging
+from .process import PORT_VARIABLE, Process, port_of, settle_threads, start_logging
 from .tei_options import add_tei_options, fit_manifest, settle_tei_options
 from .variants import add_options
 
 if TYPE_CHECKING:
     from ..engines.engine import Engine
 
-__all__ = ["main", "missing", "parse", "serve"]
+__all__ = ["parse", "serve"]
 
 API_KEY_VARIABLE = "DEPLOY_API_KEY"
 WORKERS_VARIABLE = "WORKERS"
@@ -211,43 +209,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--access-log", action="store_true", help="print a line per request (costs CPU)")
     add_tei_options(parser)
     return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    """Serves until a signal.
-
-    Args:
-        argv: Arguments after `serve`.
-
-    Returns:
-        The exit code, see the parser's epilog.
-    """
-    arguments = parse(argv)
-    if arguments.idle:
-        print(f"python -m deploy serve: no effect here: {', '.join(arguments.idle)}", file=sys.stderr)
-    # Nearly all that a start makes stays: a tenth of its imports' time would be spent on looking for what does not.
-    gc.disable()
-    try:
-        if arguments.workers is not None:
-            from .workers import supervise
-
-            gc.enable()
-            start_logging(arguments.json_output)
-            return supervise(arguments, argv, port_of(arguments.port, os.environ))
-        return serve(arguments, Process())
-    except (UsageError, BundleError) as error:
-        print(f"python -m deploy serve: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"python -m deploy serve: {missing(error)}", file=sys.stderr)
-        return 2
-    finally:
-        gc.enable()
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """What to do about a package that is not there."""
-    return f"the package {error.name} is missing; install the extra: pip install 'torch-ext[serve]'"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

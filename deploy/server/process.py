@@ -25,6 +25,7 @@ __all__ = [
     "PORT_VARIABLE",
     "Process",
     "UsageError",
+    "missing",
     "open_listener",
     "port_of",
     "settle_threads",
@@ -37,6 +38,11 @@ PORT_VARIABLE = "PORT"
 
 class UsageError(Exception):
     """Something the caller can put right; its message is one line."""
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What to do about a package that is not there."""
+    return f"the package {error.name} is missing; install the extra: pip install 'torch-ext[serve]'"
 
 
 def open_listener(host: str, port: int) -> socket.socket:

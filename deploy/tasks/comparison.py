@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .question_answering import best_spans
-from .token_classification import spans
+from .answers import best_spans
+from .entities import spans
 
 __all__ = ["AnswerSpans", "Comparison", "Cosine", "Labels", "Masks", "SparseCosine", "TokenLabels", "rank_correlation"]
 

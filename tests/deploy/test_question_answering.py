@@ -21,8 +21,9 @@ from deploy.export.cli import main
 from deploy.server.errors import ApiError
 from deploy.server.limits.bounds import Limits
 from deploy.server.limits.callers import Caller
+from deploy.server.service import structured
+from deploy.tasks.answers import AnswerOptions, best_spans
 from deploy.tasks.comparison import AnswerSpans
-from deploy.tasks.question_answering import AnswerOptions, best_spans
 
 QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet"]
 QUESTIONS = [
@@ -72,7 +73,11 @@ def test_answers_are_those_of_the_pipeline(settings: dict[str, Any], answerer: t
         pipe.tokenizer.model_max_length = 60
         expected = [pipe(question=question, context=context, **settings) for question, context in QUESTIONS]
     for variant in manifest.variants:
-        result = ask(manifest, variant, lambda service: service.answer(QUESTIONS, Caller(), LIMITS, options, **windows))
+        result = ask(
+            manifest,
+            variant,
+            lambda service: structured.answer(service, QUESTIONS, Caller(), LIMITS, options, **windows),
+        )
         if variant == "torch_ext-bf16":
             continue
         for answers, right in zip(result.values, expected, strict=True):
@@ -105,13 +110,13 @@ def test_questions_that_leave_no_room(answerer: tuple[Path, Manifest]) -> None:
     async def refused(service: Any) -> None:
         long = "the name of " * 30
         with pytest.raises(ApiError, match=r"input 1: expected a question of at most .* send a shorter question"):
-            await service.answer([("x", "the"), (long, "the name")], Caller(), LIMITS)
+            await structured.answer(service, [("x", "the"), (long, "the name")], Caller(), LIMITS)
         with pytest.raises(ApiError, match="input 0: expected a question and a context"):
-            await service.answer([("", "the")], Caller(), LIMITS)
+            await structured.answer(service, [("", "the")], Caller(), LIMITS)
         with pytest.raises(ApiError, match="max_seq_len: expected at most 60, got 61"):
-            await service.answer([("x", "the")], Caller(), LIMITS, max_seq_len=61)
+            await structured.answer(service, [("x", "the")], Caller(), LIMITS, max_seq_len=61)
         with pytest.raises(ApiError, match="doc_stride: expected less than max_seq_len=20, got 20"):
-            await service.answer([("x", "the")], Caller(), LIMITS, max_seq_len=20, doc_stride=20)
+            await structured.answer(service, [("x", "the")], Caller(), LIMITS, max_seq_len=20, doc_stride=20)
 
     ask(manifest, "torch_ext-fp32", refused)
 

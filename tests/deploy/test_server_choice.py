@@ -540,7 +540,7 @@ def test_selection_without_any_candidate(tmp_path: Path) -> None:
 
 
 def test_the_choice_needs_the_standard_library_only() -> None:
-    code = "import deploy.server.cli, sys; print(*{'numpy', 'orjson', 'torch'} & set(sys.modules))"
+    code = "import deploy.server.main, sys; print(*{'numpy', 'orjson', 'torch'} & set(sys.modules))"
     root = Path(choice.__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

@@ -431,7 +431,7 @@ import os, signal, sys, importlib.abc
 
 class Interrupt(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "deploy.server.cli":
+        if name == "deploy.server.main":
             print(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, flush=True)
             os.kill(os.getpid(), signal.{name})
             print("survived", flush=True)

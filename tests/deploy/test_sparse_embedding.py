@@ -22,6 +22,7 @@ from deploy.bundle import Sparse, load_manifest
 from deploy.export.cli import main
 from deploy.server.limits.bounds import Limits
 from deploy.server.limits.callers import Caller
+from deploy.server.service import structured
 from deploy.tasks.comparison import SparseCosine
 from deploy.tasks.sparse_embedding import SparseVector
 
@@ -58,7 +59,7 @@ def test_vectors_are_those_of_sentence_transformers(
         encoder.max_seq_length = 60
         expected = encoder.encode(TEXTS, convert_to_sparse_tensor=False).numpy()
     for name in manifest.variants:
-        result = ask(manifest, name, lambda service: service.embed_sparse(TEXTS, Caller(), LIMITS))
+        result = ask(manifest, name, lambda service: structured.embed_sparse(service, TEXTS, Caller(), LIMITS))
         for vector, right in zip(result.values, expected, strict=True):
             assert [item["index"] for item in vector] == sorted(item["index"] for item in vector)
             found = np.zeros_like(right)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import FakeEngine, LiveServer, make_manifest, running, wait_until
 
 from deploy.bundle import BundleError, Prompts
-from deploy.server import cli
+from deploy.server import main as command
 from deploy.server.limits.bounds import Settings
 from deploy.server.tei_options import fit_manifest, log_as_json
 
@@ -28,8 +28,8 @@ def given(monkeypatch: pytest.MonkeyPatch, *argv: str, **environment: str) -> ar
     found: list[argparse.Namespace] = []
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "serve", lambda arguments, process: found.append(arguments) or 0)
-    assert cli.main(argv) == 0
+    monkeypatch.setattr(command, "serve", lambda arguments, process: found.append(arguments) or 0)
+    assert command.main(argv) == 0
     return found[0]
 
 

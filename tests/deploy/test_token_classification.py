@@ -20,9 +20,10 @@ from deploy.bundle import Manifest, load_manifest
 from deploy.export.cli import main
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
+from deploy.server.service import structured
 from deploy.server.service.located import LocatingTokenizer
 from deploy.tasks.comparison import TokenLabels
-from deploy.tasks.token_classification import STRATEGIES, spans
+from deploy.tasks.entities import STRATEGIES, spans
 
 QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet", "--variants", "torch_ext-fp32,torch_ext-bf16"]
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
@@ -63,7 +64,7 @@ def test_entities_are_those_of_the_pipeline(tagger: tuple[Path, Manifest]) -> No
 
         async def all_of_them(service: Any) -> list[Any]:
             return [
-                await service.classify_tokens(TEXTS, Caller(), LIMITS, aggregation_strategy=strategy)
+                await structured.classify_tokens(service, TEXTS, Caller(), LIMITS, aggregation_strategy=strategy)
                 for strategy in STRATEGIES
             ]
 

@@ -17,6 +17,7 @@ from server_harness import ask, make_manifest, running
 from deploy.bundle import load_manifest
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
+from deploy.server.service import structured
 from deploy.tasks import Rows
 from deploy.tasks.feature_extraction import TokenVectorOptions
 
@@ -39,7 +40,7 @@ def test_vectors_are_the_hidden_states(
         with torch.inference_mode():
             expected = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].numpy() for text in TEXTS]
     for variant, close in (("torch_ext-fp32", 1e-4), ("onnx-fp32", 1e-4), ("torch_ext-bf16", 0.2)):
-        result = ask(manifest, variant, lambda service: service.embed_all(TEXTS, Caller(), LIMITS))
+        result = ask(manifest, variant, lambda service: structured.embed_all(service, TEXTS, Caller(), LIMITS))
         assert result.tokens == sum(map(len, expected))
         for rows, right in zip(result.values, expected, strict=True):
             np.testing.assert_allclose(np.asarray(list(rows)), right, atol=close)

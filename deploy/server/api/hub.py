@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from ...tasks.question_answering import AnswerOptions
+from ...tasks.answers import AnswerOptions
 from ..limits.bounds import MAX_TOP_K
+from ..service import structured
 from .route import JSON_HEADER, ApiError, Caller, Context, Handler, Limits, Response, Route, encode, server_timing
 from .schemas import BOUND, Inputs, MaskedInputs, bound
 from .tei import embed, predict, rerank, row, similarity
@@ -258,8 +259,8 @@ async def root_token_classify(context: Context, request: RootTokenClassifyReques
     options = request.parameters or TokenClassifyParameters()
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
     strategy = options.aggregation_strategy or "simple"
-    result = await context.service.classify_tokens(
-        texts, caller, context.limits, aggregation_strategy=strategy, truncate=context.truncate()
+    result = await structured.classify_tokens(
+        context.service, texts, caller, context.limits, aggregation_strategy=strategy, truncate=context.truncate()
     )
     answers = result.values
     if options.ignore_labels is not None:
@@ -275,7 +276,8 @@ async def root_answer(context: Context, request: RootAnswerRequest, caller: Call
     """The best answer, or a list of them where `top_k` asks for several."""
     options = request.parameters or AnswerParameters()
     top_k = options.top_k or 1
-    result = await context.service.answer(
+    result = await structured.answer(
+        context.service,
         [(request.inputs.question, request.inputs.context)],
         caller,
         context.limits,

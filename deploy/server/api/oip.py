@@ -11,9 +11,9 @@ from typing import Any
 from msgspec import Struct
 
 from ...bundle import Manifest
-from ...tasks.question_answering import AnswerOptions
-from ...tasks.token_classification import STRATEGIES
-from ..service import Result
+from ...tasks.answers import AnswerOptions
+from ...tasks.entities import STRATEGIES
+from ..service import Result, structured
 from .oip_tensors import (
     HEADER_LENGTH,
     InferInput,
@@ -172,8 +172,13 @@ async def _classify_tokens(
             f"expected texts without text_pair, and parameters.aggregation_strategy of {', '.join(STRATEGIES)}",
         )
     return _written(
-        await context.service.classify_tokens(
-            texts, caller, context.limits, aggregation_strategy=strategy, truncate=options.truncate(context)
+        await structured.classify_tokens(
+            context.service,
+            texts,
+            caller,
+            context.limits,
+            aggregation_strategy=strategy,
+            truncate=options.truncate(context),
         )
     )
 
@@ -188,7 +193,7 @@ async def _answer(
             "expected questions as text, as many contexts as text_pair, and parameters.top_k from 1 to 100",
         )
     questions = list(zip(texts, pairs, strict=True))
-    return _written(await context.service.answer(questions, caller, context.limits, AnswerOptions(top_k)))
+    return _written(await structured.answer(context.service, questions, caller, context.limits, AnswerOptions(top_k)))
 
 
 async def _embed_sparse(
@@ -197,7 +202,8 @@ async def _embed_sparse(
     if pairs is not None:
         raise ApiError("invalid_request", "text_pair: expected none, this model embeds texts")
     return _written(
-        await context.service.embed_sparse(
+        await structured.embed_sparse(
+            context.service,
             texts,
             caller,
             context.limits,

@@ -1,7 +1,7 @@
 """Requests and answers of the API as types: they validate what comes, and describe both in the OpenAPI document.
 
-msgspec decodes and checks a request in one pass (under 1 us for one text). Answers are written by orjson, which prints
-float32 arrays of NumPy directly; their types here serve the description and the tests.
+msgspec decodes and checks a request in one pass (under 1 us for one text). Answers are written by orjson, and rows of
+fp32 by `torch_ext.runtime.json_row`; their types here serve the description and the tests.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from ...tasks.question_answering import AnswerOptions
+from ...tasks.answers import AnswerOptions
 from ..limits.bounds import MAX_TOP_K
+from ..service import structured
 from .route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, encode_list, server_timing
 from .schemas import BOUND, Inputs, Truncate, Usage
 
@@ -120,7 +121,8 @@ class AnswerResponse(Struct):
 
 async def token_classify(context: Context, request: TokenClassifyRequest, caller: Caller) -> Response:
     """POST /api/token-classify."""
-    result = await context.service.classify_tokens(
+    result = await structured.classify_tokens(
+        context.service,
         [request.inputs] if isinstance(request.inputs, str) else request.inputs,
         caller,
         context.limits,
@@ -136,7 +138,8 @@ async def answer(context: Context, request: AnswerRequest, caller: Caller) -> Re
     options = AnswerOptions(
         request.top_k, request.max_answer_len, request.handle_impossible_answer, request.align_to_words
     )
-    result = await context.service.answer(
+    result = await structured.answer(
+        context.service,
         [(one.question, one.context) for one in inputs],
         caller,
         context.limits,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from ...bundle import Manifest
+from ..service import structured
 from .route import Caller, Context, Limits, Response, encode_rows
 from .schemas import Inputs
 from .tei import measured, row
@@ -48,7 +49,7 @@ async def embed_sparse(context: Context, request: TeiVectorsRequest, caller: Cal
     """POST /embed_sparse."""
     started_s = time.perf_counter()
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
-    result = await context.service.embed_sparse(texts, caller, context.limits, **_options(context, request))
+    result = await structured.embed_sparse(context.service, texts, caller, context.limits, **_options(context, request))
     headers = measured(result, sum(map(len, texts)), started_s)
     return Response(encode_rows(result.values, 2 * max(map(len, result.values))), headers)
 
@@ -58,7 +59,7 @@ async def embed_all(context: Context, request: TeiVectorsRequest, caller: Caller
     started_s = time.perf_counter()
     service = context.service
     texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
-    result = await service.embed_all(texts, caller, context.limits, **_options(context, request))
+    result = await structured.embed_all(service, texts, caller, context.limits, **_options(context, request))
     headers = measured(result, sum(map(len, texts)), started_s)
     return Response(encode_rows(result.values, service.manifest.hidden_size * max(map(len, result.values))), headers)
 

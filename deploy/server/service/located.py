@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ...engines.batch import PairIds
 from ...tasks import Ids
-from ...tasks.question_answering import Window
-from ...tasks.token_classification import TokenText
+from ...tasks.answers import Window
+from ...tasks.entities import TokenText
 from ..errors import ApiError
 from .tokens import TextTokenizer
 

@@ -16,7 +16,7 @@ from ..limits.bounds import TURN_CHARS, Limits, exceeded
 from ..limits.callers import Caller
 from ..variants import Choice
 
-__all__ = ["Request", "Result", "Served", "embed_options", "too_many", "turns", "widths_of"]
+__all__ = ["Request", "Result", "Served", "check_text", "embed_options", "sizes_of", "too_many", "turns", "widths_of"]
 
 
 _EMBED_OPTIONS = {value: EmbedOptions(value) for value in (False, True)}
@@ -84,6 +84,46 @@ class Request:
 def too_many(found: int, limits: Limits) -> ApiError:
     """The error of a request with more inputs than one may have."""
     return ApiError("too_large", exceeded("inputs", limits.inputs, found))
+
+
+def check_text(text: str, where: str) -> int:
+    """How many characters a text has.
+
+    Args:
+        text: As the client sent it.
+        where: What to call it in an error.
+
+    Raises:
+        ApiError: It holds a NUL character.
+    """
+    if "\0" in text:
+        raise ApiError("invalid_request", f"{where}: expected text, got a NUL character")
+    return len(text)
+
+
+def sizes_of(request: Request, prompt_chars: int) -> list[int]:
+    """How many characters each input has; checks them.
+
+    Args:
+        request: What is asked.
+        prompt_chars: Of the prompt that goes before each text.
+
+    Raises:
+        ApiError: There are no inputs, or more than the route takes, or one holds a NUL character.
+    """
+    inputs, limits = request.inputs, request.limits
+    if len(inputs) > limits.inputs:
+        raise too_many(len(inputs), limits)
+    if not inputs:
+        raise ApiError("no_inputs", "expected at least one input, got an empty list")
+    sizes = []
+    for index, given in enumerate(inputs):
+        where = f"input {index}"
+        if isinstance(given, str):
+            sizes.append(prompt_chars + check_text(given, where))
+        else:
+            sizes.append(sum(check_text(text, where) for text in given))
+    return sizes
 
 
 def turns(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -20,8 +20,8 @@ from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
 from ..variants import Choice
 from .batching import Batcher
-from .request import Request, Result, Served, embed_options, too_many, turns, widths_of
-from .structured import StructuredQuestions
+from .located import LocatingTokenizer
+from .request import Request, Result, Served, check_text, embed_options, sizes_of, too_many, turns, widths_of
 from .tokens import TextTokenizer
 from .work import Work
 
@@ -30,7 +30,7 @@ __all__ = ["Service"]
 Returned = TypeVar("Returned")
 
 
-class Service(StructuredQuestions):
+class Service:
     """One model. Methods are called on the event loop.
 
     Attributes:
@@ -120,6 +120,12 @@ class Service(StructuredQuestions):
         """Runs a function on a helper thread."""
         return await asyncio.get_running_loop().run_in_executor(self._helpers, function, *arguments)
 
+    @functools.cached_property
+    def locating(self) -> LocatingTokenizer:
+        """The tokenizer, for answers that point into texts."""
+        unk = self.manifest.special_tokens.get("unk")
+        return LocatingTokenizer(self._tokenizer, None if unk is None else unk.id)
+
     # What is asked of the model.
 
     def embed(
@@ -154,8 +160,8 @@ class Service(StructuredQuestions):
             CallerLeft: The client has left.
         """
         options = embed_options(self._normalize if normalize is None else normalize, dimensions, self.width)
-        encode = self._encoder(cut_left, prompt_name)
-        return self._ask(Request(texts, caller, limits, truncate, encode, options))
+        encode = self.encoder(cut_left, prompt_name)
+        return self.ask(Request(texts, caller, limits, truncate, encode, options))
 
     def embed_ids(
         self,
@@ -179,14 +185,7 @@ class Service(StructuredQuestions):
                     f"input {index}: expected at most {longest} tokens with special tokens, got {len(text)}",
                 )
         ids = [self._tokenizer.check_ids(index, text) for index, text in enumerate(texts)]
-        return self._run(ids, options, caller, limits, started_s)
-
-    def _encoder(self, cut_left: bool | None, prompt_name: str | None) -> Callable[..., list[Any]]:
-        """What makes token ids of texts, cut and with a prompt as a request wants it."""
-        if cut_left is None and prompt_name is None:
-            return self._tokenizer.encode
-        prompt = None if prompt_name is None else self._tokenizer.prompt(prompt_name)
-        return functools.partial(self._tokenizer.encode, prompt=prompt, cut_left=cut_left)
+        return self.run(ids, options, caller, limits, started_s)
 
     def classify(
         self,
@@ -219,7 +218,7 @@ class Service(StructuredQuestions):
         encode: Callable[..., list[Any]] = self._tokenizer.encode_mixed
         if cut_left is not None:
             encode = functools.partial(encode, cut_left=cut_left)
-        return self._ask(Request(inputs, caller, limits, truncate, encode, options))
+        return self.ask(Request(inputs, caller, limits, truncate, encode, options))
 
     async def rerank(
         self,
@@ -248,7 +247,7 @@ class Service(StructuredQuestions):
                 f"reranking needs a model with one label, this one has {len(labels)} ({', '.join(labels[:5])}"
                 f"{', ...' if len(labels) > 5 else ''}); classify pairs of query and text instead",
             )
-        self._check_text(query, "query")
+        check_text(query, "query")
         pairs = [(query, text) for text in texts]
         result = await self.classify(pairs, caller, limits, raw_scores=raw_scores, truncate=truncate, cut_left=cut_left)
         return result._replace(values=[answer[0]["score"] for answer in result.values])
@@ -258,86 +257,41 @@ class Service(StructuredQuestions):
     ) -> Awaitable[Result]:
         """The best `top_k` tokens for every mask token of texts; see `embed`."""
         encode, options = self._tokenizer.encode, FillMaskOptions(top_k)
-        return self._ask(Request(texts, caller, limits, truncate, encode, options, self._check_masks))
+        return self.ask(Request(texts, caller, limits, truncate, encode, options, self._check_masks))
 
-    # How it is done.
+    # What other questions are made of: `structured`, `similarity`, `words`.
 
-    def _sizes(self, request: Request) -> list[int]:
-        """Checks the inputs against the limits and returns how many characters each has, with the prompt."""
-        inputs, limits = request.inputs, request.limits
-        if len(inputs) > limits.inputs:
-            raise too_many(len(inputs), limits)
-        if not inputs:
-            raise ApiError("no_inputs", "expected at least one input, got an empty list")
-        sizes = []
-        for index, given in enumerate(inputs):
-            where = f"input {index}"
-            if isinstance(given, str):
-                sizes.append(self._prompt_chars + self._check_text(given, where))
-            else:
-                sizes.append(sum(self._check_text(text, where) for text in given))
-        return sizes
-
-    @staticmethod
-    def _check_text(text: str, where: str) -> int:
-        """Checks one text and returns how many characters it has."""
-        if "\0" in text:
-            raise ApiError("invalid_request", f"{where}: expected text, got a NUL character")
-        return len(text)
-
-    def _check_masks(self, ids: Sequence[Ids], limits: Limits) -> int:
-        """Checks how many masks each text has, and returns how many all have."""
-        total = 0
-        for index, text in enumerate(ids):
-            masks = text.count(self._mask_id)
-            if not 1 <= masks <= limits.masks:
-                raise ApiError(
-                    "invalid_request",
-                    f"input {index}: expected 1 to {limits.masks} {self._mask_token} among the first "
-                    f"{self._tokenizer.max_tokens} tokens, got {masks}; the limit of masks is fixed",
-                )
-            total += masks
-        return total
-
-    def _ask(self, request: Request) -> Awaitable[Result]:
+    def ask(self, request: Request) -> Awaitable[Result]:
         """Checks, tokenises and runs what a client asks about: short requests here, long ones part by part."""
         started_s = time.perf_counter()
-        if len(request.inputs) > INLINE_INPUTS:
-            return self._ask_in_parts(request, None, started_s)
-        sizes = self._sizes(request)
-        if sum(sizes) > INLINE_CHARS:
+        sizes = self._sizes_of_few(request)
+        if sizes is None or sum(sizes) > INLINE_CHARS:
             return self._ask_in_parts(request, sizes, started_s)
-        ids = request.encode(request.inputs, request.truncate)
-        units = request.check(ids, request.limits)
-        return self._run(ids, request.options, request.caller, request.limits, started_s, units)
+        return self._run_encoded(request, request.encode(request.inputs, request.truncate), started_s)
 
-    async def _ask_in_parts(self, request: Request, sizes: Sequence[int] | None, started_s: float) -> Result:
-        if sizes is None:
-            sizes = await self.aside(self._sizes, request)
-        ids = await self._tokenize(request, sizes)
-        units = request.check(ids, request.limits)
-        return await self._run(ids, request.options, request.caller, request.limits, started_s, units)
+    async def encode(self, request: Request) -> list[Any]:
+        """Checks and tokenises: a short request here, a long one part by part.
 
-    async def _tokenize(self, request: Request, sizes: Sequence[int]) -> list[Any]:
-        """Token ids of a long request, part by part on helper threads: other requests get their turn in between."""
-        waiting, chars = self._tokenizing_chars, sum(sizes)
-        if waiting and waiting + chars > TOKENIZE_BACKLOG_CHARS:
-            raise self._batcher.try_later(
-                f"{waiting} characters are waiting to be tokenised; with {chars} more, they would be more than "
-                f"{TOKENIZE_BACKLOG_CHARS}"
-            )
-        ids: list[Any] = []
-        self._tokenizing_chars += chars
-        try:
-            for start, stop in turns(sizes):
-                ids += await self.aside(request.encode, request.inputs[start:stop], request.truncate, start)
-                if request.caller.gone:
-                    raise CallerLeft
-        finally:
-            self._tokenizing_chars -= chars
-        return ids
+        Returns:
+            What the request's `encode` makes of each input.
 
-    async def _run(
+        Raises:
+            ApiError: See `embed`.
+            CallerLeft: See `embed`.
+        """
+        sizes = self._sizes_of_few(request)
+        if sizes is None or sum(sizes) > INLINE_CHARS:
+            return await self._encode_in_parts(request, sizes)
+        return request.encode(request.inputs, request.truncate)
+
+    def encoder(self, cut_left: bool | None, prompt_name: str | None) -> Callable[..., list[Any]]:
+        """What makes token ids of texts, cut and with a prompt as a request wants it."""
+        if cut_left is None and prompt_name is None:
+            return self._tokenizer.encode
+        prompt = None if prompt_name is None else self._tokenizer.prompt(prompt_name)
+        return functools.partial(self._tokenizer.encode, prompt=prompt, cut_left=cut_left)
+
+    async def run(
         self,
         ids: Sequence[Any],
         options: Any,
@@ -384,3 +338,51 @@ class Service(StructuredQuestions):
         )
         self._metrics.stages(result.tokenize_s, result.queue_s, result.infer_s)
         return result
+
+    # How it is done.
+
+    def _check_masks(self, ids: Sequence[Ids], limits: Limits) -> int:
+        """Checks how many masks each text has, and returns how many all have."""
+        total = 0
+        for index, text in enumerate(ids):
+            masks = text.count(self._mask_id)
+            if not 1 <= masks <= limits.masks:
+                raise ApiError(
+                    "invalid_request",
+                    f"input {index}: expected 1 to {limits.masks} {self._mask_token} among the first "
+                    f"{self._tokenizer.max_tokens} tokens, got {masks}; the limit of masks is fixed",
+                )
+            total += masks
+        return total
+
+    def _sizes_of_few(self, request: Request) -> list[int] | None:
+        """`sizes_of`; None: there are too many inputs to look at here."""
+        return None if len(request.inputs) > INLINE_INPUTS else sizes_of(request, self._prompt_chars)
+
+    def _run_encoded(self, request: Request, ids: Sequence[Any], started_s: float) -> Awaitable[Result]:
+        units = request.check(ids, request.limits)
+        return self.run(ids, request.options, request.caller, request.limits, started_s, units)
+
+    async def _ask_in_parts(self, request: Request, sizes: Sequence[int] | None, started_s: float) -> Result:
+        return await self._run_encoded(request, await self._encode_in_parts(request, sizes), started_s)
+
+    async def _encode_in_parts(self, request: Request, sizes: Sequence[int] | None) -> list[Any]:
+        """Token ids of a long request, part by part on helper threads: other requests get their turn in between."""
+        if sizes is None:
+            sizes = await self.aside(sizes_of, request, self._prompt_chars)
+        waiting, chars = self._tokenizing_chars, sum(sizes)
+        if waiting and waiting + chars > TOKENIZE_BACKLOG_CHARS:
+            raise self._batcher.try_later(
+                f"{waiting} characters are waiting to be tokenised; with {chars} more, they would be more than "
+                f"{TOKENIZE_BACKLOG_CHARS}"
+            )
+        ids: list[Any] = []
+        self._tokenizing_chars += chars
+        try:
+            for start, stop in turns(sizes):
+                ids += await self.aside(request.encode, request.inputs[start:stop], request.truncate, start)
+                if request.caller.gone:
+                    raise CallerLeft
+        finally:
+            self._tokenizing_chars -= chars
+        return ids

@@ -17,9 +17,9 @@ import sys
 from typing import Any
 
 from ...bundle import BundleError, check_config, load_manifest
-from ..cli import missing, parse
+from ..cli import parse
 from ..model import describe
-from ..process import UsageError, settle_threads, start_logging
+from ..process import UsageError, missing, settle_threads, start_logging
 from ..tei_options import fit_manifest
 from ..variants import Selection
 from .channel import Channel
