@@ -159,7 +159,7 @@ def test_many_empty_texts_do_not_hold_the_event_loop_up(tmp_path: Path, monkeypa
             threads.add(threading.current_thread().name.partition("_")[0])
             return super().encode(*arguments)
 
-    monkeypatch.setattr("deploy.server.service.structured.LocatingTokenizer", Watched)
+    monkeypatch.setattr("deploy.server.service.service.LocatingTokenizer", Watched)
     with running(make_manifest(tmp_path, "token-classification")) as server:
         server.engine.run = lambda ids, options: [[(0, 0.5)] * len(text) for text in ids]  # type: ignore[method-assign]
         reply = server("POST", "/api/token-classify", {"inputs": [""] * 1025})
