@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .bounds import AGREEMENT, pick
-from .rows import Ids, places
+from .rows import Ids, Items, places
 from .task import LOGITS_BYTES, RAW, Described, Needs, States, Task, TaskError, not_finite
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def vocab_size(model: Described) -> int:
     return size if isinstance(size, int) and size > 0 else _USUAL_VOCABULARY
 
 
-class Filled(Sequence[dict[str, Any]]):
+class Filled(Items):
     """The best tokens of one mask, best first: `{"token": ..., "token_id": ..., "score": ...}`.
 
     They are made when they are read: 8 bytes each until then, in place of 250.
@@ -64,14 +64,7 @@ class Filled(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def _item(self, index: int) -> dict[str, Any]:
         token_id = self._ids[index]
         return {"token": self._token_text(token_id), "token_id": token_id, "score": self._scores[index]}
 

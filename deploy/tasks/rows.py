@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["Ids", "Rows", "places"]
+__all__ = ["Ids", "Items", "Rows", "places"]
 
 if TYPE_CHECKING:
     Ids: TypeAlias = array[int]
@@ -63,6 +63,25 @@ class Rows(Sequence[memoryview]):
         """The rows as lists of Python numbers."""
         rows: list[list[Any]] = self._matrix.tolist()
         return rows
+
+
+class Items(Sequence[dict[str, Any]]):
+    """What was found in a text, as dicts that are made when they are read: `_item` makes one, from its index."""
+
+    __slots__ = ()
+
+    def _item(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._item(place) for place in range(*index.indices(len(self)))]
+        return self._item(index)
 
 
 def places(ids: Ids, wanted: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bounds import COSINE, pick
 from .fill_mask import vocab_size
+from .rows import Items
 from .task import Described, ModelFolder, Needs, States, Task, not_finite
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["SparseEmbedding", "SparseVector"]
 
 
-class SparseVector(Sequence[dict[str, Any]]):
+class SparseVector(Items):
     """The entries of a vector that are not 0, by rising index: `{"index": ..., "value": ...}`, made when they are read.
 
     Attributes:
@@ -34,14 +35,7 @@ class SparseVector(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def _item(self, index: int) -> dict[str, Any]:
         return {"index": self.indices[index], "value": self.values[index]}
 
 
