@@ -26,6 +26,7 @@ __all__ = [
     "SimilarityResponse",
     "StatusResponse",
     "bound",
+    "texts_of",
 ]
 BOUND = "x-bound"
 """Marks a part of a type for `openapi`, which writes the server's limits there."""
@@ -51,6 +52,11 @@ Truncate = Annotated[
         "`auto_truncate` of /info says."
     ),
 ]
+
+
+def texts_of(inputs: str | list[str]) -> list[str]:
+    """The texts of `Inputs` or `MaskedInputs`."""
+    return [inputs] if isinstance(inputs, str) else inputs
 
 
 class EmbedRequest(Struct, forbid_unknown_fields=True):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from ...tasks.answers import AnswerOptions
 from ..limits.bounds import MAX_TOP_K
 from ..service import structured
-from .route import JSON_HEADER, Caller, Context, Limits, Response, Result, Route, encode_list, server_timing
-from .schemas import BOUND, Inputs, Truncate, Usage
+from .native import predictions, row
+from .route import Caller, Context, Limits, Response, Result
+from .schemas import BOUND, Inputs, Truncate, Usage, texts_of
 
 __all__ = ["ROUTES"]
 
@@ -123,13 +123,13 @@ async def token_classify(context: Context, request: TokenClassifyRequest, caller
     """POST /api/token-classify."""
     result = await structured.classify_tokens(
         context.service,
-        [request.inputs] if isinstance(request.inputs, str) else request.inputs,
+        texts_of(request.inputs),
         caller,
         context.limits,
         aggregation_strategy=request.aggregation_strategy,
         truncate=context.truncate(request.truncate),
     )
-    return _predictions(context, result, result.values)
+    return _predictions(context, result)
 
 
 async def answer(context: Context, request: AnswerRequest, caller: Caller) -> Response:
@@ -147,47 +147,39 @@ async def answer(context: Context, request: AnswerRequest, caller: Caller) -> Re
         max_seq_len=request.max_seq_len,
         doc_stride=request.doc_stride,
     )
-    return _predictions(context, result, result.values)
+    return _predictions(context, result)
 
 
-def _predictions(context: Context, result: Result, values: Sequence[Any]) -> Response:
-    body = {"predictions": result.values, "model": context.service.model, "usage": {"tokens": result.tokens}}
-    most = max(map(len, values), default=0)
-    return Response(encode_list(body, "predictions", _ENTITY_VALUES * most), (JSON_HEADER, server_timing(result)))
+def _predictions(context: Context, result: Result) -> Response:
+    return predictions(context, result, _ENTITY_VALUES * max(map(len, result.values), default=0))
 
 
 _ENTITY_VALUES = 5
 """Numbers and texts of an entity or an answer."""
 
 ROUTES = (
-    Route(
-        method="POST",
-        path="/api/token-classify",
+    row(
+        "/api/token-classify",
+        "token-classification",
         summary="Find entities in texts",
         handler=token_classify,
-        task="token-classification",
         request=TokenClassifyRequest,
         example={"inputs": "Ada Lovelace lived in London."},
         answer=TokenClassifyResponse,
         limits=Limits.of_texts,
         values=lambda manifest, request: _ENTITY_VALUES,  # Of each token, at worst.
         value_bytes=64,  # A fifth of a dict.
-        secured=True,
-        tag="inference",
     ),
-    Route(
-        method="POST",
-        path="/api/answer",
+    row(
+        "/api/answer",
+        "question-answering",
         summary="Answer questions about texts",
         handler=answer,
-        task="question-answering",
         request=AnswerRequest,
         example={"inputs": {"question": "Where did she live?", "context": "Ada Lovelace lived in London."}},
         answer=AnswerResponse,
         limits=Limits.of_texts,
         values=lambda manifest, request: 4 * request.top_k,
         value_bytes=96,  # A quarter of a dict and its text.
-        secured=True,
-        tag="inference",
     ),
 )

@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from ...bundle import Manifest
 from ..service import structured
 from .route import Caller, Context, Limits, Response, encode_rows
-from .schemas import Inputs
+from .schemas import Inputs, texts_of
 from .tei import measured, row
 from .tei_schemas import Cut, Direction, Prompt, cut_left
 
@@ -48,7 +48,7 @@ def _options(context: Context, request: TeiVectorsRequest) -> dict[str, Any]:
 async def embed_sparse(context: Context, request: TeiVectorsRequest, caller: Caller) -> Response:
     """POST /embed_sparse."""
     started_s = time.perf_counter()
-    texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    texts = texts_of(request.inputs)
     result = await structured.embed_sparse(context.service, texts, caller, context.limits, **_options(context, request))
     headers = measured(result, sum(map(len, texts)), started_s)
     return Response(encode_rows(result.values, 2 * max(map(len, result.values))), headers)
@@ -58,7 +58,7 @@ async def embed_all(context: Context, request: TeiVectorsRequest, caller: Caller
     """POST /embed_all."""
     started_s = time.perf_counter()
     service = context.service
-    texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    texts = texts_of(request.inputs)
     result = await structured.embed_all(service, texts, caller, context.limits, **_options(context, request))
     headers = measured(result, sum(map(len, texts)), started_s)
     return Response(encode_rows(result.values, service.manifest.hidden_size * max(map(len, result.values))), headers)
