@@ -10,27 +10,40 @@ from collections.abc import Callable
 from ..sockets import refuse_new
 from .board import Board
 from .child import Child
+from .events import Events
 
 __all__ = ["Front"]
 
 ACCEPTS = 64
 """Connections that are accepted before anything else gets its turn."""
 
+FULL_S = 0.02
+"""How long nothing is accepted when no worker can take a connection."""
+
 RESERVED_DESCRIPTORS = 128
 """What a worker opens besides connections."""
 
 
 class Front:
-    """Accepts connections and hands them over.
+    """Accepts connections and hands them over."""
 
-    Attributes:
-        workers: Who may get them.
-    """
+    def __init__(
+        self, listener: socket.socket, board: Board, events: Events, workers: Callable[[], list[Child]]
+    ) -> None:
+        """Accepts nothing yet; see `open`.
 
-    def __init__(self, listener: socket.socket, board: Board) -> None:
-        self.listener = listener
-        self.workers: Callable[[], list[Child]] = list
+        Args:
+            listener: Where connections come in.
+            board: What workers have counted.
+            events: Calls when connections come in.
+            workers: Who may get them.
+        """
+        self._listener = listener
+        self._workers = workers
         self._board = board
+        self._events = events
+        self._accepting = False
+        self._paused = False
         self._waiting: list[socket.socket] = []
         self._given: dict[int, int] = {}
         self._turn = 0
@@ -41,27 +54,62 @@ class Front:
     @property
     def closed(self) -> bool:
         """Whether it listens no more."""
-        return self.listener.fileno() < 0
+        return self._listener.fileno() < 0
 
-    def accept(self) -> bool:
+    def open(self) -> None:
+        """Hands over what is kept, and accepts; again, if it has paused."""
+        if not self.closed:
+            self._listen(True)
+            self._accept()
+
+    def take_back(self, child: Child) -> None:
+        """Gives connections to another worker that one did not take."""
+        for connection in child.undelivered():
+            if not self._give(connection):
+                self._pause()
+
+    def _listen(self, value: bool) -> None:
+        if value != self._accepting:
+            if value:
+                self._events.watch(self._listener, self._accept)
+            else:
+                self._events.forget(self._listener)
+            self._accepting = value
+
+    def _pause(self) -> None:
+        """Accepts nothing for a while; connections that nobody could take are kept as long."""
+        self._listen(False)
+        if not self._paused:
+            self._paused = True
+            self._events.after(FULL_S, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._paused = False
+        self.open()
+
+    def _accept(self) -> None:
+        if not self._accept_some():
+            self._pause()
+
+    def _accept_some(self) -> bool:
         """Hands connections over; false if the workers cannot take any more now."""
-        if not self.hand_over():
+        if not self._hand_over():
             return False
         for _ in range(ACCEPTS):
             try:
-                connection, _ = self.listener.accept()
+                connection, _ = self._listener.accept()
             except (BlockingIOError, ConnectionError):
                 return True
             except OSError:  # No descriptors or memory.
                 return False
-            if not self.give(connection):
+            if not self._give(connection):
                 return False
         return True
 
-    def give(self, connection: socket.socket) -> bool:
+    def _give(self, connection: socket.socket) -> bool:
         """Hands one connection over; keeps it, and answers false, if nobody can take it now."""
         loads = []
-        for child in self.workers():
+        for child in self._workers():
             load = self._board.open(child.slot) + max(child.sent - self._board.received(child.slot), 0)
             if load < self._most:
                 loads.append((load, self._given.get(child.slot, 0), child))
@@ -75,24 +123,25 @@ class Front:
         self._waiting.append(connection)
         return False
 
-    def hand_over(self) -> bool:
+    def _hand_over(self) -> bool:
         """Hands over what was kept; false if something is still kept."""
         waiting, self._waiting = self._waiting, []
         for index, connection in enumerate(waiting):
-            if not self.give(connection):
+            if not self._give(connection):
                 self._waiting += waiting[index + 1 :]
                 return False
         return True
 
     def close(self) -> None:
         """Takes the connections that the kernel has accepted, hands them over, and listens no more."""
-        refuse_new(self.listener)
+        self._listen(False)
+        refuse_new(self._listener)
         with contextlib.suppress(OSError):  # BlockingIOError: that was the last one.
             while True:
-                connection, _ = self.listener.accept()
-                self.give(connection)
-        self.listener.close()
-        self.hand_over()
+                connection, _ = self._listener.accept()
+                self._give(connection)
+        self._listener.close()
+        self._hand_over()
         for connection in self._waiting:
             connection.close()
         self._waiting.clear()

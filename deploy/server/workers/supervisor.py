@@ -44,9 +44,6 @@ BACKOFF_S = 0.1
 MOST_BACKOFF_S = 5.0
 """How long the next one is waited with: the first time doubled with each death, up to the last."""
 
-FULL_S = 0.02
-"""How long nothing is accepted when no worker can take a connection."""
-
 KILL_AFTER_S = 5.0
 """How much longer than its drain timeout a worker may take to end."""
 
@@ -85,17 +82,14 @@ class Supervisor:
         # Those of two generations.
         self._board = Board.make(2 * len(shares.shares))
         self._slots = list(range(2 * len(shares.shares), 0, -1))
-        self._front = Front(listener, self._board)
-        self._front.workers = self._open_workers
-        self._watch = Watch(self._board)
         self._events = Events(self._take_signal)
+        self._front = Front(listener, self._board, self._events, self._open_workers)
+        self._watch = Watch(self._board)
         self._children: list[Child] = []
         self._preparing: Child | None = None
         self._coming: Generation | None = None
         self._serving: Generation | None = None
         self._again = False
-        self._accepting = False
-        self._paused = False
         self._stopping = False
         self._exit_code = 0
         self._quick = 0
@@ -124,46 +118,9 @@ class Supervisor:
         else:
             self.stop()
 
-    # Connections.
-
     def _open_workers(self) -> list[Child]:
         generation = self._serving
         return [] if generation is None else [child for child in generation.children.values() if child.open]
-
-    def _accept(self) -> None:
-        if not self._front.accept():
-            self._pause()
-
-    def _pause(self) -> None:
-        """Accepts nothing for a while; connections that nobody could take are kept as long."""
-        self._listen(False)
-        if not self._paused:
-            self._paused = True
-            self._events.after(FULL_S, self._end_pause)
-
-    def _end_pause(self) -> None:
-        self._paused = False
-        self._go_on()
-
-    def _go_on(self) -> None:
-        """Hands over what is kept, and accepts again."""
-        if not self._front.closed:
-            self._listen(True)
-            self._accept()
-
-    def _listen(self, value: bool) -> None:
-        if value != self._accepting:
-            if value:
-                self._events.watch(self._front.listener, self._accept)
-            else:
-                self._events.forget(self._front.listener)
-            self._accepting = value
-
-    def _take_back(self, child: Child) -> None:
-        """Gives connections to another worker that one did not take."""
-        for connection in child.undelivered():
-            if not self._front.give(connection):
-                self._pause()
 
     # Processes.
 
@@ -208,7 +165,7 @@ class Supervisor:
             child.reason = message.values["reason"]
         elif message.kind == "leaving" and not child.retired:
             child.retire()
-            self._take_back(child)
+            self._front.take_back(child)
         elif message.kind == "ready":
             child.ready_s = time.monotonic()
             self._became_ready(message.values["isa"])
@@ -229,7 +186,7 @@ class Supervisor:
                 self._switch(coming, isa)
         self._publish()
         if self._open_workers():
-            self._go_on()
+            self._front.open()
 
     def _switch(self, coming: Generation, isa: str) -> None:
         """Gives the connections to the workers of a generation that is ready."""
@@ -276,7 +233,7 @@ class Supervisor:
             self._board.retire(child.slot, self._text())
             self._slots.append(child.slot)
         child.retired = True
-        self._take_back(child)
+        self._front.take_back(child)
         child.close()
         if self._stopping:
             self._exit_code = self._exit_code or int(child.ready_s > 0 and child.process.returncode != 0)
@@ -376,7 +333,6 @@ class Supervisor:
     def _stop_accepting(self) -> None:
         if self._front.closed:
             return
-        self._listen(False)
         self._front.close()
         for child in self._open_workers():
             self._retire(child)
