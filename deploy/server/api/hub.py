@@ -17,7 +17,7 @@ from ...tasks.answers import AnswerOptions
 from ..limits.bounds import MAX_TOP_K
 from ..service import structured
 from .route import JSON_HEADER, ApiError, Caller, Context, Handler, Limits, Response, Route, encode, server_timing
-from .schemas import BOUND, Inputs, MaskedInputs, bound
+from .schemas import BOUND, Inputs, MaskedInputs, bound, texts_of
 from .tei import embed, predict, rerank, row, similarity
 from .tei_schemas import (
     Cut,
@@ -188,7 +188,7 @@ async def root_fill_mask(context: Context, request: RootFillMaskRequest, caller:
     if options.targets is not None:
         raise ApiError("invalid_request", "parameters.targets: expected none, this server ranks the whole vocabulary")
     single = isinstance(request.inputs, str)
-    texts: list[str] = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    texts = texts_of(request.inputs)
     result = await context.service.fill(
         texts, caller, context.limits, top_k=options.top_k or 5, truncate=context.truncate()
     )
@@ -257,7 +257,7 @@ class RootAnswerRequest(Struct):
 async def root_token_classify(context: Context, request: RootTokenClassifyRequest, caller: Caller) -> Response:
     """Entities, as a pipeline: of a single text without a list around them."""
     options = request.parameters or TokenClassifyParameters()
-    texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    texts = texts_of(request.inputs)
     strategy = options.aggregation_strategy or "simple"
     result = await structured.classify_tokens(
         context.service, texts, caller, context.limits, aggregation_strategy=strategy, truncate=context.truncate()

@@ -24,6 +24,7 @@ from .route import (
     encode_rows,
     error_text,
 )
+from .schemas import texts_of
 from .tei_schemas import (
     RerankRequest,
     TeiDecodeRequest,
@@ -177,7 +178,7 @@ async def similarity(context: Context, request: TeiSimilarityRequest, caller: Ca
 
 async def tokenize(context: Context, request: TeiTokenizeRequest, caller: Caller) -> Response:
     """POST /tokenize."""
-    texts = [request.inputs] if isinstance(request.inputs, str) else request.inputs
+    texts = texts_of(request.inputs)
     found = await tokenized(
         context.service,
         texts,
