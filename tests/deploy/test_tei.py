@@ -19,6 +19,7 @@ from server_harness import WIDTH, FakeEngine, LiveServer, Reply, make_manifest, 
 
 from deploy.bundle import Prompts
 from deploy.server.limits.bounds import Settings
+from deploy.server.service import TextTokenizer
 
 Check = Callable[[Any], bool]
 
@@ -411,6 +412,21 @@ def test_auto_truncate_can_be_switched_off(tmp_path: Path) -> None:
 def test_info_names_the_kind_of_model(tmp_path: Path, task: str, expected: dict[str, Any]) -> None:
     with running(make_manifest(tmp_path, task)) as server:
         assert server("GET", "/info").json["model_type"] == expected
+
+
+def test_many_empty_texts_do_not_hold_the_event_loop_up(embedder: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set()
+    for name in ("describe", "decode"):
+        found = getattr(TextTokenizer, name)
+
+        def watched(*arguments: Any, inner: Any = found, **options: Any) -> Any:
+            threads.add(threading.current_thread().name.partition("_")[0])
+            return inner(*arguments, **options)
+
+        monkeypatch.setattr(TextTokenizer, name, watched)
+    assert len(good(embedder, "/tokenize", {"inputs": [""] * 1000})) == 1000
+    assert good(embedder, "/decode", {"ids": [[]] * 1000}) == [""] * 1000
+    assert threads == {"helper"}
 
 
 LONG = "w1 " * 40

@@ -18,6 +18,9 @@ __all__ = ["decode", "tokenize"]
 _JSON_BYTES = 96
 """About what the description of a token takes."""
 
+_EMPTY_CHARS = 16
+"""An empty text takes as long as so many characters."""
+
 
 async def tokenize(
     service: Service,
@@ -49,13 +52,13 @@ async def tokenize(
     for index, text in enumerate(texts):
         if len(text) > limits.chars:
             raise ApiError("too_large", exceeded("chars", limits.chars, len(text), f"input {index}: "))
-    chars = sum(map(len, texts))
+    few = _are_few(texts)
+    around = len(tokenizer.prefix) + len(tokenizer.suffix)
     found: list[orjson.Fragment] = []
     left = limits.ids
     for text in texts:
-        few = chars <= INLINE_CHARS
         if not few:
-            service.budget.hold(caller, _JSON_BYTES * min(len(text), left))
+            service.budget.hold(caller, _JSON_BYTES * min(len(text) + around, left))
         arguments = (tokenizer, text, special, prompt)
         tokens, part = _describe(*arguments) if few else await service.aside(_describe, *arguments)
         left -= tokens
@@ -65,6 +68,11 @@ async def tokenize(
             raise CallerLeft
         found.append(part)
     return found
+
+
+def _are_few(items: Sequence[Sequence[Any]]) -> bool:
+    """Whether texts or rows of ids may be worked on by the event loop; an empty one takes its time, too."""
+    return sum(map(len, items)) + _EMPTY_CHARS * len(items) <= INLINE_CHARS
 
 
 def _describe(tokenizer: TextTokenizer, text: str, special: bool, prompt: str | None) -> tuple[int, orjson.Fragment]:
@@ -89,6 +97,6 @@ async def decode(service: Service, ids: Sequence[Any], *, skip_special_tokens: b
     if len(kinds) > 1:
         raise ApiError("invalid_request", "ids: expected only token ids, or only lists of token ids")
     rows: Sequence[Sequence[int]] = ids if kinds == {list} else [ids]
-    if sum(map(len, rows)) <= INLINE_CHARS:
+    if _are_few(rows):
         return [service.tokenizer.decode(row, skip_special_tokens) for row in rows]
     return [await service.aside(service.tokenizer.decode, row, skip_special_tokens) for row in rows]
