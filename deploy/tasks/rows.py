@@ -7,10 +7,10 @@ numpy, and `numpy.asarray` takes all of it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["Ids", "Items", "Rows", "places"]
+__all__ = ["Ids", "Items", "Mapped", "Rows", "places"]
 
 if TYPE_CHECKING:
     Ids: TypeAlias = array[int]
@@ -82,6 +82,24 @@ class Items(Sequence[dict[str, Any]]):
         if isinstance(index, slice):
             return [self._item(place) for place in range(*index.indices(len(self)))]
         return self._item(index)
+
+
+class Mapped(Sequence[Any]):
+    """What a function makes of the items of a sequence, each when it is read."""
+
+    __slots__ = ("_function", "_items")
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self._function = function
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._function(item) for item in self._items[index]]
+        return self._function(self._items[index])
 
 
 def places(ids: Ids, wanted: int) -> list[int]:

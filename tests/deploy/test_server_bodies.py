@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from server_harness import WIDTH, make_manifest, running
 
+from deploy.engines.batch import PairIds
 from deploy.server import app
+from deploy.server.api import oip
 from deploy.server.api.openai import OpenAIEmbeddingsRequest
 from deploy.server.api.schemas import EmbedRequest
 from deploy.server.errors import ApiError
@@ -34,6 +36,8 @@ from deploy.server.http.bodies import (
 )
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.tasks import Rows
+from deploy.tasks.fill_mask import Filled
+from deploy.tasks.sparse_embedding import SparseVector
 
 LIMITS = Limits(4 << 20, 1024, 32_768)
 ID_LIMITS = Limits(4 << 20, 1024, 32_768, ids=262_144)
@@ -201,3 +205,91 @@ def test_large_bodies_are_read_and_written_on_a_helper_thread(tmp_path: Path, mo
                 assert all(name.startswith("helper") for name in names)
         for body, status in ((b'{"inputs": ["' + b"w1 " * INLINE_BYTES, 422), (b"[" * 200_000, 422)):
             assert server("POST", "/api/embed", body).status == status
+
+
+def _filled(ids: Any) -> list[Any]:
+    return [Filled([5, 6], [0.5, 0.25], lambda token: f" w{token - 5}") for token in ids if token == 4]
+
+
+_FEW = ("w1 w2", "w3")
+_LARGE = 6000
+_ANSWERS: dict[str, Any] = {
+    "fill-mask": _filled,
+    "sparse-embedding": lambda ids: SparseVector([2, 7], [0.5, 1.5]),
+    "token-classification": lambda ids: [[(token % 2, 0.5)] for token in ids],
+    "text-classification": lambda ids: [
+        {"label": label, "score": 0.25} for label in (("fits",) if isinstance(ids, PairIds) else ("no", "yes"))
+    ],
+}
+
+
+def _tensor(texts: Sequence[str]) -> dict[str, Any]:
+    return {"inputs": [{"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": list(texts)}]}
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "body", "answer"),
+    [
+        ("fill-mask", "/", lambda texts: {"inputs": [f"{text} [MASK]" for text in texts]}, None),
+        ("fill-mask", "/v2/models/fake/infer", lambda texts: _tensor([f"{text} [MASK]" for text in texts]), "oip"),
+        ("sparse-embedding", "/v2/models/fake/infer", _tensor, "oip"),
+        ("token-classification", "/", lambda texts: {"inputs": list(texts)}, None),
+        ("token-classification", "/v2/models/fake/infer", _tensor, "oip"),
+        ("text-classification", "/", lambda texts: {"inputs": list(texts), "parameters": {"top_k": 1}}, None),
+        ("text-classification", "/tokenize", lambda texts: {"inputs": list(texts)}, None),
+        ("text-classification", "/decode", lambda texts: {"ids": [[5] * 40 for _ in texts]}, None),
+    ],
+)
+def test_large_answers_of_every_dialect_are_written_on_a_helper_thread(
+    task: str, path: str, body: Any, answer: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def watched(function: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            threads.append(threading.current_thread().name.partition("_")[0])
+            return function(*arguments)
+
+        return run
+
+    monkeypatch.setattr(bodies, "encode_part", watched(bodies.encode_part))
+    monkeypatch.setattr(oip, "write_outputs", watched(oip.write_outputs))
+    settings = Settings(port=0, max_queue_tokens=1 << 30, max_queue_ms=1 << 30, max_values=1 << 30)
+    with running(make_manifest(tmp_path, task), settings) as server:
+        server.engine.run = lambda ids, options: list(map(_ANSWERS[task], ids))  # type: ignore[method-assign]
+
+        def rows(texts: Sequence[str]) -> Any:
+            threads.clear()
+            reply = server("POST", path, body(texts))
+            assert reply.status == 200, reply.body
+            if answer is None:
+                return reply.json
+            return [output["data"] for output in reply.json["outputs"]]
+
+        few = rows(_FEW)
+        assert set(threads) <= {"server"}
+        many = rows(_FEW * _LARGE)
+        assert set(threads) == {"helper"}
+        # The same as those of few.
+        assert many == (few * _LARGE if answer is None else [column * _LARGE for column in few])
+
+
+def test_masks_filled_as_a_pipeline_does(tmp_path: Path) -> None:
+    with running(make_manifest(tmp_path, "fill-mask")) as server:
+        server.engine.run = lambda ids, options: list(map(_filled, ids))  # type: ignore[method-assign]
+
+        def sequences(inputs: Any) -> Any:
+            reply = server("POST", "/", {"inputs": inputs, "parameters": {"top_k": 2}})
+            assert reply.status == 200, reply.body
+            return strip(reply.json)
+
+        def strip(found: Any) -> Any:
+            return [item["sequence"] if isinstance(item, dict) else strip(item) for item in found]
+
+        assert sequences("w9 [MASK] w2") == ["w9 w0 w2", "w9 w1 w2"]
+        two = [["w0 w9 [MASK]", "w1 w9 [MASK]"], ["[MASK] w9 w0", "[MASK] w9 w1"]]
+        assert sequences("[MASK] w9 [MASK]") == two
+        assert sequences(["[MASK]", "[MASK] w9 [MASK]"]) == [["w0", "w1"], two]
+        reply = server("POST", "/", {"inputs": "[MASK] " + " " * 3_900_000, "parameters": {"top_k": 100}})
+        assert reply.status == 413
+        assert "expected at most 16777216 numbers in one answer, got 24" in reply.json["error"]

@@ -14,9 +14,23 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ...tasks.answers import AnswerOptions
+from ...tasks.rows import Mapped
 from ..limits.bounds import MAX_TOP_K
 from ..service import structured
-from .route import JSON_HEADER, ApiError, Caller, Context, Handler, Limits, Response, Route, encode, server_timing
+from .hub_masks import encode_fillings, filling_values
+from .route import (
+    JSON_HEADER,
+    ApiError,
+    Caller,
+    Context,
+    Handler,
+    Limits,
+    Response,
+    Route,
+    encode,
+    encode_rows,
+    server_timing,
+)
 from .schemas import BOUND, Inputs, MaskedInputs, bound, texts_of
 from .tei import embed, predict, rerank, row, similarity
 from .tei_schemas import (
@@ -34,6 +48,9 @@ from .tei_schemas import (
 from .tei_vectors import TeiSparseResponse, TeiVectorsRequest, embed_sparse, sparse_values
 
 __all__ = ["ROUTES"]
+
+_ENTITY_VALUES = 5
+"""Numbers and texts of an entity."""
 
 _MANY = Annotated[int, Meta(ge=1)]
 
@@ -167,19 +184,17 @@ async def root_classify(context: Context, request: RootClassifyRequest, caller: 
         truncate=context.truncate(request.truncate),
         cut_left=cut_left(request.truncation_direction),
     )
-    answers = result.values
-    if chosen is not None:
-        apply = _FUNCTIONS[chosen]
-        answers = [
-            [
-                {"label": item["label"], "score": score}
-                for item, score in zip(labels, apply([item["score"] for item in labels]), strict=True)
-            ]
-            for labels in answers
-        ]
-    if options.top_k is not None:
-        answers = [labels[: options.top_k] for labels in answers]
-    return Response(encode(answers), (JSON_HEADER, server_timing(result)))
+    top_k = options.top_k
+
+    def chosen_labels(labels: Sequence[Any]) -> Sequence[Any]:
+        if chosen is not None:
+            scores = _FUNCTIONS[chosen]([item["score"] for item in labels])
+            labels = [{"label": item["label"], "score": score} for item, score in zip(labels, scores, strict=True)]
+        return labels[:top_k]
+
+    answers = Mapped(chosen_labels, result.values)
+    values_each = 2 * len(context.service.manifest.labels or ())
+    return Response(encode_rows(answers, values_each), (JSON_HEADER, server_timing(result)))
 
 
 async def root_fill_mask(context: Context, request: RootFillMaskRequest, caller: Caller) -> Response:
@@ -187,32 +202,14 @@ async def root_fill_mask(context: Context, request: RootFillMaskRequest, caller:
     options = request.parameters or FillMaskParameters()
     if options.targets is not None:
         raise ApiError("invalid_request", "parameters.targets: expected none, this server ranks the whole vocabulary")
-    single = isinstance(request.inputs, str)
     texts = texts_of(request.inputs)
     result = await context.service.fill(
         texts, caller, context.limits, top_k=options.top_k or 5, truncate=context.truncate()
     )
     mask = context.service.manifest.special_tokens["mask"]
     assert mask is not None  # The manifest was checked.
-    answers = []
-    for text, masks in zip(texts, result.values, strict=True):
-        parts = text.split(mask.token)
-        found = [
-            [
-                {
-                    "score": item["score"],
-                    "token": item["token_id"],
-                    "token_str": item["token"],
-                    "sequence": mask.token.join(parts[: place + 1])
-                    + item["token"].strip()
-                    + mask.token.join(parts[place + 1 :]),
-                }
-                for item in tokens
-            ]
-            for place, tokens in enumerate(masks)
-        ]
-        answers.append(found[0] if len(found) == 1 else found)
-    return Response(encode(answers[0] if single else answers), (JSON_HEADER, server_timing(result)))
+    answer = encode_fillings(texts, result.values, mask.token, isinstance(request.inputs, str))
+    return Response(answer, (JSON_HEADER, server_timing(result)))
 
 
 class TokenClassifyParameters(Struct):
@@ -262,14 +259,17 @@ async def root_token_classify(context: Context, request: RootTokenClassifyReques
     result = await structured.classify_tokens(
         context.service, texts, caller, context.limits, aggregation_strategy=strategy, truncate=context.truncate()
     )
-    answers = result.values
-    if options.ignore_labels is not None:
-        ignored = set(options.ignore_labels)
-        answers = [
-            [item for item in found if item.get("entity", item.get("entity_group")) not in ignored] for found in answers
-        ]
-    headers = (JSON_HEADER, server_timing(result))
-    return Response(encode(answers[0] if isinstance(request.inputs, str) else answers), headers)
+    ignored = frozenset(options.ignore_labels or ())
+
+    def wanted(entities: Sequence[Any]) -> Sequence[Any]:
+        return [item for item in entities if item.get("entity", item.get("entity_group")) not in ignored]
+
+    if isinstance(request.inputs, str):
+        answer = encode_rows(wanted(result.values[0]), _ENTITY_VALUES)
+    else:
+        most = max(map(len, result.values))
+        answer = encode_rows(Mapped(wanted, result.values), _ENTITY_VALUES * most)
+    return Response(answer, (JSON_HEADER, server_timing(result)))
 
 
 async def root_answer(context: Context, request: RootAnswerRequest, caller: Caller) -> Response:
@@ -343,8 +343,8 @@ ROUTES = (
         {"inputs": "Paris is the {mask} of France.", "parameters": {"top_k": 3}},
         _FILLINGS,
         limits=Limits.of_masked_texts,
-        values=lambda manifest, request: 4 * ((request.parameters and request.parameters.top_k) or 5),
-        value_bytes=128,
+        values=filling_values,
+        value_bytes=16,
     ),
     *_rows(
         "sparse-embedding",
@@ -363,7 +363,7 @@ ROUTES = (
         {"inputs": "Ada Lovelace lived in London."},
         list[msgspec.Raw],
         limits=Limits.of_texts,
-        values=lambda manifest, request: 5,
+        values=lambda manifest, request: _ENTITY_VALUES,
         value_bytes=64,
     ),
     *_rows(

@@ -13,6 +13,8 @@ from msgspec import Struct
 from ...bundle import Manifest
 from ...tasks.answers import AnswerOptions
 from ...tasks.entities import STRATEGIES
+from ...tasks.rows import Mapped
+from ..http.bodies import INLINE_VALUES
 from ..service import Result, structured
 from .oip_tensors import (
     HEADER_LENGTH,
@@ -41,7 +43,9 @@ from .route import (
 
 __all__ = ["OIP", "ROUTES"]
 
-_INLINE_VALUES = 16_384
+_ITEM_VALUES = 5
+"""Numbers and texts of an entity, an answer, or a weight of a word, at most."""
+
 _VERSION = "1"
 _LONGEST_US = 10**15
 """Who waits for longer waits for ever."""
@@ -131,10 +135,12 @@ async def _classify(
         truncate=options.truncate(context),
     )
     labels = list(context.service.manifest.labels or ())
-    rows = []
-    for answer in result.values:
+
+    def scores_of(answer: Sequence[Any]) -> Any:
         scores = {item["label"]: item["score"] for item in answer}
-        rows.append(array("f", [scores[label] for label in labels]))
+        return array("f", [scores[label] for label in labels])
+
+    rows = Mapped(scores_of, result.values)
     shape = (len(rows), len(labels))
     return result, [Tensor("scores", "FP32", shape, rows), Tensor("labels", "BYTES", shape, [labels] * len(rows))]
 
@@ -151,15 +157,16 @@ async def _fill(
             raise ApiError("invalid_request", f"input {index}: expected 1 mask in each text, got {len(masks)}")
     found = [masks[0] for masks in result.values]
     shape = (len(found), len(found[0]))
-    scores = [array("f", [item["score"] for item in tokens]) for tokens in found]
-    words = [[item["token"] for item in tokens] for tokens in found]
+    scores = Mapped(lambda tokens: array("f", [item["score"] for item in tokens]), found)
+    words = Mapped(lambda tokens: [item["token"] for item in tokens], found)
     return result, [Tensor("scores", "FP32", shape, scores), Tensor("tokens", "BYTES", shape, words)]
 
 
 def _written(result: Result) -> tuple[Result, list[Tensor]]:
     """Answers that are no tensors, as JSON."""
-    rows = [[encode(answer).decode()] for answer in result.values]
-    return result, [Tensor("answers", "BYTES", (len(rows), 1), rows)]
+    rows = Mapped(lambda answer: [encode(answer).decode()], result.values)
+    values = _ITEM_VALUES * sum(map(len, result.values))
+    return result, [Tensor("answers", "BYTES", (len(rows), 1), rows, values)]
 
 
 async def _classify_tokens(
@@ -264,7 +271,7 @@ async def infer(context: Context, request: Binary, caller: Caller) -> Response:
     head = {"model_name": service.model, "model_version": _VERSION}
     if body.id is not None:
         head["id"] = body.id
-    if sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors) <= _INLINE_VALUES:
+    if sum(tensor.values for tensor in tensors) <= INLINE_VALUES:
         data, length = write_outputs(head, tensors, binary)
     else:
         data, length = await service.aside(write_outputs, head, tensors, binary)

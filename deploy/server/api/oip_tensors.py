@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-import orjson
 from msgspec import Meta, Struct
 
 from .route import ApiError, encode
@@ -43,11 +42,14 @@ class Tensor:
         name: Its name.
         datatype: `FP32` or `BYTES`.
         shape: Of all rows.
+        values: About how many numbers and texts have to be written.
     """
 
-    __slots__ = ("_rows", "datatype", "name", "shape")
+    __slots__ = ("_rows", "datatype", "name", "shape", "values")
 
-    def __init__(self, name: str, datatype: str, shape: Sequence[int], rows: Sequence[Any]) -> None:
+    def __init__(
+        self, name: str, datatype: str, shape: Sequence[int], rows: Sequence[Any], values: int | None = None
+    ) -> None:
         """Wraps.
 
         Args:
@@ -55,16 +57,18 @@ class Tensor:
             datatype: `FP32`: rows are buffers of f32; `BYTES`: rows are lists of texts.
             shape: Of all rows.
             rows: One for each input.
+            values: About how many numbers and texts have to be written; None: as many as the shape has.
         """
         self.name = name
         self.datatype = datatype
         self.shape = list(shape)
+        self.values = math.prod(shape) if values is None else values
         self._rows = rows
 
-    def json(self) -> Any:
-        """Its numbers or texts, without rows."""
-        rows = [memoryview(row) for row in self._rows] if self.datatype == "FP32" else self._rows
-        return orjson.Fragment(b"[%s]" % b",".join(encode(row)[1:-1] for row in rows))
+    def json(self) -> bytes:
+        """Its numbers or texts, without rows and without brackets."""
+        of_row: Any = memoryview if self.datatype == "FP32" else list
+        return b",".join([encode(of_row(row))[1:-1] for row in self._rows])
 
     def binary(self) -> bytes:
         """Its numbers in little-endian order, or its texts, each behind its length."""
@@ -165,17 +169,18 @@ def write_outputs(body: dict[str, Any], tensors: Sequence[Tensor], binary: Seque
     Returns:
         The bytes, and the length of the JSON in them, where binary tensors follow it.
     """
-    outputs: list[dict[str, Any]] = []
+    written = [encode(body)[:-1], b',"outputs":']
     parts: list[bytes] = []
+    before = b"["
     for tensor, as_bytes in zip(tensors, binary, strict=True):
         output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         if as_bytes:
             parts.append(tensor.binary())
             output["parameters"] = {"binary_data_size": len(parts[-1])}
+            written += (before, encode(output))
         else:
-            output["data"] = tensor.json()
-        outputs.append(output)
-    head = encode({**body, "outputs": outputs})
-    if not parts:
-        return head, None
-    return b"".join([head, *parts]), len(head)
+            # Not encoded as a whole: that would hold the GIL.
+            written += (before, encode(output)[:-1], b',"data":[', tensor.json(), b"]}")
+        before = b","
+    written.append(b"]}")
+    return b"".join([*written, *parts]), sum(map(len, written)) if parts else None

@@ -21,6 +21,7 @@ from .route import (
     encode_list,
     error_text,
     server_timing,
+    text_values,
 )
 from .schemas import bound
 
@@ -131,7 +132,8 @@ async def documents(context: Context, request: Any, caller: Caller) -> Response:
         "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
         "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
     }
-    return Response(encode_list(body, "results", 2), (JSON_HEADER, server_timing(result)))
+    values_each = 2 + (text_values(texts) if request.return_documents else 0)
+    return Response(encode_list(body, "results", values_each), (JSON_HEADER, server_timing(result)))
 
 
 ROUTES = tuple(

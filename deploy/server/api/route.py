@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ...bundle import Manifest
 from ..errors import ERRORS, ApiError, error_body, error_fields, error_text
-from ..http.bodies import encode, encode_list, encode_rows
+from ..http.bodies import encode, encode_list, encode_rows, text_values
 from ..http.exchange import JSON_HEADER, Response
 from ..limits.bounds import Limits, Settings
 from ..limits.callers import Caller
@@ -40,6 +40,7 @@ __all__ = [
     "error_fields",
     "error_text",
     "server_timing",
+    "text_values",
 ]
 
 JSON = "application/json"

@@ -23,6 +23,7 @@ from .route import (
     encode,
     encode_rows,
     error_text,
+    text_values,
 )
 from .schemas import texts_of
 from .tei_schemas import (
@@ -154,7 +155,8 @@ async def rerank(context: Context, request: RerankRequest, caller: Caller) -> Re
     else:
         ranks = [{"index": i, "score": scores[i]} for i in order]
     chars = len(texts) * len(request.query) + sum(map(len, texts))
-    return Response(encode_rows(ranks, 2), measured(result, chars, started_s))
+    values_each = 2 + (text_values(texts) if request.return_text else 0)
+    return Response(encode_rows(ranks, values_each), measured(result, chars, started_s))
 
 
 async def similarity(context: Context, request: TeiSimilarityRequest, caller: Caller) -> Response:
@@ -187,13 +189,14 @@ async def tokenize(context: Context, request: TeiTokenizeRequest, caller: Caller
         special=request.add_special_tokens,
         prompt_name=request.prompt_name,
     )
-    return Response(encode(found))
+    # A token that takes four characters has four fields.
+    return Response(encode_rows(found, 8 + sum(map(len, texts)) // len(texts)))
 
 
 async def decode(context: Context, request: TeiDecodeRequest, caller: Caller) -> Response:
     """POST /decode."""
     texts = await decoded(context.service, request.ids, skip_special_tokens=request.skip_special_tokens)
-    return Response(encode(texts))
+    return Response(encode_rows(texts, 1 + text_values(texts)))
 
 
 def row(path: str, task: str | None, **fields: Any) -> Route:

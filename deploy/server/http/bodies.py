@@ -23,6 +23,7 @@ from ..limits.bounds import Limits, exceeded
 __all__ = [
     "INLINE_BYTES",
     "INLINE_VALUES",
+    "VALUE_CHARS",
     "Large",
     "decode",
     "decode_in_parts",
@@ -32,6 +33,7 @@ __all__ = [
     "encode_part",
     "encode_rows",
     "parts",
+    "text_values",
 ]
 
 INLINE_BYTES = 65_536
@@ -39,6 +41,9 @@ INLINE_BYTES = 65_536
 
 INLINE_VALUES = 16_384
 """Answers with up to this many numbers are encoded on the event loop: 0.8 ms."""
+
+VALUE_CHARS = 16
+"""So many characters of an answer's texts take as long as a number."""
 
 _PART_BYTES = 32_768
 _PART_VALUES = 8192
@@ -217,6 +222,11 @@ def encode_rows(rows: Sequence[Any], values_each: int) -> bytes | Large:
     if len(rows) * values_each > INLINE_VALUES:
         return Large({"": rows}, "", values_each)
     return encode(rows)
+
+
+def text_values(texts: Sequence[str]) -> int:
+    """How many numbers a text of an answer counts as, on average."""
+    return sum(map(len, texts)) // (VALUE_CHARS * max(len(texts), 1))
 
 
 def encode_in_parts(large: Large) -> bytes:

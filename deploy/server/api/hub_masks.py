@@ -1,0 +1,84 @@
+"""Answers to `POST /` for fill-mask: as a pipeline of transformers has them, made while they are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ...bundle import Manifest
+from ...tasks.rows import Items, Mapped
+from ..http.bodies import VALUE_CHARS
+from .route import encode_rows
+from .schemas import texts_of
+
+__all__ = ["encode_fillings", "filling_values"]
+
+_PREDICTION_VALUES = 4
+
+
+class _Filling(Items):
+    """The best tokens of one mask, each with the text in which it stands there.
+
+    The text is long, and there is one for each token: they are made when they are read.
+    """
+
+    __slots__ = ("_mask", "_place", "_text", "_tokens")
+
+    def __init__(self, text: str, mask: str, place: int, tokens: Sequence[Any]) -> None:
+        self._text = text
+        self._mask = mask
+        self._place = place
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return self[index : index + 1][0]
+        parts = self._text.split(self._mask)
+        before = self._mask.join(parts[: self._place + 1])
+        after = self._mask.join(parts[self._place + 1 :])
+        return [
+            {
+                "score": item["score"],
+                "token": item["token_id"],
+                "token_str": item["token"],
+                "sequence": f"{before}{item['token'].strip()}{after}",
+            }
+            for item in self._tokens[index]
+        ]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self[:])
+
+
+def _values(top_k: int, longest: int) -> int:
+    return top_k * (_PREDICTION_VALUES + longest // VALUE_CHARS)
+
+
+def filling_values(manifest: Manifest, request: Any) -> int:
+    """Numbers in the answer to each mask, those that the texts in it count as included."""
+    top_k = (request.parameters and request.parameters.top_k) or 5
+    return _values(top_k, max(map(len, texts_of(request.inputs)), default=0))
+
+
+def encode_fillings(texts: Sequence[str], found: Sequence[Any], mask: str, single: bool) -> Any:
+    """The answer.
+
+    Args:
+        texts: Of the request.
+        found: Per text, per mask its best tokens.
+        mask: The mask token.
+        single: Answer the first text alone, without a list around it.
+    """
+
+    def fillings(index: int) -> Any:
+        rows = [_Filling(texts[index], mask, place, tokens) for place, tokens in enumerate(found[index])]
+        return rows[0] if len(rows) == 1 else rows
+
+    each = _values(max((len(tokens) for tokens in found[0]), default=0), max(map(len, texts)))
+    if not single:
+        return encode_rows(Mapped(fillings, range(len(texts))), each * max(map(len, found)))
+    rows = fillings(0)
+    return encode_rows(rows, _values(1, len(texts[0])) if isinstance(rows, _Filling) else each)
