@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -17,6 +18,7 @@ from server_harness import VOCABULARY, WIDTH, LiveServer, make_manifest, running
 
 from deploy.server.cli import _parser
 from deploy.server.limits.bounds import BOUNDS, Settings
+from deploy.server.service import TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Settings(
@@ -170,3 +172,32 @@ def test_one_more_than_each_limit_is_told_with_its_option(tmp_path: Path) -> Non
             (b'{"inputs": "w1"' + b" " * 885 + b"}", 900, 901, "--max-body-bytes"),
         ):
             assert re.search(rf"at most {limit} .* got {asked}; {option} sets this limit", refused(server, body))
+
+
+def test_a_long_query_is_not_tokenised_for_more_texts_than_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    encode_pairs = TextTokenizer.encode_pairs
+
+    def watched(self: TextTokenizer, pairs: Any, *arguments: Any, **options: Any) -> Any:
+        encoded.extend(pairs)
+        return encode_pairs(self, pairs, *arguments, **options)
+
+    monkeypatch.setattr(TextTokenizer, "encode_pairs", watched)
+    manifest = make_manifest(tmp_path, "text-classification", max_tokens=MAX_TOKENS)
+    manifest = dataclasses.replace(manifest, labels=("fits",))
+    settings = dataclasses.replace(SMALL, max_body_bytes=1 << 20, max_queue_tokens=1000, max_values=1 << 20)
+    query = "w1 " * 10_000
+    with running(manifest, settings) as server:
+        for path in ("/rerank", "/v1/rerank"):
+            key = "texts" if path == "/rerank" else "documents"
+            reply = server("POST", path, {"query": query, key: ["w2"] * 600})
+            assert reply.status == 413
+            expected = r"at most 16777216 characters in one request, got 18001200; this limit is fixed"
+            assert re.search(expected, reply.body.decode())
+            assert not encoded
+        reply = server("POST", "/rerank", {"query": query, "texts": ["w2"] * 500})
+        assert reply.status == 413
+        assert "at most 1000 tokens in one request, got more; --max-queue-tokens" in reply.json["error"]
+        assert len(encoded) * MAX_TOKENS <= 1000 + 3 * MAX_TOKENS

@@ -38,7 +38,8 @@ INLINE_INPUTS = 1024
 """Requests with more inputs, if only empty ones, go to a helper thread, too."""
 
 TOKENIZE_BACKLOG_CHARS = 16 << 20
-"""Most characters of all requests that wait for a helper thread."""
+"""Most characters of a request, and of all requests that wait for a helper thread. In a request to rerank,
+the query counts once for each text. Where `--max-body-bytes` is larger, one request may have as many."""
 
 TURN_CHARS = 65_536
 """A helper thread tokenises about this many characters (15 ms) of a request before it takes the next one's."""
@@ -168,6 +169,9 @@ BOUNDS: Mapping[str, Bound] = {
     "body_bytes": Bound("a request body", "bytes", "max_body_bytes"),
     "inputs": Bound("a request", "inputs in one request", "max_queue_tokens"),
     "chars": Bound("one text of /tokenize", "characters", "max_chars"),
+    "all_chars": Bound(
+        "a request to the model: its texts, in pairs both", "characters in one request", fixed=TOKENIZE_BACKLOG_CHARS
+    ),
     "tokens": Bound("a request, and all requests that wait", "tokens in one request", "max_queue_tokens"),
     "wait_ms": Bound("a request waits and is computed", "ms", "max_queue_ms", status=429),
     "masks": Bound("one text of fill-mask", "mask tokens in one text", fixed=MASKS_PER_TEXT, status=422),

@@ -58,6 +58,10 @@ class Asked:
     windows: list[Window]
     ids: list[PairIds]
 
+    def __len__(self) -> int:
+        """Tokens of all windows."""
+        return sum(map(len, self.ids))
+
 
 class LocatingTokenizer:
     """The tokenizer of a bundle, keeping the places of tokens.

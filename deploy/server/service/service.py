@@ -371,18 +371,26 @@ class Service:
         if sizes is None:
             sizes = await self.aside(sizes_of, request, self._prompt_chars)
         waiting, chars = self._tokenizing_chars, sum(sizes)
+        most = max(TOKENIZE_BACKLOG_CHARS, request.limits.body_bytes)
+        if chars > most:
+            raise ApiError("too_large", f"{exceeded('all_chars', most, chars)}; send fewer or shorter texts at a time")
         if waiting and waiting + chars > TOKENIZE_BACKLOG_CHARS:
             raise self._batcher.try_later(
                 f"{waiting} characters are waiting to be tokenised; with {chars} more, they would be more than "
                 f"{TOKENIZE_BACKLOG_CHARS}"
             )
         ids: list[Any] = []
+        tokens, most_tokens = 0, self.settings.max_queue_tokens
         self._tokenizing_chars += chars
         try:
             for start, stop in turns(sizes):
-                ids += await self.aside(request.encode, request.inputs[start:stop], request.truncate, start)
+                part = await self.aside(request.encode, request.inputs[start:stop], request.truncate, start)
                 if request.caller.gone:
                     raise CallerLeft
+                tokens += sum(map(len, part))
+                if tokens > most_tokens and stop < len(sizes):  # The rest need not be tokenised.
+                    raise ApiError("too_large", f"{exceeded('tokens', most_tokens)}; send fewer texts at a time")
+                ids += part
         finally:
             self._tokenizing_chars -= chars
         return ids
