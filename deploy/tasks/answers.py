@@ -31,6 +31,11 @@ class AnswerOptions:
     handle_impossible_answer: bool = False
     align_to_words: bool = True
 
+    @property
+    def spans(self) -> int:
+        """How many spans of each window are looked at: aligned to words, several may be the same answer."""
+        return 2 * self.top_k + 10 if self.align_to_words else self.top_k
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -63,26 +68,42 @@ def best_spans(
 ) -> list[tuple[float, int, int]]:
     """The likeliest spans of tokens, likeliest first: probability, first and last token.
 
+    Looks at few of the spans: takes n log(longest) + count log(n) steps for n tokens, however alike they are.
+
     Args:
         starts: Probability of each token that a span begins there.
         ends: That one ends there.
         count: How many spans, at most.
         longest: Most tokens of a span.
     """
+    size = len(starts)
+    if not size:
+        return []
+    # Row h: for each token the likeliest end among it and the 2^h - 1 behind it, the first of equal ones.
+    highest = [[(end, -last) for last, end in enumerate(ends)]]
+    while 2 << (len(highest) - 1) <= min(longest, size):
+        row, step = highest[-1], 1 << (len(highest) - 1)
+        highest.append(list(map(max, row, row[step:])))
+
+    def best(first: int, begin: int, stop: int) -> tuple[float, int, int, int, int]:
+        """The likeliest span that begins at a token and ends from `begin` to before `stop`."""
+        level = (stop - begin).bit_length() - 1
+        end, last = max(highest[level][begin], highest[level][stop - (1 << level)])
+        # Of equal spans, that which begins, then ends, first.
+        return -starts[first] * end, first, -last, begin, stop
+
+    # Each token's likeliest span; where it is taken, those with the ends before and behind its own are next.
+    waiting = [best(first, first, min(first + longest, size)) for first in range(size)]
+    heapq.heapify(waiting)
     found: list[tuple[float, int, int]] = []
-    highest_end = max(ends, default=0.0)
-    for first in sorted(range(len(starts)), key=starts.__getitem__, reverse=True):
-        if len(found) == count and starts[first] * highest_end < found[0][0]:
-            break
-        for last in range(first, min(first + longest, len(ends))):
-            score = starts[first] * ends[last]
-            # Of equal ones the first stays.
-            item = (score, -first, -last)
-            if score > 0 and len(found) < count:
-                heapq.heappush(found, item)
-            elif score > 0 and item > found[0]:
-                heapq.heapreplace(found, item)
-    return [(score, -first, -last) for score, first, last in sorted(found, reverse=True)]
+    while waiting and len(found) < count and waiting[0][0] < 0:
+        negative, first, last, begin, stop = heapq.heappop(waiting)
+        found.append((-negative, first, last))
+        if begin < last:
+            heapq.heappush(waiting, best(first, begin, last))
+        if last + 1 < stop:
+            heapq.heappush(waiting, best(first, last + 1, stop))
+    return found
 
 
 def best_answers(
@@ -96,9 +117,8 @@ def best_answers(
         logits: Per window, per token of it what the task answered.
         options: Of the request.
     """
-    answers: dict[str, dict[str, Any]] = {}
+    answers: dict[str, tuple[float, int, int]] = {}
     impossible = math.inf
-    count = 2 * options.top_k + 10 if options.align_to_words else options.top_k
     for window, rows in zip(windows, logits, strict=True):
         # The question has no part in the probabilities; the token for no answer has.
         part = rows[window.first : window.first + len(window.starts)]
@@ -109,17 +129,16 @@ def best_answers(
         starts, ends = (_probabilities([row[side] for row in pairs]) for side in (0, 1))
         impossible = min(impossible, starts[0] * ends[0] if window.null else 0.0)
         begin = len(null)
-        for score, first, last in best_spans(starts[begin:], ends[begin:], count, options.max_answer_len):
+        for score, first, last in best_spans(starts[begin:], ends[begin:], options.spans, options.max_answer_len):
             start, end = _characters(window, first, last, options.align_to_words)
-            answer = text[start:end]
-            if (same := answers.get(answer.lower())) is not None:
-                same["score"] += score
-            else:
-                answers[answer.lower()] = {"score": score, "start": start, "end": end, "answer": answer}
+            answer = text[start:end].lower()
+            before, start, end = answers.get(answer, (0.0, start, end))
+            answers[answer] = before + score, start, end
     found = list(answers.values())
     if options.handle_impossible_answer and impossible < math.inf:
-        found.append({"score": impossible, "start": 0, "end": 0, "answer": ""})
-    return sorted(found, key=lambda answer: -answer["score"])[: options.top_k]
+        found.append((impossible, 0, 0))
+    best = sorted(found, key=lambda answer: -answer[0])[: options.top_k]
+    return [{"score": score, "start": start, "end": end, "answer": text[start:end]} for score, start, end in best]
 
 
 def _characters(window: Window, first: int, last: int, align: bool) -> tuple[int, int]:

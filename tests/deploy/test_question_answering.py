@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,10 @@ from server_harness import ask, make_manifest, running
 from deploy.bundle import Manifest, load_manifest
 from deploy.export.cli import main
 from deploy.server.errors import ApiError
-from deploy.server.limits.bounds import Limits
+from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
-from deploy.server.service import structured
-from deploy.tasks.answers import AnswerOptions, best_spans
+from deploy.server.service import located, structured
+from deploy.tasks.answers import AnswerOptions, best_answers, best_spans
 from deploy.tasks.comparison import AnswerSpans
 
 QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet"]
@@ -102,6 +103,66 @@ def test_spans_are_the_likeliest() -> None:
             ]
             expected = [(-score, first, last) for score, first, last in sorted(pairs)[:count]]
             assert best_spans(starts, ends, count, longest) == expected
+
+
+def test_spans_of_tokens_that_are_all_alike_are_not_all_looked_at() -> None:
+    looked_at = 0
+
+    class Counted(float):
+        """A probability that counts how often it is multiplied."""
+
+        def __neg__(self) -> Any:
+            return Counted(-float(self))
+
+        def __mul__(self, other: Any) -> Any:
+            nonlocal looked_at
+            looked_at += 1
+            return float(self) * float(other)
+
+    size, count = 500, 210
+    found = best_spans([Counted(0.5)] * size, [0.25] * size, count, size)
+    assert found == [(0.125, 0, last) for last in range(count)]
+    assert looked_at <= size + 3 * count
+
+
+def test_windows_are_bounded_before_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(located, "Window", lambda *arguments: made.append(arguments))
+    settings = Settings(port=0, max_queue_tokens=1000)
+    with running(make_manifest(tmp_path, "question-answering"), settings) as server:
+        # Windows of 16 tokens: 15 of the context, 14 of which are in the one before.
+        one = {"question": "w1", "context": "w2 " * 200}
+        for count, path in ((1, "/api/answer"), (3, "/api/answer"), (1, "/")):
+            body: Any = {"inputs": [one] * count, "max_seq_len": 16, "doc_stride": 14}
+            if path == "/":
+                body = {"inputs": one, "parameters": {"max_seq_len": 16, "doc_stride": 14}}
+            reply = server("POST", path, body)
+            assert reply.status == 413
+            message = (
+                "input 0: expected at most 1000 tokens in one request, got 2976; --max-queue-tokens sets this limit"
+            )
+            assert message in reply.body.decode()
+            assert "read in 186 windows, which have doc_stride=14 tokens in common" in reply.body.decode()
+        assert not made
+
+
+def test_many_answers_are_put_together_on_a_helper_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return best_answers(*arguments)
+
+    monkeypatch.setattr(structured, "best_answers", watched)
+    with running(make_manifest(tmp_path, "question-answering")) as server:
+        server.engine.run = lambda ids, options: [  # type: ignore[method-assign]
+            [memoryview(np.float32([token, token])) for token in pair.ids] for pair in ids
+        ]
+        one = {"question": "w1", "context": "w2 " * 40}
+        for top_k, expected in ((1, "server"), (100, "helper")):
+            body = {"inputs": one, "max_seq_len": 16, "doc_stride": 14, "top_k": top_k}
+            assert server("POST", "/api/answer", body).status == 200
+            assert threads.pop() == expected
 
 
 def test_questions_that_leave_no_room(answerer: tuple[Path, Manifest]) -> None:

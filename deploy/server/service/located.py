@@ -12,6 +12,7 @@ from ...tasks import Ids
 from ...tasks.answers import Window
 from ...tasks.entities import TokenText
 from ..errors import ApiError
+from ..limits.bounds import exceeded
 from .tokens import TextTokenizer
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class LocatingTokenizer:
         max_seq_len: int,
         doc_stride: int,
         null_id: int | None,
+        most_tokens: int,
     ) -> list[Asked]:
         """Token ids of questions and texts, in windows of at most `max_seq_len` tokens.
 
@@ -133,9 +135,11 @@ class LocatingTokenizer:
             max_seq_len: Most tokens of a window, the question included.
             doc_stride: Tokens that windows have in common.
             null_id: Of the token that stands for no answer where it comes first; None: there is none.
+            most_tokens: Most tokens in all windows of a text.
 
         Raises:
-            ApiError: A question is so long that no room is left for the text, or one of both is empty.
+            ApiError: A question is so long that no room is left for the text, one of both is empty, or there are too
+                many tokens in all windows.
         """
         result = []
         for index, ((question, text), encoding) in enumerate(zip(inputs, self.encodings(inputs), strict=True), first):
@@ -144,33 +148,53 @@ class LocatingTokenizer:
             sides = encoding.sequence_ids
             begin = sides.index(1) if 1 in sides else len(sides)
             count = sides.count(1)
-            room = max_seq_len - (len(sides) - count)
+            others = len(sides) - count
+            room = max_seq_len - others
             if room < 1 or (count > room and room <= doc_stride):
-                others = len(sides) - count
                 raise ApiError(
                     "invalid_request",
                     f"input {index}: expected a question of at most {max_seq_len - doc_stride - 1} tokens with special "
                     f"tokens, so that more than doc_stride={doc_stride} of max_seq_len={max_seq_len} are left for the "
                     f"context, got {others}; send a shorter question",
                 )
-            asked = Asked(text, [], [])
-            start = begin
-            while True:
-                end = min(start + room, begin + count)
-                asked.ids.append(self._window_ids(encoding, begin, count, start, end))
-                asked.windows.append(_window(encoding, begin, start, end, null_id))
-                if end == begin + count:
-                    break
-                start += room - doc_stride
-            result.append(asked)
+            # All windows but the last are full; what two have in common is read twice.
+            step = room - doc_stride
+            windows = 1 + max(0, -(-(count - room) // step) if step > 0 else 0)
+            tokens = count + others + (windows - 1) * (others + doc_stride)
+            if tokens > most_tokens:
+                raise ApiError(
+                    "too_large",
+                    f"{exceeded('tokens', most_tokens, tokens, f'input {index}: ')}; its context is read in {windows} "
+                    f"windows, which have doc_stride={doc_stride} tokens in common: send a shorter one, or a lower "
+                    "doc_stride",
+                )
+            firsts = [begin + window * step for window in range(windows)]
+            parts = [range(first, min(first + room, begin + count)) for first in firsts]
+            result.append(self._asked(text, encoding, range(begin, begin + count), parts, null_id))
         return result
 
-    def _window_ids(self, encoding: Encoding, begin: int, count: int, start: int, end: int) -> PairIds:
-        """Token ids of a window: all but the text's, of which only some."""
-        ids, types = encoding.ids, encoding.type_ids
-        kept = [*ids[:begin], *ids[start:end], *ids[begin + count :]]
-        mine = [*types[:begin], *types[start:end], *types[begin + count :]]
-        return PairIds(array("q", kept), array("q", mine if self._tokenizer.token_types else [0] * len(kept)))
+    def _asked(self, text: str, encoding: Encoding, whole: range, parts: Sequence[range], null_id: int | None) -> Asked:
+        """The windows of a text: each has all tokens but the text's, and some of these.
+
+        Args:
+            text: The text.
+            encoding: Of question and text.
+            whole: Places of the text's tokens.
+            parts: Places of those of each window.
+            null_id: See `encode_questions`.
+        """
+        begin, stop = whole.start, whole.stop
+        ids = array("q", encoding.ids)
+        types = array("q", encoding.type_ids if self._tokenizer.token_types else bytes(8 * len(ids)))
+        starts, ends = (array("i", [offset[side] for offset in encoding.offsets]) for side in (0, 1))
+        words = array("i", [-1 if word is None else word for word in encoding.word_ids])
+        null = null_id is not None and ids[0] == null_id
+        asked = Asked(text, [], [])
+        for part in parts:
+            kept = slice(part.start, part.stop)
+            asked.ids.append(PairIds(*(row[:begin] + row[kept] + row[stop:] for row in (ids, types))))
+            asked.windows.append(Window(begin, starts[kept], ends[kept], words[kept], null))
+        return asked
 
     def encodings(self, inputs: Sequence[str] | Sequence[tuple[str, str]]) -> Iterator[Encoding]:
         """Encodings with places, a few at a time: they take far more memory than what is kept of them."""
@@ -199,15 +223,3 @@ class LocatingTokenizer:
         """The text of how tokens read."""
         decoder = self.backend.decoder
         return " ".join(words) if decoder is None else str(decoder.decode(words))
-
-
-def _window(encoding: Encoding, begin: int, start: int, end: int, null_id: int | None) -> Window:
-    offsets = encoding.offsets[start:end]
-    words = [-1 if word is None else word for word in encoding.word_ids[start:end]]
-    return Window(
-        begin,
-        array("i", [offset[0] for offset in offsets]),
-        array("i", [offset[1] for offset in offsets]),
-        array("i", words),
-        null_id is not None and encoding.ids[0] == null_id,
-    )

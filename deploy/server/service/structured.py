@@ -121,11 +121,13 @@ async def answer(
         max_seq_len=size,
         doc_stride=stride,
         null_id=None if cls is None else cls.id,
+        most_tokens=service.settings.max_queue_tokens,
     )
     asked = await service.encode(Request(questions, caller, limits, True, encode))
     ids = [window for one in asked for window in one.ids]
     result = await service.run(ids, RAW, caller, limits, started_s, len(asked))
-    values = await _finish(service, result.tokens, _answers, asked, result.values, options)
+    cost = result.tokens + len(ids) * options.spans
+    values = await _finish(service, cost, _answers, asked, result.values, options)
     return result._replace(values=values)
 
 
@@ -198,8 +200,8 @@ def _count_tokens(ids: Sequence[Any], limits: Limits) -> int:
     return sum(map(len, ids))
 
 
-async def _finish(service: Service, tokens: int, function: Callable[..., list[Any]], *arguments: Any) -> list[Any]:
-    """Puts answers together, on a helper thread if there is much to do."""
-    if tokens > _INLINE_TOKENS:
+async def _finish(service: Service, cost: int, function: Callable[..., list[Any]], *arguments: Any) -> list[Any]:
+    """Puts answers together, on a helper thread if there is much to do: tokens, and spans of them, to look at."""
+    if cost > _INLINE_TOKENS:
         return await service.aside(function, *arguments)
     return function(*arguments)
