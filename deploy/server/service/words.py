@@ -10,6 +10,7 @@ import orjson
 from ..errors import ApiError
 from ..limits.bounds import INLINE_CHARS, Limits, exceeded
 from ..limits.callers import Caller, CallerLeft
+from .request import turns
 from .service import Service
 from .tokens import TextTokenizer
 
@@ -52,32 +53,44 @@ async def tokenize(
     for index, text in enumerate(texts):
         if len(text) > limits.chars:
             raise ApiError("too_large", exceeded("chars", limits.chars, len(text), f"input {index}: "))
-    few = _are_few(texts)
+    sizes = _sizes_of(texts)
     around = len(tokenizer.prefix) + len(tokenizer.suffix)
     found: list[orjson.Fragment] = []
     left = limits.ids
-    for text in texts:
-        if not few:
-            service.budget.hold(caller, _JSON_BYTES * min(len(text) + around, left))
-        arguments = (tokenizer, text, special, prompt)
-        tokens, part = _describe(*arguments) if few else await service.aside(_describe, *arguments)
-        left -= tokens
+    few = sum(sizes) <= INLINE_CHARS
+    for start, stop in turns(sizes):
+        part = texts[start:stop]
+        arguments = (tokenizer, part, special, prompt, left)
+        if few:
+            left, described = _describe(*arguments)
+        else:
+            service.budget.hold(caller, _JSON_BYTES * min(sum(map(len, part)) + around * len(part), left))
+            left, described = await service.aside(_describe, *arguments)
         if left < 0:
             raise ApiError("too_large", exceeded("tokens", limits.ids))
         if caller.gone:
             raise CallerLeft
-        found.append(part)
+        found += described
     return found
 
 
-def _are_few(items: Sequence[Sequence[Any]]) -> bool:
-    """Whether texts or rows of ids may be worked on by the event loop; an empty one takes its time, too."""
-    return sum(map(len, items)) + _EMPTY_CHARS * len(items) <= INLINE_CHARS
+def _sizes_of(items: Sequence[Sequence[Any]]) -> list[int]:
+    """About how many characters each text, or row of ids, takes as long as; an empty one takes its time, too."""
+    return [_EMPTY_CHARS + len(item) for item in items]
 
 
-def _describe(tokenizer: TextTokenizer, text: str, special: bool, prompt: str | None) -> tuple[int, orjson.Fragment]:
-    tokens = tokenizer.describe(text, special, prompt)
-    return len(tokens), orjson.Fragment(orjson.dumps(tokens))
+def _describe(
+    tokenizer: TextTokenizer, texts: Sequence[str], special: bool, prompt: str | None, left: int
+) -> tuple[int, list[orjson.Fragment]]:
+    """The tokens of texts, and how many more than these there may be; below 0, the rest is left out."""
+    found = []
+    for text in texts:
+        tokens = tokenizer.describe(text, special, prompt)
+        left -= len(tokens)
+        if left < 0:
+            break
+        found.append(orjson.Fragment(orjson.dumps(tokens)))
+    return left, found
 
 
 async def decode(service: Service, ids: Sequence[Any], *, skip_special_tokens: bool = True) -> list[str]:
@@ -97,6 +110,14 @@ async def decode(service: Service, ids: Sequence[Any], *, skip_special_tokens: b
     if len(kinds) > 1:
         raise ApiError("invalid_request", "ids: expected only token ids, or only lists of token ids")
     rows: Sequence[Sequence[int]] = ids if kinds == {list} else [ids]
-    if _are_few(rows):
-        return [service.tokenizer.decode(row, skip_special_tokens) for row in rows]
-    return [await service.aside(service.tokenizer.decode, row, skip_special_tokens) for row in rows]
+    sizes = _sizes_of(rows)
+    if sum(sizes) <= INLINE_CHARS:
+        return _decode(service.tokenizer, rows, skip_special_tokens)
+    found: list[str] = []
+    for start, stop in turns(sizes):
+        found += await service.aside(_decode, service.tokenizer, rows[start:stop], skip_special_tokens)
+    return found
+
+
+def _decode(tokenizer: TextTokenizer, rows: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
+    return [tokenizer.decode(row, skip_special_tokens) for row in rows]
