@@ -128,9 +128,12 @@ def best_answers(
             continue
         starts, ends = (_probabilities([row[side] for row in pairs]) for side in (0, 1))
         impossible = min(impossible, starts[0] * ends[0] if window.null else 0.0)
-        begin = len(null)
+        begin, words = len(null), window.words
+        firsts, lasts = _bounds_of_words(words)
         for score, first, last in best_spans(starts[begin:], ends[begin:], options.spans, options.max_answer_len):
-            start, end = _characters(window, first, last, options.align_to_words)
+            if options.align_to_words and words[first] >= 0 and words[last] >= 0:
+                first, last = firsts[first], lasts[last]
+            start, end = window.starts[first], window.ends[last]
             answer = text[start:end].lower()
             before, start, end = answers.get(answer, (0.0, start, end))
             answers[answer] = before + score, start, end
@@ -141,12 +144,14 @@ def best_answers(
     return [{"score": score, "start": start, "end": end, "answer": text[start:end]} for score, start, end in best]
 
 
-def _characters(window: Window, first: int, last: int, align: bool) -> tuple[int, int]:
-    """Where a span of tokens begins and ends in the text; with the words that it begins and ends in, if wanted."""
-    words = window.words
-    if align and words[first] >= 0 and words[last] >= 0:
-        while first > 0 and words[first - 1] == words[first]:
-            first -= 1
-        while last + 1 < len(words) and words[last + 1] == words[last]:
-            last += 1
-    return window.starts[first], window.ends[last]
+def _bounds_of_words(words: Sequence[int]) -> tuple[list[int], list[int]]:
+    """For each token the first and the last one of the word that it belongs to; itself, if to none."""
+    firsts = list(range(len(words)))
+    lasts = firsts[:]
+    for place in range(1, len(words)):
+        if words[place] >= 0 and words[place] == words[place - 1]:
+            firsts[place] = firsts[place - 1]
+    for place in range(len(words) - 2, -1, -1):
+        if words[place] >= 0 and words[place] == words[place + 1]:
+            lasts[place] = lasts[place + 1]
+    return firsts, lasts

@@ -6,6 +6,7 @@ import random
 import sys
 import threading
 import warnings
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from deploy.server.errors import ApiError
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
 from deploy.server.service import located, structured
-from deploy.tasks.answers import AnswerOptions, best_answers, best_spans
+from deploy.tasks.answers import AnswerOptions, Window, best_answers, best_spans
 from deploy.tasks.comparison import AnswerSpans
 
 QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet"]
@@ -123,6 +124,23 @@ def test_spans_of_tokens_that_are_all_alike_are_not_all_looked_at() -> None:
     found = best_spans([Counted(0.5)] * size, [0.25] * size, count, size)
     assert found == [(0.125, 0, last) for last in range(count)]
     assert looked_at <= size + 3 * count
+
+
+def test_a_text_of_one_word_is_not_walked_for_every_answer() -> None:
+    reads = 0
+
+    class Counted(array):  # type: ignore[type-arg]
+        def __getitem__(self, index: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            return super().__getitem__(index)
+
+    size = 300
+    places = array("i", range(size))
+    window = Window(0, places, array("i", range(1, size + 1)), Counted("i", [0] * size), null=False)
+    found = best_answers("w" * size, [window], [[[0.0, 0.0]] * size], AnswerOptions(100, size))
+    assert [(item["start"], item["end"]) for item in found] == [(0, size)]
+    assert reads <= 10 * size
 
 
 def test_windows_are_bounded_before_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
