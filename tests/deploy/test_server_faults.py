@@ -521,13 +521,13 @@ def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Ma
         inner = server.app.service
         inner._prompt_chars = bounds.INLINE_CHARS
         aside = []
-        tokenize = inner._tokenize
+        tokenize = inner._encode_in_parts
 
         async def note(request: Any, sizes: Sequence[int]) -> list[Any]:
             aside.append(list(request.inputs))
             return await tokenize(request, sizes)
 
-        inner._tokenize = note  # type: ignore[method-assign]
+        inner._encode_in_parts = note  # type: ignore[method-assign]
         assert server("POST", "/api/embed", {"inputs": ["w1", "w2"]}).status == 200
         assert aside == [["w1", "w2"]]
 
