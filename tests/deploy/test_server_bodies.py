@@ -33,10 +33,12 @@ from deploy.server.http.bodies import (
     decode_in_parts,
     encode,
     encode_in_parts,
+    parts,
 )
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.tasks import Rows
 from deploy.tasks.fill_mask import Filled
+from deploy.tasks.rows import Mapped
 from deploy.tasks.sparse_embedding import SparseVector
 
 LIMITS = Limits(4 << 20, 1024, 32_768)
@@ -174,6 +176,15 @@ def test_answers_in_parts_are_the_same_bytes(rows: int) -> None:
     for items, each in ((values, 384), ([{"embedding": row, "index": 1} for row in values], 384), ([[]] * rows, 0)):
         body = {"object": "list", "data": items, "model": "ü", "usage": {"tokens": 3}}
         assert encode_in_parts(Large(body, "data", each)) == encode(body)
+
+
+def test_rows_that_are_large_lists_are_cut_too() -> None:
+    row = Mapped(lambda index: {"sequence": "w" * 5000, "index": index}, range(100))
+    for items in ([row, [], [row[:3]]], [[row, row], row], [["w" * 40_000], "w", {}, []]):
+        large = Large({"": items}, "", 100 * 5000 // 16)
+        found = list(parts(large))
+        assert b"".join(found) == encode(items)
+        assert max(map(len, found)) <= 300_000
 
 
 def test_large_bodies_are_read_and_written_on_a_helper_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

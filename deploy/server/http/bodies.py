@@ -248,12 +248,28 @@ def parts(large: Large) -> Iterator[bytes]:
             before += encode(value) + b","
             continue
         before += b"["
-        step = max(1, _PART_VALUES // max(large.values_each, 1))
-        for start in range(0, len(value), step):
-            yield before + encode_part(value[start : start + step])
-            before = b","
-        before = b"]," if value else before + b"],"
+        for piece in _pieces(value, large.values_each):
+            before += piece
+            if len(before) >= _PART_BYTES:
+                yield before
+                before = b""
+        before += b"],"
     yield before[:-1] + (b"}" if large.key else b"")
+
+
+def _pieces(items: Sequence[Any], values_each: int) -> Iterator[bytes]:
+    """JSON of a list without its brackets, piece by piece; an item that is a large list itself is cut, too."""
+    step = max(1, _PART_VALUES // max(values_each, 1))
+    for start in range(0, len(items), step):
+        comma = b"," if start else b""
+        part = items[start : start + step]
+        inner = part[0]
+        if values_each > _PART_VALUES and isinstance(inner, Sequence) and not isinstance(inner, (str, memoryview)):
+            yield comma + b"["
+            yield from _pieces(inner, values_each // max(len(inner), 1))
+            yield b"]"
+        else:
+            yield comma + encode_part(part)
 
 
 def encode_part(items: Sequence[Any]) -> bytes:
