@@ -36,6 +36,7 @@ from server_harness import (
 )
 
 from deploy.bundle import Manifest
+from deploy.server import lifecycle
 from deploy.server.api import openai, schemas
 from deploy.server.errors import ERRORS
 from deploy.server.limits.bounds import INLINE_CHARS, Settings
@@ -740,7 +741,10 @@ def refused(port: int) -> bool:
     return False
 
 
-def test_drain_takes_a_request_that_comes_on_an_open_connection(manifest: Manifest) -> None:
+def test_drain_takes_a_request_that_comes_on_an_open_connection(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "IDLE_GRACE_S", 10.0)  # However long this test is held up meanwhile.
     with running(manifest) as server:
         with Client(server.port) as client:
             assert client("POST", "/api/embed", GOOD).status == 200
