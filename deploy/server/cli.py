@@ -329,8 +329,8 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
         settings.max_queue_tokens,
         max_queue_s=1e-3 * settings.max_queue_ms,
         max_batch_s=1e-3 * settings.max_batch_ms,
+        max_batch_texts=settings.max_batch_requests,
     )
-    batcher.max_batch_texts = settings.max_batch_requests or batcher.max_batch_texts
     batcher.cancel_load = selection.cancel
     app = App(manifest, tokenizer, batcher, settings)
     batcher.on_batch = app.count_batch

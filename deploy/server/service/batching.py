@@ -84,6 +84,7 @@ class Batcher:
         *,
         max_queue_s: float = math.inf,
         max_batch_s: float = math.inf,
+        max_batch_texts: int | None = None,
     ) -> None:
         """Prepares, without starting a thread.
 
@@ -94,8 +95,9 @@ class Batcher:
             on_batch: Called on the event loop with the texts and tokens of every batch.
             max_queue_s: How long a request may wait; see `admission`.
             max_batch_s: How long a batch may take, by the speed of those before; a single text may take longer.
+            max_batch_texts: Most texts of a batch; None: as the tokens allow.
         """
-        self.max_batch_texts = sys.maxsize
+        self.max_batch_texts = sys.maxsize if max_batch_texts is None else max_batch_texts
         self.admission = Admission(max_batch_tokens, max_queue_tokens, max_queue_s, max_batch_s)
         self.running = False
         self.failure: BaseException | None = None
