@@ -169,6 +169,28 @@ def test_one_text_beside_clients_of_512_texts(loop: asyncio.AbstractEventLoop, c
     assert (server.refused == []) == (clients < PATIENCE[1])
 
 
+def test_one_text_beside_requests_of_every_size(loop: asyncio.AbstractEventLoop) -> None:
+    """Many requests that are small beside the largest batch are many times what runs at a time: one text passes them."""
+    server = Simulated(loop)
+    rng = random.Random(3)
+    server.send([58])
+    server.step()
+    small: list[float] = []
+    sent_s = math.inf
+    waiting: Work | None = None
+    while len(small) < 200 or 100 not in server.waits_s:
+        for texts in (2, 5, 20, 100):
+            server.send([rng.choice((20, 58, 90)) for _ in range(texts)])
+        if waiting is None:
+            waiting, sent_s = server.send([12]), server.now_s
+            assert waiting is not None
+        if waiting in server.step():
+            small.append(server.now_s - sent_s)
+            waiting = None
+    assert max(small) <= 2 * server.longest_batch_s + 12 / TOKENS_PER_S
+    assert {2, 5, 20, 100} <= set(server.waits_s)  # The others have their turns, too.
+
+
 def test_retry_after_is_true(loop: asyncio.AbstractEventLoop) -> None:
     server = Simulated(loop, max_queue_s=0.5)
     server.send([60])
@@ -201,15 +223,15 @@ def test_speed_follows_the_engine_and_forgives_a_pause() -> None:
     speed = Speed()
     assert speed.batch_cost(2048, 0.1) == 2048
     for _ in range(30):
-        speed.note([200, 0, 0], [True, False, False], 0.1)
+        speed.note([200, 0, 0, 0], [True, False, False, False], 0.1)
     assert speed.cost_per_s == pytest.approx(2000)
     assert speed.batch_cost(2048, 0.1) == pytest.approx(200, abs=1)
     assert speed.batch_cost(2048, 1e-6) == 64
     assert speed.batch_cost(2048, math.inf) == 2048
-    speed.note([200, 0, 0], [True, False, False], 60.0)
+    speed.note([200, 0, 0, 0], [True, False, False, False], 60.0)
     assert speed.cost_per_s > 1000
     for _ in range(60):
-        speed.note([200, 0, 0], [True, False, False], 0.4)
+        speed.note([200, 0, 0, 0], [True, False, False, False], 0.4)
     assert speed.cost_per_s == pytest.approx(500, rel=0.05)
 
 
@@ -222,7 +244,7 @@ def test_what_waits_is_counted_to_the_end(loop: asyncio.AbstractEventLoop) -> No
         admission.admit(work)
         works.append(work)
     assert admission.queued_cost == 2130
-    assert [work.line for work in works] == [0, 1, 0]
+    assert [work.line for work in works] == [0, 2, 0]
     admission.ran(works[0], 100)
     admission.drop(works[1])
     assert set(admission.all()) == {works[2]}
@@ -251,7 +273,7 @@ def test_a_deadline_is_kept(manifest: Manifest) -> None:
         reply = server("POST", "/api/embed", {"inputs": ["w2", "w3"]}, **{"X-Request-Timeout-Ms": "60"})
         assert (reply.status, reply.kind) == (504, "deadline")
         assert "X-Request-Timeout-Ms" in reply.json["error"]["message"]
-        server.batcher.admission.speed.note([1, 0, 0], [True, False, False], 10.0)
+        server.batcher.admission.speed.note([1, 0, 0, 0], [True, False, False, False], 10.0)
         with Client(server.port) as client:
             reply = client("POST", "/api/embed", {"inputs": "w4"}, **{"X-Request-Timeout-Ms": "5000"})
             assert (reply.status, reply.kind) == (504, "deadline")
@@ -282,7 +304,7 @@ def test_a_wait_that_is_too_long_is_refused_at_once(manifest: Manifest) -> None:
         ]
         threads[0].start()
         assert server.engine.entered.wait(10)
-        server.batcher.admission.speed.note([1, 0, 0], [True, False, False], 1.0)
+        server.batcher.admission.speed.note([1, 0, 0, 0], [True, False, False, False], 1.0)
         reply = server("POST", "/api/embed", {"inputs": "w3"})
         assert (reply.status, reply.kind) == (429, "queue_full")
         assert "--max-queue-ms" in reply.json["error"]["message"]

@@ -4,12 +4,14 @@ A queue that takes everything answers everybody too late once more comes than th
 not be answered within `max_queue_s` is refused at once, and told when to come again. One that is larger than a batch
 may take longer: `PATIENCE` times as long as it computes.
 
-Requests stand in three lines, by their size: small ones, of which four fit in a batch (`max_batch_cost`), those that
-fit in one, and larger ones. The lines take turns batch by batch, small requests every second time: a small request
-waits for the batch that runs and for other small ones, whatever else there is. In a line it is first come, first
-served, since requests that share the engine would all be late where more comes than can be done; of larger ones,
-`max_batch_cost` runs before it is the next one's turn. How long a request waits follows from what is before it in its
-line, and from how much of its line has run lately in a second.
+Requests stand in four lines, by their size: tiny ones, of which four fit in what runs at a time (`batch_cost`, at most
+`max_batch_s`), small ones, of which four fit in the largest batch (`max_batch_cost`), those that fit in it, and larger
+ones. The lines take turns batch by batch: every second one is of the first line, every second one of the others is of
+the next line, and so on, as long as something waits there. So a tiny request waits for the batch that runs and for
+other tiny ones, whatever else there is. In a line it is first come, first served, since requests that share the engine
+would all be late where more comes than can be done; of larger ones, `max_batch_cost` runs before it is the next one's
+turn. How long a request waits follows from what is before it in its line, and from how much of its line has run lately
+in a second.
 
 All sizes are costs, in the unit of the token budget (`Engine.cost`). What waits is known on the event loop alone.
 """
@@ -31,13 +33,13 @@ PATIENCE = (2, 5)
 batch (a machine is very slow then), and a larger one."""
 
 SMALL_PART = 4
-"""A request is small if that many like it fit in a batch."""
+"""A request is tiny, or small, if that many like it fit in what runs at a time, or in the largest batch."""
 
-LINES = 3
-"""Small requests, those that fit in a batch, larger ones."""
+LINES = 4
+"""Tiny requests, small ones, those that fit in a batch, larger ones."""
 
 RESERVED_PART = 8
-"""This part of the queue is for small requests, while anything waits."""
+"""This part of the queue is for tiny and small requests, while anything waits."""
 
 _ENGINE_MEMORY_S = 1.0
 _LINE_MEMORY_S = 6.0
@@ -150,8 +152,8 @@ class Admission:
                 client does not want to wait as long (504).
         """
         work.turn_cost = self.max_batch_cost
-        work.line = 0 if SMALL_PART * work.waiting <= self.max_batch_cost else 1 + (work.waiting > self.max_batch_cost)
-        reserved = 0 if work.line == 0 or not self.queued_cost else self.max_queue_cost // RESERVED_PART
+        work.line = self._line(work.waiting)
+        reserved = 0 if work.line <= 1 or not self.queued_cost else self.max_queue_cost // RESERVED_PART
         if self.queued_cost + work.waiting > self.max_queue_cost - reserved:
             if work.waiting > self.max_queue_cost:
                 added = work.waiting - work.tokens
@@ -165,6 +167,11 @@ class Admission:
             self._check_wait(work)
         self.line_costs[work.line] += work.waiting
         self._waiting.add(work)
+
+    def _line(self, cost: int) -> int:
+        """Where a request of this cost stands."""
+        most = (self.batch_cost // SMALL_PART, self.max_batch_cost // SMALL_PART, self.max_batch_cost)
+        return sum(cost > bound for bound in most)
 
     def _check_wait(self, work: Work) -> None:
         own_s = work.waiting / self.speed.cost_per_s

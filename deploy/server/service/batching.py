@@ -109,8 +109,7 @@ class Batcher:
         self._inbox: SimpleQueue[Work | None] = SimpleQueue()
         self._lines: tuple[deque[Work], ...] = tuple(deque() for _ in range(LINES))
         self._stood = [False] * LINES
-        self._last_line = 0
-        self._last_long = 2
+        self._had_turn = [False] * LINES
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -305,21 +304,18 @@ class Batcher:
             line = self._next_line()
             spent = self._fill(items, lines[line], 0, budget)
             if items:
-                self._last_line = line
                 for shorter in range(line):
                     spent = self._fill(items, lines[shorter], spent, budget)
         return items
 
     def _next_line(self) -> int:
-        """Whose turn it is: that of small requests every second time, the others in between; some line has one."""
-        lines = self._lines
-        if lines[0] and (self._last_line or not (lines[1] or lines[2])):
-            return 0
-        line = 3 - self._last_long
-        if not lines[line]:
-            line = self._last_long
-        self._last_long = line
-        return line
+        """Whose turn it is: each line takes turns with all that are behind it. Some line has a request."""
+        first, *behind = [line for line, works in enumerate(self._lines) if works]
+        while behind and self._had_turn[first]:
+            self._had_turn[first] = False
+            first, *behind = behind
+        self._had_turn[first] = True
+        return first
 
     def _fill(self, items: list[Item], line: deque[Work], spent: int, budget: int) -> int:
         """Adds texts of a line to a batch, and returns what of the budget they have spent."""
