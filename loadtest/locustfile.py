@@ -373,7 +373,7 @@ class TextUser(FastHttpUser):
         session.in_flight += counts
         try:
             with self.client.post(
-                session.task.path,
+                session.task.path_at(session.traits),
                 # Bytes are sent as they are; Locust's annotation knows only str.
                 data=session.task.body(texts, session.traits),  # type: ignore[arg-type]
                 headers=session.options.headers,
@@ -537,7 +537,7 @@ def on_quitting(environment: Environment, **_: Any) -> None:
     environment.process_exit_code = EXIT_VOID if session.lost else EXIT_KEPT if kept else EXIT_MISSED
     summary = {
         "task": session.task.name,
-        "path": session.task.path,
+        "path": session.task.path_at(session.traits),
         "host": environment.host,
         "users": session.users,
         "think_time_s": session.options.think_time_s,

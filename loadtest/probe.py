@@ -3,28 +3,61 @@
 from __future__ import annotations
 
 import json
+import ssl
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from loadtest.options import CannotStartError, Options
+from loadtest.options import CannotStartError
 from loadtest.tasks import InvalidResponseError, Task, Traits
 
-__all__ = ["check_host", "check_server", "learn_traits"]
+__all__ = ["Settings", "check_host", "check_server", "learn_traits"]
 
 MASK_TOKENS = ("[MASK]", "<mask>")
 """Those of the BERT and of the RoBERTa family, for a server that does not tell its own."""
 
 
+class Settings(Protocol):
+    """What a probe reads of a load test's options."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of every request."""
+
+    @property
+    def request_timeout_s(self) -> float:
+        """How long an answer may take."""
+
+    @property
+    def model(self) -> str:
+        """Name of the model, empty for the server's first."""
+
+    @property
+    def mask_token(self) -> str:
+        """Stands for a gap, empty for the server's own."""
+
+    @property
+    def encoding_format(self) -> str:
+        """``float`` or ``base64``."""
+
+    @property
+    def top_k(self) -> int:
+        """Candidates at each gap."""
+
+
 class _Probe:
     """Sends single requests. A proxy from the environment is not used, since the load does not use one either."""
 
-    def __init__(self, host: str, headers: dict[str, str], timeout_s: float) -> None:
+    def __init__(
+        self, host: str, headers: dict[str, str], timeout_s: float, trust: ssl.SSLContext | None = None
+    ) -> None:
         self.host = host
         self.headers = headers
         self.timeout_s = timeout_s
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust)
+        )
 
     def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Sends POST with a body, GET without, and returns status and body of the answer.
@@ -76,13 +109,18 @@ def check_host(host: str | None) -> str:
     return host.rstrip("/")
 
 
-def check_server(host: str, options: Options) -> None:
+def check_server(host: str, options: Settings, trust: ssl.SSLContext | None = None) -> None:
     """Stops unless a server answers and is ready. One without ``/ready`` (it answers 404) is taken as ready.
+
+    Args:
+        host: Address of the server.
+        options: Of the load test.
+        trust: Which certificates are trusted; None for those of this system.
 
     Raises:
         CannotStartError: No answer, or a server that says it is not ready.
     """
-    status, _ = _Probe(host, options.headers, min(5.0, options.request_timeout_s)).ask("/ready")
+    status, _ = _Probe(host, options.headers, min(5.0, options.request_timeout_s), trust).ask("/ready")
     if status == 503:
         raise CannotStartError(f"the server at {host} is not ready (GET /ready answers 503): wait until it is")
 
@@ -94,33 +132,44 @@ def _mask_tokens(task: Task, known: Any) -> tuple[str | None, ...]:
     return (str(known),) if known else MASK_TOKENS
 
 
-def learn_traits(host: str, options: Options, task: Task) -> Traits:
+def learn_traits(host: str, options: Settings, task: Task, trust: ssl.SSLContext | None = None) -> Traits:
     """Asks the server what its model is, and tries the endpoint once.
+
+    Args:
+        host: Address of the server.
+        options: Of the load test.
+        task: The endpoint.
+        trust: Which certificates are trusted; None for those of this system.
 
     Raises:
         CannotStartError: The endpoint is not there, or does not answer rightly.
     """
-    probe = _Probe(host, options.headers, options.request_timeout_s)
+    probe = _Probe(host, options.headers, options.request_timeout_s, trust)
     traits = Traits(options.model, options.mask_token or None, None, options.encoding_format, options.top_k)
     models = probe.ask_json("/v1/models").get("data")
     first = models[0] if isinstance(models, list) and models and isinstance(models[0], dict) else {}
     traits.model = traits.model or str(first.get("id", ""))
+    if "{model}" in task.path and not traits.model:
+        raise CannotStartError(
+            f"{task.path}: the server at {host} does not tell its model (GET /v1/models): pass --model"
+        )
+    path = task.path_at(traits)
     status, content = 0, b""
     for mask_token in _mask_tokens(task, traits.mask_token or first.get("mask_token")):
         traits.mask_token = mask_token
         text = f"a {mask_token} text" if task.needs_mask else "a text"
-        status, content = probe.ask(task.path, task.body([text], traits))
+        status, content = probe.ask(path, task.body([text], traits))
         if status != 422:
             break
     if status in (404, 405):
-        raise CannotStartError(f"the server at {host} has no {task.path} (status {status}): choose another --task")
+        raise CannotStartError(f"the server at {host} has no {path} (status {status}): choose another --task")
     # A server that is full already is what a load test may well meet.
     if status != 429:
         if status != 200:
             start = content[:200].decode("utf-8", "replace")
-            raise CannotStartError(f"the server at {host} does not answer POST {task.path}: status {status}, {start}")
+            raise CannotStartError(f"the server at {host} does not answer POST {path}: status {status}, {start}")
         try:
             task.validate(content, 1, traits)
         except InvalidResponseError as error:
-            raise CannotStartError(f"the server at {host} answers POST {task.path} wrongly: {error}") from error
+            raise CannotStartError(f"the server at {host} answers POST {path} wrongly: {error}") from error
     return traits

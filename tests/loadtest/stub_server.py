@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -20,44 +18,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from loadtest.tasks import TASKS
+from right_answers import MASK_TOKEN, right_answer, texts_of
+
+from loadtest.tasks import TASKS, Traits
 
 ROOT = Path(__file__).resolve().parents[2]
 
 OWN_TEXTS = ("--texts", str(ROOT / "LICENSE"))
 """Arguments that spare a run the seconds in which it reads the standard library."""
-
-DIMENSION = 8
-MASK_TOKEN = "<mask>"
-
-
-def right_answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """What a server of the same interface answers to a well-formed request."""
-    texts = body["input"] if path == "/v1/embeddings" else body["inputs"]
-    vector = [0.5] * DIMENSION
-    usage = {"tokens": 7 * len(texts)}
-    if path == "/api/embed":
-        return {"embeddings": [vector for _ in texts], "model": "stub", "usage": usage}
-    if path == "/api/classify":
-        return {"predictions": [[{"label": "A", "score": 0.9}, {"label": "B", "score": 0.1}] for _ in texts]}
-    if path == "/api/token-classify":
-        return {
-            "predictions": [[{"entity_group": "A", "score": 0.9, "word": "o", "start": 0, "end": 1}] for _ in texts]
-        }
-    if path == "/api/answer":
-        return {"predictions": [[{"score": 0.9, "start": 0, "end": 1, "answer": "o"}] for _ in texts]}
-    if path == "/api/fill-mask":
-        candidates = [{"token": "x", "token_id": 1, "score": 0.5}] * body["top_k"]
-        return {"predictions": [[candidates] for _ in texts]}
-    assert body["model"] == "stub"
-    embedding: Any = vector
-    if body["encoding_format"] == "base64":
-        embedding = base64.b64encode(struct.pack(f"<{DIMENSION}f", *vector)).decode()
-    return {
-        "object": "list",
-        "data": [{"object": "embedding", "index": index, "embedding": embedding} for index in range(len(texts))],
-        "usage": {"prompt_tokens": 7 * len(texts), "total_tokens": 7 * len(texts)},
-    }
 
 
 @dataclass
@@ -81,7 +49,7 @@ class Stub:
     status: Callable[[int], int] = lambda n: 200
     answer: Callable[[str, dict[str, Any]], Any] = right_answer
     ready: int = 200
-    paths: frozenset[str] = frozenset(task.path for task in TASKS.values())
+    paths: frozenset[str] = frozenset(task.path_at(Traits("stub")) for task in TASKS.values())
     headers: dict[str, str] = field(default_factory=dict)
     served: Counter[int] = field(default_factory=Counter)
     texts: list[str] = field(default_factory=list)
@@ -127,7 +95,8 @@ class Stub:
                 if self.path not in stub.paths:
                     self.reply(404, b"{}")
                     return
-                texts = body.get("inputs") or body.get("input")
+                texts = texts_of(body)
+                assert self.path != "/v1/embeddings" or body["model"] == "stub"
                 if self.path == "/api/fill-mask" and any(text.count(MASK_TOKEN) != 1 for text in texts):
                     self.reply(422, b"{}")
                     return
