@@ -94,7 +94,10 @@ class App:
         self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
         self.service = Service(manifest, tokenizer, batcher, settings, self._metrics)
         self._metrics.gauges(
-            lambda: batcher.queued_tokens, lambda: self.service.budget.held_bytes, lambda: self.service.ready
+            lambda: batcher.queued_tokens,
+            lambda: batcher.predicted_wait_s,
+            lambda: self.service.budget.held_bytes,
+            lambda: self.service.ready,
         )
         routes = rows_of(routes, manifest.task, self.service.model)
         self._dialects = sorted({route.dialect for route in routes}, key=lambda dialect: -len(dialect.prefix))

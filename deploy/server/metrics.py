@@ -75,11 +75,23 @@ class Metrics:
         self._child = functools.cache(lambda endpoint, status: self._requests.labels(endpoint, str(status)))
         self._timer = functools.cache(self._seconds.labels)
 
-    def gauges(self, queue_tokens: Callable[[], int], held_bytes: Callable[[], int], ready: Callable[[], bool]) -> None:
+    def gauges(
+        self,
+        queue_tokens: Callable[[], int],
+        queue_wait_s: Callable[[], float],
+        held_bytes: Callable[[], int],
+        ready: Callable[[], bool],
+    ) -> None:
         """Registers values that are read when they are asked for."""
         Gauge(
             "serve_queue_tokens", "What waits or runs, in tokens of the budget.", registry=self._registry
         ).set_function(queue_tokens)
+        Gauge(
+            "serve_queue_wait_seconds",
+            "How long what waits or runs will take, by the measured speed; of several workers the longest. Autoscalers "
+            "read it.",
+            registry=self._registry,
+        ).set_function(queue_wait_s)
         Gauge(
             "serve_held_bytes",
             "Memory that requests and connections hold, of --max-memory-mb.",

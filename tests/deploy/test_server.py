@@ -652,6 +652,7 @@ def test_metrics(manifest: Manifest) -> None:
     assert 'serve_requests_total{endpoint="other",status="404"} 1.0' in lines
     assert 'serve_model_info{model="fake",task="feature-extraction",variant="fake"} 1.0' in lines
     assert "serve_queue_tokens 0.0" in lines
+    assert "serve_queue_wait_seconds 0.0" in lines
     assert "serve_ready 1.0" in lines
     assert "serve_batch_texts_sum 3.0" in lines
     assert "serve_batch_tokens_sum 10.0" in lines

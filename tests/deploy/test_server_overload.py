@@ -244,6 +244,9 @@ def test_what_waits_is_counted_to_the_end(loop: asyncio.AbstractEventLoop) -> No
         admission.admit(work)
         works.append(work)
     assert admission.queued_cost == 2130
+    assert admission.predicted_wait_s == 0.0  # Nothing has run: the speed is unknown.
+    admission.speed.note([710, 0, 0, 0], [True, False, False, False], 1.0)
+    assert admission.predicted_wait_s == pytest.approx(3.0)
     assert [work.line for work in works] == [0, 2, 0]
     admission.ran(works[0], 100)
     admission.drop(works[1])

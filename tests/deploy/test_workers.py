@@ -212,6 +212,9 @@ seconds_sum 1.5
 # HELP serve_ready Ready.
 # TYPE serve_ready gauge
 serve_ready 1.0
+# HELP serve_queue_wait_seconds Wait.
+# TYPE serve_queue_wait_seconds gauge
+serve_queue_wait_seconds 0.5
 # HELP queue Waits.
 # TYPE queue gauge
 queue 2.0
@@ -219,6 +222,7 @@ queue 2.0
 TWO = ONE.replace(b'"200"} 3.0', b'"200"} 4.0\nrequests_total{endpoint="/a b",status="429"} 1.0').replace(
     b"ready 1", b"ready 0"
 )
+TWO = TWO.replace(b"wait_seconds 0.5", b"wait_seconds 0.75")
 
 
 def test_metrics_are_added_up() -> None:
@@ -227,7 +231,7 @@ def test_metrics_are_added_up() -> None:
     total = merge([b"", ONE, TWO])
     assert list(text_string_to_metric_families(total.decode()))
     lines = total.decode().splitlines()
-    assert len([line for line in lines if line.startswith("# TYPE")]) == 4
+    assert len([line for line in lines if line.startswith("# TYPE")]) == 5
     for line in (
         'requests_total{endpoint="/a b",status="200"} 7.0',
         'requests_total{endpoint="/a b",status="429"} 1.0',
@@ -235,6 +239,7 @@ def test_metrics_are_added_up() -> None:
         "seconds_sum 3.0",
         "serve_ready 1.0",
         "queue 4.0",
+        "serve_queue_wait_seconds 0.75",
     ):
         assert line in lines
     left = counted([ONE, TWO]).decode()

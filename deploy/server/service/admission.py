@@ -140,6 +140,12 @@ class Admission:
         return sum(self.line_costs)
 
     @property
+    def predicted_wait_s(self) -> float:
+        """How long what waits or runs will take, by the measured speed; 0.0 while none is known."""
+        per_s = self.speed.cost_per_s
+        return self.queued_cost / per_s if per_s else 0.0
+
+    @property
     def batch_cost(self) -> int:
         """The token budget of the next batch."""
         return self.speed.batch_cost(self.max_batch_cost, self.max_batch_s)

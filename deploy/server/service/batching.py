@@ -132,6 +132,11 @@ class Batcher:
         """What the texts that wait or run take, in the unit of the token budget."""
         return self.admission.queued_cost
 
+    @property
+    def predicted_wait_s(self) -> float:
+        """How long what waits or runs will take, by the measured speed; 0.0 while none is known."""
+        return self.admission.predicted_wait_s
+
     def submit(self, work: Work) -> None:
         """Queues the texts of a request; `work.future` will be done with its results.
 

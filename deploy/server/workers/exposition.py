@@ -12,6 +12,7 @@ _Combine = Callable[[float, float], float]
 _GAUGES: Mapping[str, _Combine] = {
     "serve_model_info": max,
     "serve_ready": max,
+    "serve_queue_wait_seconds": max,
     "process_start_time_seconds": min,
     "process_max_fds": min,
 }
