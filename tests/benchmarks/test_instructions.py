@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -151,3 +153,40 @@ def test_target_names_every_engine() -> None:
         kind = engine.rsplit(" ", 1)[0]
         assert kind in ("torch_ext", "PyTorch", "ONNX Runtime")
     assert re.search(r'kind == "torch_ext"', source)
+
+
+# What the assembler of GNU binutils makes of an instruction of each form.
+WORDS = {
+    "bfmmla": (0x6E42EC20, 0x6462E420),  # NEON, SVE
+    "bfdot": (0x6E42FC25, 0x4F62F025),  # vector, by element
+    "bfmlal": (0x4FF2F026,),
+    "i8mm": (0x4E82A423, 0x4E82AC23),  # SMMLA, USMMLA
+    "i8dot": (0x4E829424, 0x6F82E824),
+    "fmla": (0x4FA21027, 0x65A20020),
+    "load": (0xAD402408, 0xF9400420, 0x9C000020, 0xF9800000),  # LDP, LDR, LDR of a literal, PRFM
+    "store": (0xE540E000, 0x3D800008, 0xA9BF07E0),  # SVE's ST1W, STR, STP
+    "simd_other": (0x4EA28420,),
+    "sve_other": (0x05A03800,),
+    "branch": (0xB4000000, 0xD65F03C0, 0xD5032F3F),  # CBZ, RET, a marker (not counted)
+    "other": (0x8B020020,),
+}
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not there")
+def test_classes_of_instructions(tmp_path: Path) -> None:
+    """The plugin's source with a main function, in place of the emulator, that asks for the class of each word."""
+    source = Path(instructions.__file__).with_name("classes.c")
+    main = (
+        f'#include "{source}"\n#include <stdlib.h>\n'
+        "int main(int n, char** words) {"
+        " for (int i = 1; i < n; ++i) puts(names[class_of((uint32_t)strtoul(words[i], 0, 16))]); return 0; }\n"
+    )
+    (tmp_path / "main.c").write_text(main)
+    # What calls the emulator's functions is not linked.
+    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"]
+    subprocess.run(["gcc", *flags, "-o", str(tmp_path / "main"), str(tmp_path / "main.c")], check=True)
+    expected = [(name, f"{word:x}") for name, words in WORDS.items() for word in words]
+    run = subprocess.run(
+        [str(tmp_path / "main"), *(word for _, word in expected)], check=True, capture_output=True, text=True
+    )
+    assert list(zip(run.stdout.split(), (word for _, word in expected), strict=True)) == expected

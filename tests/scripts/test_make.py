@@ -116,11 +116,40 @@ def test_cross_compiler_is_asked_for(checkout: Path) -> None:
     assert "no cross compiler riscv128-linux-gnu-g++: install one" in result.stderr
 
 
-def test_counting_emulator_is_asked_for(checkout: Path) -> None:
-    (checkout / ".venv").mkdir()
-    (checkout / ".venv" / ".dev").touch()  # as if the environment were there
-    result = make(checkout, "bench-model", ICOUNT="no-such-folder")
-    assert result.returncode != 0
-    assert "no counting emulator in no-such-folder: set ICOUNT to its folder" in result.stderr
-    # One line of ours, and make's own.
-    assert len(result.stderr.splitlines()) == 2, result.stderr
+def counting_emulator(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "scripts/counting_emulator.sh", "icount"],
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_counting_emulator_says_what_its_build_lacks(checkout: Path) -> None:
+    result = counting_emulator(checkout, CC="no-such-compiler")
+    assert result.returncode == 1
+    assert result.stderr == "error: no no-such-compiler: install it (Debian, Ubuntu: apt-get install gcc)\n"
+    assert not (checkout / "icount").exists()
+
+
+def test_counting_emulator_needs_plugins_of_version_4(checkout: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    executable(tools / "pkg-config", "exit 0")
+    sources = tmp_path / "qemu"
+    sources.mkdir()
+    (sources / "VERSION").write_text("8.2.2\n")
+    path = f"{tools}:{os.environ['PATH']}"
+    result = counting_emulator(checkout, CC="sh", QEMU_SOURCE=str(sources), PATH=path)
+    assert result.returncode == 1
+    assert "QEMU 8.2.2 is too old: expected 9.2 or newer" in result.stderr
+
+
+def test_a_counting_emulator_that_is_there_stays(checkout: Path) -> None:
+    (checkout / "icount").mkdir()
+    executable(checkout / "icount" / "qemu-aarch64", "exit 0")
+    result = counting_emulator(checkout, CC="no-such-compiler")
+    assert (result.returncode, result.stderr) == (0, "")
