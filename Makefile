@@ -79,7 +79,7 @@ doctor: $(VENV)/.demo $(VENV)/.built ## what this machine can do, and what is se
 
 .PHONY: test
 test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 6 minutes on 2 cores); .ci/run has those of images too
-	@tests="not engine"; case "$$PWD" in *' '*) tests="$$tests and not compile"; \
+	@tests="not engine and not browser"; case "$$PWD" in *' '*) tests="$$tests and not compile"; \
 	  echo "note: torch.compile cannot link in a folder with a space in its name; its tests are left out" >&2;; esac; \
 	$(PY) -m pytest -n auto --dist loadfile -m "$$tests" $(ARGS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import logging
 import re
@@ -431,12 +432,41 @@ def test_every_route_is_described(server: LiveServer) -> None:
         assert server("POST", path, content["example"]).status == 200
 
 
-def test_docs_need_no_network(server: LiveServer) -> None:
-    reply = server("GET", "/docs")
+@pytest.mark.parametrize("path", ["/", "/docs", "/models/fake/"])
+def test_pages_need_no_network_and_let_nothing_in(path: str, server: LiveServer) -> None:
+    reply = server("GET", path)
     assert reply.status == 200
-    assert reply.headers["content-type"].startswith("text/html")
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
     assert b"openapi.json" in reply.body
     assert not re.search(rb"(https?:)?//[a-z0-9.-]+\.[a-z]{2,}", reply.body)
+    assert not re.search(rb"(src|href)=\"(?!docs|openapi.json|metrics|data:,)", reply.body)
+    assert not re.search(rb"innerHTML|outerHTML|document\.write|eval\(| style=| on[a-z]+=\"", reply.body)
+    policy = dict(part.strip().split(" ", 1) for part in reply.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    for tag in ("script", "style"):
+        texts = re.findall(rb"<%s>(.*?)</%s>" % (tag.encode(), tag.encode()), reply.body, re.DOTALL)
+        assert texts
+        hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in texts]
+        assert policy[f"{tag}-src"].split() == hashes
+    for name, value in (
+        ("x-content-type-options", "nosniff"),
+        ("x-frame-options", "DENY"),
+        ("referrer-policy", "no-referrer"),
+        ("cross-origin-opener-policy", "same-origin"),
+    ):
+        assert reply.headers[name] == value
+
+
+def test_what_the_page_asks_first(manifest: Manifest) -> None:
+    with running(manifest, Settings(port=0, api_key="sesame")) as server:
+        assert server("GET", "/api/model").json == {
+            "model": "fake",
+            "task": "feature-extraction",
+            "variant": "fake",
+            "labels": 0,
+            "mask": "[MASK]",
+            "secured": True,
+        }
 
 
 def test_api_key(manifest: Manifest) -> None:
@@ -450,7 +480,7 @@ def test_api_key(manifest: Manifest) -> None:
                 assert 401 in documented(server, method, path)
         assert server("POST", "/api/embed", GOOD, Authorization="Bearer sesame").status == 200
         assert server("POST", "/api/embed", GOOD, authorization="bearer sesame").status == 200
-        for path in ("/", "/live", "/health", "/ping", "/ready", "/metrics", "/docs", "/openapi.json"):
+        for path in ("/", "/live", "/health", "/ping", "/ready", "/metrics", "/docs", "/openapi.json", "/api/model"):
             assert server("GET", path).status == 200
 
 

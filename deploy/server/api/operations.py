@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from .pages import API_PAGE, TRY_PAGE
 from .route import ApiError, Caller, Context, Response, Route, encode
-from .schemas import InfoResponse, StatusResponse
+from .schemas import InfoResponse, ModelResponse, StatusResponse
 from .tei import TEI
 
 __all__ = ["ROUTES"]
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-_PAGE = Path(__file__).parent / "docs.html"
 
 
 async def info(context: Context, request: None, caller: Caller) -> Response:
@@ -102,9 +101,29 @@ async def metrics(context: Context, request: None, caller: Caller) -> Response:
     return Response(context.metrics.answer(), ((b"content-type", context.metrics.CONTENT_TYPE.encode()),))
 
 
+async def model(context: Context, request: None, caller: Caller) -> Response:
+    """GET /api/model."""
+    service = context.service
+    manifest, served, mask = service.manifest, service.served, service.manifest.special_tokens["mask"]
+    body = {
+        "model": service.model,
+        "task": manifest.task,
+        "variant": None if served is None else served.choice.variant,
+        "labels": len(manifest.labels or ()),
+        "mask": None if mask is None else mask.token,
+        "secured": service.settings.api_key is not None,
+    }
+    return Response(encode(body))
+
+
+async def first_page(context: Context, request: None, caller: Caller) -> Response:
+    """GET /."""
+    return TRY_PAGE
+
+
 async def docs(context: Context, request: None, caller: Caller) -> Response:
-    """GET /docs and the first page."""
-    return Response(_PAGE.read_bytes(), ((b"content-type", b"text/html; charset=utf-8"),))
+    """GET /docs."""
+    return API_PAGE
 
 
 async def openapi(context: Context, request: None, caller: Caller) -> Response:
@@ -161,16 +180,28 @@ ROUTES = (
         answered="Prometheus' text format, version 0.0.4.",
         media_type="text/plain",
     ),
-    *(
-        Route(
-            method="GET",
-            path=path,
-            summary="This description as a page",
-            handler=docs,
-            answered="HTML.",
-            media_type="text/html",
-        )
-        for path in ("/docs", "/")
+    Route(
+        method="GET",
+        path="/api/model",
+        summary="What the page offers to try",
+        handler=model,
+        answer=ModelResponse,
+    ),
+    Route(
+        method="GET",
+        path="/",
+        summary="A page to try the model, with plots of the load",
+        handler=first_page,
+        answered="HTML.",
+        media_type="text/html",
+    ),
+    Route(
+        method="GET",
+        path="/docs",
+        summary="This description as a page",
+        handler=docs,
+        answered="HTML.",
+        media_type="text/html",
     ),
     Route(
         method="GET",

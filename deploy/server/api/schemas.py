@@ -20,6 +20,7 @@ __all__ = [
     "FillMaskRequest",
     "FillMaskResponse",
     "InfoResponse",
+    "ModelResponse",
     "PredictRequest",
     "PredictResponse",
     "SimilarityRequest",
@@ -241,6 +242,26 @@ class InfoResponse(Struct):
     chosen_by: Literal["option", "measurement", "cache", "only", "default"]
     candidates: list[MeasuredVariant]
     left_out: dict[str, str]
+
+
+class ModelResponse(Struct):
+    """What a page has to know to ask the model; no API key is needed.
+
+    Attributes:
+        model: Name of the model.
+        task: Task of the bundle.
+        variant: Which of its variants is served; null while it is being loaded.
+        labels: How many labels a classifier has; one: it reranks.
+        mask: The mask token, or null.
+        secured: Whether an API key is asked for.
+    """
+
+    model: str
+    task: str
+    variant: str | None
+    labels: int
+    mask: str | None
+    secured: bool
 
 
 class ErrorDetail(Struct):
