@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -212,9 +212,9 @@ def _run(options: argparse.Namespace) -> int:
     source = read_source(
         folder, options.name or name, revision, options.task, options.pooling, options.normalize, options.max_tokens
     )
+    bounds = _bounds(source, options.bound)
     variants = _allowed(source.model_type, source.supported_by_torch_ext, options)
     _check_accuracy(options, variants)
-    bounds = _bounds(source, options.bound)
 
     from deploy.export.options import Options
     from deploy.export.pipeline import export, step_count
@@ -272,17 +272,30 @@ def _bounds(source: Source, given: Sequence[tuple[str, str, float]]) -> dict[str
 
 
 def _allowed(model_type: str, torch_ext: bool, options: argparse.Namespace) -> list[str]:
-    """The variants that this kind of model has; asking for another one by name is an error."""
+    """The variants that this kind of model has, and this machine writes; asking for another one by name is an error."""
+    from deploy.export.needs import onnx_missing
+
     names: list[str] = options.variants
-    if torch_ext:
-        return names
-    left = [name for name in names if VARIANTS[name].engine != "torch_ext"]
-    if left and names == list(VARIANTS):
-        print(f"note: torch_ext does not run {model_type} models; writing {', '.join(left)}", file=sys.stderr)
-        return left
-    if left != names:
-        raise ExportError(
-            f"torch_ext does not run {model_type} models yet; pass --variants "
-            + ",".join(name for name in VARIANTS if VARIANTS[name].engine != "torch_ext")
-        )
+    default = names == list(VARIANTS)
+    if not torch_ext:
+        left = _without("torch_ext", names)
+        if left != names and not (default and left):
+            raise ExportError(
+                f"torch_ext does not run {model_type} models yet; pass --variants "
+                + ",".join(_without("torch_ext", VARIANTS))
+            )
+        if left != names:
+            print(f"note: torch_ext does not run {model_type} models; writing {', '.join(left)}", file=sys.stderr)
+        names = left
+    left = _without("onnxruntime", names)
+    if left != names and (reason := onnx_missing()) is not None:
+        if not (default and left):
+            hint = f", or pass --variants {','.join(_without('onnxruntime', VARIANTS))}" if torch_ext else ""
+            raise ExportError(f"{reason}{hint}")
+        print(f"note: {reason}; writing {', '.join(left)}", file=sys.stderr)
+        names = left
     return names
+
+
+def _without(engine: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if VARIANTS[name].engine != engine]

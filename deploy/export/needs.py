@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Collection, Iterator, Sequence
 
 from deploy.bundle import VARIANTS
@@ -11,7 +13,34 @@ from deploy.export.progress import megabytes
 from deploy.folder.source import Source
 from deploy.machine import available_memory_bytes
 
-__all__ = ["check_disk", "import_libraries", "memory_note", "threads"]
+__all__ = ["check_disk", "import_libraries", "memory_note", "onnx_missing", "threads"]
+
+_ONNX_PACKAGES = {"optimum": "optimum-onnx", "onnx": "onnx", "onnxruntime": "onnxruntime"}
+"""Modules that ONNX variants are written with, and the packages that hold them."""
+_ONNX_EXTRA = "pip install 'torch-ext[export-onnx]'"
+
+
+def onnx_missing() -> str | None:
+    """Why no ONNX variant can be written here; None if all packages are there. Imports none of them."""
+    for module, package in _ONNX_PACKAGES.items():
+        try:
+            found = importlib.util.find_spec(module) is not None
+            importlib.metadata.version(package)
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            return f"ONNX variants need {package}, which is not installed ({_ONNX_EXTRA})"
+    from packaging.requirements import Requirement
+
+    for text in importlib.metadata.requires("optimum-onnx") or ():
+        wanted = Requirement(text)
+        if wanted.name == "transformers" and wanted.marker is None:
+            installed = importlib.metadata.version("transformers")
+            if not wanted.specifier.contains(installed, prereleases=True):
+                return (
+                    f"ONNX variants need transformers{wanted.specifier}, and {installed} is installed ({_ONNX_EXTRA})"
+                )
+    return None
 
 
 def import_libraries(names: Sequence[str]) -> None:
@@ -21,18 +50,21 @@ def import_libraries(names: Sequence[str]) -> None:
         import torch
         import transformers
 
-        if any(VARIANTS[name].engine == "onnxruntime" for name in names):
+        del tokenizers, torch, transformers
+    except ImportError as error:
+        raise ExportError(
+            f"export needs more packages ({first_line(error)}): pip install 'torch-ext[export]'"
+        ) from error
+    if any(VARIANTS[name].engine == "onnxruntime" for name in names):
+        try:
             import onnx
             import onnxruntime
             import optimum.exporters.onnx
             import optimum.onnxruntime
 
             del onnx, onnxruntime, optimum
-        del tokenizers, torch, transformers
-    except ImportError as error:
-        raise ExportError(
-            f"export needs more packages ({first_line(error)}): pip install 'torch-ext[export]'"
-        ) from error
+        except ImportError as error:
+            raise ExportError(f"ONNX variants need more packages ({first_line(error)}): {_ONNX_EXTRA}") from error
     if any(VARIANTS[name].engine == "torch_ext" for name in names):
         try:
             import torch_ext.ops  # The package alone imports without torch and its library.

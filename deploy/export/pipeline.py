@@ -25,7 +25,7 @@ from deploy.export.reference import load_model, readable_folder
 from deploy.export.report import Findings, describe_model, make_manifest
 from deploy.export.staging import Staging
 from deploy.export.tokenizer import Tokens
-from deploy.export.verify import describe, measure, refuse, verify
+from deploy.export.verify import VariantRefusedError, describe, measure, refuse, verify
 from deploy.export.write_onnx import (
     SHARES_IN_FP32,
     export_fp32,
@@ -59,6 +59,7 @@ class Export:
         stages: Linear stages behind the pooling; after `load`.
         quantized: What was measured for torch_ext-int8, if it is written; after `write_torch_ext`.
         findings: By variant; after `verify`.
+        left_out: Why a variant is not in the bundle, by its name.
         manifest: After `describe`.
     """
 
@@ -80,6 +81,7 @@ class Export:
     stages: Sequence[DenseStage] = ()
     quantized: Quantized | None = None
     findings: dict[str, Findings] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     manifest: Manifest = field(init=False)
 
     @property
@@ -167,32 +169,46 @@ def write_onnx(state: Export) -> None:
     if state.runs_on("onnxruntime"):
         with state.progress.step("write onnx-fp32 (optimum)") as said:
             target = state.folder / VARIANTS["onnx-fp32"].file
-            export_fp32(state.model, state.source.task, state.folder / "onnx.tmp", target)
-            said.append(megabytes(variant_bytes(state.folder, "onnx-fp32")))
+            try:
+                export_fp32(state.model, state.source.task, state.folder / "onnx.tmp", target)
+                said.append(megabytes(variant_bytes(state.folder, "onnx-fp32")))
+            except ExportError as error:
+                said.append("failed")
+                for name in state.runs_on("onnxruntime"):
+                    _leave_out(state, name, error)
     state.model = None
     gc.collect()
 
 
 def verify_all(state: Export) -> None:
-    """Compares every variant with the reference, and refuses one that misses its bounds; onnx-int8 is written here."""
-    for name in state.names:
-        if name == "onnx-int8":
-            result, speed = _write_and_verify_int8(state)
-        else:
-            with state.progress.step(f"verify {name}") as said:
-                result, speed = _verify(state, name)
-                said.append(describe(result.accuracy, speed))
-                refuse(name, result, state.names)
+    """Compares every variant with the reference; onnx-int8 is written here.
+
+    An ONNX variant that misses its bounds is left out, if another variant remains; one of torch_ext is refused.
+    """
+    for name in [name for name in state.names if name not in state.left_out]:
+        try:
+            if name == "onnx-int8":
+                result, speed = _write_and_verify_int8(state)
+            else:
+                with state.progress.step(f"verify {name}") as said:
+                    result, speed = _verify(state, name)
+                    said.append(describe(result.accuracy, speed))
+                    refuse(name, result, state.names)
+        except VariantRefusedError as error:
+            _leave_out(state, name, error)
+            continue
         quantization: Mapping[str, Any] = {}
         if name == "torch_ext-int8" and state.quantized is not None:
             report = state.quantized.report
             result = result.with_details(layers=state.quantized.layers, layers_in_bf16=len(report.kept))
             quantization = report.to_json()
         state.findings[name] = Findings(result, speed, quantization)
-    if "onnx-fp32" not in state.names:
+    for name, reason in state.left_out.items():
+        state.progress.warn(f"{name} is left out of the bundle: {reason}")
+    if "onnx-fp32" not in state.findings:
         for path in files_of(state.folder, "onnx-fp32"):
             path.unlink(missing_ok=True)
-    if not state.runs_on("onnxruntime"):
+    if not any(VARIANTS[name].engine == "onnxruntime" for name in state.findings):
         (state.folder / DENSE_FILE).unlink(missing_ok=True)
 
 
@@ -206,6 +222,8 @@ def describe_all(state: Export) -> None:
             "reference": "transformers fp32",
             "reference_texts_per_s": None if state.reference_speed is None else state.reference_speed.texts_per_s,
         }
+        if state.left_out:
+            verification["left_out"] = state.left_out
         state.manifest = make_manifest(state.draft, state.findings, verification)
         said.append(megabytes(sum(entry.bytes for entry in state.manifest.files.values())) + " in all")
 
@@ -275,6 +293,15 @@ def export(source: Source, target: Path, options: Options, progress: Progress) -
             stage.run(state)
         staging.commit(last=MANIFEST_FILE)
     return replace(state.manifest, root=target)
+
+
+def _leave_out(state: Export, name: str, error: ExportError) -> None:
+    """Goes on without a variant of ONNX Runtime; raises `error` for another one, or if no variant would remain."""
+    state.left_out[name] = str(error)
+    if VARIANTS[name].engine != "onnxruntime" or state.left_out.keys() >= set(state.names):
+        raise error
+    for path in files_of(state.folder, name) if name != "onnx-fp32" else ():
+        path.unlink(missing_ok=True)
 
 
 def _verify(state: Export, name: str) -> tuple[Result, Speed | None]:

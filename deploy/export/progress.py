@@ -43,6 +43,10 @@ class Progress:
         if not self._silent:
             print(text, file=self._stream, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Prints a line even if nothing else is printed: the bundle is not what was asked for."""
+        print(f"warning: {' '.join(text.split())}", file=self._stream, flush=True)
+
     @contextlib.contextmanager
     def step(self, title: str, again: bool = False) -> Iterator[list[str]]:
         """Prints the step's title, runs the body, and prints its time with what the body put into the list.

@@ -15,7 +15,11 @@ from deploy.export.accuracy import Result, Verification
 from deploy.export.errors import ExportError
 from deploy.machine import cpu_name
 
-__all__ = ["describe", "measure", "refuse", "verify"]
+__all__ = ["VariantRefusedError", "describe", "measure", "refuse", "verify"]
+
+
+class VariantRefusedError(ExportError):
+    """A variant misses an accuracy bound."""
 
 
 def verify(
@@ -55,14 +59,14 @@ def refuse(name: str, result: Result, names: Sequence[str], how: str = "") -> No
     """Does nothing for a variant that keeps its bounds.
 
     Raises:
-        ExportError: It misses one; the message says how to go on.
+        VariantRefusedError: It misses one; the message says how to go on.
     """
     if not result.missed:
         return
     others = ",".join(other for other in names if other != name)
     drop = f"leave it out with --variants {others}, or " if others else ""
     bound, measured, _ = result.missed[0]
-    raise ExportError(
+    raise VariantRefusedError(
         f"{name} misses its accuracy bound on {result.accuracy.texts} texts{how}: {result}; {drop}change the bound "
         f"with --bound {name}.{bound}=VALUE (measured {measured:.6g})"
     )

@@ -18,8 +18,9 @@ import numpy as np
 from deploy.bundle import TASKS, VARIANTS
 from deploy.engines.batch import Batch
 from deploy.engines.padded import padded
-from deploy.export.errors import ExportError
+from deploy.export.errors import ExportError, first_line, is_disk_full
 from deploy.onnx_session import session_options
+from deploy.tasks import Task
 
 __all__ = ["SHARES_IN_FP32", "export_fp32", "files_of", "quantize_int8", "sensitive_nodes", "variant_bytes"]
 
@@ -53,13 +54,26 @@ def export_fp32(model: Any, task: str, work: Path, target: Path) -> None:
         target: Path of the file.
 
     Raises:
-        ExportError: The exported graph does not have the inputs and outputs that the server expects.
+        ExportError: optimum does not write this model, or not with the inputs and outputs that the server expects.
     """
+    try:
+        _export_fp32(model, TASKS[task], work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _export_fp32(model: Any, kind: type[Task], work: Path, target: Path) -> None:
     import onnx
     from optimum.exporters.onnx import onnx_export_from_model
 
-    kind = TASKS[task]
-    onnx_export_from_model(model, output=work, task=kind.optimum_task, do_validation=False, monolith=True, device="cpu")
+    try:
+        onnx_export_from_model(
+            model, output=work, task=kind.optimum_task, do_validation=False, monolith=True, device="cpu"
+        )
+    except Exception as error:  # Whatever tracing a model raises.
+        if is_disk_full(error) or isinstance(error, (OSError, MemoryError)):
+            raise
+        raise ExportError(f"optimum cannot write this model as ONNX: {first_line(error)}") from error
     graph = onnx.load(work / "model.onnx", load_external_data=False).graph
     inputs = {item.name for item in graph.input}
     if not {"input_ids", "attention_mask"} <= inputs <= {"input_ids", "attention_mask", "token_type_ids"}:
@@ -72,7 +86,6 @@ def export_fp32(model: Any, task: str, work: Path, target: Path) -> None:
     if (work / "model.onnx_data").exists():  # The name is written in the model, so it stays.
         (work / "model.onnx_data").rename(target.parent / "model.onnx_data")
     (work / "model.onnx").rename(target)
-    shutil.rmtree(work)
 
 
 def _products(path: Path) -> tuple[list[Any], list[Any]]:

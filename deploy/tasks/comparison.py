@@ -119,16 +119,45 @@ def _softmax(logits: Doubles) -> Doubles:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
-def _relative_error(right: Doubles, got: Doubles, centred: bool) -> tuple[float, float]:
-    """Squared error and squared size of logits; without the mean of each row, where softmax does not see it."""
-    if centred:
-        right = right - right.mean(axis=-1, keepdims=True)
-        got = got - got.mean(axis=-1, keepdims=True)
-    return float(((right - got) ** 2).sum()), float((right**2).sum())
+class _LogitError:
+    """The error of logits over all texts, relative to their size: the ratio of the roots of mean squares.
 
+    Logits smaller than 1 count as 1. The size of differences between logits is what probabilities are made of: an error
+    of 0.05 changes them by 1.3 % at most, whether the logits are 0.1 apart or 10. Relative to logits that are all near
+    0, as those of a head that cannot tell its classes apart, any rounding of the hidden states would be large.
 
-def _ratio(error: float, size: float) -> float:
-    return math.sqrt(error / size) if size > 0 else (0.0 if error == 0 else math.inf)
+    Attributes:
+        failed: Whether an output was not finite, or was none.
+    """
+
+    def __init__(self, centred: bool, least: float = 1.0) -> None:
+        """Starts at 0.
+
+        Args:
+            centred: Leave out the mean of each row, where softmax does not see it.
+            least: What smaller logits count as; 0 where they are the answer, with a unit of their own.
+        """
+        self._centred = centred
+        self._least = least
+        self._error = self._size = 0.0
+        self._count = 0
+        self.failed = False
+
+    def add(self, right: Doubles, got: Doubles) -> None:
+        """Counts rows of logits."""
+        if self._centred:
+            right = right - right.mean(axis=-1, keepdims=True)
+            got = got - got.mean(axis=-1, keepdims=True)
+        self._error += float(((right - got) ** 2).sum())
+        self._size += float((right**2).sum())
+        self._count += right.size
+
+    def value(self) -> float:
+        """Of everything that was counted."""
+        if self.failed:
+            return math.inf
+        size = max(self._size, self._least**2 * self._count)
+        return math.sqrt(self._error / size) if size > 0 else (0.0 if self._error == 0 else math.inf)
 
 
 def _ranks(values: Doubles) -> Doubles:
@@ -169,7 +198,9 @@ class Labels(_Rows):
         """See `Comparison.measure`."""
         order, right, got = self._pairs(run)
         single = self._activation == "softmax"
-        details = {"logit_error": _ratio(*_relative_error(right, got, centred=single and right.shape[1] > 1))}
+        error = _LogitError(centred=single and right.shape[1] > 1, least=0.0 if self._activation == "none" else 1.0)
+        error.add(right, got)
+        details = {"logit_error": error.value()}
         if right.shape[1] == 1:
             details["rank_correlation"] = rank_correlation(right[:, 0], got[:, 0])
         per_text = np.full(self._texts, np.nan)
@@ -213,26 +244,25 @@ class _Tokens(Comparison):
     def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
         """See `Comparison.measure`."""
         per_text = np.full(self._texts, np.nan)
-        errors, sizes, differences = 0.0, 0.0, [np.empty(0)]
+        error, differences = _LogitError(centred=True), [np.empty(0)]
         for text, output in run:
             if isinstance(output, Exception):
-                errors = math.inf
+                error.failed = True
                 differences.append(np.array([1.0]))
                 continue
             right, got = self._reference[text], self._table(output)
-            per_text[text], difference, (error, size) = self._compare(right, got)
-            errors, sizes = errors + error, sizes + size
+            per_text[text], difference = self._compare(right, got, error)
             differences.append(difference)
         together = np.concatenate(differences)
         return per_text, {
             "max_prob_diff": float(together.max()),
             "mean_prob_diff": float(together.mean()),
-            "logit_error": _ratio(errors, sizes),
+            "logit_error": error.value(),
         }
 
     @abstractmethod
-    def _compare(self, right: Doubles, got: Doubles) -> tuple[float, Doubles, tuple[float, float]]:
-        """The metric of a text, differences of probabilities, and squared error and size of its logits."""
+    def _compare(self, right: Doubles, got: Doubles, error: _LogitError) -> tuple[float, Doubles]:
+        """The metric of a text, and differences of probabilities; adds its logits to `error`."""
 
 
 class TokenLabels(_Tokens):
@@ -253,7 +283,7 @@ class TokenLabels(_Tokens):
         details["entity_f1"] = 2 * both / (expected + found) if expected + found else 1.0
         return per_text, details
 
-    def _compare(self, right: Doubles, got: Doubles) -> tuple[float, Doubles, tuple[float, float]]:
+    def _compare(self, right: Doubles, got: Doubles, error: _LogitError) -> tuple[float, Doubles]:
         first, second = _softmax(right), _softmax(got)
         best = second.argmax(axis=1)
         same = first[np.arange(len(first)), best] >= first.max(axis=1) - TIE
@@ -263,7 +293,8 @@ class TokenLabels(_Tokens):
         found = spans([self._labels[label] for label in chosen])
         for place, count in enumerate((len(expected), len(found), len(expected & found))):
             self._found[place] += count
-        return float(same.mean()), np.abs(first - second).max(axis=1), _relative_error(right, got, centred=True)
+        error.add(right, got)
+        return float(same.mean()), np.abs(first - second).max(axis=1)
 
 
 class AnswerSpans(_Tokens):
@@ -272,14 +303,15 @@ class AnswerSpans(_Tokens):
     metric = "exact_match"
     _LONGEST = 15
 
-    def _compare(self, right: Doubles, got: Doubles) -> tuple[float, Doubles, tuple[float, float]]:
+    def _compare(self, right: Doubles, got: Doubles, error: _LogitError) -> tuple[float, Doubles]:
         first, second = _softmax(right.T), _softmax(got.T)
         starts, ends = first.tolist()
         ((best, _, _),) = best_spans(starts, ends, 1, self._LONGEST)
         starts, ends = second.tolist()
         found = best_spans(starts, ends, 1, self._LONGEST)
         same = bool(found) and first[0, found[0][1]] * first[1, found[0][2]] >= best - TIE
-        return float(same), np.abs(first - second).max(axis=1), _relative_error(right.T, got.T, centred=True)
+        error.add(right.T, got.T)
+        return float(same), np.abs(first - second).max(axis=1)
 
 
 class Masks(Comparison):
@@ -320,10 +352,10 @@ class Masks(Comparison):
     def measure(self, run: Run) -> tuple[Doubles, dict[str, float]]:
         """See `Comparison.measure`."""
         per_text = np.full(self._texts, np.nan)
-        errors, sizes, differences = 0.0, 0.0, []
+        logit_error, differences = _LogitError(centred=True), []
         for text, output in run:
             if isinstance(output, Exception):
-                errors = math.inf
+                logit_error.failed = True
                 continue
             same = []
             for columns, (right, total), narrow in zip(self._columns[text], self._reference[text], output, strict=True):
@@ -333,11 +365,10 @@ class Masks(Comparison):
                 place = np.flatnonzero(columns == int(row.argmax()))
                 same.append(float(len(place) > 0 and first[place[0]] >= first[0] - TIE))
                 differences.append(float(np.abs(first - second).max()))
-                error, size = _relative_error(right, got, centred=True)
-                errors, sizes = errors + error, sizes + size
+                logit_error.add(right, got)
             per_text[text] = float(np.mean(same))
         return per_text, {
             "max_prob_diff": max(differences, default=math.inf),
             "mean_prob_diff": float(np.mean(differences)) if differences else math.inf,
-            "logit_error": _ratio(errors, sizes),
+            "logit_error": logit_error.value(),
         }
