@@ -7,6 +7,7 @@ that a server that runs ONNX Runtime loads neither torch nor transformers for it
 |---|---|
 | `manifest` | the whole: `Manifest`, reading and writing it |
 | `fields` | its parts, the names that are allowed, and how JSON becomes each of them |
+| `measured` | variants, their accuracy and speed |
 | `stages` | what comes behind the encoder: linear stages, sparse pooling |
 | `files` | the files beside it: names, sizes, digests |
 | `config` | whether the manifest agrees with the model's own configuration |
@@ -28,7 +29,6 @@ from deploy.bundle.fields import (
     TOKENIZER_FILE,
     TRUNCATION_SIDES,
     VARIANTS,
-    Accuracy,
     BundleError,
     Machine,
     ModelInfo,
@@ -36,12 +36,11 @@ from deploy.bundle.fields import (
     Prompts,
     Reader,
     SpecialToken,
-    Speed,
-    Variant,
     VariantKind,
 )
 from deploy.bundle.files import FileEntry, file_entry, owned_files
 from deploy.bundle.manifest import Manifest, load_manifest, write_manifest
+from deploy.bundle.measured import Accuracy, Speed, Variant
 from deploy.bundle.stages import DENSE_ACTIVATIONS, DENSE_FILE, Dense, Sparse
 
 __all__ = [

@@ -28,9 +28,9 @@ from deploy.bundle.fields import (
     Prompts,
     Reader,
     SpecialToken,
-    Variant,
 )
 from deploy.bundle.files import FileEntry, check_file, check_file_name, check_format, read_json
+from deploy.bundle.measured import Variant
 from deploy.bundle.stages import Dense, Sparse
 
 __all__ = ["Manifest", "load_manifest", "write_manifest"]

@@ -97,5 +97,6 @@ class Verification:
             bound=dict(bounds),
             # A manifest holds finite numbers.
             details={name: value if math.isfinite(value) else 1e30 for name, value in details.items()},
+            quantiles=tuple(np.quantile(values, np.linspace(0, 1, 21)).tolist()),
         )
         return Result(accuracy, missed(accuracy))

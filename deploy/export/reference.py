@@ -122,7 +122,8 @@ def load_model(source: Source, folder: Path) -> Any:
     import transformers
 
     task = TASKS[source.task]
-    transformers.utils.logging.disable_progress_bar()  # Of its own, since 5.
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()  # Of its own, since 5.
     try:
         model, info = getattr(transformers, task.auto_class).from_pretrained(
             folder,

@@ -32,6 +32,7 @@ from deploy.folder.source import Source
 from deploy.machine import machine
 from deploy.onnx_session import kernels
 from deploy.tasks import TaskError
+from deploy.tasks.bounds import SHOWN
 
 __all__ = ["Findings", "describe_model", "make_manifest", "print_table"]
 
@@ -161,11 +162,14 @@ def print_table(manifest: Manifest) -> None:
     """Prints accuracy, size and speed of every variant."""
     accuracies = {name: known for name, variant in manifest.variants.items() if (known := variant.accuracy) is not None}
     metric = next(iter(accuracies.values())).metric
-    rows = [("variant", "size", f"{metric} mean", "min", "texts/s")]
+    measured = {item for accuracy in accuracies.values() for item in accuracy.details}
+    shown = {item: title for item, title in SHOWN.items() if item in measured}
+    rows = [("variant", "size", f"{metric} mean", "min", *shown.values(), "texts/s")]
     for name, accuracy in accuracies.items():
         variant = manifest.variants[name]
         speed = f"{variant.speed.texts_per_s:.0f}" if variant.speed else "-"
-        rows.append((name, megabytes(variant.bytes), f"{accuracy.mean:.6f}", f"{accuracy.min:.6f}", speed))
+        figures = (f"{accuracy.details[item]:.6f}" if item in accuracy.details else "-" for item in shown)
+        rows.append((name, megabytes(variant.bytes), f"{accuracy.mean:.6f}", f"{accuracy.min:.6f}", *figures, speed))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     print()
     for row in rows:

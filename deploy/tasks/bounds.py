@@ -10,8 +10,10 @@ __all__ = [
     "AT_MOST",
     "BOUND_NAMES",
     "COSINE",
+    "EMBEDDING_BOUNDS",
     "LOGIT_BOUNDS",
     "RELATIVE",
+    "SHOWN",
     "Measured",
     "in_words",
     "missed",
@@ -24,8 +26,21 @@ Table = Mapping[str, Mapping[str, float]]
 LOGIT_BOUNDS = ("mean", "min", "max_prob_diff", "mean_prob_diff", "logit_error")
 """What can be bounded where probabilities are made of logits."""
 
-BOUND_NAMES = (*LOGIT_BOUNDS, "rank_correlation", "entity_f1")
+EMBEDDING_BOUNDS = ("mean", "min", "centred_mean", "centred_min", "retrieval_overlap")
+"""What can be bounded of embeddings."""
+
+BOUND_NAMES = (*LOGIT_BOUNDS, "rank_correlation", "entity_f1", *EMBEDDING_BOUNDS[2:])
 """What can be bounded; those in `AT_MOST` from above, the others from below."""
+
+SHOWN: Mapping[str, str] = {
+    "centred_mean": "centred",
+    "retrieval_overlap": "top-10 overlap",
+    "entity_f1": "entity F1",
+    "rank_correlation": "rank corr.",
+    "max_prob_diff": "max prob. diff.",
+    "max_diff": "max diff.",
+}
+"""Figures that tables show beside the metric, if they were measured, and what they are called there."""
 
 AT_MOST = frozenset({"max_prob_diff", "mean_prob_diff", "logit_error"})
 """Figures that are bounded from above."""

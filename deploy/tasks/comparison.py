@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from .answers import best_spans
 from .entities import spans
+from .figures import centred_cosines, overlap, rank_correlation
 
-__all__ = ["AnswerSpans", "Comparison", "Cosine", "Labels", "Masks", "SparseCosine", "TokenLabels", "rank_correlation"]
+__all__ = ["AnswerSpans", "Comparison", "Cosine", "Labels", "Masks", "SparseCosine", "TokenLabels"]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -22,6 +23,10 @@ Run = Sequence[tuple[int, Any]]
 
 TIE = 0.01
 """Two classes or tokens whose probabilities in fp32 differ by less are equally right."""
+
+
+_FEWEST = 4
+"""Texts that are compared with each other, at least: with fewer there is no other choice of a near one."""
 
 
 class Comparison(ABC):
@@ -63,7 +68,7 @@ class _Rows(Comparison):
 
 
 class Cosine(_Rows):
-    """Embeddings: the cosine to the reference's, per text."""
+    """Embeddings: the cosine to the reference's, per text; with their mean taken off, too; and which texts are near."""
 
     metric = "cosine"
 
@@ -75,13 +80,19 @@ class Cosine(_Rows):
         with np.errstate(divide="ignore", invalid="ignore"):
             cosines[order] = (right * got).sum(axis=1) / (norms[0] * norms[1])
             length_error = float(np.abs(norms[1] / norms[0] - 1).max())
-        return cosines, {"length_error": length_error}
+        details = {"length_error": length_error}
+        if len(right) >= _FEWEST:
+            centred = np.nan_to_num(centred_cosines(right, got), nan=-1.0)
+            details |= {"centred_mean": float(centred.mean()), "centred_min": float(centred.min())}
+            details["retrieval_overlap"] = overlap(right, got)
+        return cosines, details
 
 
 class SparseCosine(Comparison):
-    """Sparse vectors: the cosine to the reference's, per text."""
+    """Sparse vectors: the cosine to the reference's, per text, and which texts are near."""
 
     metric = "cosine"
+    _MOST = 500  # of texts that are compared with each other: rows are as wide as the words that are in use
 
     def __init__(self, texts: int) -> None:
         self._texts = texts
@@ -111,7 +122,25 @@ class SparseCosine(Comparison):
                 continue
             cosines[text] = float(right[here] @ got[there]) / (norms[0] * norms[1])
             length_error = max(length_error, abs(norms[1] / norms[0] - 1))
-        return cosines, {"length_error": length_error}
+        details = {"length_error": length_error}
+        if len(run) >= _FEWEST:
+            details["retrieval_overlap"] = self._overlap(run[:: -(-len(run) // self._MOST)])
+        return cosines, details
+
+    def _overlap(self, run: Run) -> float:
+        pairs = [
+            (self._reference[text], None if isinstance(output, Exception) else self._vector(output))
+            for text, output in run
+        ]
+        used = np.unique(np.concatenate([words for pair in pairs for words, _ in filter(None, pair)]))
+        right, got = np.zeros((2, len(pairs), len(used)))
+        for row, (first, second) in enumerate(pairs):
+            right[row, np.searchsorted(used, first[0])] = first[1]
+            if second is None:
+                got[row] = np.nan
+            else:
+                got[row, np.searchsorted(used, second[0])] = second[1]
+        return overlap(right, got)
 
 
 def _softmax(logits: Doubles) -> Doubles:
@@ -158,23 +187,6 @@ class _LogitError:
             return math.inf
         size = max(self._size, self._least**2 * self._count)
         return math.sqrt(self._error / size) if size > 0 else (0.0 if self._error == 0 else math.inf)
-
-
-def _ranks(values: Doubles) -> Doubles:
-    """Place of each value in their order; equal ones share the mean of their places."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return np.asarray((ends - (counts + 1) / 2)[inverse], np.float64)
-
-
-def rank_correlation(right: Doubles, got: Doubles) -> float:
-    """Spearman's: 1 where both rank the texts alike; -1 where a value is not finite."""
-    if not np.isfinite(got).all():
-        return -1.0
-    first, second = (ranks - ranks.mean() for ranks in (_ranks(right), _ranks(got)))
-    size = math.sqrt(float((first**2).sum() * (second**2).sum()))
-    # Where all are equal there is no order that could be wrong.
-    return float((first * second).sum()) / size if size > 0 else 1.0
 
 
 class Labels(_Rows):

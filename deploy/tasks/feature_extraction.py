@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .bounds import COSINE, pick
+from .bounds import COSINE, EMBEDDING_BOUNDS, pick
 from .task import Described, ModelFolder, Needs, States, Task, not_finite
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class FeatureExtraction(Task):
     @classmethod
     def bound_names(cls, folder: ModelFolder) -> tuple[str, ...]:
         """See `Task.bound_names`."""
-        return ("mean", "min")
+        return EMBEDDING_BOUNDS
 
     def __init__(self, model: Described, token_text: Callable[[int], str] = str) -> None:
         super().__init__(model, token_text)

@@ -57,7 +57,7 @@ class SparseEmbedding(Task):
     @classmethod
     def bound_names(cls, folder: ModelFolder) -> tuple[str, ...]:
         """See `Task.bound_names`."""
-        return ("mean", "min")
+        return ("mean", "min", "retrieval_overlap")
 
     def __init__(self, model: Described, token_text: Callable[[int], str] = str) -> None:
         super().__init__(model, token_text)

@@ -28,7 +28,7 @@ from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
 from deploy.server.metrics import Metrics
 from deploy.server.service import Batcher, Service, TextTokenizer
-from deploy.tasks.comparison import rank_correlation
+from deploy.tasks.figures import rank_correlation
 
 QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet"]
 QUERY = "how to read the name of a file"
