@@ -170,7 +170,7 @@ def test_one_text_beside_clients_of_512_texts(loop: asyncio.AbstractEventLoop, c
 
 
 def test_one_text_beside_requests_of_every_size(loop: asyncio.AbstractEventLoop) -> None:
-    """Many requests that are small beside the largest batch are many times what runs at a time: one text passes them."""
+    """Requests that are small beside the largest batch are large beside what runs at a time: one text passes them."""
     server = Simulated(loop)
     rng = random.Random(3)
     server.send([58])
