@@ -6,14 +6,14 @@ order, and back:
 | module | work | thread |
 |---|---|---|
 | `http/protocol`, `lifecycle` | bytes to requests, bounds on them; listen, drain | event loop |
-| `app`, `http` | which row answers; key, body, errors | event loop; helper threads for large bodies |
+| `app`, `endpoints`, `http` | which row of which model answers; key, body, errors | event loop; helper threads |
 | `api` | a list of `Route` rows for each dialect: between its bodies and the service | event loop |
 | `service` | texts to token ids, and these to results | event loop; helper threads for long texts |
 | `service/batching`, `deploy/engines` | batches, the encoder, pooling or a task head | engine thread |
 | `variants` | which variant is served, and why | main thread, then engine thread |
 | `variants/measure` | variants against each other, once | a process of its own, watched by the engine thread |
 
-`api/route` says what a row is, and `api/openapi` describes the rows; `api/schemas` holds the types of bodies, `errors`
-is the one table of what can go wrong, `limits` of what is too much. Neither transformers nor optimum is imported, at
-start or later.
+`cli` has the options, `serving` does what they say; `loading` brings the models in (`models`). `api/route` says what a
+row is, and `api/openapi` describes the rows; `api/schemas` holds the types of bodies, `errors` is the one table of
+what can go wrong, `limits` of what is too much. Neither transformers nor optimum is imported, at start or later.
 """

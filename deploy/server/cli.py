@@ -1,32 +1,21 @@
-"""The options of `python -m deploy serve`, and how one process serves by them.
-
-Only the standard library is imported before the threads are settled: OpenMP reads its variables once, when torch loads.
-"""
+"""The options of `python -m deploy serve`. Standard library only; `serving` does what they say."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import signal
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import TYPE_CHECKING
 
-from ..bundle import TASKS, BundleError, check_config, load_manifest
+from ..bundle import TASKS
 from ..options import positive as _positive
 from ..options import url_prefix
 from .limits.bounds import Settings
-from .model import describe
-from .process import PORT_VARIABLE, Process, port_of, settle_threads, start_logging
-from .tei_options import add_tei_options, fit_manifest, settle_tei_options
+from .process import PORT_VARIABLE
+from .tei_options import add_tei_options, settle_tei_options
 from .variants import add_options
+from .wanted import named_model
 
-if TYPE_CHECKING:
-    from ..engines.engine import Engine
-
-__all__ = ["parse", "serve"]
+__all__ = ["parse"]
 
 API_KEY_VARIABLE = "DEPLOY_API_KEY"
 WORKERS_VARIABLE = "WORKERS"
@@ -58,6 +47,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="folder written by python -m deploy export; or a model's folder of Hugging Face or sentence-transformers, "
         "or an id on the hub, which is served as it is, in bf16, or in fp32 with --variant torch_ext-fp32",
+    )
+    parser.add_argument(
+        "--model",
+        dest="models",
+        type=named_model,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="one more model, by the name that clients call it; may be given several times. Each gets an equal share "
+        "of --threads, and the options of bundles and limits hold for each. A request that names no model is for the "
+        "first",
     )
     parser.add_argument(
         "--task", choices=TASKS, help="of a model that was not exported; default: from the model's files"
@@ -215,134 +215,3 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the options; see the parser's help."""
     parser = _parser()
     return settle_tei_options(parser, argv, parser.parse_args(argv), os.environ)
-
-
-def serve(arguments: argparse.Namespace, process: Process) -> int:
-    """Serves in this process until a signal.
-
-    Args:
-        arguments: See `parse`.
-        process: What is decided for this process.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        BundleError: The bundle cannot be served.
-        UsageError: An option is wrong, or the address cannot be used.
-    """
-    # Names and sizes now, hashes when it is known which variants may be loaded.
-    manifest, exported = describe(arguments.model, arguments.task)
-    process.check(manifest)
-    manifest = fit_manifest(manifest, arguments)
-    port = port_of(arguments.port, os.environ)
-    threads = process.threads(arguments.threads)
-    settle_threads(threads)
-    start_logging(arguments.json_output)
-    selection = process.selection(manifest, arguments, threads)
-    # The hashes of large files take as long as the imports, and need another core for it; so does the engine, if it is
-    # known.
-    beside = ThreadPoolExecutor(2)
-    check = partial(load_manifest, manifest.root, verify=True, variants=process.files_of(selection))
-    checked = beside.submit(check) if exported else None
-    tokenizers: Future[TextTokenizer] = Future()
-
-    def open_engine(variant: str) -> tuple[Engine, str]:
-        from ..engines.open import load_engine
-
-        return load_engine(
-            manifest,
-            manifest.variant(variant),
-            threads,
-            lambda token: tokenizers.result().token(token),
-            image=process.image,
-        )
-
-    known = selection.names[0] if len(selection.names) == 1 else None
-    opened = beside.submit(open_engine, known) if known is not None else None
-    beside.shutdown(wait=False)
-
-    from .app import App
-    from .service import Batcher, TextTokenizer
-
-    try:
-        if checked is not None:
-            manifest = fit_manifest(checked.result(), arguments)
-            check_config(manifest)
-        tokenizer = TextTokenizer.from_manifest(manifest)
-    except ValueError as error:
-        tokenizers.cancel()  # Nobody may wait for it any more.
-        raise error if isinstance(error, BundleError) else BundleError(str(error)) from error
-    tokenizers.set_result(tokenizer)
-    settings = Settings(
-        host=arguments.host,
-        port=port,
-        threads=threads,
-        max_batch_tokens=arguments.max_batch_tokens,
-        max_queue_tokens=arguments.max_queue_tokens,
-        max_queue_ms=arguments.max_queue_ms,
-        max_batch_ms=arguments.max_batch_ms,
-        max_body_bytes=arguments.max_body_bytes,
-        max_inputs=arguments.max_inputs,
-        max_chars=arguments.max_chars,
-        max_values=arguments.max_values,
-        max_memory_mb=arguments.max_memory_mb,
-        request_timeout_s=arguments.request_timeout,
-        response_timeout_s=arguments.response_timeout,
-        keep_alive_s=arguments.keep_alive,
-        drain_delay_s=arguments.drain_delay,
-        drain_timeout_s=arguments.drain_timeout,
-        measure_limit_s=arguments.measure_limit,
-        api_key=arguments.api_key or None,
-        access_log=arguments.access_log,
-        accept_token_ids=arguments.accept_token_ids,
-        any_dimensions=arguments.any_dimensions,
-        cors_allow_origin=tuple(arguments.cors_allow_origin),
-        root_path=arguments.root_path,
-        auto_truncate=arguments.auto_truncate,
-        served_model_name=arguments.served_model_name,
-        max_concurrent_requests=arguments.max_concurrent_requests,
-        max_batch_requests=arguments.max_batch_requests,
-        tokenization_workers=arguments.tokenization_workers,
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
-    if settings.access_log:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
-    settings = process.settings(settings)
-    sockets = process.listen(settings)
-    selection.prepare(tokenizer.vocab_size, settings.measure_limit_s)
-    isa = ""
-
-    def load() -> Engine:
-        nonlocal isa
-        choice = selection.decide()
-        engine, isa = open_engine(choice.variant) if opened is None else opened.result()
-        app.serves(choice, isa)
-        return engine
-
-    def announce() -> None:
-        process.announce(manifest, selection.decide(), threads, isa)
-
-    batcher = Batcher(
-        load,
-        settings.max_batch_tokens,
-        settings.max_queue_tokens,
-        max_queue_s=1e-3 * settings.max_queue_ms,
-        max_batch_s=1e-3 * settings.max_batch_ms,
-        max_batch_texts=settings.max_batch_requests,
-    )
-    batcher.cancel_load = selection.cancel
-    app = App(manifest, tokenizer, batcher, settings)
-    batcher.on_batch = app.count_batch
-    server = process.server(app, batcher, settings, announce)
-    server.run(sockets=sockets)
-    for number in (signal.SIGTERM, signal.SIGINT):  # All is done but to say so by the exit code.
-        signal.signal(number, signal.SIG_IGN)
-    if server.load_error is not None:
-        if isinstance(server.load_error, BundleError):
-            raise server.load_error
-        raise BundleError(
-            f"{manifest.root}: {' or '.join(selection.names)} cannot be loaded: "
-            f"{type(server.load_error).__name__}: {server.load_error}"
-        ) from server.load_error
-    return server.exit_code

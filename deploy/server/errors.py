@@ -34,6 +34,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "wrong_task": ErrorKind(400, "the bundle's task does not serve this endpoint; the message names the one that fits"),
     "unauthorized": ErrorKind(401, "the API key is missing or wrong"),
     "not_found": ErrorKind(404, "no such path"),
+    "model_not_found": ErrorKind(404, "no such model; the message names those that there are"),
     "method_not_allowed": ErrorKind(405, "the path exists, with another method"),
     "timeout": ErrorKind(408, "the request did not arrive completely in time"),
     "too_large": ErrorKind(

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
@@ -27,7 +27,7 @@ from .app import App
 from .http.protocol import HttpProtocol
 from .limits.bounds import Settings
 from .limits.budget import CONNECTION_BYTES, give_back
-from .service import Batcher
+from .models import Model
 from .sockets import refuse_new
 from .variants import LoadCancelled
 
@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         load_error: Why the model could not be loaded, or None.
     """
 
-    def __init__(self, app: App, batcher: Batcher, settings: Settings, on_ready: Callable[[], None]) -> None:
+    def __init__(self, app: App, settings: Settings, on_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
             http=HttpProtocol,
@@ -73,11 +73,9 @@ class Server(uvicorn.Server):
         self.exit_code = 0
         self.load_error: BaseException | None = None
         self._app = app
-        self._batcher = batcher
         self._settings = settings
         self._on_ready = on_ready
         self._loading: asyncio.Task[None] | None = None
-        batcher.on_death = self._stop_without_engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: drain; a second SIGINT exits at once."""
@@ -93,7 +91,7 @@ class Server(uvicorn.Server):
 
     async def _load(self) -> None:
         try:
-            await self._batcher.start()
+            await self.start(self._app.models)
         except LoadCancelled:
             return
         except BaseException as error:
@@ -105,9 +103,21 @@ class Server(uvicorn.Server):
             gc.collect()
             gc.freeze()
             gc.enable()
-            self._app.service.budget.settle(self._available_bytes())
+            self._app.budget.settle(self._available_bytes())
             if not self.should_exit:
                 self._on_ready()
+
+    async def start(self, models: Sequence[Model]) -> None:
+        """Loads models, all at once.
+
+        Raises:
+            BaseException: The first that any loading raised.
+        """
+        for model in models:
+            model.batcher.on_death = self._stop_without_engine
+        await asyncio.gather(*(model.batcher.start() for model in models))
+        for model in models:
+            model.announce()
 
     def _available_bytes(self) -> int | None:
         """Memory that is available to this process; several workers share what there is."""
@@ -132,7 +142,7 @@ class Server(uvicorn.Server):
 
     def _check_connections(self, settings: Settings) -> None:
         now_s = time.monotonic()
-        budget = self._app.service.budget
+        budget = self._app.budget
         budget.connection_bytes = 0
         for connection in self._connections:
             connection.check(now_s, settings)
@@ -143,11 +153,12 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains: answers everything that was accepted."""
         self._app.draining = True
-        loading = not self._batcher.running
+        loading = not self._app.running
         if not loading:
             await asyncio.sleep(self._settings.drain_delay_s)
         else:
-            self._batcher.cancel_load()
+            for model in self._app.models:
+                model.batcher.cancel_load()
         begun_s = time.monotonic()
         deadline_s = begun_s + self._settings.drain_timeout_s
         await self._stop_listening(sockets or [])
@@ -158,7 +169,7 @@ class Server(uvicorn.Server):
             now_s = time.monotonic()
             if now_s > deadline_s:
                 break
-            idle_too_long = now_s - begun_s > IDLE_GRACE_S or not self._batcher.running
+            idle_too_long = now_s - begun_s > IDLE_GRACE_S or not self._app.running
             too_late = now_s - begun_s > RECEIVING_GRACE_S
             for connection in self._connections:
                 if (idle_too_long and connection.idle) or (
@@ -182,12 +193,15 @@ class Server(uvicorn.Server):
         self._app.close()
         with contextlib.suppress(asyncio.TimeoutError):
             left_s = LOADING_GRACE_S if loading else max(deadline_s - time.monotonic(), 0.1)
-            await asyncio.wait_for(self._batcher.close(), 0.1 if self.force_exit or unanswered else left_s)
+            await asyncio.wait_for(self._close_engines(), 0.1 if self.force_exit or unanswered else left_s)
             return
         # The engine thread is in the middle of a batch, or of loading, and cannot be stopped; nobody waits for it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(self.exit_code or int(not loading))
+
+    async def _close_engines(self) -> None:
+        await asyncio.gather(*(model.batcher.close() for model in self._app.models))
 
     def _ended(self) -> None:
         """Called when the last request has been answered."""

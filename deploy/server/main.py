@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from ..bundle import BundleError
-from .cli import parse, serve
+from .cli import parse
 from .process import Process, UsageError, missing, port_of, start_logging
+from .serving import serve
 
 __all__ = ["main"]
 

@@ -6,7 +6,7 @@ One request costs about 6 us here: children of labelled metrics are looked up on
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,7 +19,9 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-__all__ = ["Metrics"]
+from .exposition import labelled, merge, of_process
+
+__all__ = ["Metrics", "ModelsMetrics"]
 
 # The time of creation of every child is a line that nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -79,10 +81,10 @@ class Metrics:
         self,
         queue_tokens: Callable[[], int],
         queue_wait_s: Callable[[], float],
-        held_bytes: Callable[[], int],
+        held_bytes: Callable[[], int] | None,
         ready: Callable[[], bool],
     ) -> None:
-        """Registers values that are read when they are asked for."""
+        """Registers values that are read when they are asked for; memory, which all models share, only with one."""
         Gauge(
             "serve_queue_tokens", "What waits or runs, in tokens of the budget.", registry=self._registry
         ).set_function(queue_tokens)
@@ -92,15 +94,17 @@ class Metrics:
             "read it.",
             registry=self._registry,
         ).set_function(queue_wait_s)
-        Gauge(
-            "serve_held_bytes",
-            "Memory that requests and connections hold, of --max-memory-mb.",
-            registry=self._registry,
-        ).set_function(held_bytes)
+        if held_bytes is not None:
+            Gauge(
+                "serve_held_bytes",
+                "Memory that requests and connections hold, of --max-memory-mb.",
+                registry=self._registry,
+            ).set_function(held_bytes)
         Gauge("serve_ready", "1 while /ready answers 200.", registry=self._registry).set_function(ready)
 
     def serves(self, model: str, variant: str, task: str) -> None:
-        """Sets the labels of what is served; called once, on any thread."""
+        """Sets the labels of what is served; on any thread."""
+        self._model.clear()
         self._model.labels(model=model, variant=variant, task=task).set(1)
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:
@@ -129,4 +133,35 @@ class Metrics:
 
     def answer(self) -> bytes:
         """The metrics of the server: those of all its workers, if there are several."""
+        return self.gather(self.render())
+
+
+class ModelsMetrics:
+    """The metrics of several models: each sample has the label `model`.
+
+    Attributes:
+        gather: See `Metrics`.
+    """
+
+    CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+    def __init__(self, each: Sequence[Metrics], names: Callable[[], Sequence[str]]) -> None:
+        """Counts nothing itself.
+
+        Args:
+            each: The metrics of each model.
+            names: Names of the models, in the same order.
+        """
+        self.gather: Callable[[bytes], bytes] = lambda own: own
+        self._each = each
+        self._names = names
+
+    def render(self) -> bytes:
+        """See `Metrics`."""
+        texts = [metrics.render() for metrics in self._each]
+        named = [labelled(text, name) for text, name in zip(texts, self._names(), strict=True)]
+        return merge([*named, of_process(texts[0])])
+
+    def answer(self) -> bytes:
+        """See `Metrics`."""
         return self.gather(self.render())

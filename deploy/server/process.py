@@ -6,8 +6,8 @@ import argparse
 import logging
 import os
 import socket
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from .limits.bounds import Settings
 from .sockets import listen, url_of
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from ..engines.open import Image
     from .app import App
     from .lifecycle import Server
-    from .service import Batcher
 
 __all__ = [
     "PORT_VARIABLE",
+    "Loaded",
     "Process",
     "UsageError",
     "missing",
     "open_listener",
     "port_of",
     "settle_threads",
+    "start_line",
     "start_logging",
+    "started",
 ]
 
 PORT_VARIABLE = "PORT"
@@ -97,14 +99,26 @@ def port_of(option: int | None, environment: Mapping[str, str]) -> int:
     return int(given)
 
 
-class Process:
-    """The only process of a server.
+class Loaded(NamedTuple):
+    """A model that is ready.
 
     Attributes:
-        image: Packed weights to map; None: they are loaded from the bundle.
+        name: What clients call it.
+        task: Of its bundle.
+        threads: Threads of its engine.
+        choice: The variant, and why.
+        isa: What runs it.
     """
 
-    image: Image | None = None
+    name: str
+    task: str
+    threads: int
+    choice: Choice
+    isa: str
+
+
+class Process:
+    """The only process of a server. What is of one model is asked for by its place among the models."""
 
     def __init__(self) -> None:
         self._url = ""
@@ -119,15 +133,24 @@ class Process:
 
         return asked or usable_cpus()
 
-    def check(self, manifest: Manifest) -> None:
-        """Called with the manifest, before anything of the bundle is used."""
+    def check(self, place: int, manifest: Manifest) -> None:
+        """Called with a manifest, before anything of the bundle is used."""
 
-    def selection(self, manifest: Manifest, arguments: argparse.Namespace, threads: int) -> Selection:
+    def image(self, place: int, threads: Sequence[int]) -> Image | None:
+        """Packed weights to map; None: they are loaded from the bundle.
+
+        Args:
+            place: Which model.
+            threads: Threads of the engine of each model.
+        """
+        return None
+
+    def selection(self, place: int, manifest: Manifest, arguments: argparse.Namespace, threads: int) -> Selection:
         """Which variant is served."""
         return Selection(manifest, arguments.variant, threads, arguments.cache_dir)
 
-    def files_of(self, selection: Selection) -> Collection[str]:
-        """Variants whose files have to be as the manifest says."""
+    def files_of(self, place: int, selection: Selection) -> Collection[str]:
+        """Variants of a model whose files have to be as the manifest says."""
         return selection.names
 
     def settings(self, settings: Settings) -> Settings:
@@ -144,13 +167,41 @@ class Process:
         self._url = url_of(sock)
         return [sock]
 
-    def server(self, app: App, batcher: Batcher, settings: Settings, on_ready: Callable[[], None]) -> Server:
+    def server(self, app: App, settings: Settings, on_ready: Callable[[], None]) -> Server:
         """The server of this process."""
         from .lifecycle import Server
 
-        return Server(app, batcher, settings, on_ready)
+        return Server(app, settings, on_ready)
 
-    def announce(self, manifest: Manifest, choice: Choice, threads: int, isa: str) -> None:
+    def announce(self, loaded: Sequence[Loaded]) -> None:
         """Called when everything is ready."""
-        started = f"variant={choice.variant} threads={threads} isa={isa} ({choice})"
-        print(f"serving {manifest.model.name} ({manifest.task}) on {self._url} {started}", flush=True)
+        print(f"serving {started(self._url, loaded)}", flush=True)
+
+
+def started(url: str, loaded: Sequence[Loaded]) -> str:
+    """For the line of a start: what is served, and where."""
+    return start_line(
+        url,
+        [(one.name, one.task) for one in loaded],
+        [one.choice for one in loaded],
+        f"threads={'+'.join(str(one.threads) for one in loaded)}",
+        [one.isa for one in loaded],
+    )
+
+
+def start_line(
+    url: str, models: Sequence[tuple[str, str]], choices: Sequence[Choice], cpus: str, isas: Sequence[str]
+) -> str:
+    """See `started`; of several models, in their order.
+
+    Args:
+        url: Where.
+        models: Name and task of each.
+        choices: The variant of each, and why.
+        cpus: How they are run.
+        isas: What runs each.
+    """
+    names = ", ".join(f"{name} ({task})" for name, task in models)
+    variants = ",".join(choice.variant for choice in choices)
+    reasons = "; ".join(str(choice) for choice in choices)
+    return f"{names} on {url} variant={variants} {cpus} isa={','.join(dict.fromkeys(isas))} ({reasons})"

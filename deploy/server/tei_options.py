@@ -147,7 +147,8 @@ def settle_tei_options(
         given.add("api_key")
     for name, option in _OPTIONS.items():
         source, text = name, getattr(arguments, f"tei {name}", None)
-        if text is None and option.environment:
+        others = name == "--model-id" and arguments.models  # An option goes before the environment.
+        if text is None and option.environment and not others:
             source, text = _variable(name), env.get(_variable(name)) or None
         if text is None:
             continue
@@ -162,8 +163,10 @@ def settle_tei_options(
             setattr(arguments, option.ours, value)
     if arguments.default_prompt is not None and arguments.default_prompt_name is not None:
         parser.error("--default-prompt and --default-prompt-name: expected one of them, got both")
-    if arguments.model is None:
+    if arguments.model is None and not arguments.models:
         parser.error("expected MODEL (or --model-id, or MODEL_ID of the environment), got none")
+    if arguments.model is None and arguments.served_model_name is not None:
+        parser.error("--served-model-name: expected MODEL, which it names, got --model, which has its name")
     if arguments.dtype is not None and arguments.dtype not in _VARIANTS:
         idle.append(f"--dtype {arguments.dtype}")
     arguments.idle = idle

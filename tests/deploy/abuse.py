@@ -287,15 +287,16 @@ def serve_fake() -> None:
         manifest = dataclasses.replace(make_manifest(Path(folder), max_tokens=256), hidden_size=384)
         settings = Settings(port=0)
         batcher = Batcher(Sleeper, settings.max_batch_tokens, settings.max_queue_tokens)
-        app = App(manifest, TextTokenizer.from_manifest(manifest), batcher, settings)
+        app = App(settings)
+        app.use([app.model(manifest, TextTokenizer.from_manifest(manifest), batcher)])
         sock = listen("127.0.0.1", 0)
         port = sock.getsockname()[1]
 
         def announce() -> None:
-            app.serves(Choice("fake", "only", {}, {}), "fake")
+            app.models[0].serves(Choice("fake", "only", {}, {}), "fake")
             print(f"serving a fake on http://127.0.0.1:{port} ", flush=True)
 
-        server = Server(app, batcher, settings, announce)
+        server = Server(app, settings, announce)
         server.run(sockets=[sock])
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)

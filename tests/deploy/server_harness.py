@@ -215,10 +215,10 @@ class LiveServer:
             settings.max_queue_tokens,
             max_queue_s=1e-3 * settings.max_queue_ms,
         )
-        self.app = App(manifest, TextTokenizer.from_manifest(manifest), self.batcher, settings, routes)
-        self.batcher.on_batch = self.app.count_batch
+        self.app = App(settings, routes)
+        self.app.use([self.app.model(manifest, TextTokenizer.from_manifest(manifest), self.batcher)])
         self.ready = threading.Event()
-        self.server = Server(self.app, self.batcher, settings, self.ready.set)
+        self.server = Server(self.app, settings, self.ready.set)
         sock = listen("127.0.0.1", 0)
         self.port = int(sock.getsockname()[1])
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [sock]}, name="server")
@@ -226,7 +226,7 @@ class LiveServer:
 
     def loaded(self, load: Callable[[], FakeEngine]) -> FakeEngine:
         engine = load()
-        self.app.serves(self.choice, "fake-isa")
+        self.app.models[0].serves(self.choice, "fake-isa")
         return engine
 
     def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import FakeEngine, LiveServer, make_manifest
 
 from deploy.bundle.fields import TASKS
-from deploy.server import app
+from deploy.server import endpoints
 from deploy.server.api import ROUTES
 from deploy.server.api.route import Context, Dialect, Route
 from deploy.server.errors import ERRORS
@@ -24,7 +24,7 @@ from deploy.server.http.exchange import Response
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
 
-SERVER = Path(app.__file__).parent
+SERVER = Path(endpoints.__file__).parent
 
 
 class CountRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -108,7 +108,7 @@ def test_the_endpoint_of_a_task_is_found_in_the_rows(tmp_path: Path) -> None:
         expected = {"feature-extraction": "embed", "text-classification": "classify", "fill-mask": "fill-mask"}
         expected |= {"token-classification": "token-classify", "question-answering": "answer"}
         for task, name in expected.items():
-            message = app._wrong_task(row, rows, make_manifest(tmp_path, task))
+            message = endpoints.wrong_task(row, rows, make_manifest(tmp_path, task))
             if row.task in (None, task):
                 assert message is None
             else:
@@ -120,7 +120,7 @@ def test_rows_are_one_for_each_method_and_path_and_name_errors_that_exist() -> N
     keys = [(row.method, row.path, row.task) for row in ROUTES]
     assert len(set(keys)) == len(keys)
     for task in TASKS:
-        rows = app.rows_of(ROUTES, task, "a/model")
+        rows = endpoints.rows_of(ROUTES, task, "a/model")
         assert len({row.name for row in rows}) == len(rows) == len({(row.method, row.path) for row in ROUTES})
     assert {kind for row in ROUTES for kind in row.error_kinds} <= set(ERRORS)
     for row in ROUTES:

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
+from deploy.server.exposition import counted, merge
 from deploy.server.workers.board import SUPERVISOR, Board
 from deploy.server.workers.channel import CONNECTION, Channel
 from deploy.server.workers.cpus import Share, caches, plan
-from deploy.server.workers.exposition import counted, merge
 from tests.deploy.server_harness import Client, wait_until
 from torch_ext.machine import Machine
 

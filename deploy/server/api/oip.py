@@ -319,7 +319,8 @@ async def live(context: Context, request: None, caller: Caller) -> Response:
 
 async def ready(context: Context, request: None, caller: Caller) -> Response:
     """GET /v2/health/ready."""
-    context.service.check_ready()
+    for service in context.services:
+        service.check_ready()
     return Response(b'{"ready":true}')
 
 

@@ -20,6 +20,7 @@ from .route import (
     Limits,
     Response,
     Route,
+    Service,
     encode,
     encode_list,
     error_text,
@@ -31,7 +32,7 @@ from .tei_schemas import texts_or_ids
 __all__ = ["OPENAI", "ROUTES"]
 
 _STARTED_S = int(time.time())
-_FIELD = re.compile(r"\$\.(\w+)|^(dimensions|input)\b")
+_FIELD = re.compile(r"\$\.(\w+)|^(dimensions|input|model)\b")
 _INLINE_ROWS = 512
 
 
@@ -48,7 +49,10 @@ class OpenAIEmbeddingsRequest(Struct):
         ),
     ]
     model: Annotated[
-        str | None, Meta(description="Not checked: this server has one model, and the answer names it.")
+        str | None,
+        Meta(
+            description="Which model, where the server has several; not checked where it has one. The answer names it."
+        ),
     ] = None
     encoding_format: Annotated[
         Literal["float", "base64"] | None, Meta(description="base64: little-endian float32; null: float.")
@@ -88,7 +92,7 @@ class OpenAIEmbeddingsResponse(Struct):
 
 
 class OpenAIModel(Struct):
-    """The model that this server has."""
+    """A model that this server has."""
 
     id: str
     object: Literal["model"]
@@ -133,7 +137,7 @@ def _error(error: ApiError) -> bytes:
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     message = error_text(error)
-    field = _FIELD.search(message) if status in (400, 413) else None
+    field = _FIELD.search(message) if status in (400, 404, 413) else None
     param = None if field is None else field[1] or field[2]
     return encode({"error": {"message": message, "type": kind, "param": param, "code": error.kind}})
 
@@ -180,16 +184,16 @@ def _wrong_width(model: str, known: Sequence[int], width: int, found: int) -> st
 
 async def models(context: Context, request: None, caller: Caller) -> Response:
     """GET /v1/models."""
-    return Response(encode({"object": "list", "data": [_model(context)]}))
+    return Response(encode({"object": "list", "data": [_model(service) for service in context.services]}))
 
 
 async def model(context: Context, request: None, caller: Caller) -> Response:
     """GET /v1/models/{model}."""
-    return Response(encode(_model(context)))
+    return Response(encode(_model(context.service)))
 
 
-def _model(context: Context) -> dict[str, Any]:
-    return {"id": context.service.model, "object": "model", "created": _STARTED_S, "owned_by": "torch-ext"}
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.model, "object": "model", "created": _STARTED_S, "owned_by": "torch-ext"}
 
 
 _EMBEDDINGS = Route(
@@ -206,6 +210,7 @@ _EMBEDDINGS = Route(
     values=lambda manifest, request: request.dimensions or manifest.width,
     value_bytes=10,  # 4, and 6 of base64.
     secured=True,
+    names_model=True,
     tag="openai",
 )
 
@@ -215,11 +220,11 @@ ROUTES = (
     Route(
         method="GET",
         path="/v1/models",
-        summary="The model, in OpenAI's format",
+        summary="The models, in OpenAI's format",
         handler=models,
         dialect=OPENAI,
         answer=OpenAIModels,
-        answered="The one model of this server.",
+        answered="The models of this server.",
         secured=True,
         tag="openai",
     ),

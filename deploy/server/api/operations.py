@@ -75,6 +75,7 @@ async def info(context: Context, request: None, caller: Caller) -> Response:
             for name, accuracy in accuracies.items()
         ],
         "left_out": dict(choice.left_out),
+        "models": [each.model for each in context.services],
     }
     return Response(encode(body))
 
@@ -86,13 +87,15 @@ async def live(context: Context, request: None, caller: Caller) -> Response:
 
 async def health(context: Context, request: None, caller: Caller) -> Response:
     """GET /health and /ping."""
-    context.service.check_running()
+    for service in context.services:
+        service.check_running()
     return Response(b'{"status":"ok"}')
 
 
 async def ready(context: Context, request: None, caller: Caller) -> Response:
     """GET /ready."""
-    context.service.check_ready()
+    for service in context.services:
+        service.check_ready()
     return Response(b'{"status":"ready"}')
 
 

@@ -41,7 +41,9 @@ class DocumentsRequest(Struct):
 
     query: _Text
     documents: Annotated[list[_Text | RerankDocument], bound("texts")]
-    model: Annotated[str | None, Meta(description="Not checked: the answer names the model.")] = None
+    model: Annotated[
+        str | None, Meta(description="Which model, where the server has several; not checked where it has one.")
+    ] = None
     top_n: Annotated[int, Meta(ge=1, description="How many of the best are answered.")] | None = None
     return_documents: Annotated[bool | None, Meta(description="Answer the documents, too.")] = None
 
@@ -156,6 +158,7 @@ ROUTES = tuple(
         values=lambda manifest, request: 2,
         value_bytes=256,
         secured=True,
+        names_model=True,
         tag="rerank",
     )
     for path, of in (("/v1/rerank", "Jina, vLLM and Cohere v1"), ("/v2/rerank", "Cohere v2"))

@@ -16,7 +16,7 @@ from ..http.bodies import encode, encode_list, encode_rows, text_values
 from ..http.exchange import JSON_HEADER, Response
 from ..limits.bounds import Limits, Settings
 from ..limits.callers import Caller
-from ..metrics import Metrics
+from ..metrics import Metrics, ModelsMetrics
 from ..service import Result, Service
 from .schemas import ErrorResponse
 
@@ -34,6 +34,7 @@ __all__ = [
     "Response",
     "Result",
     "Route",
+    "Service",
     "encode",
     "encode_list",
     "encode_rows",
@@ -82,12 +83,14 @@ class Context:
         limits: What a request of this route may cost.
         metrics: Counters of the server.
         document: The OpenAPI document of all routes.
+        services: Of all models that the route tells of: those of the server, or the one that its path names.
     """
 
     service: Service
     limits: Limits
-    metrics: Metrics
+    metrics: Metrics | ModelsMetrics
     document: Callable[[], bytes]
+    services: tuple[Service, ...]
 
     def truncate(self, wanted: bool | None = None) -> bool:
         """Whether to cut texts that are longer than the model takes: what a request says, else `--auto-truncate`."""
@@ -141,6 +144,8 @@ class Route:
         values: Numbers in the answer to each input (fill-mask: to each mask) of a request, before it is run.
         value_bytes: Memory that each of them holds until it is sent.
         secured: Whether the API key is asked for.
+        names_model: Whether the body's `model` says which model is asked, where the server has several.
+        speaks: Whose errors a body asks for, where a path serves two dialects.
         split: Cuts a body into JSON and what follows it; None: it is all JSON.
         tag: Heading in the documentation.
     """
@@ -161,6 +166,8 @@ class Route:
     values: Callable[[Manifest, Any], int] = lambda manifest, request: 0
     value_bytes: int = 4
     secured: bool = False
+    names_model: bool = False
+    speaks: Callable[[Any], Dialect | None] = lambda request: None
     split: Callable[[Mapping[bytes, bytes], bytes], tuple[bytes, bytes]] | None = None
     tag: str = "operation"
 
@@ -180,4 +187,6 @@ class Route:
             kinds += ["timeout", "too_large", "unsupported_media_type", "invalid_request"]
         if self.task is not None and self.request is not None:
             kinds.append("no_inputs")
+        if self.names_model:
+            kinds.append("model_not_found")
         return kinds

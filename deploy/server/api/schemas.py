@@ -217,6 +217,7 @@ class InfoResponse(Struct):
             other variant can be served), `default` (nothing could be measured).
         candidates: Variants that could be served here, the fastest first.
         left_out: Variants that are not among them, and why.
+        models: Names of the models of the server, this one's first; at `/models/{model}/info`, of that one alone.
     """
 
     model_id: str
@@ -242,6 +243,7 @@ class InfoResponse(Struct):
     chosen_by: Literal["option", "measurement", "cache", "only", "default"]
     candidates: list[MeasuredVariant]
     left_out: dict[str, str]
+    models: list[str]
 
 
 class ModelResponse(Struct):

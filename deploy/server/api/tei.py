@@ -9,7 +9,7 @@ from typing import Any
 from ..service.similarity import similarity as similarities
 from ..service.words import decode as decoded
 from ..service.words import tokenize as tokenized
-from .rerank import documents
+from .rerank import RERANK, documents
 from .route import (
     JSON_HEADER,
     ApiError,
@@ -238,6 +238,8 @@ ROUTES = (
     row(
         "/rerank",
         "text-classification",
+        names_model=True,
+        speaks=lambda request: RERANK if isinstance(request.documents, list) else None,
         summary="Rank texts by a query; with `documents`, in the format of Cohere, Jina and vLLM",
         handler=rerank,
         request=RerankRequest,

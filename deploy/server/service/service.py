@@ -46,7 +46,13 @@ class Service:
     """
 
     def __init__(
-        self, manifest: Manifest, tokenizer: TextTokenizer, batcher: Batcher, settings: Settings, metrics: Metrics
+        self,
+        manifest: Manifest,
+        tokenizer: TextTokenizer,
+        batcher: Batcher,
+        settings: Settings,
+        metrics: Metrics,
+        budget: MemoryBudget | None = None,
     ) -> None:
         self.manifest = manifest
         self.settings = settings
@@ -56,7 +62,7 @@ class Service:
         self.draining = False
         self.served: Served | None = None
         self.helper_threads = settings.helper_threads
-        self.budget = MemoryBudget.of(settings.max_memory_mb, batcher.retry_after)
+        self.budget = budget or MemoryBudget.of(settings.max_memory_mb, batcher.retry_after)
         self._tokenizer = tokenizer
         tokenizer.read_chars = settings.max_chars
         self._batcher = batcher
@@ -70,8 +76,6 @@ class Service:
         self._helpers = ThreadPoolExecutor(self.helper_threads, thread_name_prefix="helper")
         self._tokenizing_chars = 0
         self._running = 0
-
-    # State.
 
     @property
     def tokenizer(self) -> TextTokenizer:

@@ -18,7 +18,8 @@ MOST_BYTES = 128 << 10
 SHORT_BYTES = 256
 """Longest message that a worker gets after its job."""
 
-MOST_DESCRIPTORS = 4
+MOST_DESCRIPTORS = 64
+"""Most that come with one message: the board's, and those of weights."""
 
 CONNECTION = "connection"
 """Kind of the message that a client's connection comes with."""

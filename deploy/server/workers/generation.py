@@ -1,10 +1,10 @@
-"""A bundle that was loaded once, and the workers that serve it."""
+"""Bundles that were loaded once, and the workers that serve them."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .child import Child
@@ -16,23 +16,23 @@ __all__ = ["Generation"]
 
 @dataclasses.dataclass
 class Generation:
-    """A bundle that was loaded, and who serves it.
+    """Bundles that were loaded, and who serves them.
 
     Attributes:
-        values: What the process that prepared it says of it.
-        image: A descriptor of its weights; None: each worker loads its own.
+        models: What the process that prepared them says of each; see `Job`.
+        images: Descriptors of the weights of those that are shared; of others, each worker loads its own.
         children: Workers by their index.
     """
 
-    values: Mapping[str, Any]
-    image: int | None
+    models: list[dict[str, Any]]
+    images: list[int]
     children: dict[int, Child] = dataclasses.field(default_factory=dict)
 
     def close(self) -> None:
         """Lets go of the weights."""
-        if self.image is not None:
-            os.close(self.image)
-            self.image = None
+        for image in self.images:
+            os.close(image)
+        self.images = []
 
     def job(self, argv: Sequence[str], plan: Plan, index: int, slot: int) -> Job:
         """What a worker is started for.
@@ -46,8 +46,7 @@ class Generation:
         share = plan.shares[index]
         return Job(
             argv=list(argv),
-            bundle=self.values["bundle"],
-            choice=self.values["choice"],
+            models=self.models,
             slot=slot,
             workers=len(plan.shares),
             threads=share.threads,

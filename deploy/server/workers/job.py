@@ -19,12 +19,12 @@ CHANGED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The first message to a worker; descriptors of the board and, if there are any, of the weights come with it.
+    """The first message to a worker; descriptors of the board and of the weights that are shared come with it.
 
     Attributes:
         argv: Options of the server.
-        bundle: SHA-256 of the manifest.
-        choice: Fields of the `Choice` of the variant.
+        models: Of each model what `prepare` says of it: the digest of its bundle (`bundle`), the fields of the
+            `Choice` of its variant (`choice`), whether a descriptor of its weights comes with the job (`shared`).
         slot: Its place on the board.
         workers: How many there are.
         threads: Threads of the engine.
@@ -33,8 +33,7 @@ class Job:
     """
 
     argv: list[str]
-    bundle: str
-    choice: dict[str, Any]
+    models: list[dict[str, Any]]
     slot: int
     workers: int
     threads: int

@@ -1,4 +1,4 @@
-"""Prepares a bundle for all workers: verifies it, chooses the variant, and packs its weights where they can be mapped.
+"""Prepares bundles for all workers: verifies them, chooses variants, and packs weights where they can be mapped.
 
     python -m deploy.server.workers.prepare FD
 
@@ -16,12 +16,10 @@ import signal
 import sys
 from typing import Any
 
-from ...bundle import BundleError, check_config, load_manifest
+from ...bundle import BundleError
 from ..cli import parse
-from ..model import describe
-from ..process import UsageError, missing, settle_threads, start_logging
-from ..tei_options import fit_manifest
-from ..variants import Selection
+from ..loading import begin
+from ..process import Process, UsageError, missing, settle_threads, start_logging
 from .channel import Channel
 from .job import digest
 
@@ -37,34 +35,32 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _prepare(arguments: argparse.Namespace, threads: int) -> tuple[dict[str, Any], int | None]:
-    """The message for the supervisor, and the descriptor of the weights if they can be shared.
+def _prepare(arguments: argparse.Namespace, threads: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """What the supervisor is told of each model, and the descriptors of the weights that can be shared.
 
     Raises:
-        BundleError: The bundle cannot be served.
+        BundleError: A bundle cannot be served.
+        UsageError: An option is wrong.
     """
-    from ...engines.open import load_engine
-    from ..service import TextTokenizer
-
-    manifest, exported = describe(arguments.model, arguments.task)
-    fit_manifest(manifest, arguments)  # Refuses another pooling, and takes the variant of --dtype.
-    known = digest(manifest)
-    selection = Selection(manifest, arguments.variant, threads, arguments.cache_dir)
-    if exported:
-        manifest = load_manifest(manifest.root, verify=True, variants=selection.names)
-        check_config(manifest)
-    tokenizer = TextTokenizer.from_manifest(manifest)
-    selection.prepare(tokenizer.vocab_size, arguments.measure_limit)
-    choice = selection.decide()
-    engine, isa = load_engine(manifest, manifest.variant(choice.variant), threads, tokenizer.token, shared=True)
-    message = {
-        "name": manifest.model.name,
-        "task": manifest.task,
-        "bundle": known,
-        "choice": dataclasses.asdict(choice),
-        "isa": isa,
-    }
-    return message, engine.share()
+    models, images = [], []
+    for one in begin(arguments, Process(), threads):
+        digest_then = digest(one.manifest)
+        one.begin(open_known=False)
+        tokenizer = one.verified()
+        one.selection.prepare(tokenizer.vocab_size, arguments.measure_limit)
+        image = one.share()
+        if image is not None:
+            images.append(image)
+        models.append(
+            {
+                "name": one.name,
+                "task": one.manifest.task,
+                "bundle": digest_then,
+                "choice": dataclasses.asdict(one.selection.decide()),
+                "shared": image is not None,
+            }
+        )
+    return models, images
 
 
 def main(fd: int) -> int:
@@ -83,7 +79,7 @@ def main(fd: int) -> int:
     arguments = parse(message.values["argv"])
     start_logging(arguments.json_output)
     try:
-        prepared, image = _prepare(arguments, threads)
+        models, images = _prepare(arguments, threads)
     except (BundleError, UsageError) as error:
         channel.send("failed", {"reason": str(error)})
         return 2
@@ -93,7 +89,7 @@ def main(fd: int) -> int:
     except Exception as error:  # What the engine says of a file.
         channel.send("failed", {"reason": f"the bundle cannot be loaded: {type(error).__name__}: {error}"})
         return 2
-    channel.send("prepared", prepared, () if image is None else (image,))
+    channel.send("prepared", {"models": models}, images)
     return 0
 
 

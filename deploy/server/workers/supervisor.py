@@ -17,6 +17,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from ..exposition import counted, write_rows
+from ..process import start_line
 from ..sockets import url_of
 from ..variants import Choice
 from .board import SUPERVISOR, Board
@@ -24,7 +26,6 @@ from .channel import Message
 from .child import PREPARE, WORKER, Child
 from .cpus import Plan
 from .events import Events
-from .exposition import counted, write_rows
 from .front import Front
 from .generation import Generation
 from .job import CHANGED
@@ -145,7 +146,7 @@ class Supervisor:
             raise
         generation.children[index] = child
         job = generation.job(self._argv, self._plan, index, slot)
-        fds = [self._board.fd] if generation.image is None else [self._board.fd, generation.image]
+        fds = [self._board.fd, *generation.images]
         with contextlib.suppress(OSError):  # It has ended already.
             child.channel.send("job", dataclasses.asdict(job), fds)
 
@@ -168,41 +169,41 @@ class Supervisor:
             self._front.take_back(child)
         elif message.kind == "ready":
             child.ready_s = time.monotonic()
-            self._became_ready(message.values["isa"])
+            self._became_ready(message.values["isas"])
         elif message.kind == "prepared" and child is self._preparing:
             self._preparing = None
-            self._coming = Generation(message.values, message.fds[0] if message.fds else None)
+            self._coming = Generation(message.values["models"], list(message.fds))
             try:
                 for index in range(len(self._plan.shares)):
                     self._start_worker(self._coming, index)
             except OSError as error:
                 self._failed(f"no process can be started: {error}")
 
-    def _became_ready(self, isa: str) -> None:
+    def _became_ready(self, isas: Sequence[str]) -> None:
         coming = self._coming
         if coming is not None:
             children = coming.children.values()
             if len(children) == len(self._plan.shares) and all(child.open for child in children):
-                self._switch(coming, isa)
+                self._switch(coming, isas)
         self._publish()
         if self._open_workers():
             self._front.open()
 
-    def _switch(self, coming: Generation, isa: str) -> None:
+    def _switch(self, coming: Generation, isas: Sequence[str]) -> None:
         """Gives the connections to the workers of a generation that is ready."""
         before, self._serving, self._coming = self._serving, coming, None
-        choice = Choice(**coming.values["choice"])
-        what = f"{coming.values['name']} ({coming.values['task']}) on {self._url}"
-        started = f"variant={choice.variant} {self._plan} isa={isa} ({choice})"
+        models = [(model["name"], model["task"]) for model in coming.models]
+        choices = [Choice(**model["choice"]) for model in coming.models]
+        what = start_line(self._url, models, choices, str(self._plan), isas)
         self._quick = 0
         if before is None:
-            print(f"serving {what} {started}", flush=True)
+            print(f"serving {what}", flush=True)
             return
         self._reloads += 1
         for child in before.children.values():
             self._retire(child)
         before.close()
-        print(f"reloaded, serving {what} {started}", flush=True)
+        print(f"reloaded, serving {what}", flush=True)
 
     def _retire(self, child: Child) -> None:
         if child.ready_s:

@@ -19,25 +19,25 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ...bundle import BundleError, Manifest
-from ..cli import parse, serve
+from ..cli import parse
+from ..exposition import merge
 from ..lifecycle import Server
-from ..process import Process, UsageError
+from ..process import Loaded, Process, UsageError
+from ..serving import serve
 from ..variants import Choice, Selection
 from .board import Board
 from .channel import CONNECTION, SHORT_BYTES, Channel
-from .exposition import merge
 from .job import CHANGED, Job, digest
 
 if TYPE_CHECKING:
     from ...engines.open import Image
     from ..app import App
     from ..limits.bounds import Settings
-    from ..service import Batcher
 
 __all__ = ["main"]
 
@@ -56,8 +56,8 @@ class _WorkerServer(Server):
     board: Board
     slot: int
 
-    def __init__(self, app: App, batcher: Batcher, settings: Settings, on_ready: Callable[[], None]) -> None:
-        super().__init__(app, batcher, settings, on_ready)
+    def __init__(self, app: App, settings: Settings, on_ready: Callable[[], None]) -> None:
+        super().__init__(app, settings, on_ready)
         self._received = 0
         self._entering: set[asyncio.Task[Any]] = set()
         self._published_s = 0.0
@@ -141,9 +141,9 @@ class _WorkerServer(Server):
 class _Worker(Process):
     """What the supervisor has decided."""
 
-    def __init__(self, channel: Channel, job: Job, board: Board, image: Image | None) -> None:
+    def __init__(self, channel: Channel, job: Job, board: Board, images: Sequence[int | None]) -> None:
         super().__init__()
-        self.image = image
+        self._images = images
         self._channel = channel
         self._job = job
         self._board = board
@@ -151,15 +151,27 @@ class _Worker(Process):
     def threads(self, asked: int | None) -> int:
         return self._job.threads
 
-    def check(self, manifest: Manifest) -> None:
-        if digest(manifest) != self._job.bundle:
+    def check(self, place: int, manifest: Manifest) -> None:
+        if digest(manifest) != self._job.models[place]["bundle"]:
             raise _ChangedError(f"{manifest.root}: the bundle has changed since it was loaded")
 
-    def selection(self, manifest: Manifest, arguments: argparse.Namespace, threads: int) -> Selection:
-        return Selection.settled(manifest, Choice(**self._job.choice))
+    def image(self, place: int, threads: Sequence[int]) -> Image | None:
+        """The weights, and the model's part of the CPUs."""
+        from ...engines.open import Image
 
-    def files_of(self, selection: Selection) -> Collection[str]:
-        return () if self.image is not None else selection.names
+        fd, cpus, pin = self._images[place], self._job.cpus, self._job.pin
+        if fd is None:
+            return None
+        if pin and sum(threads) == len(cpus):
+            start = sum(threads[:place])
+            return Image(fd, cpus[start : start + threads[place]], pin)
+        return Image(fd, cpus, pin and len(threads) == 1)
+
+    def selection(self, place: int, manifest: Manifest, arguments: argparse.Namespace, threads: int) -> Selection:
+        return Selection.settled(manifest, Choice(**self._job.models[place]["choice"]))
+
+    def files_of(self, place: int, selection: Selection) -> Collection[str]:
+        return () if self._images[place] is not None else selection.names
 
     def settings(self, settings: Settings) -> Settings:
         """Each worker has its part of what is for all requests together; the supervisor waits for `drain_delay_s`."""
@@ -178,14 +190,14 @@ class _Worker(Process):
     def listen(self, settings: Settings) -> list[socket.socket]:
         return []
 
-    def server(self, app: App, batcher: Batcher, settings: Settings, on_ready: Callable[[], None]) -> Server:
-        server = _WorkerServer(app, batcher, settings, on_ready)
+    def server(self, app: App, settings: Settings, on_ready: Callable[[], None]) -> Server:
+        server = _WorkerServer(app, settings, on_ready)
         server.channel, server.board, server.slot = self._channel, self._board, self._job.slot
         app.metrics.gather = lambda own: merge([own, *self._board.texts(without=self._job.slot)])
         return server
 
-    def announce(self, manifest: Manifest, choice: Choice, threads: int, isa: str) -> None:
-        self._channel.send("ready", {"isa": isa})
+    def announce(self, loaded: Sequence[Loaded]) -> None:
+        self._channel.send("ready", {"isas": [one.isa for one in loaded]})
 
 
 def main(fd: int) -> int:
@@ -205,15 +217,13 @@ def main(fd: int) -> int:
     if message is None:
         return 0
     job = Job(**message.values)
-    cpus = tuple(job.cpus)
-    if cpus:
-        os.sched_setaffinity(0, cpus)
-    image: Image | None = None
-    if len(message.fds) > 1:
-        from ...engines.open import Image
-
-        image = Image(message.fds[1], cpus, job.pin)
-    worker = _Worker(channel, job, Board(message.fds[0]), image)
+    job = dataclasses.replace(job, cpus=tuple(job.cpus))
+    if job.cpus:
+        os.sched_setaffinity(0, job.cpus)
+    board, *images = message.fds
+    left = iter(images)
+    shared = [next(left) if model["shared"] else None for model in job.models]
+    worker = _Worker(channel, job, Board(board), shared)
     try:
         return serve(parse(job.argv), worker)
     except _ChangedError as error:

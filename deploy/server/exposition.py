@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["counted", "merge", "write_rows"]
+__all__ = ["counted", "labelled", "merge", "of_process", "write_rows"]
 
 _Combine = Callable[[float, float], float]
 
@@ -86,6 +86,32 @@ def merge(texts: Iterable[bytes]) -> bytes:
 def counted(texts: Iterable[bytes]) -> bytes:
     """What processes that have ended leave behind: the sums of their counters and histograms."""
     return _write({name: family for name, family in _sum(texts).items() if family.type in _LASTING})
+
+
+def labelled(text: bytes, model: str) -> bytes:
+    """The metrics of one model of several: with its name as the label `model`, and without those of the process.
+
+    Args:
+        text: What was counted.
+        model: Its name.
+    """
+    families = {name: family for name, family in _parse(text).items() if not name.startswith("process_")}
+    value = model.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+    for family in families.values():
+        family.samples = {_with_model(sample, value): number for sample, number in family.samples.items()}
+    return _write(families)
+
+
+def _with_model(sample: str, value: str) -> str:
+    name, brace, labels = sample.partition("{")
+    if labels.startswith("model="):
+        return sample
+    return f'{name}{{model="{value}"' + (f",{labels}" if brace else "}")
+
+
+def of_process(text: bytes) -> bytes:
+    """The metrics of the process among those of a model."""
+    return _write({name: family for name, family in _parse(text).items() if name.startswith("process_")})
 
 
 def write_rows(rows: Iterable[tuple[str, str, str, int]]) -> bytes:

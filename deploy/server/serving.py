@@ -1,0 +1,99 @@
+"""One process that serves, by the options of `cli`.
+
+Only the standard library is imported before the threads are settled: OpenMP reads its variables once, when torch loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+
+from ..bundle import BundleError
+from .limits.bounds import Settings
+from .loading import begin
+from .process import Process, port_of, settle_threads, start_logging
+
+__all__ = ["serve"]
+
+
+def _settings(arguments: argparse.Namespace, port: int, threads: int) -> Settings:
+    """The settings of the server, from its options."""
+    return Settings(
+        host=arguments.host,
+        port=port,
+        threads=threads,
+        max_batch_tokens=arguments.max_batch_tokens,
+        max_queue_tokens=arguments.max_queue_tokens,
+        max_queue_ms=arguments.max_queue_ms,
+        max_batch_ms=arguments.max_batch_ms,
+        max_body_bytes=arguments.max_body_bytes,
+        max_inputs=arguments.max_inputs,
+        max_chars=arguments.max_chars,
+        max_values=arguments.max_values,
+        max_memory_mb=arguments.max_memory_mb,
+        request_timeout_s=arguments.request_timeout,
+        response_timeout_s=arguments.response_timeout,
+        keep_alive_s=arguments.keep_alive,
+        drain_delay_s=arguments.drain_delay,
+        drain_timeout_s=arguments.drain_timeout,
+        measure_limit_s=arguments.measure_limit,
+        api_key=arguments.api_key or None,
+        access_log=arguments.access_log,
+        accept_token_ids=arguments.accept_token_ids,
+        any_dimensions=arguments.any_dimensions,
+        cors_allow_origin=tuple(arguments.cors_allow_origin),
+        root_path=arguments.root_path,
+        auto_truncate=arguments.auto_truncate,
+        served_model_name=arguments.served_model_name,
+        max_concurrent_requests=arguments.max_concurrent_requests,
+        max_batch_requests=arguments.max_batch_requests,
+        tokenization_workers=arguments.tokenization_workers,
+    )
+
+
+def serve(arguments: argparse.Namespace, process: Process) -> int:
+    """Serves in this process until a signal.
+
+    Args:
+        arguments: See `parse`.
+        process: What is decided for this process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BundleError: A bundle cannot be served.
+        UsageError: An option is wrong, or the address cannot be used.
+    """
+    threads = process.threads(arguments.threads)
+    loading = begin(arguments, process, threads)
+    port = port_of(arguments.port, os.environ)
+    settle_threads(threads)
+    start_logging(arguments.json_output)
+    for one in loading:
+        one.begin()
+
+    from .app import App
+
+    for one in loading:
+        one.verified()
+    settings = process.settings(_settings(arguments, port, threads))
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
+    if settings.access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    sockets = process.listen(settings)
+    app = App(settings)
+    app.use([one.model(app, settings) for one in loading])
+    server = process.server(app, settings, lambda: process.announce([one.loaded for one in loading]))
+    server.run(sockets=sockets)
+    for number in (signal.SIGTERM, signal.SIGINT):  # All is done but to say so by the exit code.
+        signal.signal(number, signal.SIG_IGN)
+    if server.load_error is not None:
+        if isinstance(server.load_error, BundleError):
+            raise server.load_error
+        raise BundleError(
+            f"the model cannot be loaded: {type(server.load_error).__name__}: {server.load_error}"
+        ) from server.load_error
+    return server.exit_code
