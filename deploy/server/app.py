@@ -21,8 +21,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import logging
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,11 +41,10 @@ from .limits.budget import MemoryBudget
 from .limits.callers import Caller, CallerLeft
 from .metrics import Metrics, ModelsMetrics
 from .models import Model, Turn
+from .observe import Observed, Observer
 from .service import Batcher, Service, TextTokenizer
 
 __all__ = ["App"]
-
-log = logging.getLogger("deploy.server")
 
 
 class App:
@@ -67,6 +64,7 @@ class App:
         self._rows = routes
         self._counted: list[Metrics] = []
         self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
+        self._observer = Observer(settings)
         self._key = None if settings.api_key is None else settings.api_key.encode()
         self._root_path = settings.root_path
         self._draining = False
@@ -191,42 +189,49 @@ class App:
     def _retry_after(self) -> str:
         return max((model.batcher.retry_after() for model in self.models), key=int)
 
+    def refused(self, kind: str) -> None:
+        """Told of what the protocol has answered with an error by itself."""
+        self.models[0].metrics.refused(kind)
+
     def close(self) -> None:
         """Ends the helper threads."""
         for model in self.models:
             model.service.close()
+        self._observer.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; `HttpProtocol` adds `deploy.headers` and `deploy.caller` to its scope."""
-        started_s = time.perf_counter()
+        headers: Headers = scope["deploy.headers"]
         if self._cors is not None and await self._cors.answer(scope, send):
             return
         turn = Turn(self.models[0])
+        observed = self._observer.begin(headers, turn.metrics)
         try:
-            await self._answer(scope, receive, send, started_s, turn)
+            await self._answer(scope, receive, send, observed, turn)
         finally:
             turn.end()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, started_s: float, turn: Turn) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, observed: Observed, turn: Turn) -> None:
+        headers: Headers = scope["deploy.headers"]
         path: str = scope["path"]
         caller: Caller = scope["deploy.caller"]
-        label = "other"
         rest: Iterator[bytes] | None = None
         try:
             methods = self._routes.get(path)
             if methods is None:
                 raise self._no_such(path)
-            label = path
+            observed.endpoint = path
             method: str = scope["method"]
             endpoint = methods.get("GET" if method == "HEAD" else method)
             if endpoint is None:
                 allowed = ", ".join(methods)
                 raise ApiError("method_not_allowed", f"{path}: expected {allowed}, got {method}", {"Allow": allowed})
-            headers: Headers = scope["deploy.headers"]
             turn.to(endpoint.model)
+            observed.metrics = turn.metrics
+            observed.dialect = endpoint.route.dialect.name
             endpoint.admit(headers)
             if (wanted := headers.get(b"x-request-timeout-ms")) is not None:
-                caller.deadline_s = started_s + _timeout_s(wanted)
+                caller.deadline_s = observed.started_s + _timeout_s(wanted)
             request = None
             if endpoint.decoder is not None:
                 body = await read_body(headers, receive, endpoint.body_bytes, self.budget, caller)
@@ -242,6 +247,7 @@ class App:
                 if endpoint.others is not None:
                     endpoint = endpoint.named(request)
                     turn.to(endpoint.model)
+                    observed.metrics = turn.metrics
                 if split is not None:
                     request = Binary(request, tail)
                 caller.values_each = endpoint.route.values(turn.service.manifest, request)
@@ -257,13 +263,15 @@ class App:
             if headers.get(b"accept-encoding") == b"gzip" and isinstance(data, bytes):
                 response, data, rest = await self._in_gzip(turn.service, response, data, rest)
         except ApiError as error:
-            response, data = self._error(error, scope)
+            self._observer.error(observed, error)
+            response, data = self._error(error, scope, observed)
         except CallerLeft:
-            turn.metrics.abandoned()
+            observed.metrics.abandoned()
             return
         except Exception:
-            log.exception("%s failed", path)
-            response, data = self._error(ApiError("internal", "unexpected failure; the server's log says more"), scope)
+            self._observer.exception(observed)
+            failure = ApiError("internal", "unexpected failure; the server's log says more")
+            response, data = self._error(failure, scope, observed)
         finally:
             if rest is None and caller.held_bytes:
                 self.budget.release(caller)
@@ -271,7 +279,9 @@ class App:
         if rest is None:
             fields.append((b"content-length", b"%d" % len(data)))
         if self._cors is not None:
-            fields += self._cors.fields(scope["deploy.headers"])
+            fields += self._cors.fields(headers)
+        if observed.traced:
+            fields.append(observed.trace.header)
         if self._draining:
             fields.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": response.status, "headers": fields})
@@ -281,11 +291,11 @@ class App:
             try:
                 await self._send_parts(turn.service, data, rest, send, caller)
             except CallerLeft:
-                turn.metrics.abandoned()
+                observed.metrics.abandoned()
                 return
             finally:
                 self.budget.release(caller)
-        turn.metrics.answered(label, response.status, time.perf_counter() - started_s)
+        self._observer.answered(observed, scope, response.status, caller)
 
     async def _in_gzip(
         self, service: Service, response: Response, data: bytes, rest: Iterator[bytes] | None
@@ -323,9 +333,10 @@ class App:
             return ApiError("model_not_found", f"no such path: {path[:200]}; this server has {names}")
         return ApiError("not_found", f"no such path: {path[:200]}; GET {self._root_path}/docs lists what there is")
 
-    def _error(self, error: ApiError, scope: Scope) -> tuple[Response, bytes]:
+    def _error(self, error: ApiError, scope: Scope, observed: Observed) -> tuple[Response, bytes]:
         """The answer that tells of an error, and its body."""
         dialect = error.dialect or self._dialect(scope["path"], scope["method"])
+        observed.dialect = dialect.name
         body = dialect.error(error)
         return error_response(error, body, dialect.status(error.kind)), body
 

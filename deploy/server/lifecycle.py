@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
             loop="auto",
             lifespan="off",
             log_config=None,
-            access_log=settings.access_log,
+            access_log=False,  # `observe` has one.
             server_header=False,
             proxy_headers=False,  # Nothing here looks at the client's address.
             timeout_keep_alive=int(settings.keep_alive_s),

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from ..bundle import BundleError
 from .cli import parse
-from .process import Process, UsageError, missing, port_of, start_logging
+from .logs import start_logging
+from .process import Process, UsageError, missing, port_of
 from .serving import serve
 
 __all__ = ["main"]

@@ -71,11 +71,31 @@ class Metrics:
         self._batch_tokens = Histogram(
             "serve_batch_tokens", "Tokens of a batch.", buckets=_TOKENS, registry=self._registry
         )
+        self._padding = Histogram(
+            "serve_batch_padding_saved_tokens",
+            "Tokens that a batch would have more if its texts were padded to the longest.",
+            buckets=(0, *_TOKENS),
+            registry=self._registry,
+        )
+        self._refused = Counter(
+            "serve_refused_requests",
+            "Requests answered with an error, by its kind.",
+            ("reason",),
+            registry=self._registry,
+        )
+        self._dialects = Histogram(
+            "serve_dialect_seconds",
+            "As serve_request_seconds, by the dialect of the answer.",
+            ("dialect",),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
         self._abandoned = Counter(
             "serve_abandoned_requests", "Requests whose client left before the answer.", registry=self._registry
         )
         self._child = functools.cache(lambda endpoint, status: self._requests.labels(endpoint, str(status)))
         self._timer = functools.cache(self._seconds.labels)
+        self._dialect = functools.cache(self._dialects.labels)
 
     def gauges(
         self,
@@ -107,10 +127,15 @@ class Metrics:
         self._model.clear()
         self._model.labels(model=model, variant=variant, task=task).set(1)
 
-    def answered(self, endpoint: str, status: int, seconds: float) -> None:
+    def answered(self, endpoint: str, status: int, seconds: float, dialect: str) -> None:
         """Counts an answer."""
         self._child(endpoint, status).inc()
         self._timer(endpoint).observe(seconds)
+        self._dialect(dialect).observe(seconds)
+
+    def refused(self, reason: str) -> None:
+        """Counts a request that is answered with an error of this kind."""
+        self._refused.labels(reason).inc()
 
     def stages(self, tokenize_s: float, queue_s: float, infer_s: float) -> None:
         """Adds the times of an inference request."""
@@ -118,8 +143,9 @@ class Metrics:
         self._queue.observe(queue_s)
         self._infer.observe(infer_s)
 
-    def batch(self, texts: int, tokens: int) -> None:
+    def batch(self, texts: int, tokens: int, longest: int) -> None:
         """Counts a batch."""
+        self._padding.observe(texts * longest - tokens)
         self._batch_texts.observe(texts)
         self._batch_tokens.observe(tokens)
 

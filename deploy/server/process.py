@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .limits.bounds import Settings
 from .sockets import listen, url_of
-from .tei_options import log_as_json
 from .variants import Choice, Selection
 
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ __all__ = [
     "port_of",
     "settle_threads",
     "start_line",
-    "start_logging",
     "started",
 ]
 
@@ -60,13 +57,6 @@ def open_listener(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --host or --port (--port 0 "
             "takes a free one)"
         ) from error
-
-
-def start_logging(as_json: bool = False) -> None:
-    """Sends the server's log to standard error, as lines of text or of JSON."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    if as_json:
-        log_as_json()
 
 
 def settle_threads(threads: int) -> None:

@@ -13,7 +13,8 @@ import signal
 from ..bundle import BundleError
 from .limits.bounds import Settings
 from .loading import begin
-from .process import Process, port_of, settle_threads, start_logging
+from .logs import ACCESS, start_logging
+from .process import Process, port_of, settle_threads
 
 __all__ = ["serve"]
 
@@ -50,6 +51,8 @@ def _settings(arguments: argparse.Namespace, port: int, threads: int) -> Setting
         max_concurrent_requests=arguments.max_concurrent_requests,
         max_batch_requests=arguments.max_batch_requests,
         tokenization_workers=arguments.tokenization_workers,
+        otlp_endpoint=arguments.otlp_endpoint,
+        otlp_service_name=arguments.otlp_service_name,
     )
 
 
@@ -82,7 +85,7 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
     settings = process.settings(_settings(arguments, port, threads))
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     if settings.access_log:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+        logging.getLogger(ACCESS).setLevel(logging.INFO)
     sockets = process.listen(settings)
     app = App(settings)
     app.use([one.model(app, settings) for one in loading])

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import logging
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..bundle import BundleError, Manifest, Prompts
 
-__all__ = ["add_tei_options", "fit_manifest", "log_as_json", "settle_tei_options"]
+__all__ = ["add_tei_options", "fit_manifest", "settle_tei_options"]
 
 
 def _count(text: str) -> int:
@@ -79,8 +78,8 @@ _OPTIONS: Mapping[str, _Option] = {
     "--hf-api-token": _Option(environment=False),
     "--huggingface-hub-cache": _Option(environment=False),
     "--disable-spans": _Option(**_BOOLEAN),
-    "--otlp-endpoint": _Option(),
-    "--otlp-service-name": _Option(),
+    "--otlp-endpoint": _Option("otlp_endpoint"),
+    "--otlp-service-name": _Option("otlp_service_name"),
     "--prometheus-port": _Option(),
 }
 
@@ -95,6 +94,8 @@ _DEFAULTS: Mapping[str, Any] = {
     "pooling": None,
     "dtype": None,
     "json_output": False,
+    "otlp_endpoint": None,
+    "otlp_service_name": "torch-ext",
 }
 """Those that are no options of ours by another name."""
 
@@ -169,8 +170,19 @@ def settle_tei_options(
         parser.error("--served-model-name: expected MODEL, which it names, got --model, which has its name")
     if arguments.dtype is not None and arguments.dtype not in _VARIANTS:
         idle.append(f"--dtype {arguments.dtype}")
+    if arguments.otlp_endpoint is not None and not _can_trace():
+        idle.append("--otlp-endpoint (pip install 'torch-ext[otel]')")
+        arguments.otlp_endpoint = None
     arguments.idle = idle
     return arguments
+
+
+def _can_trace() -> bool:
+    """Whether the packages are there that send spans."""
+    try:
+        return importlib.util.find_spec("opentelemetry.exporter.otlp.proto.grpc") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
@@ -213,25 +225,3 @@ def fit_manifest(manifest: Manifest, arguments: argparse.Namespace) -> Manifest:
         known = ", ".join(texts) or "none"
         raise BundleError(f"--default-prompt-name {name}: expected one of the bundle's prompts ({known})")
     return dataclasses.replace(manifest, prompts=Prompts(texts, name))
-
-
-class _JsonFormatter(logging.Formatter):
-    """A JSON object for each record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
-        line = {
-            "timestamp": self.formatTime(record),
-            "level": record.levelname,
-            "target": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-def log_as_json() -> None:
-    """Lets every handler of the root logger write a JSON object for each record."""
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_JsonFormatter())

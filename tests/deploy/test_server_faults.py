@@ -112,7 +112,7 @@ def test_batches_and_queue_hold_what_texts_cost(manifest: Manifest) -> None:
     counted: list[tuple[int, int]] = []
 
     async def run() -> None:
-        batcher = Batcher(Engine, 12, 20, on_batch=lambda texts, tokens: counted.append((texts, tokens)))
+        batcher = Batcher(Engine, 12, 20, on_batch=lambda texts, tokens, longest: counted.append((texts, tokens)))
         await batcher.start()
 
         def submit(texts: int) -> Work:

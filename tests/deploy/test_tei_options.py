@@ -20,7 +20,8 @@ from server_harness import FakeEngine, LiveServer, make_manifest, running, wait_
 from deploy.bundle import BundleError, Prompts
 from deploy.server import main as command
 from deploy.server.limits.bounds import Settings
-from deploy.server.tei_options import fit_manifest, log_as_json
+from deploy.server.logs import log_as_json
+from deploy.server.tei_options import fit_manifest
 
 
 def given(monkeypatch: pytest.MonkeyPatch, *argv: str, **environment: str) -> argparse.Namespace:
@@ -90,9 +91,9 @@ def test_what_has_no_counterpart_is_told_in_one_line(
 ) -> None:
     given(monkeypatch, "a")
     assert capsys.readouterr().err == ""
-    given(monkeypatch, "a", "--revision", "main", "--disable-spans", "--dtype", "float16", OTLP_ENDPOINT="http://x")
+    given(monkeypatch, "a", "--revision", "main", "--disable-spans", "--dtype", "float16", PROMETHEUS_PORT="9000")
     (line,) = capsys.readouterr().err.splitlines()
-    for name in ("--revision", "--disable-spans", "OTLP_ENDPOINT", "--dtype float16"):
+    for name in ("--revision", "--disable-spans", "PROMETHEUS_PORT", "--dtype float16"):
         assert name in line
 
 

@@ -23,6 +23,7 @@ from .route import (
     encode,
     encode_rows,
     error_text,
+    server_timing,
     text_values,
 )
 from .schemas import texts_of
@@ -86,6 +87,7 @@ def measured(result: Result, chars: int, started_s: float) -> tuple[tuple[bytes,
         (b"x-tokenization-time", b"%d" % (1e3 * result.tokenize_s)),
         (b"x-queue-time", b"%d" % (1e3 * result.queue_s)),
         (b"x-inference-time", b"%d" % (1e3 * result.infer_s)),
+        server_timing(result),
     )
 
 

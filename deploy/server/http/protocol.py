@@ -339,6 +339,7 @@ class HttpProtocol(HttpToolsProtocol):
         current = waiting.pop() if waiting and waiting[-1].more_body else None
         started = self.cycle is not None and self.cycle.response_started and self._in_message and not self._in_head
         self.stop_receiving()
+        getattr(self.app, "refused", _nobody)(error.kind)
         if waiting or started or (current is not None and current.response_started):
             self.transport.close()
             return
@@ -355,6 +356,10 @@ class HttpProtocol(HttpToolsProtocol):
 
 class _EnoughError(Exception):
     """Stops the parser: more requests wait than a connection may have."""
+
+
+def _nobody(kind: str) -> None:
+    """For applications that do not count refusals."""
 
 
 def _headers_too_large(name: str, limit: int, found: int | None = None) -> ApiError:

@@ -99,6 +99,8 @@ class Settings:
         cors_allow_origin: Origins whose pages may ask, `*` for all.
         root_path: What all paths begin with.
         response_timeout_s: A client that reads nothing of its answer for this time is disconnected.
+        otlp_endpoint: Collector that gets spans of requests, or None.
+        otlp_service_name: What this server is called there.
         workers: Processes that serve together; tokens and memory are the part of this one.
     """
 
@@ -131,6 +133,8 @@ class Settings:
     tokenization_workers: int | None = None
     cors_allow_origin: tuple[str, ...] = ()
     root_path: str = ""
+    otlp_endpoint: str | None = None
+    otlp_service_name: str = "torch-ext"
     workers: int = 1
 
     @property

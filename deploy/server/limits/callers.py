@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 __all__ = ["Caller", "CallerLeft"]
 
@@ -21,9 +22,10 @@ class Caller:
         held_bytes: Memory that the request holds of the budget.
         values_each: Numbers that the answer to each of its inputs has, by its route.
         value_bytes: Memory that one of them holds until it is sent.
+        result: What the model answered, once it has; times and tokens are told of it.
     """
 
-    __slots__ = ("deadline_s", "gone", "held_bytes", "on_leave", "value_bytes", "values_each")
+    __slots__ = ("deadline_s", "gone", "held_bytes", "on_leave", "result", "value_bytes", "values_each")
 
     def __init__(self) -> None:
         self.gone = False
@@ -32,6 +34,7 @@ class Caller:
         self.held_bytes = 0
         self.values_each = 0
         self.value_bytes = 4
+        self.result: Any = None
 
     def leave(self) -> None:
         """The client has left; further calls do nothing."""

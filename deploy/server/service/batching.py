@@ -71,7 +71,7 @@ class Batcher:
         running: Whether the engine is loaded and takes work.
         failure: Why the engine could not be loaded, or why its thread ended; None while all is well.
         cancel_load: Ends loading early if that can be done; then it raises `variants.LoadCancelled`.
-        on_batch: Called on the event loop with the texts and tokens of every batch.
+        on_batch: Called on the event loop with the texts of every batch, their tokens, and those of the longest.
         on_death: Called on the event loop when the engine thread has ended by itself; `failure` says why.
     """
 
@@ -80,7 +80,7 @@ class Batcher:
         load: Callable[[], Engine],
         max_batch_tokens: int,
         max_queue_tokens: int,
-        on_batch: Callable[[int, int], None] = lambda texts, tokens: None,
+        on_batch: Callable[[int, int, int], None] = lambda texts, tokens, longest: None,
         *,
         max_queue_s: float = math.inf,
         max_batch_s: float = math.inf,
@@ -92,7 +92,7 @@ class Batcher:
             load: Makes the engine; called on the engine thread.
             max_batch_tokens: Token budget of a batch, in the unit of `Engine.cost`; a single text may exceed it.
             max_queue_tokens: Most that may wait or run, in the same unit.
-            on_batch: Called on the event loop with the texts and tokens of every batch.
+            on_batch: Called on the event loop with the texts of every batch, their tokens, and those of the longest.
             max_queue_s: How long a request may wait; see `admission`.
             max_batch_s: How long a batch may take, by the speed of those before; a single text may take longer.
             max_batch_texts: Most texts of a batch; None: as the tokens allow.
@@ -195,7 +195,8 @@ class Batcher:
 
     def _deliver(self, batch: list[Item]) -> None:
         """Hands the results of a batch to the requests that are complete now."""
-        self.on_batch(len(batch), sum(len(work.ids[index]) for work, index in batch))
+        lengths = [len(work.ids[index]) for work, index in batch]
+        self.on_batch(len(lengths), sum(lengths), max(lengths))
         for work, index in batch:
             if work.abandoned:
                 continue

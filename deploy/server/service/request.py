@@ -31,6 +31,7 @@ class Result(NamedTuple):
         tokenize_s: How long checking and tokenising took.
         queue_s: Then, how long the first text waited.
         infer_s: How long the batches took that held a text of it.
+        started_s: When tokenising began, by `time.perf_counter`.
     """
 
     values: list[Any]
@@ -38,6 +39,7 @@ class Result(NamedTuple):
     tokenize_s: float
     queue_s: float
     infer_s: float
+    started_s: float = 0.0
 
 
 @dataclass(frozen=True)

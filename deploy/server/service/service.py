@@ -337,9 +337,9 @@ class Service:
             raise
         finally:
             self._running -= 1
-        result = Result(
-            values, work.tokens, work.submitted_s - started_s, work.started_s - work.submitted_s, work.infer_s
-        )
+        queue_s = work.started_s - work.submitted_s
+        result = Result(values, work.tokens, work.submitted_s - started_s, queue_s, work.infer_s, started_s)
+        caller.result = result._replace(values=[])
         self._metrics.stages(result.tokenize_s, result.queue_s, result.infer_s)
         return result
 

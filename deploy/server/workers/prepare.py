@@ -19,7 +19,8 @@ from typing import Any
 from ...bundle import BundleError
 from ..cli import parse
 from ..loading import begin
-from ..process import Process, UsageError, missing, settle_threads, start_logging
+from ..logs import start_logging
+from ..process import Process, UsageError, missing, settle_threads
 from .channel import Channel
 from .job import digest
 

@@ -1,0 +1,57 @@
+"""Lines of the log: text, or a JSON object each; what a record says of a request stands in fields of its own.
+
+A record has them by `extra={"fields": {...}}`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+
+__all__ = ["ACCESS", "log_as_json", "start_logging"]
+
+ACCESS = "deploy.access"
+"""The logger with a line for each request."""
+
+
+class _TextFormatter(logging.Formatter):
+    """A line of text, with the id of the request's trace at its end."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The line of a record, without its exception."""
+        line = super().formatMessage(record)
+        trace_id = getattr(record, "fields", {}).get("trace_id")
+        return line if trace_id is None else f"{line} trace_id={trace_id}"
+
+
+class _JsonFormatter(logging.Formatter):
+    """A JSON object for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        line = {
+            "timestamp": self.formatTime(record),
+            "level": record.levelname,
+            "target": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _use(formatter: logging.Formatter) -> None:
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter)
+
+
+def log_as_json() -> None:
+    """Lets every handler of the root logger write a JSON object for each record."""
+    _use(_JsonFormatter())
+
+
+def start_logging(as_json: bool = False) -> None:
+    """Sends the server's log to standard error, as lines of text or of JSON."""
+    logging.basicConfig(level=logging.WARNING)
+    _use(_JsonFormatter() if as_json else _TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
