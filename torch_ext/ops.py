@@ -661,8 +661,12 @@ def _(
     scale: float | None = None,
     window: int | None = None,
     relative_bias: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    position_reach: int = 0,
 ) -> Tensor:
-    _check_inference_only("varlen_attention", qkv=qkv, relative_bias=relative_bias)
+    positions = {"position_keys": position_keys, "position_queries": position_queries}
+    _check_inference_only("varlen_attention", qkv=qkv, relative_bias=relative_bias, **positions)
     _check(window is None or window >= 0, f"varlen_attention: expected window of at least 0, got {window}")
     if relative_bias is not None:
         message = f"varlen_attention: expected relative_bias [{num_heads}, 2 * R + 1], got another shape"
@@ -674,6 +678,11 @@ def _(
     )
     _check(num_heads > 0, message)
     _check(qkv.shape[1] % (3 * num_heads) == 0, message)
+    for name, table in positions.items():
+        if table is not None:
+            message = f"varlen_attention: expected {name} [2 * S, {qkv.shape[1] // 3}], got {list(table.shape)}"
+            _check(table.dim() == 2, message)
+            _check(table.shape[1] == qkv.shape[1] // 3, message)
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
 
 

@@ -2,12 +2,14 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "attention.h"
 #include "bounds.h"
 #include "guarded.h"
 #include "paths.h"
+#include "positions.h"
 #include "reference.h"
 #include "runner.h"
 
@@ -48,6 +50,13 @@ struct Sequences {
     problem.window = window;
     problem.relative_bias = bias.empty() ? nullptr : bias.data();
     problem.bias_reach = reach;
+    if (key_positions || query_positions) {
+      longest = *std::max_element(lengths.begin(), lengths.end());
+      rows.resize(2 * longest - 1);
+      fill_position_rows(longest, span, 0, rows.data());
+      problem.positions = {key_positions ? key_positions->data() : nullptr,
+                           query_positions ? query_positions->data() : nullptr, rows.data(), longest};
+    }
     for (size_t s = lengths.size(); s-- > 0;) {
       for (size_t h = 0; h < heads; ++h) run_attention_head(*path.kernel, *path.vec, problem, s, h);
     }
@@ -73,12 +82,24 @@ struct Sequences {
           scores[j] += product;
           sum_abs += std::fabs(product);
         }
+        for (const bool by_key : {false, true}) {
+          const auto& table = by_key ? query_positions : key_positions;
+          if (!table) continue;
+          const size_t row = position_row(static_cast<long>(i) - static_cast<long>(j), span, 0);
+          for (size_t c = 0; c < head_size; ++c) {
+            const double product =
+                static_cast<double>(rounded_to(rows_type(path), by_key ? k(first + j, h, c) : q(first + i, h, c))) *
+                static_cast<double>(rounded_to(panels, table->get(row, h * head_size + c)));
+            scores[j] += product;
+            sum_abs += std::fabs(product);
+          }
+        }
         scores[j] = scores[j] * static_cast<double>(scale) + bias_of(h, i, j);
         if ((i > j ? i - j : j - i) > window) scores[j] = -INFINITY;
         // The product's error, and the rounding of scale * score and scale * max.
-        score_bound = std::max(
-            score_bound, static_cast<double>(scale) * (product_bound(sum_abs, head_size) + 4 * kRoundF32 * sum_abs) +
-                             2 * kRoundF32 * std::fabs(bias_of(h, i, j)));
+        score_bound = std::max(score_bound, static_cast<double>(scale) *
+                                                    (product_bound(sum_abs, 3 * head_size) + 4 * kRoundF32 * sum_abs) +
+                                                2 * kRoundF32 * std::fabs(bias_of(h, i, j)));
       }
       const std::vector<double> p = reference_softmax(scores, 1.0);
       for (size_t c = 0; c < head_size; ++c) {
@@ -97,6 +118,8 @@ struct Sequences {
     }
   }
 
+  static DType rows_type(const GemmPath& path) { return path.kernel->lhs_type; }
+
   double bias_of(size_t h, size_t i, size_t j) const {
     if (bias.empty()) return 0;
     const auto distance = static_cast<ptrdiff_t>(j) - static_cast<ptrdiff_t>(i), r = static_cast<ptrdiff_t>(reach);
@@ -111,6 +134,9 @@ struct Sequences {
   Guarded<int32_t> cu_seqlens;
   size_t window = kNoWindow, reach = 0;
   std::vector<float> bias;
+  size_t span = 0, longest = 0;
+  std::optional<Matrix> key_positions, query_positions;
+  std::vector<int32_t> rows;
 };
 
 void check(const GemmPath& path, DType type, std::vector<size_t> lengths, size_t heads, size_t head_size, float scale,
@@ -227,6 +253,32 @@ TORCH_EXT_TEST(attention_adds_a_relative_bias_by_distance) {
           x.window = window;
           x.run(path);
           for (const size_t s : {0, 2, 3}) x.expect_right(path, static_cast<size_t>(s), 2, options().quick ? 5 : 1);
+        }
+      }
+    }
+  }
+}
+
+TORCH_EXT_TEST(attention_adds_scores_by_relative_position) {
+  for (const GemmPath& path : gemm_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (const size_t kinds : {1, 2, 3}) {
+        for (const size_t span : {1, 9, 200}) {
+          for (const size_t head_size : {26, 8}) {
+            // More than one block of queries, in the first of them.
+            Sequences x(type, {options().quick ? size_t{150} : size_t{300}, 0, 1, 33}, 2, head_size, 0.2f);
+            x.span = span;
+            for (std::optional<Matrix>* const table : {&x.key_positions, &x.query_positions}) {
+              if (!(kinds & (table == &x.key_positions ? 1 : 2))) continue;
+              table->emplace(type, 2 * span, x.hidden);
+              (*table)->fill(random_source());
+            }
+            x.window = span == 9 ? 40 : kNoWindow;
+            x.run(path);
+            for (const size_t s : {0, 2, 3}) {
+              x.expect_right(path, static_cast<size_t>(s), 1, options().quick ? 17 : 5);
+            }
+          }
         }
       }
     }

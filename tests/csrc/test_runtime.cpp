@@ -453,6 +453,11 @@ TORCH_EXT_TEST(runtime_specs_check_ranges) {
   encoder({{"relative_attention_buckets", "8"}, {"relative_attention_max_distance", "2"}}, "max_distance");
   encoder({{"relative_attention_buckets", "8"}, {"relative_attention_max_distance", "2000000"}}, "max_distance");
   encoder({{"norm_first_attention", "false"}}, "norm_first_attention");
+  encoder({{"position_span", "4"}}, "position_span");
+  encoder({{"content_to_position", "true"}}, "position_span");
+  encoder({{"position_span", "-1"}, {"position_to_content", "true"}}, "position_span");
+  encoder({{"position_span", "4"}, {"position_to_content", "true"}, {"position_reach", "3"}}, "position_reach");
+  encoder({{"position_span", "1"}, {"position_to_content", "true"}, {"position_reach", "8"}}, "position_reach");
   encoder({{"activation", "\"mish\""}}, "unknown activation 'mish'");
   head({{"task", "\"summarize\""}}, "unknown task 'summarize'");
   head({{"pooling", "\"max\""}}, "unknown pooling 'max'");
@@ -613,6 +618,14 @@ Model random_model() {
     if (random.coin()) e["norm_first_attention"] = "false";
   }
   if (random.coin()) e["gated_ffn"] = "true";
+  if (random.below(3) == 0) {
+    const size_t span = random.between(2, 20);
+    e["position_span"] = std::to_string(span);
+    if (random.coin()) e["position_reach"] = std::to_string(span / 2 + 1 + random.between(1, 60));
+    const bool keys = random.coin();
+    if (keys) e["content_to_position"] = "true";
+    if (!keys || random.coin()) e["position_to_content"] = "true";
+  }
   if (random.coin()) {
     Fields& h = model.head = kHead;
     static constexpr const char* kTasks[] = {"text-classification", "token-classification", "question-answering",

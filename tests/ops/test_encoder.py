@@ -84,6 +84,16 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
             q, k = rotate(q, theta), rotate(k, theta)
         scores = q @ k.transpose(1, 2) * size**-0.5
         distance = torch.arange(len(x)) - torch.arange(len(x))[:, None]
+        rows = position_rows(-distance, spec.position_span, spec.position_reach)
+        for kind, x_of, transposed in (("keys", q, False), ("queries", k, True)):
+            table = w.get(f"layers.{index}.attention.position_{kind}")
+            if table is not None:
+                products = x_of @ table.view(-1, heads, size).permute(1, 2, 0)  # [heads, tokens, rows]
+                chosen = (rows.T if transposed else rows).expand(heads, -1, -1)
+                more = products.gather(2, chosen)
+                scores += (more.transpose(1, 2) if transposed else more) * size**-0.5
+        kinds = 1 + spec.content_to_position + spec.position_to_content
+        scores *= kinds**-0.5
         if spec.relative_attention_buckets:
             buckets = spec.relative_attention_buckets, spec.relative_attention_max_distance
             scores += w["relative_attention_bias"][relative_buckets(distance, *buckets)].permute(2, 0, 1)
@@ -120,6 +130,15 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
     return torch.cat(results)
 
 
+def position_rows(distances: Tensor, span: int, reach: int) -> Tensor:
+    """Rows of a table of relative positions by the position of the query minus that of the key."""
+    size, middle = distances.abs(), max(span // 2, 1)
+    if reach:
+        ratio = (size.clamp_min(1).float() / middle).log() / torch.tensor((reach - 1) / middle).log()
+        size = torch.where(size <= middle, size, (ratio * (middle - 1)).ceil().long() + middle)
+    return (span + distances.sign() * size).clamp(0, max(2 * span - 1, 0))
+
+
 def cosine(a: Tensor, b: Tensor) -> float:
     """The smallest cosine of rows."""
     return float(F.cosine_similarity(a.double(), b.double(), dim=-1).min())
@@ -151,6 +170,17 @@ SPECS = [
         norm_first_attention=False,
         gated_ffn=True,
     ),
+    dataclasses.replace(SPEC, position_span=6, content_to_position=True, position_to_content=True),
+    dataclasses.replace(
+        SPEC,
+        position_span=8,
+        position_reach=16,
+        content_to_position=True,
+        absolute_positions=False,
+        window=5,
+        global_every=2,
+    ),
+    dataclasses.replace(SPEC, position_span=3, position_to_content=True, relative_attention_buckets=8),
     # Nothing has all of it at once, but nothing speaks against it.
     dataclasses.replace(
         SPEC, relative_attention_buckets=16, rotary_theta=100.0, window=2, global_every=2, norm_first=True
@@ -252,7 +282,7 @@ def test_a_damaged_packed_encoder_is_refused(generator: torch.Generator) -> None
         with pytest.raises(RuntimeError, match=message):
             torch_ext.encoder_forward(ids, bounds, None, damaged)
     # Any byte of the header and of the table of sections.
-    size = 96 + 16 * int(torch.ops.torch_ext._encoder_sections(packed).shape[0])
+    size = 104 + 16 * int(torch.ops.torch_ext._encoder_sections(packed).shape[0])
     for position in range(0, size, 3):
         damaged = packed.clone()
         damaged.view(-1)[position] ^= 0xFF

@@ -72,7 +72,11 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
             ((rand(13, dtype=bf16), rand(5, 24, dtype=bf16), rand(24, 13, dtype=bf16)), {}),
             ((rand(5, 1), rand(5, 24), rand(24, 13)), {"beta": 0.5, "alpha": 2.0}),
         ],
-        "varlen_attention": [((rand(5, 96), bounds, 2), {}), ((rand(5, 48, dtype=bf16), bounds, 4, 0.5), {})],
+        "varlen_attention": [
+            ((rand(5, 96), bounds, 2), {}),
+            ((rand(5, 48, dtype=bf16), bounds, 4, 0.5), {}),
+            ((rand(5, 96), bounds, 2), {"position_keys": rand(6, 32), "position_queries": rand(6, 32)}),
+        ],
         "add_layer_norm": [
             ((rand(5, 8), None, *norm, 1e-5), {}),
             ((rand(5, 8, dtype=bf16), rand(5, 8, dtype=bf16), *norm, 1e-5), {}),

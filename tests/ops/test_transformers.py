@@ -49,6 +49,15 @@ MODERNBERT = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
 }
 
+DEBERTA = {
+    **BERT,
+    "type_vocab_size": 0,
+    "position_biased_input": False,
+    "relative_attention": True,
+    "pos_att_type": "c2p|p2c",
+}
+DEBERTA_V2 = {**DEBERTA, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", BERT),
     "bert, tanh gelu, other eps": ("Bert", {**BERT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5}),
@@ -85,6 +94,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "rembert": ("RemBert", {**BERT, "input_embedding_size": 20, "output_embedding_size": 28}),
     "roberta-prelayernorm": ("RobertaPreLayerNorm", {**BERT, "type_vocab_size": 1, "pad_token_id": 1}),
     "data2vec-text": ("Data2VecText", {**BERT, "type_vocab_size": 1, "pad_token_id": 1}),
+    "deberta-v2": ("DebertaV2", DEBERTA_V2),
+    "deberta-v2, positions added, too": (
+        "DebertaV2",
+        {
+            **DEBERTA_V2,
+            "position_biased_input": True,
+            "type_vocab_size": 2,
+            "share_att_key": False,
+            "position_buckets": -1,
+            "max_relative_positions": 20,
+            "norm_rel_ebd": "none",
+        },
+    ),
+    "deberta-v2, keys by position": ("DebertaV2", {**DEBERTA_V2, "pos_att_type": ["p2c"], "share_att_key": False}),
+    "deberta-v2, no relative positions": ("DebertaV2", {**BERT, "type_vocab_size": 0}),
+    "deberta": ("Deberta", DEBERTA),
+    "deberta, queries by position": (
+        "Deberta",
+        {**DEBERTA, "pos_att_type": ["c2p"], "position_biased_input": True, "max_relative_positions": 7},
+    ),
     "distilbert, sinusoids, relu": ("DistilBert", {**DISTILBERT, "sinusoidal_pos_embds": True, "activation": "relu"}),
 }
 
@@ -200,6 +229,36 @@ def test_texts_longer_than_any_window(name: str, generator: torch.Generator) -> 
     assert cosines(Encoder.from_transformers(model)(ids, bounds), expected).min() > 0.999
 
 
+@pytest.mark.parametrize("size", [26, 36, 64, 80, 128])
+def test_disentangled_attention(size: int, generator: torch.Generator) -> None:
+    """Lengths around the blocks of attention, to the last of DeBERTa-v3's shared rows, in every size of heads."""
+    options = {"hidden_size": 2 * size, "num_attention_heads": 2, "num_hidden_layers": 1}
+    options = {**options, "max_position_embeddings": 512, "position_buckets": 256}
+    model = make("Model", "deberta-v2", **options)
+    lengths = [512, 1, 2, 127, 129, 300]
+    ids, bounds = torch.randint(10, 100, (sum(lengths),), generator=generator), reference.cu_seqlens(lengths)
+    expected = torch.cat([output.last_hidden_state[0] for output in one_by_one(model, ids, bounds)])
+    exact = Encoder.from_transformers(model, "fp32")
+    torch.testing.assert_close(exact(ids, bounds), expected, rtol=1e-4, atol=1e-4)
+    assert cosines(Encoder.from_transformers(model)(ids, bounds), expected).min() > 0.9995
+    assert cosines(Encoder.from_transformers(model, "int8")(ids, bounds), expected).min() > 0.99
+
+
+def test_deberta_that_is_not_supported() -> None:
+    for match, options in (
+        ("expected conv_kernel_size=0, got 3", {"conv_kernel_size": 3}),
+        ("expected pos_att_type with 'c2p', 'p2c' or both", {"pos_att_type": ["p2p"]}),
+        ("expected pos_att_type with 'c2p', 'p2c' or both", {"relative_attention": False}),
+        ("expected embedding_size to be hidden_size=48, got 20", {"embedding_size": 20}),
+    ):
+        model = transformers.DebertaV2Model(transformers.DebertaV2Config(**{**DEBERTA_V2, **options}))
+        with pytest.raises(ValueError, match=match):
+            Encoder.from_transformers(model)
+    model = transformers.DebertaModel(transformers.DebertaConfig(**DEBERTA, talking_head=True))
+    with pytest.raises(ValueError, match="expected talking_head=False, got True"):
+        Encoder.from_transformers(model)
+
+
 def test_relative_buckets() -> None:
     from torch_ext.encoder.positions import relative_buckets
 
@@ -232,6 +291,7 @@ HEADS = [
     *("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "electra, narrow embeddings", "mpnet"),
     *("modernbert", "modernbert, biases, one theta"),
     *("albert", "ernie", "rembert", "roberta-prelayernorm", "data2vec-text"),
+    *("deberta-v2", "deberta-v2, positions added, too", "deberta"),
 ]
 TASKS = {
     "ForSequenceClassification": "text-classification",

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "gemm.h"
 #include "packing/packed_weight.h"
@@ -59,7 +60,8 @@ void mask_outside(float* s, size_t n, size_t first, size_t query, size_t window)
 
 size_t attention_cost(size_t length, const AttentionProblem& problem) {
   const size_t seen = problem.window >= length ? length : std::min(length, 2 * problem.window + 1);
-  return length * (2 * seen + 16) * problem.head_size;
+  const size_t products = 2 + (problem.positions.keys != nullptr) + (problem.positions.queries != nullptr);
+  return length * (products * seen + 16) * problem.head_size;
 }
 
 }  // namespace
@@ -119,6 +121,11 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     pack_values(std::min(nr, d - j), length, values + j * element, ld, s.values + j / nr * value_panel);
   }
 
+  std::optional<PositionScores> positions;
+  if (problem.positions) {
+    positions.emplace(kernel, problem.positions, PositionScores::Head{problem.type, length, head, d, hidden, keys, ld});
+  }
+
   for (size_t row = 0; row < length;) {
     const UKernel& ukernel = kernel.ukernel_for(std::min(kernel.max_mr(), length - row));
     const size_t rows = std::min(ukernel.mr, length - row);
@@ -130,6 +137,7 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     for (size_t j = begin; j < end; j += nr) {
       ukernel.run(kernel.steps(d), s.queries, s.keys + j / nr * key_panel, s.scores + (j - begin), ld_scores);
     }
+    if (positions) positions->add(ukernel, s.queries, row, rows, begin, seen, s.scores, ld_scores);
     for (size_t i = 0; (bias || local) && i < rows; ++i) {
       float* const scores = s.scores + i * ld_scores;
       if (bias) add_relative_bias(scores, seen, begin, row + i, problem.scale, bias, problem.bias_reach);

@@ -7,6 +7,7 @@
 
 #include "kernels/gemm_kernel.h"
 #include "kernels/vec_kernels.h"
+#include "position_scores.h"
 
 namespace torch_ext {
 
@@ -25,13 +26,14 @@ struct AttentionProblem {
   const float* relative_bias =
       nullptr;  ///< [heads, 2 * bias_reach + 1] or null: see `add_relative_bias` in attention.cpp
   size_t bias_reach = 0;
+  PositionTables positions;  ///< of disentangled attention; their scores are scaled, too
 };
 
 /// Heads of sequences in order, cut into at most `parts` runs of about equal work, none too small to be worth a thread.
 /// Entry t is the first head of run t, counted over all sequences; the last entry is their number.
 std::vector<size_t> balance_heads(const AttentionProblem& problem, size_t parts);
 
-/// out = softmax(scale * Q K^T + bias) V for head `head` of sequence `sequence`. Scores exist for one block of rows at a
+/// out = softmax(scale * (Q K^T + positions) + bias) V for head `head` of sequence `sequence`. Scores exist for one block of rows at a
 /// time: memory is O(length * head_size) for each thread.
 void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const AttentionProblem& problem,
                         size_t sequence, size_t head);

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "cpu_features.h"
 #include "gemm.h"
+#include "positions.h"
 #include "rows.h"
 
 namespace torch_ext {
@@ -66,6 +67,7 @@ class Run {
     attention_.heads = h_.num_heads;
     attention_.head_size = width_ / h_.num_heads;
     attention_.scale = 1.0f / std::sqrt(static_cast<float>(attention_.head_size));
+    if (h_.position_span) take_positions();
     attention_.relative_bias = model.relative_bias;
     attention_.bias_reach = h_.bias_reach;
     global_heads_ = balance_heads(attention_, host.threads());
@@ -104,6 +106,20 @@ class Run {
 
  private:
   static constexpr DType kType = dtype_of<T>;
+
+  // Scores by relative position. They and those by content have an equal part of the scale.
+  void take_positions() {
+    const EncoderLayer& layer = model_.layers[0];
+    const size_t kinds = 1 + (layer.position_keys != nullptr) + (layer.position_queries != nullptr);
+    attention_.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(attention_.head_size * kinds)));
+    size_t longest = 1;
+    for (size_t s = 0; s < batch_.sequences; ++s) {
+      longest = std::max(longest, static_cast<size_t>(batch_.cu_seqlens[s + 1] - batch_.cu_seqlens[s]));
+    }
+    position_rows_.resize(2 * longest - 1);
+    fill_position_rows(longest, h_.position_span, h_.position_reach, position_rows_.data());
+    attention_.positions = {layer.position_keys, layer.position_queries, position_rows_.data(), longest};
+  }
 
   void clear_tail(T* part, size_t width) const {
     if (rows_ > tokens_) std::memset(part + tokens_ * width, 0, (rows_ - tokens_) * width * sizeof(T));
@@ -233,6 +249,8 @@ class Run {
     attention_.qkv = qkv;
     attention_.out = context;
     attention_.window = layer.local ? h_.window : kNoWindow;
+    attention_.positions.keys = layer.position_keys;
+    attention_.positions.queries = layer.position_queries;
     clear_tail(context, width_);
     const GemmKernel& kernel = attention_gemm(dispatch_, kType);
     const std::vector<size_t>& starts = layer.local ? local_heads_ : global_heads_;
@@ -271,6 +289,7 @@ class Run {
   T *hidden_, *normed_, *product_, *shared_, *out_;
   AttentionProblem attention_;
   std::vector<size_t> global_heads_, local_heads_;
+  std::vector<int32_t> position_rows_;  // see PositionTables
 };
 
 /// One thread of a host's: runs its tasks itself.

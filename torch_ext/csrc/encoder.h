@@ -32,7 +32,9 @@ struct Norm {
 struct EncoderLayer {
   Matrix qkv, out, up, down;
   Norm attention_norm, ffn_norm;
-  bool local = false;  ///< attention within the window
+  bool local = false;                      ///< attention within the window
+  const void* position_keys = nullptr;     ///< [2 * position_span, hidden_size] of `header.type`, or null: see
+  const void* position_queries = nullptr;  ///< PositionTables
 };
 
 /// A packed encoder, as pointers into it.

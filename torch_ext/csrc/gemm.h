@@ -71,7 +71,7 @@ void unpack_weight_s8(const GemmKernel& kernel, size_t n, size_t k, const void* 
 
 /// Memory of this thread, at least `bytes`, 64-byte aligned; the next call in the same slot may return the same
 /// memory. Slots keep the callers in one call chain apart.
-enum class ScratchSlot { kLhs, kRhs, kWidePanel, kAttention, kEncoder, kCount };
+enum class ScratchSlot { kLhs, kRhs, kWidePanel, kAttention, kPositions, kEncoder, kCount };
 void* thread_scratch(ScratchSlot slot, size_t bytes);
 
 /// Gives the slot's memory back if it is more than `bytes`.

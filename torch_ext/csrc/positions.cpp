@@ -44,4 +44,25 @@ void fill_relative_bias(const float* bias, size_t buckets, size_t heads, size_t 
   }
 }
 
+size_t position_row(long distance, size_t span, size_t reach) {
+  const size_t size = static_cast<size_t>(std::labs(distance)), middle = span / 2;
+  size_t bucket = size;
+  if (reach && size > middle) {
+    // In fp32, as above.
+    const auto log = [](float x) { return static_cast<float>(std::log(static_cast<long double>(x))); };
+    const double widest = static_cast<double>(reach - 1) / static_cast<double>(middle);
+    const float ratio = log(static_cast<float>(size) / static_cast<float>(middle)) / log(static_cast<float>(widest));
+    bucket = static_cast<size_t>(std::ceil(ratio * static_cast<float>(middle - 1))) + middle;
+  }
+  if (distance < 0) return bucket > span ? 0 : span - bucket;
+  return std::min(span + bucket, 2 * span - 1);
+}
+
+void fill_position_rows(size_t longest, size_t span, size_t reach, int32_t* rows) {
+  const auto center = static_cast<long>(longest) - 1;
+  for (long behind = -center; behind <= center; ++behind) {
+    rows[behind + center] = static_cast<int32_t>(position_row(-behind, span, reach));
+  }
+}
+
 }  // namespace torch_ext

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace torch_ext {
 
@@ -15,5 +16,13 @@ size_t relative_bucket(long distance, size_t buckets, size_t reach);
 
 /// table [heads, 2 * reach + 1] of biases [buckets, heads]; column reach + d is for keys d behind the query.
 void fill_relative_bias(const float* bias, size_t buckets, size_t heads, size_t reach, float* table);
+
+/// The row of a table of `2 * span` relative positions, for a key `distance` before its query: span + distance, from 0 to the
+/// last one. With a `reach` distances from span / 2 on share rows, wider and wider ones, until `reach` - 1 takes the last one;
+/// it is above span / 2 + 1 then.
+size_t position_row(long distance, size_t span, size_t reach);
+
+/// rows [2 * longest - 1] for keys (index - (longest - 1)) behind their query.
+void fill_position_rows(size_t longest, size_t span, size_t reach, int32_t* rows);
 
 }  // namespace torch_ext

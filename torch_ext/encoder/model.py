@@ -226,7 +226,8 @@ class _View(NamedTuple):
 class LayerWeights(NamedTuple):
     """One layer's weights as the ops read them: matrices packed in bf16, int8 or fp32, the rest fp32.
 
-    The norm of attention is None where the specification leaves it out, factors of residuals where they are 1.
+    The norm of attention is None where the specification leaves it out, factors of residuals where they are 1. Tables
+    of relative positions have the dtype of the hidden state; None: attention has no such part.
     """
 
     qkv_weight: Tensor
@@ -243,6 +244,8 @@ class LayerWeights(NamedTuple):
     ffn_norm_weight: Tensor
     ffn_norm_bias: Tensor
     ffn_residual_scale: Tensor | None
+    position_keys: Tensor | None
+    position_queries: Tensor | None
 
 
 class Encoder(_Weighted[EncoderSpec]):
@@ -506,7 +509,17 @@ class Encoder(_Weighted[EncoderSpec]):
         if rotary is not None:
             qkv = _rotary_embedding(qkv, cu_seqlens, spec.num_heads, rotary)
         window = spec.window if local else None
-        result: Tensor = _varlen_attention(qkv, cu_seqlens, spec.num_heads, None, window, self._relative_bias)
+        result: Tensor = _varlen_attention(
+            qkv,
+            cu_seqlens,
+            spec.num_heads,
+            None,
+            window,
+            self._relative_bias,
+            w.position_keys,
+            w.position_queries,
+            spec.position_reach,
+        )
         return result
 
     def _widen(self, w: LayerWeights, x: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ LAYER_PARTS = (
     "attention.residual_scale",
     *(f"ffn.{part}.{kind}" for part in ("up", "down", "norm") for kind in ("weight", "bias")),
     "ffn.residual_scale",
+    "attention.position_keys",
+    "attention.position_queries",
 )
 
 _NONE = torch.empty(0)
@@ -75,6 +77,8 @@ def pack_encoder(
         global_every=spec.global_every,
         norm_first=spec.norm_first,
         gated_ffn=spec.gated_ffn,
+        position_span=spec.position_span,
+        position_reach=spec.position_reach,
     )
     flat = packed.view(-1)
     views = dict(tensors)

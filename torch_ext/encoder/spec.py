@@ -61,6 +61,13 @@ class EncoderSpec:
             ``activation(a) * b`` for its halves ``a`` and ``b``.
         padding_id: tokens with this id are not counted in positions: they take row ``position_offset - 1`` of the
             position table, and the token after them the row that they would have had. -1: every token has a position.
+        position_span: half the rows of every layer's tables of relative positions, which disentangled attention
+            (DeBERTa) multiplies queries or keys with: query ``i`` and key ``j`` take row
+            ``clamp(span + i - j, 0, 2 span - 1)``, and the products are added to those of content. 0: there are none.
+        position_reach: distances beyond ``position_span // 2`` share rows, wider and wider ones, so that ``reach - 1``
+            takes the last one. 0: each distance has a row.
+        content_to_position: whether queries are multiplied with ``position_keys`` of the distance.
+        position_to_content: whether keys are multiplied with ``position_queries`` of the distance.
     """
 
     architecture: str
@@ -86,6 +93,10 @@ class EncoderSpec:
     norm_first_attention: bool = True
     gated_ffn: bool = False
     padding_id: int = -1
+    position_span: int = 0
+    position_reach: int = 0
+    content_to_position: bool = False
+    position_to_content: bool = False
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -118,9 +129,24 @@ class EncoderSpec:
                 "EncoderSpec: expected relative_attention_buckets divisible by 4, and "
                 f"relative_attention_max_distance above a quarter of them, got {buckets} and {distance}"
             )
+        self._check_positions()
         if not self.norm_first_attention and not self.norm_first:
             raise ValueError("EncoderSpec: norm_first_attention=False means nothing without norm_first")
         _check_activation(self.activation)
+
+    def _check_positions(self) -> None:
+        span, reach = self.position_span, self.position_reach
+        _check_least(self, 0, "position_span", "position_reach")
+        if (span > 0) != (self.content_to_position or self.position_to_content):
+            raise ValueError(
+                "EncoderSpec: expected position_span of at least 1 with content_to_position or position_to_content, "
+                f"and 0 without, got {span}"
+            )
+        if reach and (span < 2 or reach <= span // 2 + 1):
+            raise ValueError(
+                "EncoderSpec: expected position_reach 0, or above position_span / 2 + 1 for a position_span of at "
+                f"least 2, got {reach} for {span}"
+            )
 
     def is_local(self, layer: int) -> bool:
         """Whether the attention of a layer is confined to the window."""
@@ -146,6 +172,10 @@ class EncoderSpec:
             shapes.update(_linear_shapes(f"{prefix}.attention.out", hidden, hidden))
             if index or self.norm_first_attention:
                 shapes.update(_norm_shapes(f"{prefix}.attention.norm", hidden))
+            if self.content_to_position:
+                shapes[f"{prefix}.attention.position_keys"] = (2 * self.position_span, hidden)
+            if self.position_to_content:
+                shapes[f"{prefix}.attention.position_queries"] = (2 * self.position_span, hidden)
             shapes.update(_linear_shapes(f"{prefix}.ffn.up", 2 * wide if self.gated_ffn else wide, hidden))
             shapes.update(_linear_shapes(f"{prefix}.ffn.down", hidden, wide))
             shapes.update(_norm_shapes(f"{prefix}.ffn.norm", hidden))
@@ -279,4 +309,5 @@ def is_matrix(name: str) -> bool:
 
 def is_table(name: str) -> bool:
     """Whether a weight is a table of embeddings."""
-    return name in ("embeddings.word", "embeddings.position", "embeddings.token_type")
+    tables = ("embeddings.word", "embeddings.position", "embeddings.token_type")
+    return name in tables or name.endswith((".attention.position_keys", ".attention.position_queries"))

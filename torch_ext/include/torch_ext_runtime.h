@@ -77,6 +77,17 @@ typedef struct txr_model {
   size_t tensor_count;
 } txr_model;
 
+/* Rows of a table, normed and led through a linear layer: what a model's weights determine once. */
+typedef struct txr_projection {
+  size_t struct_size;
+  const txr_tensor* table;       /* [rows, k] */
+  const txr_tensor* norm_weight; /* [k] of a layer norm; NULL: none */
+  const txr_tensor* norm_bias;   /* [k] */
+  double eps;                    /* added to variances */
+  const txr_tensor* weight;      /* [n, k] */
+  const txr_tensor* bias;        /* [n]; NULL: none */
+} txr_projection;
+
 typedef struct txr_info {
   size_t struct_size;
   /* They live as long as the encoder. */
@@ -142,6 +153,9 @@ TXR_API txr_status txr_open(const char* path, const txr_options* options, txr_en
 /* Packs weights that are in memory; they are not needed afterwards. */
 TXR_API txr_status txr_pack(const txr_model* model, const txr_options* options, txr_encoder** encoder,
                             txr_error* error);
+
+/* Writes fp32 [rows, n] to `out`, which has room for `count` elements. Runs on the caller's thread. */
+TXR_API txr_status txr_project_rows(const txr_projection* projection, float* out, size_t count, txr_error* error);
 
 /* Maps what txr_save_image wrote or txr_share gave, read-only. `dtype` and `shared` of the options mean nothing here. */
 TXR_API txr_status txr_open_image(const char* path, const txr_options* options, txr_encoder** encoder,

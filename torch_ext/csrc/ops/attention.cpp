@@ -7,11 +7,13 @@
 
 #include "dispatch.h"
 #include "ops/ops.h"
+#include "positions.h"
 
 namespace torch_ext {
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
                         const std::optional<double>& scale, const std::optional<int64_t>& window,
-                        const std::optional<Tensor>& relative_bias) {
+                        const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& position_keys,
+                        const std::optional<Tensor>& position_queries, int64_t position_reach) {
   const char* const op = "varlen_attention";
   check_cpu(op, "qkv", qkv);
   const DType type = float_type(op, "qkv", qkv);
@@ -29,6 +31,21 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num
                     op, ": expected relative_bias fp32 [", num_heads, ", 2 * R + 1], got ", describe(*relative_bias));
     bias = as_contiguous(*relative_bias);
   }
+  std::optional<Tensor> tables[2];
+  int64_t span = 0;
+  for (size_t i = 0; i < 2; ++i) {
+    const std::optional<Tensor>& given = i ? position_queries : position_keys;
+    if (!given) continue;
+    const char* const name = i ? "position_queries" : "position_keys";
+    check_cpu(op, name, *given);
+    STD_TORCH_CHECK(given->scalar_type() == qkv.scalar_type() && given->dim() == 2 && given->size(1) == hidden &&
+                        given->size(0) >= 2 && given->size(0) % 2 == 0 && (!span || given->size(0) == 2 * span),
+                    op, ": expected ", name, " [2 * S, ", hidden, "] in the dtype of qkv, got ", describe(*given));
+    span = given->size(0) / 2;
+    tables[i] = as_contiguous(*given);
+  }
+  STD_TORCH_CHECK(position_reach == 0 || position_reach > span / 2 + 1, op,
+                  ": expected position_reach 0, or above S / 2 + 1, got ", position_reach, " for S=", span);
   const Tensor source = as_contiguous(qkv);
   const Tensor out = new_tensor(qkv, {tokens, hidden}, qkv.scalar_type());
   if (tokens == 0) return out;
@@ -41,11 +58,20 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num
   problem.sequences = sequences.count;
   problem.heads = static_cast<size_t>(num_heads);
   problem.head_size = static_cast<size_t>(hidden / num_heads);
-  problem.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(problem.head_size)));
+  const size_t kinds = 1 + tables[0].has_value() + tables[1].has_value();
+  problem.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(problem.head_size * kinds)));
   if (window) problem.window = static_cast<size_t>(*window);
   if (bias) {
     problem.relative_bias = static_cast<const float*>(bias->const_data_ptr());
     problem.bias_reach = static_cast<size_t>(bias->size(1) / 2);
+  }
+  std::vector<int32_t> rows;
+  if (kinds > 1) {
+    rows.resize(2 * std::max<size_t>(sequences.longest, 1) - 1);
+    fill_position_rows((rows.size() + 1) / 2, static_cast<size_t>(span), static_cast<size_t>(position_reach),
+                       rows.data());
+    problem.positions = {tables[0] ? tables[0]->const_data_ptr() : nullptr,
+                         tables[1] ? tables[1]->const_data_ptr() : nullptr, rows.data(), (rows.size() + 1) / 2};
   }
   const Dispatch& d = dispatch();
   const GemmKernel& kernel = attention_gemm(d, type);

@@ -92,7 +92,8 @@ EncoderModel read_encoder(const char* op, const Tensor& packed) {
 Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int64_t num_layers, int64_t num_heads,
                     int64_t intermediate_size, const std::string& activation, double layer_norm_eps,
                     int64_t max_positions, int64_t position_offset, int64_t padding_id, int64_t window,
-                    int64_t global_every, bool norm_first, bool gated_ffn) {
+                    int64_t global_every, bool norm_first, bool gated_ffn, int64_t position_span,
+                    int64_t position_reach) {
   const char* const op = "pack_encoder";
   constexpr int64_t kLargest = int64_t{1} << 30;
   for (const int64_t x : {hidden_size, num_layers, num_heads, intermediate_size, max_positions, global_every}) {
@@ -103,6 +104,9 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   STD_TORCH_CHECK(padding_id >= -1 && padding_id < kLargest && (padding_id < 0 || position_offset >= 1), op,
                   ": expected padding_id -1, or an id and position_offset of at least 1, got ", padding_id, " and ",
                   position_offset);
+  STD_TORCH_CHECK(position_span >= 0 && position_span < kLargest && position_reach >= 0 && position_reach < kLargest,
+                  op, ": expected position_span and position_reach of at least 0, got ", position_span, " and ",
+                  position_reach);
   STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == kEncoderSections + num_layers * kLayerSections, op,
                   ": expected ", kEncoderSections + num_layers * kLayerSections, " weights for ", num_layers,
                   " layers, got ", weights.size());
@@ -150,6 +154,8 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   h.norm_first = norm_first;
   h.gated_ffn = gated_ffn;
   h.type = static_cast<uint8_t>(type);
+  h.position_span = static_cast<uint32_t>(position_span);
+  h.position_reach = static_cast<uint32_t>(position_reach);
 
   const int64_t row_bytes = (static_cast<int64_t>(layout.bytes) + hidden_size - 1) / hidden_size;
   const Tensor packed = new_tensor(word, {hidden_size, row_bytes}, ScalarType::Byte);

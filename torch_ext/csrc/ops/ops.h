@@ -27,7 +27,8 @@ Tensor addmm(const Tensor& bias, const Tensor& a, const Tensor& b, double beta, 
 int64_t weight_fingerprint(const Tensor& weight);
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
                         const std::optional<double>& scale, const std::optional<int64_t>& window,
-                        const std::optional<Tensor>& relative_bias);
+                        const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& position_keys,
+                        const std::optional<Tensor>& position_queries, int64_t position_reach);
 Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
                       double eps, const std::optional<Tensor>& residual_scale);
 Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps);
@@ -47,7 +48,8 @@ Tensor relative_bias_table(const Tensor& bias, int64_t reach);
 Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int64_t num_layers, int64_t num_heads,
                     int64_t intermediate_size, const std::string& activation, double layer_norm_eps,
                     int64_t max_positions, int64_t position_offset, int64_t padding_id, int64_t window,
-                    int64_t global_every, bool norm_first, bool gated_ffn);
+                    int64_t global_every, bool norm_first, bool gated_ffn, int64_t position_span,
+                    int64_t position_reach);
 /// Where the sections of a packed encoder are: i64 [sections, 2], offset and bytes.
 Tensor encoder_sections(const Tensor& packed);
 Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,

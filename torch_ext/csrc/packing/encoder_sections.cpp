@@ -76,7 +76,8 @@ SectionKind section_kind(size_t index) {
   const bool matrix = layered ? kind == kQkvWeight || kind == kOutWeight || kind == kUpWeight || kind == kDownWeight
                               : kind == kProjectionWeight;
   if (matrix) return SectionKind::kMatrix;
-  return !layered && kind <= kTokenTypeTable ? SectionKind::kTable : SectionKind::kFloats;
+  const bool table = layered ? kind == kPositionKeys || kind == kPositionQueries : kind <= kTokenTypeTable;
+  return table ? SectionKind::kTable : SectionKind::kFloats;
 }
 
 EncoderLayout lay_out_encoder(const std::vector<uint64_t>& section_bytes) {
@@ -143,7 +144,8 @@ EncoderModel read_encoder(const char* op, const void* data, size_t bytes, const 
                      m.word && m.embedding_norm.weight && m.embedding_norm.bias &&
                      (e == width || m.projection.packed) &&
                      (!h.norm_first || (m.final_norm.weight && m.final_norm.bias)) && (h.global_every || !h.window) &&
-                     (h.padding_id < 0 || h.position_offset > 0);
+                     (h.padding_id < 0 || h.position_offset > 0) &&
+                     (h.position_reach == 0 || h.position_reach > h.position_span / 2 + 1);
   check(sound, op, ": the packed encoder is damaged: something that every encoder has is missing");
   m.layers.resize(h.num_layers);
   for (size_t i = 0; i < h.num_layers; ++i) {
@@ -158,6 +160,14 @@ EncoderModel read_encoder(const char* op, const void* data, size_t bytes, const 
     layer.ffn_norm = s.norm(first + kFfnNormWeight, width);
     layer.ffn_norm.residual_scale = s.floats(first + kFfnResidualScale, width);
     layer.local = h.window && i % h.global_every != 0;
+    if (h.position_span) {
+      layer.position_keys = s.table(first + kPositionKeys, 2 * uint64_t{h.position_span}, width);
+      layer.position_queries = s.table(first + kPositionQueries, 2 * uint64_t{h.position_span}, width);
+      const EncoderLayer& other = m.layers[0];
+      check((layer.position_keys || layer.position_queries) && !layer.position_keys == !other.position_keys &&
+                !layer.position_queries == !other.position_queries,
+            op, ": the packed encoder is damaged: layer ", i, " has no relative positions, or others than the first");
+    }
     const bool whole = layer.qkv.packed && layer.out.packed && layer.up.packed && layer.down.packed &&
                        layer.ffn_norm.weight && layer.ffn_norm.bias &&
                        (layer.attention_norm.weight ? layer.attention_norm.bias != nullptr : h.norm_first && i == 0);

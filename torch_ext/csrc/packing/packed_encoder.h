@@ -42,6 +42,8 @@ enum LayerSection : uint32_t {
   kFfnNormWeight,
   kFfnNormBias,
   kFfnResidualScale,
+  kPositionKeys,     ///< [2 * position_span, hidden]: what queries are multiplied with, by distance
+  kPositionQueries,  ///< the same for keys
   kLayerSections,
 };
 
@@ -57,16 +59,18 @@ struct EncoderHeader {
   uint8_t activation, norm_first, gated_ffn;
   uint8_t type;        ///< DType of activations and tables: kBF16, or kF32 for an encoder of fp32 weights
   int32_t padding_id;  ///< tokens with this id have no position: they take row position_offset - 1; -1: all have one
+  uint32_t position_span;   ///< half the rows of the tables of relative positions; 0: there are none
+  uint32_t position_reach;  ///< distances share rows up to this one; 0: each has its own
   uint8_t reserved[4];
   uint64_t checksum;  ///< of what comes before it, and of the table of sections
 };
-static_assert(sizeof(EncoderHeader) == 96);
+static_assert(sizeof(EncoderHeader) == 104);
 
 struct Section {
   uint64_t offset, bytes;
 };
 
 constexpr char kEncoderMagic[8] = {'T', 'X', 'E', 'N', 'C', 'O', 'D', 'R'};
-constexpr uint32_t kEncoderVersion = 3;
+constexpr uint32_t kEncoderVersion = 4;
 
 }  // namespace torch_ext

@@ -724,6 +724,37 @@ PyObject* module_pack(PyObject*, PyObject* args) {
       [&](txr_encoder** encoder, txr_error* error) { return txr_pack(&model, &parsed.options, encoder, error); });
 }
 
+PyObject* module_project_rows(PyObject*, PyObject* args) {
+  PyObject* list;
+  double eps;
+  PackedTensors given;
+  if (!PyArg_ParseTuple(args, "O!d", &PyList_Type, &list, &eps) || !given.read(list)) return nullptr;
+  txr_projection projection = {};
+  projection.struct_size = sizeof projection;
+  projection.eps = eps;
+  for (const txr_tensor& tensor : given.tensors) {
+    const std::string_view name = tensor.name;
+    (name == "table"         ? projection.table
+     : name == "norm.weight" ? projection.norm_weight
+     : name == "norm.bias"   ? projection.norm_bias
+     : name == "bias"        ? projection.bias
+                             : projection.weight) = &tensor;
+  }
+  if (!projection.table || !projection.weight || projection.table->dimensions != 2 ||
+      projection.weight->dimensions != 2) {
+    return PyErr_Format(PyExc_ValueError, "project_rows: expected a table and a weight of 2 dimensions");
+  }
+  const size_t rows = static_cast<size_t>(projection.table->shape[0]);
+  const size_t columns = static_cast<size_t>(projection.weight->shape[0]);
+  Array* const result = new_array<float>(rows, columns);
+  if (!result) return nullptr;
+  Owned owned(reinterpret_cast<PyObject*>(result));
+  const auto project = [&](txr_error* error) {
+    return txr_project_rows(&projection, static_cast<float*>(result->data), rows * columns, error);
+  };
+  return call(project) ? owned.release() : nullptr;
+}
+
 // fp32 numbers of others that lie one after the other.
 class Floats {
  public:
@@ -809,6 +840,8 @@ PyMethodDef module_methods[] = {
     {"open", module_open, METH_VARARGS, "open(path, options) -> Encoder."},
     {"open_image", module_open_image, METH_VARARGS, "open_image(path or descriptor, options) -> Encoder."},
     {"pack", module_pack, METH_VARARGS, "pack(name, encoder_json, head_json, tensors, options) -> Encoder."},
+    {"project_rows", module_project_rows, METH_VARARGS,
+     "project_rows(tensors named table, weight, bias, norm.weight, norm.bias; eps) -> fp32 [rows, outputs]."},
     {"isa_report", module_isa_report, METH_NOARGS, "JSON."},
     {"json_row", module_json_row, METH_O, "json_row(fp32 [n]) -> JSON as bytes."},
     {"finite_rows", module_finite_rows, METH_O, "finite_rows(fp32 [rows, columns]) -> bytes [rows] of 0 and 1."},

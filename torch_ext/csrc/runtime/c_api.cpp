@@ -5,6 +5,8 @@
 #include <system_error>
 
 #include "../include/torch_ext_runtime.h"
+#include "projection.h"
+#include "runtime/elements.h"
 #include "runtime/engine.h"
 #include "runtime/error.h"
 
@@ -162,6 +164,38 @@ txr_status txr_pack(const txr_model* model, const txr_options* options, txr_enco
       at += tensor.struct_size;
     }
     return Engine::from_weights(name, specs, weights, read);
+  });
+}
+
+txr_status txr_project_rows(const txr_projection* projection, float* out, size_t count, txr_error* error) {
+  return guarded(error, [&] {
+    const txr_projection p = completed(projection, "txr_projection");
+    expect(p.table && p.weight && !p.norm_weight == !p.norm_bias,
+           "txr_projection: expected a table and a weight, and the weight and bias of a norm or neither");
+    // `shape` has 0 for any size.
+    const auto floats = [](const txr_tensor* given, const std::vector<uint64_t>& shape) {
+      if (!given) return std::vector<float>();
+      const TensorView view = read_tensor(*given);
+      bool fits = view.shape.size() == shape.size();
+      for (size_t i = 0; fits && i < shape.size(); ++i) fits = !shape[i] || view.shape[i] == shape[i];
+      expect(fits, "txr_projection: expected ", given->name, " ", describe(shape), ", got ", describe(view));
+      return floats_of(view);
+    };
+    const std::vector<float> table = floats(p.table, {0, 0}), weight = floats(p.weight, {0, p.table->shape[1]});
+    const uint64_t rows = p.table->shape[0], k = p.table->shape[1], n = p.weight->shape[0];
+    const std::vector<float> norm_weight = floats(p.norm_weight, {k}), norm_bias = floats(p.norm_bias, {k});
+    const std::vector<float> bias = floats(p.bias, {n});
+    expect_room(out, count, static_cast<size_t>(rows), static_cast<size_t>(n));
+    const torch_ext::Projection whole = {.rows = static_cast<size_t>(rows),
+                                         .k = static_cast<size_t>(k),
+                                         .n = static_cast<size_t>(n),
+                                         .table = table.data(),
+                                         .norm_weight = p.norm_weight ? norm_weight.data() : nullptr,
+                                         .norm_bias = p.norm_bias ? norm_bias.data() : nullptr,
+                                         .eps = static_cast<float>(p.eps),
+                                         .weight = weight.data(),
+                                         .bias = p.bias ? bias.data() : nullptr};
+    torch_ext::project_rows(torch_ext::dispatch(), whole, out);
   });
 }
 

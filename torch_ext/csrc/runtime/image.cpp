@@ -16,6 +16,7 @@
 #include "gemm.h"
 #include "packing/encoder_sections.h"
 #include "positions.h"
+#include "runtime/elements.h"
 #include "runtime/error.h"
 #include "runtime/json.h"
 
@@ -52,46 +53,12 @@ uint64_t image_checksum(const ImageHeader& h, const char* data) {
 
 // ---- elements -------------------------------------------------------------------------------------------------------
 
-float widen_f16(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, exponent = half >> 10 & 0x1f,
-                 fraction = half & 0x3ff;
-  if (exponent == 0) {  // zero, or a subnormal number: fraction / 2^24
-    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
-    return sign ? -magnitude : magnitude;
-  }
-  const uint32_t bits = sign | (exponent == 31 ? 0xff : exponent + 112) << 23 | fraction << 13;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 // The nearest bf16; of two that are as near, the one whose last bit is zero.
 bf16 round_to_bf16(float x) {
   if (std::isnan(x)) return {0x7fc0};
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-
-template <typename T>
-T element(const char* data, size_t i) {
-  T x;
-  std::memcpy(&x, data + i * sizeof x, sizeof x);
-  return x;
-}
-
-float float_at(const TensorView& t, size_t i) {
-  switch (t.type) {
-    case ElementType::kF32:
-      return element<float>(t.data, i);
-    case ElementType::kF16:
-      return widen_f16(element<uint16_t>(t.data, i));
-    case ElementType::kBF16:
-      return widened(element<bf16>(t.data, i));
-    case ElementType::kS8:
-      break;
-  }
-  return static_cast<float>(element<int8_t>(t.data, i));
 }
 
 // ---- packing --------------------------------------------------------------------------------------------------------
@@ -304,7 +271,8 @@ std::vector<std::string> section_names(const EncoderSpec& spec) {
     for (const char* const part :
          {"attention.qkv.weight", "attention.qkv.bias", "attention.out.weight", "attention.out.bias",
           "attention.norm.weight", "attention.norm.bias", "attention.residual_scale", "ffn.up.weight", "ffn.up.bias",
-          "ffn.down.weight", "ffn.down.bias", "ffn.norm.weight", "ffn.norm.bias", "ffn.residual_scale"}) {
+          "ffn.down.weight", "ffn.down.bias", "ffn.norm.weight", "ffn.norm.bias", "ffn.residual_scale",
+          "attention.position_keys", "attention.position_queries"}) {
       names.push_back(joined("layers.", i, ".", part));
     }
   }
@@ -334,6 +302,8 @@ EncoderHeader encoder_header(const EncoderSpec& s, DType type) {
   h.gated_ffn = s.gated_ffn;
   h.type = static_cast<uint8_t>(type);
   h.padding_id = static_cast<int32_t>(s.padding_id);
+  h.position_span = static_cast<uint32_t>(s.position_span);
+  h.position_reach = static_cast<uint32_t>(s.position_reach);
   return h;
 }
 
@@ -349,6 +319,8 @@ bool fits(const EncoderModel& model, const EncoderSpec& spec, const std::string&
   h.checksum = got.checksum;
   return std::memcmp(&h, &got, sizeof h) == 0 && spec.absolute_positions == (model.position != nullptr) &&
          (spec.type_vocab_size > 0) == (model.token_type != nullptr) &&
+         spec.content_to_position == (model.layers[0].position_keys != nullptr) &&
+         spec.position_to_content == (model.layers[0].position_queries != nullptr) &&
          (spec.relative_attention_buckets > 0) == (model.relative_bias != nullptr) &&
          (spec.rotary_theta > 0.0) == (model.rotary != nullptr && model.rotary_local != nullptr);
 }

@@ -42,6 +42,10 @@ constexpr Field<EncoderSpec> kEncoderFields[] = {
     {"norm_first_attention", &EncoderSpec::norm_first_attention},
     {"gated_ffn", &EncoderSpec::gated_ffn},
     {"padding_id", &EncoderSpec::padding_id},
+    {"position_span", &EncoderSpec::position_span},
+    {"position_reach", &EncoderSpec::position_reach},
+    {"content_to_position", &EncoderSpec::content_to_position},
+    {"position_to_content", &EncoderSpec::position_to_content},
 };
 
 constexpr Field<HeadSpec> kHeadFields[] = {
@@ -164,6 +168,14 @@ EncoderSpec parse_encoder_spec(std::string_view json) {
          "expected relative_attention_buckets divisible by 4, and relative_attention_max_distance above a quarter of ",
          "them, got ", buckets, " and ", distance);
   expect(s.norm_first_attention || s.norm_first, "norm_first_attention=False means nothing without norm_first");
+  expect_size(s.position_span, 0, "position_span");
+  expect_size(s.position_reach, 0, "position_reach");
+  expect((s.position_span > 0) == (s.content_to_position || s.position_to_content),
+         "expected position_span of at least 1 with content_to_position or position_to_content, and 0 without, got ",
+         s.position_span);
+  expect(s.position_reach == 0 || (s.position_span >= 2 && s.position_reach > s.position_span / 2 + 1),
+         "expected position_reach 0, or above position_span / 2 + 1 for a position_span of at least 2, got ",
+         s.position_reach, " for ", s.position_span);
   activation_of(s.activation);
   return s;
 }
@@ -199,11 +211,14 @@ Shapes weight_shapes(const EncoderSpec& s) {
     shapes["relative_attention_bias"] = {static_cast<uint64_t>(s.relative_attention_buckets),
                                          static_cast<uint64_t>(s.num_heads)};
   }
+  const std::vector<uint64_t> positions = {2 * static_cast<uint64_t>(s.position_span), static_cast<uint64_t>(hidden)};
   for (int64_t i = 0; i < s.num_layers; ++i) {
     const std::string prefix = "layers." + std::to_string(i);
     add_linear(shapes, prefix + ".attention.qkv", 3 * hidden, hidden);
     add_linear(shapes, prefix + ".attention.out", hidden, hidden);
     if (i || s.norm_first_attention) add_norm(shapes, prefix + ".attention.norm", hidden);
+    if (s.content_to_position) shapes[prefix + ".attention.position_keys"] = positions;
+    if (s.position_to_content) shapes[prefix + ".attention.position_queries"] = positions;
     add_linear(shapes, prefix + ".ffn.up", s.gated_ffn ? 2 * wide : wide, hidden);
     add_linear(shapes, prefix + ".ffn.down", hidden, wide);
     add_norm(shapes, prefix + ".ffn.norm", hidden);
@@ -234,7 +249,8 @@ Shapes weight_shapes(const HeadSpec& s) {
 bool is_matrix(std::string_view name) { return ends_with(name, ".weight") && !ends_with(name, "norm.weight"); }
 
 bool is_table(std::string_view name) {
-  return name == "embeddings.word" || name == "embeddings.position" || name == "embeddings.token_type";
+  return name == "embeddings.word" || name == "embeddings.position" || name == "embeddings.token_type" ||
+         ends_with(name, ".attention.position_keys") || ends_with(name, ".attention.position_queries");
 }
 
 }  // namespace torch_ext::runtime

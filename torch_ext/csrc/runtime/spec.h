@@ -25,6 +25,8 @@ struct EncoderSpec {
   int64_t window = 0, global_every = 1;
   bool norm_first = false, norm_first_attention = true, gated_ffn = false;
   int64_t padding_id = -1;
+  int64_t position_span = 0, position_reach = 0;
+  bool content_to_position = false, position_to_content = false;
 
   int64_t embedded() const { return embedding_size ? embedding_size : hidden_size; }
 };

@@ -78,6 +78,13 @@ class Architecture:
         more: further fields of the specification.
         options: options that must have one value, further to those of all architectures.
         other_names: the same architecture with other names of weights.
+        variant: fields of this row that depend on the configuration.
+        spare: weights that may be there, and are not needed.
+        by_head: whether the one matrix of ``qkv`` has query, key and value of the first head, then those of the next.
+        qkv_biases: names of biases of query, key and value that are not beside their weights; None: there is none.
+        relative_table, relative_norm: vectors of relative positions, and the norm that they go through; None: none.
+        position_key, position_query: layers that make a layer's vectors out of those, which queries and keys are
+            multiplied with; None: there are none.
     """
 
     base: str
@@ -106,6 +113,18 @@ class Architecture:
     more: Callable[[Any], dict[str, Any]] = lambda config: {}
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     other_names: Architecture | None = None
+    variant: Callable[[Any], dict[str, Any]] = lambda config: {}
+    spare: tuple[str, ...] = ()
+    by_head: bool = False
+    qkv_biases: tuple[str | None, ...] | None = None
+    relative_table: str | None = None
+    relative_norm: str | None = None
+    position_key: str | None = None
+    position_query: str | None = None
+
+    def of(self, config: Any) -> Architecture:
+        """This row for a configuration."""
+        return dataclasses.replace(self, **self.variant(config))
 
     def named_as(self, weights: Iterable[str]) -> Architecture:
         """The row with the names that a model's weights have: this one, or the other."""

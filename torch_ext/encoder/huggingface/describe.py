@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch_ext.encoder.huggingface.architecture import Architecture, HeadNames, activation, get
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
 
-__all__ = ["Plan", "Shapes", "describe_encoder", "describe_head", "head_layers"]
+__all__ = ["Plan", "Projected", "Rows", "Shapes", "describe_encoder", "describe_head", "head_layers"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-Plan = dict[str, list[str | int]]
-"""By the names of ``EncoderSpec.shapes()`` and ``HeadSpec.shapes()``: names of a model's weights, which follow one
-another along the first dimension; a number stands for that many zeros."""
+
+class Rows(NamedTuple):
+    """Rows ``begin`` to ``end`` of a weight."""
+
+    name: str
+    begin: int
+    end: int
+
+
+class Projected(NamedTuple):
+    """Rows of a table, led through a linear layer, once for all: ``norm(table) @ weight.T + bias``.
+
+    Attributes:
+        table: the name of a weight, as are the others.
+        norm_weight, norm_bias: of a layer norm; None: there is none.
+        eps: added to its variances.
+        weight: of the layer.
+        bias: likewise; None: it has none.
+    """
+
+    table: str
+    norm_weight: str | None
+    norm_bias: str | None
+    eps: float
+    weight: str
+    bias: str | None
+
+
+Plan = dict[str, list[str | int | Rows | Projected]]
+"""By the names of ``EncoderSpec.shapes()`` and ``HeadSpec.shapes()``: names of a model's weights or parts of them,
+which follow one another along the first dimension; a number stands for that many zeros."""
 
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 _POOLER = "pooler."
@@ -50,7 +78,7 @@ class _Taker:
         """Weight and bias of a linear layer, or of several that become one; returns the shape of the first one."""
         shapes = [self.take(f"{name}.weight", dimensions) for name in names]
         self.plan[f"{to}.weight"] = [f"{name}.weight" for name in names]
-        biases: list[str | int] = []
+        biases: list[str | int | Rows | Projected] = []
         for name, shape in zip(names, shapes, strict=True):
             if self._optional_biases and f"{name}.bias" not in self._shapes:
                 biases.append(shape[0])
@@ -62,6 +90,38 @@ class _Taker:
 
     def norm(self, to: str, name: str) -> None:
         self.pair(to, name, dimensions=1)
+
+    def qkv_by_head(self, to: str, prefix: str, names: Architecture, heads: int) -> None:
+        """One matrix in which the rows of each head are together."""
+        name = f"{prefix}.{names.qkv[0]}.weight"
+        rows, _ = self.take(name, 2)
+        size = rows // (3 * heads)
+        starts = [(3 * head + part) * size for part in range(3) for head in range(heads)]
+        self.plan[f"{to}.weight"] = [Rows(name, start, start + size) for start in starts]
+        biases = [None if bias is None else f"{prefix}.{bias}" for bias in names.qkv_biases or (None,) * 3]
+        for bias in filter(None, biases):
+            self.take(bias, 1)
+        self.plan[f"{to}.bias"] = [rows // 3 if bias is None else bias for bias in biases]
+
+    def projected(self, to: str, names: Architecture, eps: float, layer: str) -> None:
+        """Vectors of relative positions, led through a layer that may belong to others, too."""
+        table, norm = f"{names.relative_table}.weight", names.relative_norm
+        weight, bias = f"{layer}.weight", f"{layer}.bias"
+        for name in (table, weight):
+            self.take(name, 2)
+        has_bias = bias in self._shapes
+        for name in ([] if norm is None else [f"{norm}.weight", f"{norm}.bias"]) + ([bias] if has_bias else []):
+            self.take(name, 1)
+        self.plan[to] = [
+            Projected(
+                table=table,
+                norm_weight=None if norm is None else f"{norm}.weight",
+                norm_bias=None if norm is None else f"{norm}.bias",
+                eps=eps,
+                weight=weight,
+                bias=bias if has_bias else None,
+            )
+        ]
 
 
 def describe_encoder(
@@ -80,6 +140,7 @@ def describe_encoder(
         ValueError: a weight or a value of the configuration is missing, is not supported, or there are weights that an
             encoder of this architecture lacks.
     """
+    names = names.of(config)
     source = _Taker(shapes, owner, f"{config.model_type} encoder", names.optional_biases)
     padding = -1 if names.padding_index is None else names.padding_index(config)
     vocabulary, width = source.table("embeddings.word", names.word)
@@ -112,7 +173,13 @@ def describe_encoder(
     )
     for index in range(spec.num_layers):
         to, prefix = f"layers.{index}", names.layer.format(index)
-        source.pair(f"{to}.attention.qkv", *(f"{prefix}.{part}" for part in names.qkv))
+        if names.by_head:
+            source.qkv_by_head(f"{to}.attention.qkv", prefix, names, spec.num_heads)
+        else:
+            source.pair(f"{to}.attention.qkv", *(f"{prefix}.{part}" for part in names.qkv))
+        for part, layer in (("position_keys", names.position_key), ("position_queries", names.position_query)):
+            if layer is not None:
+                source.projected(f"{to}.attention.{part}", names, spec.layer_norm_eps, f"{prefix}.{layer}")
         source.pair(f"{to}.attention.out", f"{prefix}.{names.out}")
         if index or spec.norm_first_attention:
             source.norm(f"{to}.attention.norm", f"{prefix}.{names.attention_norm}")
@@ -122,7 +189,7 @@ def describe_encoder(
         source.norm(f"{to}.ffn.norm", f"{prefix}.{names.ffn_norm}")
     if names.final_norm is not None:
         source.norm("final_norm", names.final_norm)
-    spare = {*_BUFFERS, *foreign, *(name for name in shapes if name.startswith(_POOLER))}
+    spare = {*_BUFFERS, *names.spare, *foreign, *(name for name in shapes if name.startswith(_POOLER))}
     left = sorted(shapes.keys() - source.taken - spare)
     if left:
         raise ValueError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch_ext.encoder.huggingface.architecture import Architecture
-from torch_ext.encoder.huggingface.describe import Plan, describe_encoder, describe_head, head_layers
+from torch_ext.encoder.huggingface.describe import Plan, Projected, Rows, describe_encoder, describe_head, head_layers
+from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import StoredTensor, find_weights, map_weights
 from torch_ext.encoder.huggingface.table import HEAD_CLASSES, find_architecture
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
@@ -169,19 +170,43 @@ def _tensors(
     shapes = spec.shapes()
     tensors: dict[str, list[StoredTensor]] = {}
     finite: set[str] = set()
+
+    def sound(name: str, shape: tuple[int, ...]) -> StoredTensor:
+        tensor = weights[name]
+        _check(name, tensor, shape)
+        if name not in finite and not tensor.is_finite():
+            raise ValueError(f"expected finite weights, got NaN or infinity in {name}")
+        finite.add(name)  # Layers may share weights.
+        return tensor
+
+    projections: dict[str, Projected] = {}
     for name, sources in plan.items():
         rows, *columns = shapes[name]
         for source in sources:
             if isinstance(source, int):
                 part = StoredTensor("F32", (source,), memoryview(bytes(4 * source)))
+            elif isinstance(source, Rows):
+                part = sound(source.name, (weights[source.name].shape[0], *columns)).rows(source.begin, source.end)
+            elif isinstance(source, Projected):
+                _check_projection(source, (rows, columns[0]), sound)
+                projections[name] = source
+                continue
             else:
-                part = weights[source]
-                _check(source, part, (rows // len(sources), *columns))
-                if source not in finite and not part.is_finite():
-                    raise ValueError(f"expected finite weights, got NaN or infinity in {source}")
-                finite.add(source)  # Layers may share weights.
+                part = sound(source, (rows // len(sources), *columns))
             tensors.setdefault(name, []).append(part)
-    return tensors
+    projected = project_all(projections.values(), weights)
+    return {**tensors, **{name: [projected[source]] for name, source in projections.items()}}
+
+
+def _check_projection(
+    projection: Projected, shape: tuple[int, int], sound: Callable[[str, tuple[int, ...]], StoredTensor]
+) -> None:
+    rows, hidden = shape
+    sound(projection.table, (rows, hidden))
+    sound(projection.weight, (hidden, hidden))
+    for vector in (projection.norm_weight, projection.norm_bias, projection.bias):
+        if vector is not None:
+            sound(vector, (hidden,))
 
 
 def _check(name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:

@@ -5,16 +5,18 @@ Looks at a model's attributes only: the package is not needed.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_ext.encoder.huggingface.architecture import Architecture
-from torch_ext.encoder.huggingface.describe import Plan, describe_encoder, describe_head, head_layers
+from torch_ext.encoder.huggingface.describe import Plan, Projected, Rows, describe_encoder, describe_head, head_layers
 from torch_ext.encoder.huggingface.folder import AUTO, FolderModel, read_folder
+from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import StoredTensor
 from torch_ext.encoder.huggingface.table import ARCHITECTURES, HEAD_CLASSES, find_architecture
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
@@ -35,12 +37,33 @@ def _read_config(model: nn.Module) -> tuple[Any, Architecture]:
 
 def _gather(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a plan; encoders are made of fp32 and bf16."""
+    projections = {part for parts in plan.values() for part in parts if isinstance(part, Projected)}
+    projected = project_all(projections, {name: _as_stored(weights[name]) for name in _names(projections)})
+
+    def gather(source: str | int | Rows | Projected) -> Tensor:
+        if isinstance(source, int):
+            return torch.zeros(source)
+        if isinstance(source, Rows):
+            return weights[source.name][source.begin : source.end]
+        return _as_tensor(projected[source]) if isinstance(source, Projected) else weights[source]
+
     gathered: dict[str, Tensor] = {}
     for name, sources in plan.items():
-        parts = [torch.zeros(source) if isinstance(source, int) else weights[source] for source in sources]
+        parts = [gather(source) for source in sources]
         wide = [part.float() if part.dtype in (torch.float16, torch.float64) else part for part in parts]
         gathered[name] = wide[0] if len(wide) == 1 else torch.cat(wide)
     return gathered
+
+
+def _names(projections: Iterable[Projected]) -> set[str]:
+    return {name for part in projections for name in part if isinstance(name, str)}
+
+
+def _as_stored(tensor: Tensor) -> StoredTensor:
+    """A weight as files have it, in fp32."""
+    tensor = tensor.detach().float().contiguous()
+    data = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return StoredTensor("F32", tuple(tensor.shape), memoryview(bytes(data)))
 
 
 def read_encoder(model: nn.Module) -> tuple[EncoderSpec, dict[str, Tensor]]:

@@ -45,6 +45,11 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     data: memoryview
 
+    def rows(self, begin: int, end: int) -> StoredTensor:
+        """Some of its rows, in the same memory."""
+        row_bytes = len(self.data) // self.shape[0]
+        return StoredTensor(self.dtype, (end - begin, *self.shape[1:]), self.data[begin * row_bytes : end * row_bytes])
+
     def is_finite(self) -> bool:
         """Whether all elements are neither NaN nor infinite; of a floating-point dtype.
 

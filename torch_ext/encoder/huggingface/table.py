@@ -8,6 +8,7 @@ from typing import Any
 from torch_ext.encoder.huggingface.albert import ALBERT, REMBERT
 from torch_ext.encoder.huggingface.architecture import Architecture
 from torch_ext.encoder.huggingface.bert import BERT, DATA2VEC, ELECTRA, ERNIE, ROBERTA, ROBERTA_PRELAYERNORM
+from torch_ext.encoder.huggingface.deberta import DEBERTA, DEBERTA_V2
 from torch_ext.encoder.huggingface.distilbert import DISTILBERT
 from torch_ext.encoder.huggingface.modernbert import MODERNBERT
 from torch_ext.encoder.huggingface.mpnet import MPNET
@@ -30,6 +31,8 @@ _TABLE: Mapping[str, Architecture] = {
     "rembert": REMBERT,
     "roberta-prelayernorm": ROBERTA_PRELAYERNORM,
     "data2vec-text": DATA2VEC,
+    "deberta": DEBERTA,
+    "deberta-v2": DEBERTA_V2,
 }
 
 ARCHITECTURES: tuple[str, ...] = tuple(_TABLE)
