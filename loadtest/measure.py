@@ -56,6 +56,10 @@ class Samples:
                 return duration_ms
         return None
 
+    def within(self, limit_ms: float) -> int:
+        """How many durations do not exceed a limit."""
+        return sum(count for duration_ms, count in self.counts.items() if duration_ms <= limit_ms)
+
     def to_wire(self) -> list[Any]:
         """A form that msgpack carries from a worker to the master."""
         return [self.sum_ms, list(self.counts.items())]
@@ -138,6 +142,10 @@ class Collector:
         for name, duration_ms in stages.items():
             self.stages.setdefault(name, Samples()).add(duration_ms)
 
+    def goodput(self, within_ms: float | None) -> int:
+        """Requests that were answered rightly within a time, or at all without one."""
+        return self.good if within_ms is None else self.latency.within(within_ms)
+
     def merge(self, other: Collector) -> None:
         """Adds all counts of another."""
         for name in self._COUNTS:
@@ -198,26 +206,48 @@ def _percentiles(samples: Samples, fractions: Iterable[float]) -> dict[str, floa
 class Objectives:
     """Limits that a load test must keep; None means no limit.
 
+    Goodput is what was answered rightly within `within_ms`; without `within_ms`, whatever was answered rightly.
+
     Attributes:
         p95_ms: 95 % of the good requests take at most that long.
         error_rate: At most that part of all requests fails, between 0 and 1.
         refused_rate: At most that part of all requests is turned away with status 429, between 0 and 1.
+        p50_ms: Half of the good requests take at most that long.
+        p99_ms: 99 % of the good requests take at most that long.
+        within_ms: How long a request may take to be part of the goodput.
+        goodput_per_s: At least so many requests per second are goodput.
+        goodput_rate: At least that part of all requests is goodput, between 0 and 1.
     """
 
     p95_ms: float | None = None
     error_rate: float | None = None
     refused_rate: float | None = None
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    within_ms: float | None = None
+    goodput_per_s: float | None = None
+    goodput_rate: float | None = None
 
     @property
     def given(self) -> bool:
         """Whether there is any limit."""
-        return any(limit is not None for limit in (self.p95_ms, self.error_rate, self.refused_rate))
+        limits = (*self.percentiles.values(), self.error_rate, self.refused_rate, self.goodput_per_s, self.goodput_rate)
+        return any(limit is not None for limit in limits)
 
-    def judge(self, collector: Collector) -> list[tuple[bool, str]]:
+    @property
+    def percentiles(self) -> dict[float, float | None]:
+        """Limits of percentiles in milliseconds, by the part of the requests that keeps them."""
+        return {0.5: self.p50_ms, 0.95: self.p95_ms, 0.99: self.p99_ms}
+
+    def judge(self, collector: Collector, seconds: float = 0.0) -> list[tuple[bool, str]]:
         """Compares a load test with the limits.
 
         Without a limit on errors, one error misses: a test that nobody set limits for should not pass broken. A test in
         which nothing was answered rightly misses whatever the limits are.
+
+        Args:
+            collector: What was counted.
+            seconds: How long requests that count were started; for `goodput_per_s` only.
 
         Returns:
             For each limit whether it was kept, and a sentence that says so with numbers.
@@ -228,10 +258,11 @@ class Objectives:
             )
             return [(False, reason)]
         verdicts: list[tuple[bool, str]] = []
-        if self.p95_ms is not None:
-            measured = collector.latency.percentile(0.95)
-            assert measured is not None  # There are good requests, and each has a latency.
-            verdicts.append(_compare(measured <= self.p95_ms, f"p95 {measured:g} ms", f"{self.p95_ms:g} ms"))
+        for part, limit in self.percentiles.items():
+            if limit is not None:
+                measured = collector.latency.percentile(part)
+                assert measured is not None  # There are good requests, and each has a latency.
+                verdicts.append(_compare(measured <= limit, f"p{100 * part:g} {measured:g} ms", f"{limit:g} ms"))
         error_limit = self.error_rate if self.given else 0.0
         for what, count, limit in (
             ("error rate", collector.errors, error_limit),
@@ -242,7 +273,18 @@ class Objectives:
                 verdicts.append(
                     _compare(rate <= limit, f"{what} {100 * rate:.3g} % ({count} requests)", f"{100 * limit:g} %")
                 )
+        goodput = collector.goodput(self.within_ms)
+        if self.goodput_rate is not None:
+            rate = goodput / collector.total
+            verdicts.append(_reach(rate >= self.goodput_rate, f"{100 * rate:.3g} %", f"{100 * self.goodput_rate:g} %"))
+        if self.goodput_per_s is not None:
+            rate = goodput / seconds if seconds > 0 else 0.0
+            verdicts.append(_reach(rate >= self.goodput_per_s, f"{rate:.4g}/s", f"{self.goodput_per_s:g}/s"))
         return verdicts
+
+
+def _reach(kept: bool, measured: str, limit: str) -> tuple[bool, str]:
+    return kept, f"goodput {measured} {'>=' if kept else '<'} {limit}"
 
 
 def _compare(kept: bool, measured: str, limit: str) -> tuple[bool, str]:

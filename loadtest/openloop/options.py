@@ -1,0 +1,247 @@
+"""Options of the open load test, checked."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadtest.measure import Objectives
+from loadtest.options import CannotStartError
+from loadtest.tasks import TASKS
+
+from .arrivals import PROCESSES
+from .lengths import parse_counts, parse_lengths
+
+__all__ = ["OBJECTIVES", "SHAPES", "Settings", "add_load_options", "add_slo_options", "read_objectives"]
+
+SHAPES = ("steady", "soak", "steps", "spike", "diurnal", "at-once")
+
+KEY_VARIABLE = "LOADTEST_API_KEY"
+
+OBJECTIVES = {
+    "p50_ms": "half of the right answers take at most that long",
+    "p95_ms": "95 %% of the right answers take at most that long",
+    "p99_ms": "99 %% of the right answers take at most that long",
+    "error_rate": "at most that part of the requests fails, 0 to 1; 429 is counted apart",
+    "refused_rate": "at most that part of the requests is refused with status 429, 0 to 1",
+    "within_ms": "answers that take longer are no goodput",
+    "goodput_per_s": "at least so many requests per second are goodput",
+    "goodput_rate": "at least that part of the requests is goodput, 0 to 1",
+}
+"""Limits, by their names in an SLO file, and what they mean; options are called alike."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run sends, when, and how; the API key is not part of it. Names and units are those of the options."""
+
+    host: str = ""
+    task: str = "embed"
+    inputs_per_request: str = "1"
+    lengths: str = "texts"
+    texts: str = ""
+    text_count: int = 2000
+    max_chars: int = 2000
+    seed: int = 0
+    encoding_format: str = "float"
+    model: str = ""
+    mask_token: str = ""
+    top_k: int = 5
+    ca: str = ""
+    request_timeout_s: float = 30.0
+    shape: str = "steady"
+    process: str = "poisson"
+    rate: float = 0.0
+    rate_to: float = 0.0
+    duration_s: float = 30.0
+    warm_up_s: float = 2.0
+    steps: int = 8
+    spike_every_s: float = 60.0
+    spike_s: float = 10.0
+    day_s: float = 600.0
+    count: int = 10_000
+    trace: str = ""
+    trace_speed: float = 1.0
+    connections: int = 16
+    max_connections: int = 4096
+    max_lag_ms: float = 10.0
+    max_cpu: float = 0.9
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Settings:
+        """Takes the values of options, and checks them.
+
+        Args:
+            values: By name; others are left out, None stands for the default.
+
+        Raises:
+            CannotStartError: One is out of range, or does not go with another.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        settings = cls(**{name: value for name, value in values.items() if name in fields and value is not None})
+        if settings.shape == "at-once" and not settings.trace:
+            settings = dataclasses.replace(settings, warm_up_s=0.0)
+        settings.check()
+        return settings
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of every request."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        return headers
+
+    def trust(self) -> ssl.SSLContext | None:
+        """Which certificates are trusted; None for those of this system.
+
+        Raises:
+            CannotStartError: The file of certificates cannot be read.
+        """
+        if not self.ca:
+            return None
+        try:
+            return ssl.create_default_context(cafile=self.ca)
+        except OSError as error:
+            raise CannotStartError(f"--ca: expected a file of certificates in PEM, {self.ca}: {error}") from error
+
+    def check(self) -> None:
+        """Looks at every value.
+
+        Raises:
+            CannotStartError: One is out of range, or does not go with another.
+        """
+        parse_lengths(self.lengths)
+        parse_counts(self.inputs_per_request)
+        for name in ("text_count", "max_chars", "top_k", "count", "connections", "max_connections"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("request_timeout_s", "duration_s", "spike_every_s", "spike_s", "day_s", "trace_speed"):
+            self._expect(name, 0 < getattr(self, name) < float("inf"), "more than 0")
+        for name in ("max_lag_ms", "max_cpu"):
+            self._expect(name, getattr(self, name) > 0, "more than 0")
+        self._expect("warm_up_s", self.warm_up_s >= 0, "at least 0")
+        self._expect("steps", self.steps >= 2, "at least 2")
+        if self.trace or self.shape == "at-once":
+            return
+        self._expect("rate", 0 < self.rate < float("inf"), "arrivals per second, more than 0")
+        if self.shape in ("steps", "spike", "diurnal"):
+            self._expect(
+                "rate_to", self.rate < self.rate_to < float("inf"), f"more than --rate with --shape {self.shape}"
+            )
+        if self.shape == "spike":
+            self._expect("spike_s", self.spike_s < self.spike_every_s, "less than --spike-every-s")
+        if self.warm_up_s >= self.duration_s:
+            raise CannotStartError(
+                f"the run of {self.duration_s:g} s ends within its warm-up of {self.warm_up_s:g} s: make --duration-s "
+                "longer or lower --warm-up-s"
+            )
+
+    def _expect(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            flag = "--" + name.replace("_", "-")
+            raise CannotStartError(f"{flag}: expected {expected}, got {getattr(self, name):g}")
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says what is sent, and when."""
+    known = {field.name: field.default for field in dataclasses.fields(Settings)}
+
+    def add(group: Any, flag: str, text: str, **more: Any) -> None:
+        default = known[flag[2:].replace("-", "_")]
+        if default not in ("", 0.0) or flag == "--seed":
+            text += f" (default: {default})"
+        if not isinstance(default, str):
+            more = {"type": type(default), "metavar": flag.rpartition("-")[2].upper(), **more}
+        group.add_argument(flag, help=text, **more)
+
+    group = parser.add_argument_group("Server under test")
+    add(group, "--host", "address of the server, such as http://127.0.0.1:8000 or https://...", required=True)
+    add(group, "--task", "endpoint to test", choices=sorted(TASKS), metavar="NAME")
+    add(group, "--inputs-per-request", "texts in a request: a number, or a range such as 1-8", metavar="N")
+    add(group, "--texts", "texts to send, one a line, or JSON lines (default: docstrings of Python)", metavar="FILE")
+    add(group, "--lengths", "words of a text: texts, fixed:N, uniform:LOW:HIGH, lognormal:MEDIAN:SIGMA", metavar="FORM")
+    add(group, "--text-count", "how many different texts")
+    add(group, "--max-chars", "cut texts to this length")
+    add(group, "--seed", "which texts and arrival times")
+    add(group, "--encoding-format", "for --task openai", choices=("float", "base64"))
+    add(group, "--model", "name of the model where a task sends one (default: the server's first)")
+    add(group, "--mask-token", "for tasks that fill masks (default: the server's own)")
+    add(group, "--top-k", "candidates for each mask")
+    add(group, "--request-timeout-s", "an answer that takes longer is an error")
+    add(group, "--ca", "trust the certificates in this file, instead of the system's", metavar="FILE")
+    group.add_argument(
+        "--api-key", default="", metavar="KEY", help=f"sent as a bearer token (better in the variable {KEY_VARIABLE})"
+    )
+    group = parser.add_argument_group("Arrivals")
+    add(group, "--shape", "rate over time", choices=SHAPES)
+    add(group, "--process", "arrivals at random, or evenly spread", choices=PROCESSES)
+    add(group, "--rate", "arrivals per second; the lowest with steps, spike and diurnal", metavar="PER_S")
+    add(group, "--rate-to", "the highest rate, with steps, spike and diurnal", metavar="PER_S")
+    add(group, "--duration-s", "of the run")
+    add(group, "--warm-up-s", "requests count that are to start from then on")
+    add(group, "--steps", "how many, with --shape steps", metavar="N")
+    add(group, "--spike-every-s", "interval with one spike, with --shape spike")
+    add(group, "--spike-s", "length of a spike")
+    add(group, "--day-s", "length of a day, with --shape diurnal")
+    add(group, "--count", "how many requests, with --shape at-once", metavar="N")
+    add(group, "--trace", "arrival times in seconds, one a line, instead of a shape", metavar="FILE")
+    add(group, "--trace-speed", "how many times faster than recorded", metavar="FACTOR")
+    group = parser.add_argument_group("Generator")
+    add(group, "--connections", "connections opened ahead of the load", metavar="N")
+    add(group, "--max-connections", "most connections of a process", metavar="N")
+    add(group, "--max-lag-ms", "void if 1 %% of the requests were sent later than that")
+    add(group, "--max-cpu", "void if a process of the generator used more of a core", metavar="PART")
+    group.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="processes that make load here (default: 1)"
+    )
+    group.add_argument(
+        "--expect-workers", type=int, default=0, metavar="N", help="wait for N others: python -m loadtest worker"
+    )
+    group.add_argument(
+        "--expect-workers-max-wait-s", type=float, default=60.0, metavar="S", help="void after that (default: 60)"
+    )
+    group.add_argument(
+        "--bind", default="127.0.0.1:0", metavar="HOST:PORT", help="where workers connect to (default: 127.0.0.1:0)"
+    )
+
+
+def add_slo_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the limits that decide the exit code."""
+    group = parser.add_argument_group("Limits that decide the exit code (0 kept, 1 missed, 2 void)")
+    group.add_argument("--slo", default="", metavar="FILE", help='a JSON object of limits, such as {"p99_ms": 200}')
+    for name, text in OBJECTIVES.items():
+        group.add_argument("--slo-" + name.replace("_", "-"), type=float, metavar="NUMBER", help=text)
+
+
+def read_objectives(values: dict[str, Any]) -> Objectives:
+    """The limits of a file and of options, which come first.
+
+    Raises:
+        CannotStartError: The file cannot be read, or a limit is unknown or out of range.
+    """
+    limits: dict[str, Any] = {}
+    if values.get("slo"):
+        path = Path(values["slo"])
+        try:
+            limits = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise CannotStartError(f"--slo: cannot read {path}: {error}") from error
+        if not isinstance(limits, dict):
+            raise CannotStartError(f"--slo: expected a JSON object in {path}, got {type(limits).__name__}")
+    if unknown := sorted(set(limits) - set(OBJECTIVES)):
+        raise CannotStartError(f"--slo: expected some of {', '.join(OBJECTIVES)}, got {unknown[0]!r}")
+    limits |= {name: values[f"slo_{name}"] for name in OBJECTIVES if values.get(f"slo_{name}") is not None}
+    for name, limit in limits.items():
+        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        highest = 1 if name.endswith("_rate") else float("inf")
+        lowest = 0 if name.endswith("_rate") else 1e-9
+        if not number or not lowest <= limit <= highest:
+            expected = "between 0 and 1" if name.endswith("_rate") else "more than 0"
+            raise CannotStartError(f"SLO {name}: expected a number {expected}, got {limit!r}")
+    return Objectives(**{name: float(limit) for name, limit in limits.items()})

@@ -1,0 +1,124 @@
+"""From what was counted to kept, missed or void."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from loadtest.measure import Objectives
+
+from .engine import Outcome
+from .options import Settings
+from .plan import planned_s
+from .record import Second, bucket_ms, percentile_of
+
+__all__ = ["EXIT_KEPT", "EXIT_MISSED", "EXIT_VOID", "Verdict", "judge", "point_of", "void_reasons"]
+
+EXIT_KEPT, EXIT_MISSED, EXIT_VOID = 0, 1, 2
+
+
+@dataclass
+class Verdict:
+    """What a run says.
+
+    Attributes:
+        limits: Of each limit whether it was kept, and a sentence that says so with numbers.
+        void: Why its numbers mean nothing; empty if they do.
+    """
+
+    limits: list[tuple[bool, str]] = field(default_factory=list)
+    void: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> bool:
+        """Whether every limit was kept."""
+        return all(kept for kept, _ in self.limits)
+
+    @property
+    def exit_code(self) -> int:
+        """0 kept, 1 missed, 2 void."""
+        return EXIT_VOID if self.void else EXIT_KEPT if self.kept else EXIT_MISSED
+
+
+def void_reasons(outcome: Outcome, settings: Settings) -> list[str]:
+    """Why the numbers of a run are those of the generator, or of a part of it, rather than the server's."""
+    reasons = list(outcome.lost)
+    if not outcome.record.collector.total and not outcome.lost:
+        reasons.append("no request ended that counts: make the run longer, the rate higher, or the warm-up shorter")
+    if settings.shape == "at-once" and not settings.trace:
+        return reasons  # The generator holds back on purpose what the server cannot take yet.
+    lag_ms = outcome.record.lag.percentile(0.99)
+    advice = "give it a core of its own, another machine, or --processes 2"
+    if lag_ms is not None and lag_ms > settings.max_lag_ms:
+        reasons.append(
+            f"the generator was late: it sent 1 % of the requests more than {lag_ms:g} ms after their time (limit "
+            f"{settings.max_lag_ms:g} ms); {advice}"
+        )
+    if outcome.cpu > settings.max_cpu:
+        reasons.append(
+            f"the generator used {outcome.cpu:.0%} of a core (limit {settings.max_cpu:.0%}): latencies hold its own "
+            f"delay; {advice}"
+        )
+    if outcome.waited:
+        reasons.append(
+            f"{outcome.waited} requests waited in the generator for one of {settings.max_connections} connections at "
+            "most: raise --max-connections (and the limit of open files), or lower the rate"
+        )
+    return reasons
+
+
+def measured_s(outcome: Outcome, settings: Settings) -> float:
+    """For how many seconds requests that count were started; where all come at once, until the last was answered."""
+    last_sent_s, last_answer_s = outcome.record.last_s
+    if settings.shape == "at-once" and not settings.trace:
+        return last_answer_s
+    planned = planned_s(settings)
+    return min(planned, last_sent_s - settings.warm_up_s) if outcome.interrupted else planned
+
+
+def judge(outcome: Outcome, settings: Settings, objectives: Objectives) -> Verdict:
+    """Compares a run with its limits.
+
+    Args:
+        outcome: What was counted.
+        settings: Of the run.
+        objectives: The limits.
+    """
+    limits = objectives.judge(outcome.record.collector, measured_s(outcome, settings))
+    return Verdict(limits, void_reasons(outcome, settings))
+
+
+def point_of(seconds: list[Second], length_s: float, objectives: Objectives) -> dict[str, Any]:
+    """A point of the curve of latency over throughput.
+
+    Args:
+        seconds: What happened in one step, or one run at a steady rate.
+        length_s: How long it took.
+        objectives: The limits; those of the curve are kept or missed by its own numbers.
+
+    Returns:
+        Rates per second, percentiles in milliseconds, parts of the requests, and ``kept``.
+    """
+    whole = Second.sum(seconds)
+    percentiles = {f"p{100 * part:g}_ms": percentile_of(whole.latency, part) for part in (0.5, 0.95, 0.99)}
+    within = objectives.within_ms or math.inf
+    goodput = sum(count for bucket, count in whole.latency.items() if bucket_ms(bucket) <= within)
+    total = max(1, whole.arrivals)
+    point = {
+        "arrivals_per_s": whole.arrivals / length_s,
+        "answered_per_s": whole.good / length_s,
+        "goodput_per_s": goodput / length_s,
+        "texts_per_s": whole.texts / length_s,
+        **percentiles,
+        "error_rate": whole.errors / total,
+        "refused_rate": whole.refused / total,
+    }
+    limits = (
+        *((percentiles[f"p{100 * part:g}_ms"], limit) for part, limit in objectives.percentiles.items()),
+        (point["error_rate"], objectives.error_rate if objectives.given else 0.0),
+        (point["refused_rate"], objectives.refused_rate),
+        *((-goodput / total, -limit) for limit in [objectives.goodput_rate] if limit is not None),
+    )
+    kept = whole.good > 0 and all(value is not None and value <= limit for value, limit in limits if limit is not None)
+    return {**point, "kept": kept}
