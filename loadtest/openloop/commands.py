@@ -13,8 +13,9 @@ from loadtest.options import CannotStartError
 from loadtest.probe import check_host, check_server, learn_traits
 from loadtest.tasks import TASKS, Traits
 
+from .knee import Search, find_knee
 from .options import KEY_VARIABLE, Settings, add_load_options, add_slo_options, read_objectives
-from .result import describe_run, run_result
+from .result import describe_run, knee_result, run_result
 from .schema import write_result
 from .team import Team, lead, work
 from .verdict import EXIT_VOID, judge
@@ -31,6 +32,13 @@ def parser() -> argparse.ArgumentParser:
     add_load_options(run)
     add_slo_options(run)
     run.add_argument("-o", "--output", default="", metavar="FILE", help="write the result as JSON")
+
+    knee = commands.add_parser("knee", help="search the highest rate that keeps the limits")
+    add_load_options(knee)
+    add_slo_options(knee)
+    knee.add_argument("--precision", type=float, default=0.05, metavar="PART", help="when to end (default: 0.05)")
+    knee.add_argument("-o", "--output", default="", metavar="FILE", help="write the result as JSON")
+    knee.set_defaults(duration_s=12.0, rate=1.0, rate_to=100_000.0)
 
     worker = commands.add_parser("worker", help="make a part of the load of a leader on this machine")
     worker.add_argument("--join", required=True, metavar="HOST:PORT", help="where the leader listens (its --bind)")
@@ -85,6 +93,26 @@ async def _run(given: argparse.Namespace, command: Sequence[str]) -> int:
     return verdict.exit_code
 
 
+async def _knee(given: argparse.Namespace, command: Sequence[str]) -> int:
+    settings, objectives = _settings(given), read_objectives(vars(given))
+    if settings.shape != "steady" or settings.trace:
+        raise CannotStartError("knee: expected no --shape and no --trace; each trial has one rate")
+    search = Search(settings.rate, settings.rate_to, given.precision)
+    search.check(objectives)
+    traits = _learn(settings)
+    async with lead(*_team(given)) as team:
+        _stop_on_interrupt(team)
+        found = await find_knee(team, settings, traits, objectives, search, lambda line: print(line, flush=True))
+    if given.output:
+        write_result(given.output, knee_result(command, settings, objectives, traits, found.as_fields()))
+    for reason in found.void:
+        print(f"{'VOID':10} {reason}")
+    if found.kept is not None:
+        upper = f", missed at {found.missed:.4g}/s" if found.missed else ""
+        print(f"{'knee':10} {found.kept:.4g} requests/s keep the limits{upper}")
+    return found.exit_code
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs a command.
 
@@ -99,6 +127,8 @@ def main(arguments: Sequence[str]) -> int:
         match given.command:
             case "run":
                 return asyncio.run(_run(given, arguments))
+            case "knee":
+                return asyncio.run(_knee(given, arguments))
             case "worker":
                 return asyncio.run(work(given.join))
     except CannotStartError as error:

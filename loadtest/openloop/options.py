@@ -134,6 +134,9 @@ class Settings:
             self._expect(
                 "rate_to", self.rate < self.rate_to < float("inf"), f"more than --rate with --shape {self.shape}"
             )
+        if self.shape == "steps":
+            step_s = self.duration_s / self.steps
+            self._expect("duration_s", step_s >= 3, f"at least 3 s for each of {self.steps} steps")
         if self.shape == "spike":
             self._expect("spike_s", self.spike_s < self.spike_every_s, "less than --spike-every-s")
         if self.warm_up_s >= self.duration_s:

@@ -21,7 +21,7 @@ from .options import Settings
 from .plan import profile_of
 from .record import GROWTH, Second, bucket_ms, percentile_of
 from .schema import KNEE_FORMAT, RUN_FORMAT
-from .verdict import Verdict, measured_s, point_of
+from .verdict import Verdict, measured_s, point_of, point_of_run
 
 __all__ = ["describe_run", "knee_result", "run_result"]
 
@@ -79,26 +79,23 @@ def _common(
 
 def steps_of(outcome: Outcome, settings: Settings, objectives: Objectives) -> list[dict[str, Any]]:
     """A point for each step of the run, or one for a run at one rate; none where the rate changes otherwise."""
-    seconds = outcome.record.seconds
-    if settings.shape == "steps" and not settings.trace:
-        profile = profile_of(settings)
-        assert profile is not None
-        bounds = [(start, end, rate) for (start, rate), (end, _) in zip(*[iter(profile.points)] * 2, strict=True)]
-        bounds = [(start + _SETTLE * (end - start), end, rate) for start, end, rate in bounds]
-    elif settings.trace or settings.shape in ("steady", "soak", "at-once"):
+    if settings.trace or settings.shape in ("steady", "soak", "at-once"):
         length_s = measured_s(outcome, settings)
-        start_s = 0.0 if settings.shape == "at-once" and not settings.trace else settings.warm_up_s
-        bounds = [(start_s, start_s + length_s, outcome.record.collector.total / length_s if length_s else 0.0)]
-    else:
-        bounds = []
+        if length_s <= 0:
+            return []
+        point = point_of_run(outcome.record.collector, length_s, objectives)
+        return [{**point, "rate": point["arrivals_per_s"]}]
+    if settings.shape != "steps":
+        return []
+    profile = profile_of(settings)
+    assert profile is not None
     points = []
-    for start_s, end_s, rate in bounds:
-        # Whole seconds: what is counted is counted by the second. Where all comes at once, that is the first one.
-        numbers = range(math.ceil(start_s), max(math.ceil(start_s) + 1, math.floor(end_s)))
-        found = [seconds[number] for number in numbers if number in seconds]
-        if found and end_s > start_s:
-            length_s = end_s - start_s if settings.shape == "at-once" else float(len(numbers))
-            points.append({**point_of(found, length_s, objectives), "rate": rate})
+    for (start_s, rate), (end_s, _) in zip(*[iter(profile.points)] * 2, strict=True):
+        # Whole seconds: what is counted is counted by the second.
+        numbers = range(math.ceil(start_s + _SETTLE * (end_s - start_s)), math.floor(end_s))
+        found = [outcome.record.seconds[number] for number in numbers if number in outcome.record.seconds]
+        if found:
+            points.append({**point_of(found, float(len(numbers)), objectives), "rate": rate})
     return points
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from loadtest.measure import Objectives
+from loadtest.measure import Collector, Objectives
 
 from .engine import Outcome
 from .options import Settings
 from .plan import planned_s
-from .record import Second, bucket_ms, percentile_of
+from .record import Second, bucket_ms
 
-__all__ = ["EXIT_KEPT", "EXIT_MISSED", "EXIT_VOID", "Verdict", "judge", "point_of", "void_reasons"]
+__all__ = ["EXIT_KEPT", "EXIT_MISSED", "EXIT_VOID", "Verdict", "judge", "point_of", "point_of_run", "void_reasons"]
 
 EXIT_KEPT, EXIT_MISSED, EXIT_VOID = 0, 1, 2
 
@@ -90,35 +89,33 @@ def judge(outcome: Outcome, settings: Settings, objectives: Objectives) -> Verdi
 
 
 def point_of(seconds: list[Second], length_s: float, objectives: Objectives) -> dict[str, Any]:
-    """A point of the curve of latency over throughput.
+    """A point of the curve of latency over throughput, from a step of a run.
 
     Args:
-        seconds: What happened in one step, or one run at a steady rate.
+        seconds: What happened in the step.
         length_s: How long it took.
-        objectives: The limits; those of the curve are kept or missed by its own numbers.
+        objectives: The limits.
 
     Returns:
-        Rates per second, percentiles in milliseconds, parts of the requests, and ``kept``.
+        Rates per second, percentiles in milliseconds, parts of the requests, and whether the limits were ``kept``.
     """
     whole = Second.sum(seconds)
-    percentiles = {f"p{100 * part:g}_ms": percentile_of(whole.latency, part) for part in (0.5, 0.95, 0.99)}
-    within = objectives.within_ms or math.inf
-    goodput = sum(count for bucket, count in whole.latency.items() if bucket_ms(bucket) <= within)
-    total = max(1, whole.arrivals)
-    point = {
-        "arrivals_per_s": whole.arrivals / length_s,
-        "answered_per_s": whole.good / length_s,
-        "goodput_per_s": goodput / length_s,
-        "texts_per_s": whole.texts / length_s,
-        **percentiles,
-        "error_rate": whole.errors / total,
-        "refused_rate": whole.refused / total,
+    collector = Collector(whole.good, whole.refused, whole.errors, whole.texts)
+    for bucket, count in whole.latency.items():
+        collector.latency.counts[bucket_ms(bucket)] += count
+    return point_of_run(collector, length_s, objectives)
+
+
+def point_of_run(collector: Collector, length_s: float, objectives: Objectives) -> dict[str, Any]:
+    """The same from a whole run at one rate."""
+    total = max(1, collector.total)
+    return {
+        "arrivals_per_s": collector.total / length_s,
+        "answered_per_s": collector.good / length_s,
+        "goodput_per_s": collector.goodput(objectives.within_ms) / length_s,
+        "texts_per_s": collector.texts / length_s,
+        **{f"p{100 * part:g}_ms": collector.latency.percentile(part) for part in objectives.percentiles},
+        "error_rate": collector.errors / total,
+        "refused_rate": collector.refused / total,
+        "kept": all(kept for kept, _ in objectives.judge(collector, length_s)),
     }
-    limits = (
-        *((percentiles[f"p{100 * part:g}_ms"], limit) for part, limit in objectives.percentiles.items()),
-        (point["error_rate"], objectives.error_rate if objectives.given else 0.0),
-        (point["refused_rate"], objectives.refused_rate),
-        *((-goodput / total, -limit) for limit in [objectives.goodput_rate] if limit is not None),
-    )
-    kept = whole.good > 0 and all(value is not None and value <= limit for value, limit in limits if limit is not None)
-    return {**point, "kept": kept}
