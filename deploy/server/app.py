@@ -54,13 +54,14 @@ class App:
         models: The models; a request that names none is for the first.
         metrics: What is counted.
         budget: Memory of all requests and connections.
+        settings: Of the server.
     """
 
     def __init__(self, settings: Settings, routes: Sequence[Route] = ROUTES) -> None:
         """Serves nothing before `use`."""
         self.models: tuple[Model, ...] = ()
         self.budget = MemoryBudget.of(settings.max_memory_mb, self._retry_after)
-        self._settings = settings
+        self.settings = settings
         self._rows = routes
         self._counted: list[Metrics] = []
         self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
@@ -85,7 +86,7 @@ class App:
             metrics = Metrics()
             self._register(metrics, len(self._counted))
             self._counted.append(metrics)
-        settings = dataclasses.replace(self._settings, **own)
+        settings = dataclasses.replace(self.settings, **own)
         return Model(manifest, tokenizer, batcher, settings, self._counted[place], self.budget)
 
     def _register(self, metrics: Metrics, place: int) -> None:

@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"0 takes a free one and prints it (default: {PORT_VARIABLE} of the environment, else {defaults.port})",
     )
     parser.add_argument(
+        "--admin-address",
+        metavar="HOST:PORT",
+        help="where operators ask: POST /admin/reload loads the models again, as SIGHUP does, and answers whether they "
+        "are served. Whoever reaches it may do so: 127.0.0.1:8001, say (default: none)",
+    )
+    parser.add_argument(
         "--threads", type=_positive, help="threads of the engine (default: CPU quota of the container, rounded down)"
     )
     parser.add_argument(
@@ -78,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get(WORKERS_VARIABLE) or None,
         metavar="N|auto",
         help="processes that serve together on one copy of the weights, each with its own CPUs and --threads; auto: by "
-        "the CPUs. SIGHUP loads the bundle again. Limits of tokens and memory are shared out among them "
+        "the CPUs. Limits of tokens and memory are shared out among them "
         f"(default: {WORKERS_VARIABLE} of the environment, else this process alone)",
     )
     limits = parser.add_argument_group("limits")

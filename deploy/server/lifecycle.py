@@ -54,6 +54,8 @@ class Server(uvicorn.Server):
     Attributes:
         exit_code: 0, or 1 if the drain timed out or the engine ended by itself, or 2 if the model could not be loaded.
         load_error: Why the model could not be loaded, or None.
+        on_leaving: Called when the server begins to stop.
+        on_listening: Called on the event loop once, when connections are accepted.
     """
 
     def __init__(self, app: App, settings: Settings, on_ready: Callable[[], None]) -> None:
@@ -75,6 +77,8 @@ class Server(uvicorn.Server):
         self._app = app
         self._settings = settings
         self._on_ready = on_ready
+        self.on_leaving: Callable[[], None] = lambda: None
+        self.on_listening: Callable[[], None] = lambda: None
         self._loading: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -88,6 +92,7 @@ class Server(uvicorn.Server):
         """Listens, and starts to load the model."""
         await super().startup(sockets)
         self._loading = asyncio.get_running_loop().create_task(self._load())
+        self.on_listening()
 
     async def _load(self) -> None:
         try:
@@ -111,11 +116,14 @@ class Server(uvicorn.Server):
         """Loads models, all at once.
 
         Raises:
-            BaseException: The first that any loading raised.
+            BaseException: The first that any loading raised; all have ended then.
         """
         for model in models:
             model.batcher.on_death = self._stop_without_engine
-        await asyncio.gather(*(model.batcher.start() for model in models))
+        done = await asyncio.gather(*(model.batcher.start() for model in models), return_exceptions=True)
+        for outcome in done:
+            if outcome is not None:
+                raise outcome
         for model in models:
             model.announce()
 
@@ -153,6 +161,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drains: answers everything that was accepted."""
         self._app.draining = True
+        self.on_leaving()
         loading = not self._app.running
         if not loading:
             await asyncio.sleep(self._settings.drain_delay_s)

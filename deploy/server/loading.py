@@ -18,7 +18,6 @@ from .wanted import Wanted, check_names, describe, threads_of, wanted
 if TYPE_CHECKING:
     from ..engines.engine import Engine
     from .app import App
-    from .limits.bounds import Settings
     from .models import Model
     from .service import TextTokenizer
 
@@ -121,15 +120,15 @@ class Loading:
         self._tokenizer.set_result(tokenizer)
         return tokenizer
 
-    def model(self, app: App, settings: Settings) -> Model:
+    def model(self, app: App) -> Model:
         """What the server serves, after `verified`; the engine is loaded by its batcher.
 
         Args:
             app: Of the server.
-            settings: Of the server.
         """
         from .service import Batcher
 
+        settings = app.settings
         tokenizer = self._tokenizer.result()
         self.selection.prepare(tokenizer.vocab_size, settings.measure_limit_s)
         batcher = Batcher(
@@ -146,6 +145,11 @@ class Loading:
         )
         return self._model
 
+    def cancel(self) -> None:
+        """Gives up: whoever waits for it need not any more."""
+        self._tokenizer.cancel()
+        self.selection.cancel()
+
     @property
     def loaded(self) -> Loaded:
         """What it turned out to be, once it is loaded."""
@@ -154,7 +158,8 @@ class Loading:
     def _load(self) -> Engine:
         try:
             choice = self.selection.decide()
-            engine, self.isa = self._open(choice.variant) if self._opened is None else self._opened.result()
+            opened, self._opened = self._opened, None  # The engine is the batcher's alone.
+            engine, self.isa = self._open(choice.variant) if opened is None else opened.result()
         except (BundleError, LoadCancelled):
             raise
         except Exception as error:  # What the engine says of a file.

@@ -24,6 +24,7 @@ __all__ = [
     "Process",
     "UsageError",
     "missing",
+    "open_admin",
     "open_listener",
     "port_of",
     "settle_threads",
@@ -42,6 +43,22 @@ class UsageError(Exception):
 def missing(error: ModuleNotFoundError) -> str:
     """What to do about a package that is not there."""
     return f"the package {error.name} is missing; install the extra: pip install 'torch-ext[serve]'"
+
+
+def open_admin(address: str) -> socket.socket:
+    """A listening socket at `--admin-address`.
+
+    Raises:
+        UsageError: There can be none with this address.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        return listen(host.strip("[]"), int(port), backlog=16)
+    except (OSError, ValueError, OverflowError) as error:
+        raise UsageError(
+            f"--admin-address: cannot listen on {address}: {error}; expected HOST:PORT with a free port, such as "
+            "127.0.0.1:8001"
+        ) from error
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -108,7 +125,13 @@ class Loaded(NamedTuple):
 
 
 class Process:
-    """The only process of a server. What is of one model is asked for by its place among the models."""
+    """The only process of a server. What is of one model is asked for by its place among the models.
+
+    Attributes:
+        reloads: Whether this process loads the models again when it is asked to.
+    """
+
+    reloads = True
 
     def __init__(self) -> None:
         self._url = ""
@@ -163,9 +186,14 @@ class Process:
 
         return Server(app, settings, on_ready)
 
-    def announce(self, loaded: Sequence[Loaded]) -> None:
-        """Called when everything is ready."""
-        print(f"serving {started(self._url, loaded)}", flush=True)
+    def announce(self, loaded: Sequence[Loaded], again: bool = False) -> None:
+        """Called when everything is ready.
+
+        Args:
+            loaded: What is served.
+            again: Something was served before.
+        """
+        print(f"{'reloaded, ' if again else ''}serving {started(self._url, loaded)}", flush=True)
 
 
 def started(url: str, loaded: Sequence[Loaded]) -> str:

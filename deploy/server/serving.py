@@ -9,12 +9,17 @@ import argparse
 import logging
 import os
 import signal
+from typing import TYPE_CHECKING
 
 from ..bundle import BundleError
 from .limits.bounds import Settings
 from .loading import begin
 from .logs import ACCESS, start_logging
-from .process import Process, port_of, settle_threads
+from .process import Process, open_admin, port_of, settle_threads
+
+if TYPE_CHECKING:
+    from .app import App
+    from .lifecycle import Server
 
 __all__ = ["serve"]
 
@@ -56,6 +61,28 @@ def _settings(arguments: argparse.Namespace, port: int, threads: int) -> Setting
     )
 
 
+def _reload_when_asked(arguments: argparse.Namespace, process: Process, threads: int, app: App, server: Server) -> None:
+    """Lets SIGHUP, and whoever asks at `--admin-address`, load the models again.
+
+    Raises:
+        UsageError: The address cannot be used.
+    """
+    from .reloading import Reloader
+
+    reloader = Reloader(arguments, process, threads, app, server)
+    sock = None if arguments.admin_address is None else open_admin(arguments.admin_address)
+
+    def listening() -> None:
+        reloader.attach()
+        if sock is not None:
+            from .admin import Admin
+
+            Admin(sock, reloader.ask)
+
+    server.on_listening = listening
+    server.on_leaving = reloader.cancel
+
+
 def serve(arguments: argparse.Namespace, process: Process) -> int:
     """Serves in this process until a signal.
 
@@ -70,6 +97,8 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
         BundleError: A bundle cannot be served.
         UsageError: An option is wrong, or the address cannot be used.
     """
+    if process.reloads:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Until there is something to load again.
     threads = process.threads(arguments.threads)
     loading = begin(arguments, process, threads)
     port = port_of(arguments.port, os.environ)
@@ -88,8 +117,10 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
         logging.getLogger(ACCESS).setLevel(logging.INFO)
     sockets = process.listen(settings)
     app = App(settings)
-    app.use([one.model(app, settings) for one in loading])
+    app.use([one.model(app) for one in loading])
     server = process.server(app, settings, lambda: process.announce([one.loaded for one in loading]))
+    if process.reloads:
+        _reload_when_asked(arguments, process, threads, app, server)
     server.run(sockets=sockets)
     for number in (signal.SIGTERM, signal.SIGINT):  # All is done but to say so by the exit code.
         signal.signal(number, signal.SIG_IGN)

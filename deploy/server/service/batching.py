@@ -182,6 +182,7 @@ class Batcher:
             self._inbox.put(None)
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
         self.running = False
+        self._engine = None  # Its weights go, whoever still knows this batcher.
 
     def _loaded(self) -> None:
         assert self._ready is not None

@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 
 from ...host import host
-from ..process import open_listener
+from ..process import open_admin, open_listener
 from .cpus import AUTO, plan
 from .supervisor import Supervisor
 
@@ -43,5 +43,10 @@ def supervise(arguments: argparse.Namespace, argv: Sequence[str], port: int) -> 
     workers = None if arguments.workers == AUTO else arguments.workers
     shares = plan(workers, arguments.threads, host())
     listener = open_listener(arguments.host, port)
+    admin = None if arguments.admin_address is None else open_admin(arguments.admin_address)
     supervisor = Supervisor(listener, shares, argv, arguments.drain_delay, arguments.drain_timeout)
+    if admin is not None:
+        from ..admin import Admin
+
+        Admin(admin, supervisor.ask)
     return supervisor.run()

@@ -9,6 +9,7 @@ import selectors
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ class Events:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._signals: list[int] = []
+        self._calls: deque[Callable[[], None]] = deque()
 
     def catch(self, *numbers: int) -> None:
         """Takes signals from now on; in the main thread."""
@@ -40,6 +42,12 @@ class Events:
         for number in numbers:
             signal.signal(number, lambda found, frame: self._signals.append(found))
         self.watch(ours, lambda: ours.recv(4096))
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """Calls once, soon; for other threads."""
+        self._calls.append(call)
+        with contextlib.suppress(BlockingIOError):  # It will wake up anyway.
+            self._ends[1].send(b"\0")
 
     def watch(self, sock: socket.socket, call: Callable[[], Any]) -> None:
         """Calls when there is something to read."""
@@ -61,5 +69,7 @@ class Events:
                 key.data()
         while self._signals:
             self._on_signal(self._signals.pop(0))
+        while self._calls:
+            self._calls.popleft()()
         while self._timers and self._timers[0][0] <= time.monotonic():
             heapq.heappop(self._timers)[2]()

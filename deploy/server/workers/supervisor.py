@@ -16,7 +16,9 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 
+from ...bundle import BundleError
 from ..exposition import counted, write_rows
 from ..process import start_line
 from ..sockets import url_of
@@ -91,6 +93,8 @@ class Supervisor:
         self._coming: Generation | None = None
         self._serving: Generation | None = None
         self._again = False
+        self._asked: list[Future[str]] = []
+        self._answered: list[Future[str]] = []
         self._stopping = False
         self._exit_code = 0
         self._quick = 0
@@ -204,6 +208,8 @@ class Supervisor:
             self._retire(child)
         before.close()
         print(f"reloaded, serving {what}", flush=True)
+        served = zip(coming.models, choices, strict=True)
+        self._answer(", ".join(f"{model['name']} ({model['task']}, {choice.variant})" for model, choice in served))
 
     def _retire(self, child: Child) -> None:
         if child.ready_s:
@@ -264,7 +270,8 @@ class Supervisor:
             self._stopping = True
             self._kill_all()
             return
-        log.error("the bundle was not loaded again, and the one before stays: %s", reason)
+        log.error("nothing was loaded again, and what was before stays: %s", reason)
+        self._answer("", BundleError(reason))
         for index in range(len(self._plan.shares)):
             if index not in self._serving.children:
                 self._start_later(self._serving, index)
@@ -305,13 +312,35 @@ class Supervisor:
         serving = [] if self._serving is None else self._serving.children.values()
         return len(self._children) > len(serving)
 
+    def ask(self) -> Future[str]:
+        """Loads the bundles again; on any thread. The result says what is served then, the exception why not."""
+        asked: Future[str] = Future()
+        self._events.call_soon(lambda: self._take(asked))
+        return asked
+
+    def _take(self, asked: Future[str]) -> None:
+        if self._stopping or self._serving is None:
+            from ..admin import NotNowError
+
+            asked.set_exception(NotNowError("the server is shutting down" if self._stopping else "it is being loaded"))
+            return
+        self._asked.append(asked)
+        self.reload()
+
+    def _answer(self, served: str, error: Exception | None = None) -> None:
+        """Tells those who have asked for what was loaded now, or was not."""
+        answered, self._answered = self._answered, []
+        for asked in answered:
+            asked.set_result(served) if error is None else asked.set_exception(error)
+
     def reload(self) -> None:
-        """Prepares the bundle as it is now on disk; after what is going on, if there is anything."""
+        """Prepares the bundles as they are now on disk; after what is going on, if there is anything."""
         if self._stopping or self._serving is None:
             return
         if self._busy:
             self._again = True
             return
+        self._answered, self._asked = self._asked, []
         try:
             self._prepare()
         except OSError as error:
@@ -322,6 +351,9 @@ class Supervisor:
         if self._stopping:
             return
         self._stopping = True
+        for asked in (*self._asked, *self._answered):
+            asked.cancel()
+        self._asked, self._answered = [], []
         serving = self._open_workers()
         for child in self._children:
             if child not in serving and not (child.ready_s and child.retired):

@@ -141,6 +141,8 @@ class _WorkerServer(Server):
 class _Worker(Process):
     """What the supervisor has decided."""
 
+    reloads = False
+
     def __init__(self, channel: Channel, job: Job, board: Board, images: Sequence[int | None]) -> None:
         super().__init__()
         self._images = images
@@ -196,7 +198,7 @@ class _Worker(Process):
         app.metrics.gather = lambda own: merge([own, *self._board.texts(without=self._job.slot)])
         return server
 
-    def announce(self, loaded: Sequence[Loaded]) -> None:
+    def announce(self, loaded: Sequence[Loaded], again: bool = False) -> None:
         self._channel.send("ready", {"isas": [one.isa for one in loaded]})
 
 
