@@ -11,6 +11,12 @@ from collections.abc import Mapping, Sequence
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("deploy.export.cli", "prepare a model: verified bf16, int8 and fp32 variants in one bundle"),
+    "verify": (
+        "deploy.tools.verify",
+        "compare files, accuracy and speed of a bundle with its manifest, here",
+    ),
+    "inspect": ("deploy.tools.inspect", "say what a bundle or a model's folder holds"),
+    "profile": ("deploy.tools.profile", "say where a request's time goes, and what faster parts would be worth"),
     "serve": ("deploy.server.main", "serve a bundle, or a model's folder as it is, over HTTP"),
 }
 
@@ -57,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 for success, 2 for a command line that is wrong, else what the command returns.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    usage = USAGE.format(commands="\n".join(f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()))
+    usage = USAGE.format(commands="\n".join(f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items()))
     if arguments and arguments[0] in {"-h", "--help", "help"}:
         print(usage, end="")
         return 0

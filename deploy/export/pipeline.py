@@ -218,6 +218,7 @@ def describe_all(state: Export) -> None:
         verification = {
             "texts": len(state.ids),
             "source": state.texts.source,
+            "pairs": state.verification.task.takes_pairs(state.source),
             "mean_tokens": round(sum(map(len, state.ids)) / len(state.ids), 1),
             "reference": "transformers fp32",
             "reference_texts_per_s": None if state.reference_speed is None else state.reference_speed.texts_per_s,

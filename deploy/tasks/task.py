@@ -291,7 +291,11 @@ class Task(ABC):
         """What the tokenizer is given for sample texts: a text or, where the model takes pairs, two."""
         if not cls.takes_pairs(folder):
             return list(texts)
-        # A text and the next one, a text and itself: unlike and alike.
+        return cls.pairs_of(texts)
+
+    @staticmethod
+    def pairs_of(texts: Sequence[str]) -> list[tuple[str, str]]:
+        """Pairs of sample texts: a text and the next one, a text and itself, unlike and alike."""
         return [(text, texts[(index + 1) % len(texts)] if index % 2 else text) for index, text in enumerate(texts)]
 
     # Token ids.

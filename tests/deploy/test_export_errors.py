@@ -66,7 +66,7 @@ def test_usage(capsys: Capture) -> None:
     assert deploy_main(["--help"]) == 0
     assert "export" in capsys.readouterr().out
     assert deploy_main(["exprt"]) == 2
-    assert "unknown command 'exprt'; expected one of export, serve" in capsys.readouterr().err
+    assert "unknown command 'exprt'; expected one of export, verify" in capsys.readouterr().err
     assert deploy_main(["export", "--help"]) == 0
     assert "--force" in capsys.readouterr().out
     assert deploy_main(["export"]) == 2

@@ -1,0 +1,127 @@
+"""verify, inspect and profile: what they print of a bundle is true, and what is wrong with it is told in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.__main__ import main
+from deploy.bundle import load_manifest
+from deploy.tools.ops import HOT
+from deploy.tools.profile import amdahl
+
+Capture = pytest.CaptureFixture[str]
+BundleMaker = Callable[..., Path]
+QUICK = ["--max-texts", "8", "--speed-seconds", "0"]
+
+
+def test_a_bundle_is_verified(tiny_bundle: BundleMaker, capsys: Capture) -> None:
+    """The fp32 variant takes the place of transformers: the figures are those of the export."""
+    bundle = tiny_bundle("bert", "feature-extraction")
+    assert main(["verify", str(bundle), "--json", "--max-texts", "24", "--speed-seconds", "0"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["reference"] == "torch_ext-fp32"
+    assert report["missed"] == []
+    assert report["texts"] == 24
+    manifest = load_manifest(bundle)
+    assert report["files"] == len(manifest.files)
+    assert report["variants"].keys() == manifest.variants.keys()
+    for name, variant in manifest.variants.items():
+        found = report["variants"][name]["accuracy"]
+        if name != "torch_ext-fp32":
+            assert variant.accuracy is not None
+            assert found["mean"] == pytest.approx(variant.accuracy.mean, abs=2e-5)
+            assert found["centred_mean"] == pytest.approx(variant.accuracy.details["centred_mean"], abs=2e-4)
+
+    assert (
+        main(["verify", str(bundle), "--variants", "torch_ext-bf16", "--max-texts", "8", "--speed-seconds", ".01"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["variant", "cosine", "mean"]
+    assert lines[2].startswith("torch_ext-bf16  ")
+    assert lines[3].startswith("against torch_ext-fp32 on 8 texts (docstrings")
+
+
+def test_pairs_and_other_models(tiny_bundle: BundleMaker, tiny_model: BundleMaker, capsys: Capture) -> None:
+    bundle = tiny_bundle("bert", "question-answering")
+    assert load_manifest(bundle).verification["pairs"] is True
+    options = ["--variants", "torch_ext-int8", "--json", *QUICK]
+    model = tiny_model("bert", "question-answering")
+    assert main(["verify", str(bundle), "--model", str(model), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["reference"] == str(model)
+    assert report["variants"]["torch_ext-int8"]["accuracy"]["metric"] == "exact_match"
+
+
+def test_what_is_wrong_with_a_bundle(tiny_bundle: BundleMaker, tmp_path: Path, capsys: Capture) -> None:
+    bundle = shutil.copytree(tiny_bundle("bert", "feature-extraction"), tmp_path / "bundle")
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["variants"]["torch_ext-int8"]["accuracy"]["bound"]["mean"] = 0.9999999
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert main(["verify", str(bundle), "--variants", "torch_ext-int8", *QUICK]) == 2
+    assert "missed: torch_ext-int8: mean cosine 0.99" in capsys.readouterr().out
+    for arguments, message in (
+        (["--variants", "onnx-int4"], "no variant 'onnx-int4' in this bundle"),
+        (["--model", str(tmp_path / "none")], "none: no such folder"),
+    ):
+        assert main(["verify", str(bundle), *QUICK, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    weights = bundle / "encoder_bf16.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert main(["verify", str(bundle), *QUICK]) == 2
+    assert "encoder_bf16.safetensors: expected SHA-256" in capsys.readouterr().err
+    for name in ("verify", "inspect", "profile"):
+        assert main([name, str(tmp_path / "nothing")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+
+
+def test_inspect(tiny_bundle: BundleMaker, tiny_model: BundleMaker, capsys: Capture) -> None:
+    bundle = tiny_bundle("bert", "feature-extraction")
+    assert main(["inspect", str(bundle)]) == 0
+    printed = capsys.readouterr().out
+    manifest = load_manifest(bundle)
+    for text in ("feature-extraction", "64 dimensions, mean pooling", *manifest.variants, *manifest.files):
+        assert text in printed
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    # A folder that was not exported.
+    assert main(["inspect", str(tiny_model("bert", "feature-extraction"))]) == 0
+    assert "a model's folder, not exported" in capsys.readouterr().out
+
+
+def test_amdahl() -> None:
+    assert amdahl(0.5, 2) == pytest.approx(4 / 3)
+    assert amdahl(0, 10) == 1
+    assert amdahl(1, 3) == pytest.approx(3)
+
+
+def test_profile(tiny_bundle: BundleMaker, capsys: Capture) -> None:
+    """Whatever the times are: parts add up, and the law is the one of the parts."""
+    bundle = tiny_bundle("bert", "feature-extraction")
+    options = ["--seconds", "0.02", "--tokens", "20", "--threads", "1"]
+    assert main(["profile", str(bundle), "--json", "--no-http", *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert abs(report["tokens"] - 20) <= 3
+    assert report["baseline"] == "torch_ext-fp32"
+    base = report["variants"]["torch_ext-fp32"]
+    for name, found in report["variants"].items():
+        assert sum(found["ops"].values()) == pytest.approx(1)
+        assert HOT in found["ops"], name
+        assert found["total_ms"] == pytest.approx(found["tokenize_ms"] + found["model_ms"] + found["answer_ms"])
+        hot = {key: item["model_ms"] * item["ops"][HOT] for key, item in (("base", base), ("own", found))}
+        expected = amdahl(hot["base"] / base["total_ms"], hot["base"] / hot["own"])
+        assert found["speedup"]["predicted"] == pytest.approx(expected)
+    assert {"attention", "norms", "embeddings"} <= base["ops"].keys()
+
+    assert main(["profile", str(bundle), "--variants", "torch_ext-bf16", "--workers", "1", *options]) == 0
+    printed = capsys.readouterr().out
+    for line in ("tokenize", "  products with weights", "pool, answer", "HTTP, client", "Amdahl's law for workers"):
+        assert f"\n{line}" in printed
