@@ -6,8 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 
-from deploy.bundle import BundleError, Manifest
-from deploy.folder.errors import FolderError
+from deploy.bundle import Manifest
 from deploy.tasks.bounds import SHOWN
 from deploy.tools.command import ToolError, make_parser, run, table
 
@@ -58,15 +57,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def describe(model: str) -> tuple[Manifest, bool]:
     """The manifest of a bundle or a model's folder, and whether it is a bundle."""
-    from deploy.server.model import describe as describe_served
     from deploy.server.process import UsageError
+    from deploy.server.wanted import describe as describe_served
 
     try:
         return describe_served(model, None)
     except UsageError as error:
         raise ToolError(str(error)) from error
-    except (BundleError, FolderError):
-        raise
 
 
 def _facts(manifest: Manifest, exported: bool) -> Iterator[tuple[str, str]]:
