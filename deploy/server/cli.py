@@ -147,6 +147,13 @@ def _parser() -> argparse.ArgumentParser:
         help="memory that all connections and requests may hold; more is answered with 429 (default: half of what is "
         "available once the model is loaded, within the limits of the control groups)",
     )
+    limits.add_argument(
+        "--cache-mb",
+        type=_positive,
+        metavar="MB",
+        help="memory for results of texts: the same text is computed once, and answered from there while it fits, the "
+        "one that was asked for longest ago goes first (default: nothing is kept)",
+    )
     times = parser.add_argument_group("times")
     times.add_argument(
         "--request-timeout",

@@ -90,6 +90,13 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+        self._cached = Counter(
+            "serve_cache_texts",
+            "Texts with --cache-mb: hit (computed before), joined (being computed for another request), computed.",
+            ("result",),
+            registry=self._registry,
+        )
+        self._cache: Gauge | None = None
         self._abandoned = Counter(
             "serve_abandoned_requests", "Requests whose client left before the answer.", registry=self._registry
         )
@@ -148,6 +155,16 @@ class Metrics:
         self._padding.observe(texts * longest - tokens)
         self._batch_texts.observe(texts)
         self._batch_tokens.observe(tokens)
+
+    def cached(self, result: str, texts: int) -> None:
+        """Counts texts by how the cache has answered them."""
+        self._cached.labels(result).inc(texts)
+
+    def cache(self, held_bytes: Callable[[], int]) -> None:
+        """Registers what a cache holds; a model that is loaded again has another one."""
+        if self._cache is None:
+            self._cache = Gauge("serve_cache_bytes", "Memory of the cache, of --cache-mb.", registry=self._registry)
+        self._cache.set_function(held_bytes)
 
     def abandoned(self) -> None:
         """Counts a request whose client has left."""

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 
-def _settings(arguments: argparse.Namespace, port: int, threads: int) -> Settings:
-    """The settings of the server, from its options."""
+def _settings(arguments: argparse.Namespace, port: int, threads: int, models: int) -> Settings:
+    """The settings of the server, from its options; each of the models has its part of the cache."""
     return Settings(
         host=arguments.host,
         port=port,
@@ -56,6 +56,7 @@ def _settings(arguments: argparse.Namespace, port: int, threads: int) -> Setting
         max_concurrent_requests=arguments.max_concurrent_requests,
         max_batch_requests=arguments.max_batch_requests,
         tokenization_workers=arguments.tokenization_workers,
+        cache_mb=None if arguments.cache_mb is None else max(1, arguments.cache_mb // models),
         otlp_endpoint=arguments.otlp_endpoint,
         otlp_service_name=arguments.otlp_service_name,
     )
@@ -111,7 +112,7 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
 
     for one in loading:
         one.verified()
-    settings = process.settings(_settings(arguments, port, threads))
+    settings = process.settings(_settings(arguments, port, threads, len(loading)))
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     if settings.access_log:
         logging.getLogger(ACCESS).setLevel(logging.INFO)

@@ -61,6 +61,10 @@ class Filled(Items):
         self._scores = array("f", scores)
         self._token_text = token_text
 
+    def owned(self) -> tuple[Filled, int]:
+        """See `Items.owned`."""
+        return self, 256 + 8 * len(self)
+
     def __len__(self) -> int:
         return len(self._ids)
 

@@ -73,6 +73,10 @@ class Items(Sequence[dict[str, Any]]):
     def _item(self, index: int) -> dict[str, Any]:
         raise NotImplementedError
 
+    def owned(self) -> tuple[Items, int]:
+        """The same without memory of a whole batch, and about how many bytes it takes."""
+        raise NotImplementedError
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 

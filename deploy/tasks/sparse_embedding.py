@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,10 @@ class SparseVector(Items):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def owned(self) -> tuple[SparseVector, int]:
+        """See `Items.owned`."""
+        return SparseVector(array("i", self.indices), array("f", self.values)), 256 + 8 * len(self)
 
     def _item(self, index: int) -> dict[str, Any]:
         return {"index": self.indices[index], "value": self.values[index]}

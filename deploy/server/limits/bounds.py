@@ -99,6 +99,7 @@ class Settings:
         cors_allow_origin: Origins whose pages may ask, `*` for all.
         root_path: What all paths begin with.
         response_timeout_s: A client that reads nothing of its answer for this time is disconnected.
+        cache_mb: Memory for results of texts that may be asked again, in MB; None: nothing is kept.
         otlp_endpoint: Collector that gets spans of requests, or None.
         otlp_service_name: What this server is called there.
         workers: Processes that serve together; tokens and memory are the part of this one.
@@ -133,6 +134,7 @@ class Settings:
     tokenization_workers: int | None = None
     cors_allow_origin: tuple[str, ...] = ()
     root_path: str = ""
+    cache_mb: int | None = None
     otlp_endpoint: str | None = None
     otlp_service_name: str = "torch-ext"
     workers: int = 1

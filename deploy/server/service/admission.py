@@ -150,6 +150,11 @@ class Admission:
         """The token budget of the next batch."""
         return self.speed.batch_cost(self.max_batch_cost, self.max_batch_s)
 
+    def line_of(self, cost: int) -> int:
+        """In which line a request stands that takes so much of the token budget."""
+        most = (self.batch_cost // SMALL_PART, self.max_batch_cost // SMALL_PART, self.max_batch_cost)
+        return sum(cost > bound for bound in most)
+
     def admit(self, work: Work) -> None:
         """Takes a request whose `waiting` is known, or refuses it.
 
@@ -158,7 +163,7 @@ class Admission:
                 client does not want to wait as long (504).
         """
         work.turn_cost = self.max_batch_cost
-        work.line = self._line(work.waiting)
+        work.line = self.line_of(work.waiting)
         reserved = 0 if work.line <= 1 or not self.queued_cost else self.max_queue_cost // RESERVED_PART
         if self.queued_cost + work.waiting > self.max_queue_cost - reserved:
             if work.waiting > self.max_queue_cost:
@@ -173,11 +178,6 @@ class Admission:
             self._check_wait(work)
         self.line_costs[work.line] += work.waiting
         self._waiting.add(work)
-
-    def _line(self, cost: int) -> int:
-        """Where a request of this cost stands."""
-        most = (self.batch_cost // SMALL_PART, self.max_batch_cost // SMALL_PART, self.max_batch_cost)
-        return sum(cost > bound for bound in most)
 
     def _check_wait(self, work: Work) -> None:
         own_s = work.waiting / self.speed.cost_per_s

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -137,6 +137,10 @@ class Batcher:
         """How long what waits or runs will take, by the measured speed; 0.0 while none is known."""
         return self.admission.predicted_wait_s
 
+    def line_of(self, ids: Iterable[Ids]) -> int:
+        """In which line texts would stand that make a request; see `admission`."""
+        return 0 if self._engine is None else self.admission.line_of(sum(map(self._engine.cost, ids)))
+
     def submit(self, work: Work) -> None:
         """Queues the texts of a request; `work.future` will be done with its results.
 
@@ -202,7 +206,7 @@ class Batcher:
             if work.abandoned:
                 continue
             if isinstance(work.results[index], Exception):
-                self._fail(work, _text_error(index, work.results[index]))
+                self._fail(work, _text_error(work.places[index], work.results[index]))
                 continue
             self.admission.ran(work, work.costs[index])
             work.left -= 1

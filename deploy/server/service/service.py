@@ -20,6 +20,7 @@ from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
 from ..variants import Choice
 from .batching import Batcher
+from .computing import Compute, compute
 from .located import LocatingTokenizer
 from .request import Request, Result, Served, check_text, embed_options, sizes_of, too_many, turns, widths_of
 from .tokens import TextTokenizer
@@ -76,6 +77,13 @@ class Service:
         self._helpers = ThreadPoolExecutor(self.helper_threads, thread_name_prefix="helper")
         self._tokenizing_chars = 0
         self._running = 0
+        self._compute: Compute = functools.partial(compute, batcher)
+        if settings.cache_mb is not None:
+            from .cache import Cache  # For those who ask for it.
+
+            cache = Cache(batcher, settings.cache_mb << 20, metrics.cached)
+            metrics.cache(lambda: cache.held_bytes)
+            self._compute = cache.compute
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -325,16 +333,9 @@ class Service:
             raise self._batcher.try_later(f"{most} requests are waiting or running (--max-concurrent-requests)")
         work = Work(ids, options, asyncio.get_running_loop().create_future(), caller.deadline_s)
         self.budget.hold(caller, TEXT_BYTES * (len(ids) + units) + 8 * work.tokens + caller.value_bytes * asked)
-        self._batcher.submit(work)
-        caller.on_leave = functools.partial(self._batcher.abandon, work)
         self._running += 1
         try:
-            values = await work.future
-        except asyncio.CancelledError:
-            if caller.gone:
-                raise CallerLeft from None
-            self._batcher.abandon(work)
-            raise
+            values = await self._compute(work, caller)
         finally:
             self._running -= 1
         queue_s = work.started_s - work.submitted_s

@@ -21,6 +21,7 @@ class Work:
         line: Which line it stands in; see `admission`.
         turn_cost: How much of it runs before the next one of its line.
         tokens: Tokens of all texts.
+        places: Per text its index in the request, if others of it are not computed here.
         future: Done when every text has its result.
         deadline_s: When nobody wants the answer any more, by `time.perf_counter`; None: always.
         costs: Per text what it takes of a token budget; set when the work is queued.
@@ -42,6 +43,7 @@ class Work:
         "line",
         "next",
         "options",
+        "places",
         "results",
         "started_s",
         "submitted_s",
@@ -59,6 +61,7 @@ class Work:
     ) -> None:
         self.ids = ids
         self.options = options
+        self.places: Sequence[int] = range(len(ids))
         self.future = future
         self.deadline_s = deadline_s
         self.costs: list[int] = []

@@ -178,7 +178,7 @@ class _Worker(Process):
     def settings(self, settings: Settings) -> Settings:
         """Each worker has its part of what is for all requests together; the supervisor waits for `drain_delay_s`."""
         count = self._job.workers
-        memory_mb, requests = settings.max_memory_mb, settings.max_concurrent_requests
+        memory_mb, cache_mb, requests = settings.max_memory_mb, settings.cache_mb, settings.max_concurrent_requests
         return dataclasses.replace(
             settings,
             workers=count,
@@ -186,6 +186,7 @@ class _Worker(Process):
             max_queue_tokens=-(-settings.max_queue_tokens // count),
             max_concurrent_requests=None if requests is None else -(-requests // count),
             max_memory_mb=None if memory_mb is None else max(1, memory_mb // count),
+            cache_mb=None if cache_mb is None else max(1, cache_mb // count),
             drain_delay_s=0.0,
         )
 
