@@ -19,6 +19,7 @@ from deploy.engines.open import load_engine
 from deploy.folder.describe import describe_folder
 from deploy.server.limits.bounds import Settings
 from deploy.server.limits.callers import Caller
+from deploy.server.metrics import Metrics
 from deploy.server.service.batching import Batcher
 from deploy.server.service.cache import Cache, _key
 from deploy.server.service.work import Work
@@ -196,6 +197,13 @@ def test_it_is_bounded_by_bytes() -> None:
         await batcher.close()
 
     asyncio.run(main())
+
+
+def test_a_cache_that_replaces_another_is_the_one_that_is_told_of() -> None:
+    metrics = Metrics()
+    for held in (1.0, 2.0):
+        metrics.cache(lambda held=held: held)
+    assert b"serve_cache_bytes 2.0" in metrics.render()
 
 
 CASES: dict[str, list[tuple[str, Any]]] = {
