@@ -18,6 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import WIDTH, FakeEngine, LiveServer, Reply, make_manifest, running
 
 from deploy.bundle import Prompts
+from deploy.server.api import ROUTES
+from deploy.server.api.schemas import StatusResponse
+from deploy.server.api.tei import TEI
 from deploy.server.limits.bounds import Settings
 from deploy.server.service import Service, TextTokenizer
 
@@ -87,6 +90,8 @@ ANSWERS: dict[str, Check] = {
         )
     ),
     "/decode": every(text),
+    "/embed_all": every(every(every(number))),
+    "/embed_sparse": every(every(fields({"index": count, "value": number}))),
     "/info": fields(
         {
             "model_id": text,
@@ -194,6 +199,12 @@ def tokens(server: LiveServer, body: Any) -> list[list[int]]:
     server.engine.batches.clear()
     good(server, "/embed", body)
     return [row for batch in server.engine.batches for row in batch]
+
+
+def test_answers_of_all_routes_are_known() -> None:
+    """What tei_document.py checks against TEI's own document has its form here, too."""
+    paths = {row.path for row in ROUTES if row.dialect is TEI and row.answer is not StatusResponse}
+    assert paths - {"/", "/invocations"} == ANSWERS.keys() - {"error"}
 
 
 def test_embed(embedder: LiveServer) -> None:
