@@ -78,10 +78,14 @@ doctor: $(VENV)/.demo $(VENV)/.built ## what this machine can do, and what is se
 # --- For developers ---
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (at most 6 minutes on 2 cores); .ci/run has those of images too
-	@tests="not engine and not browser"; case "$$PWD" in *' '*) tests="$$tests and not compile"; \
+test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (6 to 8 minutes on 2 cores); .ci/run has those of images and of arm64 too
+	@tests="not engine and not browser and not emulator"; case "$$PWD" in *' '*) tests="$$tests and not compile"; \
 	  echo "note: torch.compile cannot link in a folder with a space in its name; its tests are left out" >&2;; esac; \
 	$(PY) -m pytest -n auto --dist loadfile -m "$$tests" $(ARGS)
+
+.PHONY: test-emulated
+test-emulated: $(VENV)/.dev ## tests of the aarch64 kernels under QEMU; needs a cross compiler and QEMU (2 minutes)
+	@$(PY) -m pytest -n auto -m emulator tests/csrc $(ARGS)
 
 .PHONY: nightly
 nightly: $(VENV)/.dev ## kernels and encoders on 10,000 random inputs, with address and thread sanitizers, and emulated (an hour)
