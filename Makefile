@@ -71,6 +71,11 @@ bundle: $(VENV)/.demo $(VENV)/.built ## export MODEL into BUNDLE
 serve: $(VENV)/.demo $(VENV)/.built ## serve BUNDLE on 127.0.0.1:PORT
 	@$(PY) -m deploy serve "$(BUNDLE)" --port $(PORT) $(ARGS)
 
+.PHONY: load
+load: $(VENV)/.demo ## search the highest rate of requests that a server on 127.0.0.1:PORT answers within 200 ms at p99
+	@$(PY) -m loadtest knee --host http://127.0.0.1:$(PORT) --slo-p99-ms 200 --slo-error-rate 0.01 -o reports/knee.json $(ARGS)
+	@$(PY) -m loadtest report reports/knee.json -o reports/knee.html
+
 .PHONY: doctor
 doctor: $(VENV)/.demo $(VENV)/.built ## what this machine can do, and what is set wrong
 	@$(PY) -m torch_ext.doctor $(ARGS)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from loadtest.options import CannotStartError
 from loadtest.probe import check_host, check_server, learn_traits
 from loadtest.tasks import TASKS, Traits
 
+from .compare import changes_data, compare_runs, describe_changes, overall
 from .knee import Search, find_knee
 from .options import KEY_VARIABLE, Settings, add_load_options, add_slo_options, read_objectives
+from .prices import read_prices
+from .report import Source, choose_prices, report_data, report_html
 from .result import describe_run, knee_result, run_result
-from .schema import write_result
+from .schema import read_result, write_result
 from .team import Team, lead, work
-from .verdict import EXIT_VOID, judge
+from .verdict import EXIT_KEPT, EXIT_MISSED, EXIT_VOID, judge
 
 __all__ = ["main", "parser"]
 
@@ -39,6 +44,27 @@ def parser() -> argparse.ArgumentParser:
     knee.add_argument("--precision", type=float, default=0.05, metavar="PART", help="when to end (default: 0.05)")
     knee.add_argument("-o", "--output", default="", metavar="FILE", help="write the result as JSON")
     knee.set_defaults(duration_s=12.0, rate=1.0, rate_to=100_000.0)
+
+    report = commands.add_parser("report", help="write one page on some results, without network")
+    report.add_argument("results", nargs="+", metavar="RESULT", help="files that run and knee wrote")
+    report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    report.add_argument("--json", default="", metavar="FILE", help="write the same as JSON, too")
+    report.add_argument("--prices", default="", metavar="FILE", help="your prices, as in loadtest/prices.example.json")
+    report.add_argument(
+        "--instance", action="append", default=[], metavar="NAME", help="the machine of all results, or once for each"
+    )
+
+    compare = commands.add_parser("compare", help="is a run better than another, worse, or is it noise?")
+    compare.add_argument("before", metavar="BEFORE", help="a file that run wrote")
+    compare.add_argument("after", metavar="AFTER", help="another one, of the same load")
+    compare.add_argument(
+        "--confidence", type=float, default=0.99, metavar="PART", help="of each figure (default: 0.99)"
+    )
+    compare.add_argument(
+        "--tolerance", type=float, default=0.02, metavar="PART", help="less does not matter (default: 0.02)"
+    )
+    compare.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples (default: 0)")
+    compare.add_argument("--json", default="", metavar="FILE", help="write the comparison as JSON")
 
     worker = commands.add_parser("worker", help="make a part of the load of a leader on this machine")
     worker.add_argument("--join", required=True, metavar="HOST:PORT", help="where the leader listens (its --bind)")
@@ -113,6 +139,41 @@ async def _knee(given: argparse.Namespace, command: Sequence[str]) -> int:
     return found.exit_code
 
 
+def _names(paths: Sequence[str]) -> list[str]:
+    """Names of files that tell them apart."""
+    short = [Path(path).stem for path in paths]
+    return list(paths) if len(set(short)) < len(short) else short
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CannotStartError(f"cannot write {path}: {error}") from error
+
+
+def _report(given: argparse.Namespace) -> int:
+    prices = read_prices(given.prices) if given.prices else []
+    chosen = choose_prices(prices, given.instance, len(given.results))
+    found = zip(_names(given.results), map(read_result, given.results), chosen, strict=True)
+    sources = [Source(*parts) for parts in found]
+    _write(given.output, report_html(sources))
+    if given.json:
+        _write(given.json, json.dumps(report_data(sources), indent=1) + "\n")
+    print(f"loadtest: {given.output}")
+    return 0
+
+
+def _compare(given: argparse.Namespace) -> int:
+    before, after = read_result(given.before), read_result(given.after)
+    changes = compare_runs(before, after, confidence=given.confidence, tolerance=given.tolerance, seed=given.seed)
+    print("\n".join([*describe_changes(changes, given.confidence), f"{'all':8} {overall(changes)}"]))
+    if given.json:
+        _write(given.json, json.dumps(changes_data(changes), indent=1) + "\n")
+    return EXIT_MISSED if overall(changes) == "worse" else EXIT_KEPT
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs a command.
 
@@ -129,6 +190,10 @@ def main(arguments: Sequence[str]) -> int:
                 return asyncio.run(_run(given, arguments))
             case "knee":
                 return asyncio.run(_knee(given, arguments))
+            case "compare":
+                return _compare(given)
+            case "report":
+                return _report(given)
             case "worker":
                 return asyncio.run(work(given.join))
     except CannotStartError as error:

@@ -1,0 +1,95 @@
+"""Better, worse or noise: of runs in simulated time, whose difference is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_openloop import a_result
+
+from loadtest.openloop.commands import main
+from loadtest.openloop.compare import FEWEST_BLOCKS, blocks_of, compare_runs, overall
+from loadtest.openloop.schema import KNEE_FORMAT, write_result
+from loadtest.options import CannotStartError
+
+RUN = {"rate": 60.0, "duration_s": 22.0}
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Any]:
+    """By name, two of each: the same server, a slower one, one that refuses."""
+    servers: dict[str, dict[str, Any]] = {
+        "same": {"service_s": 0.005},
+        "slow": {"service_s": 0.006},
+        "full": {"service_s": 0.012, "full": 1},
+    }
+    return {
+        f"{name}{seed}": a_result(server=server, seed=seed, **RUN)
+        for name, server in servers.items()
+        for seed in range(2)
+    }
+
+
+def verdicts(first: Any, second: Any, **values: Any) -> dict[str, str]:
+    changes = compare_runs(first, second, **{"resamples": 200, **values})
+    return {change.name: change.verdict for change in changes}
+
+
+def test_the_same_server_is_noise(runs: dict[str, Any]) -> None:
+    assert set(verdicts(runs["same0"], runs["same1"]).values()) == {"noise"}
+    assert set(verdicts(runs["same0"], runs["same0"]).values()) == {"noise"}
+
+
+def test_a_slower_server_is_worse_and_a_faster_one_better(runs: dict[str, Any]) -> None:
+    found = verdicts(runs["same0"], runs["slow1"])
+    assert found["p50_ms"] == "worse"
+    assert found["error_rate"] == "noise"
+    assert overall(compare_runs(runs["same0"], runs["slow1"], resamples=200)) == "worse"
+    back = verdicts(runs["slow1"], runs["same0"])
+    assert back["p50_ms"] == "better"
+    assert "worse" not in back.values()
+    # A fifth is within a tolerance of a quarter.
+    assert verdicts(runs["same0"], runs["slow1"], tolerance=0.25)["p50_ms"] == "noise"
+
+
+def test_refusals_are_worse_even_if_what_is_answered_is_quick(runs: dict[str, Any]) -> None:
+    found = verdicts(runs["same0"], runs["full0"])
+    assert found["answered_rate"] == found["error_rate"] == "worse"
+
+
+def test_what_cannot_be_compared(runs: dict[str, Any]) -> None:
+    first = runs["same0"]
+    for second, message in (
+        ({**first, "void": ["late"]}, "the second run is void: late"),
+        ({**first, "settings": {**first["settings"], "rate": 61.0}}, "differ in --rate"),
+        ({"format": KNEE_FORMAT}, "is a search"),
+        (
+            a_result(server={"service_s": 0.005}, rate=60.0, duration_s=8.0),
+            f"expected at least {FEWEST_BLOCKS} seconds",
+        ),
+    ):
+        with pytest.raises(CannotStartError, match=message):
+            compare_runs(first, second)
+    with pytest.raises(CannotStartError, match="--confidence"):
+        compare_runs(first, first, confidence=1.0)
+
+
+def test_long_runs_have_longer_blocks() -> None:
+    result = a_result(server={"service_s": 0.001}, rate=5.0, duration_s=302.0)
+    blocks = blocks_of(result)
+    assert len(blocks) == 60
+    assert sum(block.arrivals for block in blocks) == result["summary"]["requests"]
+
+
+def test_the_command(runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("same0", "slow1"):
+        write_result(tmp_path / f"{name}.json", runs[name])
+    same, slow, data = (str(tmp_path / f"{name}.json") for name in ("same0", "slow1", "data"))
+    assert main(["compare", same, slow, "--json", data]) == 1
+    assert "worse    p50_ms" in capsys.readouterr().out
+    assert json.loads(Path(data).read_text())["verdict"] == "worse"
+    assert main(["compare", slow, same]) == 0
+    assert "all      better" in capsys.readouterr().out
+    assert main(["compare", same, "missing"]) == 2
