@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "inspect": ("deploy.tools.inspect", "say what a bundle or a model's folder holds"),
     "profile": ("deploy.tools.profile", "say where a request's time goes, and what faster parts would be worth"),
+    "key": ("deploy.keys", "make an API key for a server"),
     "serve": ("deploy.server.main", "serve a bundle, or a model's folder as it is, over HTTP"),
 }
 

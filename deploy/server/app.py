@@ -27,6 +27,7 @@ from typing import Any
 import orjson
 
 from ..bundle import Manifest
+from ..keys import Key
 from .api import ROUTES
 from .api.openapi import document
 from .api.route import NATIVE, Binary, Context, Dialect, Route
@@ -39,6 +40,8 @@ from .http.exchange import Headers, Receive, Response, Scope, Send, error_respon
 from .limits.bounds import Settings
 from .limits.budget import MemoryBudget
 from .limits.callers import Caller, CallerLeft
+from .limits.keys import Keys
+from .limits.meters import Meters
 from .metrics import Metrics, ModelsMetrics
 from .models import Model, Turn
 from .observe import Observed, Observer
@@ -66,9 +69,21 @@ class App:
         self._counted: list[Metrics] = []
         self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
         self._observer = Observer(settings)
-        self._key = None if settings.api_key is None else settings.api_key.encode()
+        self._meters = Meters()
+        self.admits((), self._meters)
         self._root_path = settings.root_path
         self._draining = False
+
+    def admits(self, keys: Sequence[Key], meters: Meters | None = None) -> None:
+        """Lets these API keys in, and that of the settings, from the next `use` on; without any, everybody.
+
+        Args:
+            keys: Of the file.
+            meters: Where their budgets are counted; None: where they were.
+        """
+        self._meters = meters or self._meters
+        plain = self.settings.api_key
+        self._keys = Keys(keys, plain, self._meters) if keys or plain is not None else None
 
     def model(
         self, manifest: Manifest, tokenizer: TextTokenizer, batcher: Batcher, place: int = 0, **own: Any
@@ -160,7 +175,7 @@ class App:
                 row,
                 Context(service, row.limits(settings), self.metrics, written_now, services),
                 model,
-                self._key,
+                self._keys,
                 wrong_task(row, rows, manifest),
             )
             for row in rows
@@ -230,7 +245,7 @@ class App:
             turn.to(endpoint.model)
             observed.metrics = turn.metrics
             observed.dialect = endpoint.route.dialect.name
-            endpoint.admit(headers)
+            endpoint.admit(headers, caller)
             if (wanted := headers.get(b"x-request-timeout-ms")) is not None:
                 caller.deadline_s = observed.started_s + _timeout_s(wanted)
             request = None
@@ -266,6 +281,7 @@ class App:
         except ApiError as error:
             self._observer.error(observed, error)
             response, data = self._error(error, scope, observed)
+            caller.refund()
         except CallerLeft:
             observed.metrics.abandoned()
             return
@@ -273,6 +289,7 @@ class App:
             self._observer.exception(observed)
             failure = ApiError("internal", "unexpected failure; the server's log says more")
             response, data = self._error(failure, scope, observed)
+            caller.refund()
         finally:
             if rest is None and caller.held_bytes:
                 self.budget.release(caller)

@@ -204,6 +204,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"require Authorization: Bearer KEY; better given in {API_KEY_VARIABLE}, which other users cannot see",
     )
     parser.add_argument(
+        "--api-keys-file",
+        metavar="FILE",
+        help="require one of the keys of this file, which has their hashes and what each may use in a minute; python "
+        "-m deploy key adds one. Beside it, the key of --api-key is taken, too, without limits",
+    )
+    parser.add_argument(
         "--cors-allow-origin",
         action="append",
         default=[],

@@ -11,7 +11,9 @@ import msgspec
 from ..bundle import Manifest
 from .api.route import Context, Route
 from .errors import ApiError
-from .http.exchange import Headers, authorize
+from .http.exchange import Headers
+from .limits.callers import Caller
+from .limits.keys import Keys
 from .models import Model
 
 __all__ = ["Endpoint", "behind", "paths_of", "rows_of", "wrong_task"]
@@ -36,7 +38,7 @@ class Endpoint:
     """
 
     __slots__ = (
-        "_api_key",
+        "_keys",
         "_running",
         "_wrong_task",
         "body_bytes",
@@ -48,9 +50,7 @@ class Endpoint:
         "route",
     )
 
-    def __init__(
-        self, route: Route, context: Context, model: Model, api_key: bytes | None, wrong_task: str | None
-    ) -> None:
+    def __init__(self, route: Route, context: Context, model: Model, keys: Keys | None, wrong_task: str | None) -> None:
         self.route = route
         self.context = context
         self.model = model
@@ -59,13 +59,13 @@ class Endpoint:
         self.body_bytes = context.limits.body_bytes
         self.others: dict[str, Endpoint] | None = None
         self._running = route.task is not None
-        self._api_key = api_key if route.secured else None
+        self._keys = keys if route.secured else None
         self._wrong_task = wrong_task
 
-    def admit(self, headers: Headers) -> None:
+    def admit(self, headers: Headers, caller: Caller) -> None:
         """Refuses, before the body is read, what will not be served anyway."""
-        if self._api_key is not None:
-            authorize(headers, self._api_key)
+        if self._keys is not None:
+            caller.payer = self._keys.admit(headers)
         if self.others is None:
             self.check()
 

@@ -47,6 +47,7 @@ ERRORS: Mapping[str, ErrorKind] = {
         429, "the request would wait for too long, or more tokens are waiting than the queue holds", retry=True
     ),
     "memory_full": ErrorKind(429, "other requests hold the memory that this one needs", retry=True),
+    "rate_limit_exceeded": ErrorKind(429, "the API key has used up its requests or tokens of a minute", retry=True),
     "malformed_http": ErrorKind(400, "not HTTP/1.1; the connection is closed"),
     "headers_too_large": ErrorKind(
         431, "more header lines, or more bytes of them, than the server takes; the connection is closed"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..engines.open import Image
     from .app import App
     from .lifecycle import Server
+    from .limits.meters import Meters
 
 __all__ = [
     "PORT_VARIABLE",
@@ -156,6 +157,10 @@ class Process:
             place: Which model.
             threads: Threads of the engine of each model.
         """
+        return None
+
+    def meters(self) -> Meters | None:
+        """Where budgets of API keys are counted; None: here."""
         return None
 
     def selection(self, place: int, manifest: Manifest, arguments: argparse.Namespace, threads: int) -> Selection:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from ..bundle import BundleError
+from .access import read_api_keys
 from .app import App
 from .lifecycle import Server
 from .limits.budget import give_back
@@ -116,6 +117,7 @@ class Reloader:
         finally:
             self._coming = []
         before = self._app.models
+        self._app.admits(self._keys)
         self._app.use(models)
         self._keep(self._loop.create_task(self._retire(before)))
         loaded = [one.loaded for one in coming]
@@ -124,6 +126,7 @@ class Reloader:
 
     def _describe(self) -> list[Loading]:
         """Describes and verifies; on another thread."""
+        self._keys = read_api_keys(self._arguments)
         coming = self._coming = begin(self._arguments, self._process, self._threads)
         try:
             for one in coming:

@@ -12,6 +12,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from ..bundle import BundleError
+from .access import read_api_keys
 from .limits.bounds import Settings
 from .loading import begin
 from .logs import ACCESS, start_logging
@@ -46,6 +47,7 @@ def _settings(arguments: argparse.Namespace, port: int, threads: int, models: in
         drain_timeout_s=arguments.drain_timeout,
         measure_limit_s=arguments.measure_limit,
         api_key=arguments.api_key or None,
+        api_keys_file=arguments.api_keys_file,
         access_log=arguments.access_log,
         accept_token_ids=arguments.accept_token_ids,
         any_dimensions=arguments.any_dimensions,
@@ -101,6 +103,7 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
     if process.reloads:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Until there is something to load again.
     threads = process.threads(arguments.threads)
+    keys = read_api_keys(arguments)
     loading = begin(arguments, process, threads)
     port = port_of(arguments.port, os.environ)
     settle_threads(threads)
@@ -118,6 +121,7 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
         logging.getLogger(ACCESS).setLevel(logging.INFO)
     sockets = process.listen(settings)
     app = App(settings)
+    app.admits(keys, process.meters())
     app.use([one.model(app) for one in loading])
     server = process.server(app, settings, lambda: process.announce([one.loaded for one in loading]))
     if process.reloads:

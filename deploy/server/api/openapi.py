@@ -61,7 +61,7 @@ def document(
     for schema in schemas.values():  # Parts of those.
         _write_bounds(schema, bounds(Limits.of_texts(settings)))
     fill = {"{model}": manifest.model.name, "{mask}": "[MASK]" if mask is None else mask.token}
-    secured = settings.api_key is not None
+    secured = settings.api_key is not None or settings.api_keys_file is not None
     paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, manifest.task, fill, secured, of)
@@ -175,7 +175,7 @@ def _operation(
         content = {"schema": of[route.request], "example": _fill(dict(route.example), fill)}
         operation["requestBody"] = {"required": True, "content": {JSON: content}}
     answer = _answer(route, of)
-    kinds = [*route.error_kinds, *(["unauthorized"] if secured and route.secured else [])]
+    kinds = [*route.error_kinds, *(["unauthorized", "rate_limit_exceeded"] if secured and route.secured else [])]
     operation["responses"] = {"200": answer, **_errors(kinds, route.dialect, of)}
     if route.task is not None:
         answer["headers"] = _SERVER_TIMING

@@ -52,6 +52,7 @@ _TYPES = {
     "no_inputs": "Empty",
     "queue_full": "Overloaded",
     "memory_full": "Overloaded",
+    "rate_limit_exceeded": "Overloaded",
     "deadline": "Overloaded",
     "loading": "Unhealthy",
     "draining": "Unhealthy",

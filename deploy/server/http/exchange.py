@@ -1,8 +1,7 @@
-"""Between ASGI and handlers: who may ask, the bytes of a body, and errors as answers."""
+"""Between ASGI and handlers: the bytes of a body, and errors as answers."""
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ __all__ = [
     "Response",
     "Scope",
     "Send",
-    "authorize",
     "error_response",
     "read_body",
 ]
@@ -56,19 +54,6 @@ def error_response(error: ApiError, body: bytes, status: int) -> Response:
     if ERRORS[error.kind].retry and "Retry-After" not in error.headers:
         headers.append((b"retry-after", b"1"))
     return Response(body, tuple(headers), status)
-
-
-def authorize(headers: Headers, api_key: bytes) -> None:
-    """Checks the API key.
-
-    Raises:
-        ApiError: It is missing or wrong (401).
-    """
-    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), api_key):
-        raise ApiError(
-            "unauthorized", "expected the header Authorization: Bearer <API key>", {"WWW-Authenticate": "Bearer"}
-        )
 
 
 async def read_body(

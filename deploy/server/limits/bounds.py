@@ -85,6 +85,7 @@ class Settings:
         drain_timeout_s: After that, how long requests may take to be answered.
         measure_limit_s: Most time to measure the variants of a bundle at start; one not measured by then is left out.
         api_key: Key that inference requests have to bring, or None.
+        api_keys_file: File of such keys, or None.
         access_log: One line per request.
         max_values: Most numbers in one answer.
         max_memory_mb: Most memory that all connections and requests may hold, in MB; None: half of what is available
@@ -121,6 +122,7 @@ class Settings:
     drain_timeout_s: float = 25.0
     measure_limit_s: float = 30.0
     api_key: str | None = None
+    api_keys_file: str | None = None
     access_log: bool = False
     max_values: int = 16 << 20
     max_memory_mb: int | None = None

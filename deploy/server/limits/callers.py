@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .keys import Payer
+
 __all__ = ["Caller", "CallerLeft"]
 
 
@@ -23,9 +25,20 @@ class Caller:
         values_each: Numbers that the answer to each of its inputs has, by its route.
         value_bytes: Memory that one of them holds until it is sent.
         result: What the model answered, once it has; times and tokens are told of it.
+        payer: Whose API key it is, if that has budgets or a name.
     """
 
-    __slots__ = ("deadline_s", "gone", "held_bytes", "on_leave", "result", "value_bytes", "values_each")
+    __slots__ = (
+        "_charged",
+        "deadline_s",
+        "gone",
+        "held_bytes",
+        "on_leave",
+        "payer",
+        "result",
+        "value_bytes",
+        "values_each",
+    )
 
     def __init__(self) -> None:
         self.gone = False
@@ -35,6 +48,24 @@ class Caller:
         self.values_each = 0
         self.value_bytes = 4
         self.result: Any = None
+        self.payer: Payer | None = None
+        self._charged = 0
+
+    def charge(self, tokens: int) -> None:
+        """Takes tokens from the budget of its API key, before they are computed.
+
+        Raises:
+            ApiError: There are not enough left (429).
+        """
+        if self.payer is not None:
+            self.payer.tokens(tokens)
+            self._charged += tokens
+
+    def refund(self) -> None:
+        """Gives back what was charged for an answer that is an error."""
+        if self.payer is not None and self._charged:
+            self.payer.give_back(self._charged)
+            self._charged = 0
 
     def leave(self) -> None:
         """The client has left; further calls do nothing."""

@@ -7,10 +7,11 @@ import functools
 from typing import Any, Protocol
 
 from ..limits.callers import Caller, CallerLeft
+from ..metrics import Metrics
 from .batching import Batcher
 from .work import Work
 
-__all__ = ["Compute", "compute"]
+__all__ = ["Compute", "compute", "computing"]
 
 
 class Compute(Protocol):
@@ -41,3 +42,20 @@ async def compute(batcher: Batcher, work: Work, caller: Caller) -> list[Any]:
             raise CallerLeft from None
         batcher.abandon(work)
         raise
+
+
+def computing(batcher: Batcher, metrics: Metrics, cache_mb: int | None) -> Compute:
+    """What computes the texts of requests.
+
+    Args:
+        batcher: The queue.
+        metrics: Told of the cache.
+        cache_mb: Memory of the cache; None: there is none.
+    """
+    if cache_mb is None:
+        return functools.partial(compute, batcher)
+    from .cache import Cache  # For those who ask for it.
+
+    cache = Cache(batcher, cache_mb << 20, metrics.cached)
+    metrics.cache(lambda: cache.held_bytes)
+    return cache.compute

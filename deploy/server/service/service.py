@@ -20,7 +20,7 @@ from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
 from ..variants import Choice
 from .batching import Batcher
-from .computing import Compute, compute
+from .computing import computing
 from .located import LocatingTokenizer
 from .request import Request, Result, Served, check_text, embed_options, sizes_of, too_many, turns, widths_of
 from .tokens import TextTokenizer
@@ -75,15 +75,8 @@ class Service:
         # The default prompt goes before every text.
         self._prompt_chars = 0 if manifest.prompts is None else len(manifest.prompts.default_text)
         self._helpers = ThreadPoolExecutor(self.helper_threads, thread_name_prefix="helper")
-        self._tokenizing_chars = 0
-        self._running = 0
-        self._compute: Compute = functools.partial(compute, batcher)
-        if settings.cache_mb is not None:
-            from .cache import Cache  # For those who ask for it.
-
-            cache = Cache(batcher, settings.cache_mb << 20, metrics.cached)
-            metrics.cache(lambda: cache.held_bytes)
-            self._compute = cache.compute
+        self._tokenizing_chars = self._running = 0
+        self._compute = computing(batcher, metrics, settings.cache_mb)
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -333,6 +326,7 @@ class Service:
             raise self._batcher.try_later(f"{most} requests are waiting or running (--max-concurrent-requests)")
         work = Work(ids, options, asyncio.get_running_loop().create_future(), caller.deadline_s)
         self.budget.hold(caller, TEXT_BYTES * (len(ids) + units) + 8 * work.tokens + caller.value_bytes * asked)
+        caller.charge(work.tokens)
         self._running += 1
         try:
             values = await self._compute(work, caller)

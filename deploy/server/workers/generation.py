@@ -20,19 +20,21 @@ class Generation:
 
     Attributes:
         models: What the process that prepared them says of each; see `Job`.
-        images: Descriptors of the weights of those that are shared; of others, each worker loads its own.
+        files: Options whose files were copied.
+        descriptors: Of these copies, and of weights that are shared; of other models, each worker loads its own.
         children: Workers by their index.
     """
 
     models: list[dict[str, Any]]
-    images: list[int]
+    files: list[str]
+    descriptors: list[int]
     children: dict[int, Child] = dataclasses.field(default_factory=dict)
 
     def close(self) -> None:
-        """Lets go of the weights."""
-        for image in self.images:
-            os.close(image)
-        self.images = []
+        """Lets go of weights and copies."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = []
 
     def job(self, argv: Sequence[str], plan: Plan, index: int, slot: int) -> Job:
         """What a worker is started for.
@@ -47,6 +49,7 @@ class Generation:
         return Job(
             argv=list(argv),
             models=self.models,
+            files=self.files,
             slot=slot,
             workers=len(plan.shares),
             threads=share.threads,

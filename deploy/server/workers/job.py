@@ -19,12 +19,15 @@ CHANGED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The first message to a worker; descriptors of the board and of the weights that are shared come with it.
+    """The first message to a worker.
+
+    Descriptors come with it: of the board, of the meters of API keys, of copies of files, and of shared weights.
 
     Attributes:
         argv: Options of the server.
         models: Of each model what `prepare` says of it: the digest of its bundle (`bundle`), the fields of the
             `Choice` of its variant (`choice`), whether a descriptor of its weights comes with the job (`shared`).
+        files: Options whose files come with the job, as copies.
         slot: Its place on the board.
         workers: How many there are.
         threads: Threads of the engine.
@@ -34,6 +37,7 @@ class Job:
 
     argv: list[str]
     models: list[dict[str, Any]]
+    files: list[str]
     slot: int
     workers: int
     threads: int

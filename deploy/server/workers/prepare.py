@@ -14,9 +14,11 @@ import dataclasses
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from ...bundle import BundleError
+from ..access import FILES, read_api_keys
 from ..cli import parse
 from ..loading import begin
 from ..logs import start_logging
@@ -64,6 +66,27 @@ def _prepare(arguments: argparse.Namespace, threads: int) -> tuple[list[dict[str
     return models, images
 
 
+def _copies(arguments: argparse.Namespace) -> dict[str, int]:
+    """Descriptors of copies of the files of `access`, by their options.
+
+    Raises:
+        UsageError: A file cannot be read.
+    """
+    copies: dict[str, int] = {}
+    for name in FILES:
+        path = getattr(arguments, name)
+        if path is None:
+            continue
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise UsageError(f"--{name.replace('_', '-')}: {path} cannot be read: {error.strerror}") from error
+        copies[name] = os.memfd_create(f"deploy-{name}", os.MFD_CLOEXEC)
+        with open(copies[name], "wb", closefd=False) as copy:
+            copy.write(data)
+    return copies
+
+
 def main(fd: int) -> int:
     """Prepares, tells the supervisor, and ends.
 
@@ -80,6 +103,8 @@ def main(fd: int) -> int:
     arguments = parse(message.values["argv"])
     start_logging(arguments.json_output)
     try:
+        read_api_keys(arguments)
+        copies = _copies(arguments)
         models, images = _prepare(arguments, threads)
     except (BundleError, UsageError) as error:
         channel.send("failed", {"reason": str(error)})
@@ -90,7 +115,7 @@ def main(fd: int) -> int:
     except Exception as error:  # What the engine says of a file.
         channel.send("failed", {"reason": f"the bundle cannot be loaded: {type(error).__name__}: {error}"})
         return 2
-    channel.send("prepared", {"models": models}, images)
+    channel.send("prepared", {"models": models, "files": list(copies)}, [*copies.values(), *images])
     return 0
 
 

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 
 from ...bundle import BundleError
 from ..exposition import counted, write_rows
+from ..limits.meters import Meters
 from ..process import start_line
 from ..sockets import url_of
 from ..variants import Choice
@@ -84,6 +85,7 @@ class Supervisor:
         self._url = url_of(listener)
         # Those of two generations.
         self._board = Board.make(2 * len(shares.shares))
+        self._meters = Meters.make()
         self._slots = list(range(2 * len(shares.shares), 0, -1))
         self._events = Events(self._take_signal)
         self._front = Front(listener, self._board, self._events, self._open_workers)
@@ -150,7 +152,7 @@ class Supervisor:
             raise
         generation.children[index] = child
         job = generation.job(self._argv, self._plan, index, slot)
-        fds = [self._board.fd, *generation.images]
+        fds = [self._board.fd, self._meters, *generation.descriptors]
         with contextlib.suppress(OSError):  # It has ended already.
             child.channel.send("job", dataclasses.asdict(job), fds)
 
@@ -176,7 +178,7 @@ class Supervisor:
             self._became_ready(message.values["isas"])
         elif message.kind == "prepared" and child is self._preparing:
             self._preparing = None
-            self._coming = Generation(message.values["models"], list(message.fds))
+            self._coming = Generation(message.values["models"], message.values["files"], list(message.fds))
             try:
                 for index in range(len(self._plan.shares)):
                     self._start_worker(self._coming, index)

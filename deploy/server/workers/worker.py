@@ -27,6 +27,7 @@ from ...bundle import BundleError, Manifest
 from ..cli import parse
 from ..exposition import merge
 from ..lifecycle import Server
+from ..limits.meters import Meters
 from ..process import Loaded, Process, UsageError
 from ..serving import serve
 from ..variants import Choice, Selection
@@ -143,8 +144,9 @@ class _Worker(Process):
 
     reloads = False
 
-    def __init__(self, channel: Channel, job: Job, board: Board, images: Sequence[int | None]) -> None:
+    def __init__(self, channel: Channel, job: Job, board: Board, meters: Meters, images: Sequence[int | None]) -> None:
         super().__init__()
+        self._meters = meters
         self._images = images
         self._channel = channel
         self._job = job
@@ -152,6 +154,9 @@ class _Worker(Process):
 
     def threads(self, asked: int | None) -> int:
         return self._job.threads
+
+    def meters(self) -> Meters:
+        return self._meters
 
     def check(self, place: int, manifest: Manifest) -> None:
         if digest(manifest) != self._job.models[place]["bundle"]:
@@ -223,12 +228,15 @@ def main(fd: int) -> int:
     job = dataclasses.replace(job, cpus=tuple(job.cpus))
     if job.cpus:
         os.sched_setaffinity(0, job.cpus)
-    board, *images = message.fds
-    left = iter(images)
+    board, meters, *others = message.fds
+    arguments = parse(job.argv)
+    for name, copied in zip(job.files, others, strict=False):
+        setattr(arguments, name, f"/proc/self/fd/{copied}")
+    left = iter(others[len(job.files) :])
     shared = [next(left) if model["shared"] else None for model in job.models]
-    worker = _Worker(channel, job, Board(board), shared)
+    worker = _Worker(channel, job, Board(board), Meters(meters), shared)
     try:
-        return serve(parse(job.argv), worker)
+        return serve(arguments, worker)
     except _ChangedError as error:
         channel.send("failed", {"reason": str(error)})
         return CHANGED
