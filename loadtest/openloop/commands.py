@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from loadtest.measure import Objectives
 from loadtest.options import CannotStartError
 from loadtest.probe import check_host, check_server, learn_traits
 from loadtest.tasks import TASKS, Traits
@@ -18,6 +19,7 @@ from loadtest.tasks import TASKS, Traits
 from .compare import changes_data, compare_runs, describe_changes, overall
 from .knee import Search, find_knee
 from .options import KEY_VARIABLE, Settings, add_load_options, add_slo_options, read_objectives
+from .presets import with_preset
 from .prices import read_prices
 from .report import Source, choose_prices, report_data, report_html
 from .result import describe_run, knee_result, run_result
@@ -71,12 +73,12 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _settings(given: argparse.Namespace) -> Settings:
+def _settings(given: argparse.Namespace, objectives: Objectives) -> Settings:
     if given.api_key:
         # Workers of this machine inherit it; it is sent to no others, and stands in no result.
         os.environ[KEY_VARIABLE] = given.api_key
     check_host(given.host)
-    return Settings.from_values({**vars(given), "host": given.host.rstrip("/")})
+    return Settings.from_values(with_preset({**vars(given), "host": given.host.rstrip("/")}, objectives))
 
 
 def _learn(settings: Settings) -> Traits:
@@ -106,7 +108,8 @@ def _team(given: argparse.Namespace) -> tuple[int, int, float, str]:
 
 
 async def _run(given: argparse.Namespace, command: Sequence[str]) -> int:
-    settings, objectives = _settings(given), read_objectives(vars(given))
+    objectives = read_objectives(vars(given))
+    settings = _settings(given, objectives)
     traits = _learn(settings)
     async with lead(*_team(given)) as team:
         _stop_on_interrupt(team)
@@ -120,9 +123,10 @@ async def _run(given: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 async def _knee(given: argparse.Namespace, command: Sequence[str]) -> int:
-    settings, objectives = _settings(given), read_objectives(vars(given))
-    if settings.shape != "steady" or settings.trace:
-        raise CannotStartError("knee: expected no --shape and no --trace; each trial has one rate")
+    objectives = read_objectives(vars(given))
+    settings = _settings(given, objectives)
+    if settings.shape != "steady" or settings.trace or settings.preset:
+        raise CannotStartError("knee: expected no --shape, --trace or --preset; each trial has one rate")
     search = Search(settings.rate, settings.rate_to, given.precision)
     search.check(objectives)
     traits = _learn(settings)

@@ -22,6 +22,7 @@ from .clock import LoopClock
 from .generator import Generator
 from .options import Settings
 from .plan import arrivals_of, prepare_requests
+from .presets import may_end
 from .record import Record
 
 __all__ = ["Load", "Outcome"]
@@ -43,6 +44,7 @@ class Outcome:
         workers: How many processes made the load.
         lost: Why the run is void, for each worker that was lost.
         interrupted: Whether somebody ended the run before its time.
+        ended: Whether it ended itself, since its preset's rules said so.
     """
 
     record: Record = field(default_factory=Record)
@@ -53,6 +55,7 @@ class Outcome:
     workers: int = 1
     lost: list[str] = field(default_factory=list)
     interrupted: bool = False
+    ended: bool = False
 
     def merge(self, other: Outcome) -> None:
         """Adds what another generator did at the same time."""
@@ -64,11 +67,15 @@ class Outcome:
         self.workers += other.workers
         self.lost += other.lost
         self.interrupted |= other.interrupted
+        self.ended |= other.ended
 
     def to_wire(self) -> dict[str, Any]:
         """A form that JSON carries from a worker."""
         return {
-            **{name: getattr(self, name) for name in ("cpu", "waited", "peak", "workers", "lost", "interrupted")},
+            **{
+                name: getattr(self, name)
+                for name in ("cpu", "waited", "peak", "workers", "lost", "interrupted", "ended")
+            },
             "record": self.record.to_wire(),
             "in_flight": list(self.in_flight.items()),
         }
@@ -159,6 +166,10 @@ class Load:
             while not finished.is_set():
                 second = max(0, int(generator.elapsed_s()))
                 outcome.in_flight[second] = max(outcome.in_flight[second], client.in_flight)
+                if settings.least_s and generator.elapsed_s() >= settings.least_s and not outcome.ended:
+                    outcome.ended = may_end(generator.record.collector, settings.bound_ms)
+                    if outcome.ended:
+                        generator.stop()
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(finished.wait(), _SAMPLE_S)
             outcome.cpu = (time.process_time() - cpu_s) / max(1e-9, time.monotonic() - wall_s)

@@ -17,6 +17,7 @@ from loadtest.tasks import TASKS
 
 from .arrivals import PROCESSES
 from .lengths import parse_counts, parse_lengths
+from .presets import PRESETS
 
 __all__ = ["OBJECTIVES", "SHAPES", "Settings", "add_load_options", "add_slo_options", "read_objectives"]
 
@@ -72,6 +73,9 @@ class Settings:
     max_connections: int = 4096
     max_lag_ms: float = 10.0
     max_cpu: float = 0.9
+    preset: str = ""
+    bound_ms: float = 0.0
+    least_s: float = 0.0
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Settings:
@@ -182,6 +186,12 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "--api-key", default="", metavar="KEY", help=f"sent as a bearer token (better in the variable {KEY_VARIABLE})"
     )
     group = parser.add_argument_group("Arrivals")
+    add(
+        group,
+        "--preset",
+        "in the form of MLPerf's LoadGen: its server or its offline scenario",
+        choices=sorted(PRESETS),
+    )
     add(group, "--shape", "rate over time", choices=SHAPES)
     add(group, "--process", "arrivals at random, or evenly spread", choices=PROCESSES)
     add(group, "--rate", "arrivals per second; the lowest with steps, spike and diurnal", metavar="PER_S")

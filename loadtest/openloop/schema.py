@@ -102,9 +102,7 @@ RUN = {
             "knee_per_s": _NUMBER_OR_NONE,
             "drift": _NUMBER_OR_NONE,
             "limits": {"type": "array", "items": _object({"kept": {"type": "boolean"}, "message": _TEXT})},
-            "preset": {"type": "object"},
         },
-        optional=("preset",),
     ),
 }
 """The file of ``python -m loadtest run -o``."""

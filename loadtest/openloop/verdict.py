@@ -10,6 +10,7 @@ from loadtest.measure import Collector, Objectives
 from .engine import Outcome
 from .options import Settings
 from .plan import planned_s
+from .presets import early_stopping
 from .record import Second, bucket_ms
 
 __all__ = ["EXIT_KEPT", "EXIT_MISSED", "EXIT_VOID", "Verdict", "judge", "point_of", "point_of_run", "void_reasons"]
@@ -73,7 +74,7 @@ def measured_s(outcome: Outcome, settings: Settings) -> float:
     if settings.shape == "at-once" and not settings.trace:
         return last_answer_s
     planned = planned_s(settings)
-    return min(planned, last_sent_s - settings.warm_up_s) if outcome.interrupted else planned
+    return min(planned, last_sent_s - settings.warm_up_s) if outcome.interrupted or outcome.ended else planned
 
 
 def judge(outcome: Outcome, settings: Settings, objectives: Objectives) -> Verdict:
@@ -85,6 +86,8 @@ def judge(outcome: Outcome, settings: Settings, objectives: Objectives) -> Verdi
         objectives: The limits.
     """
     limits = objectives.judge(outcome.record.collector, measured_s(outcome, settings))
+    if settings.bound_ms:
+        limits.append(early_stopping(outcome.record.collector, settings.bound_ms))
     return Verdict(limits, void_reasons(outcome, settings))
 
 
