@@ -60,6 +60,7 @@ class Export:
         quantized: What was measured for torch_ext-int8, if it is written; after `write_torch_ext`.
         findings: By variant; after `verify`.
         left_out: Why a variant is not in the bundle, by its name.
+        tries: What onnx-int8 measured with more and more layers in fp32.
         manifest: After `describe`.
     """
 
@@ -82,6 +83,7 @@ class Export:
     quantized: Quantized | None = None
     findings: dict[str, Findings] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    tries: list[dict[str, Any]] = field(default_factory=list)
     manifest: Manifest = field(init=False)
 
     @property
@@ -202,6 +204,8 @@ def verify_all(state: Export) -> None:
             report = state.quantized.report
             result = result.with_details(layers=state.quantized.layers, layers_in_bf16=len(report.kept))
             quantization = report.to_json()
+        if name == "onnx-int8" and len(state.tries) > 1:
+            quantization = {"tries": state.tries}
         state.findings[name] = Findings(result, speed, quantization)
     for name, reason in state.left_out.items():
         state.progress.warn(f"{name} is left out of the bundle: {reason}")
@@ -329,6 +333,8 @@ def _write_and_verify_int8(state: Export) -> tuple[Result, Speed | None]:
             layers = quantize_int8(fp32, int8, state.folder / "int8.tmp", state.config, kept)
             result, speed = _verify(state, "onnx-int8")
             said.append(megabytes(variant_bytes(state.folder, "onnx-int8")))
+            figures = {"mean": result.accuracy.mean, "min": result.accuracy.min, "missed": str(result)}
+            state.tries.append({"layers_in_fp32": len(kept), **figures})
             if result.missed:
                 said.append(f"{result}: missed")
                 first = first or result

@@ -25,6 +25,7 @@ from deploy.bundle import (
 )
 from deploy.export.accuracy import Result
 from deploy.export.errors import ExportError
+from deploy.export.page import write_page
 from deploy.export.progress import megabytes
 from deploy.export.tokenizer import Tokens
 from deploy.export.write_onnx import files_of
@@ -104,11 +105,12 @@ def make_manifest(draft: Manifest, findings: Mapping[str, Findings], verificatio
     folder = draft.root
     manifest = replace(
         draft,
-        files={path.name: file_entry(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST_FILE},
         variants={name: _variant(name, folder, found) for name, found in findings.items()},
         verification=verification,
     )
-    write_manifest(manifest)
+    write_page(manifest)
+    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST_FILE)
+    write_manifest(replace(manifest, files={path.name: file_entry(path) for path in paths}))
     return load_manifest(folder, verify=True)
 
 

@@ -170,7 +170,13 @@ def test_the_manifest_is_true(tiny_bundle: Callable[..., Path], tiny_model: Call
     value = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     here = {path.name for path in bundle.iterdir()}
     assert here == {*value["files"], "manifest.json"}
-    assert here == {"manifest.json", "tokenizer.json", "config.json", *(kind.file for kind in VARIANTS.values())}
+    assert here == {
+        "manifest.json",
+        "report.html",
+        "tokenizer.json",
+        "config.json",
+        *(kind.file for kind in VARIANTS.values()),
+    }
     for name, entry in value["files"].items():
         content = (bundle / name).read_bytes()
         assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -401,6 +407,7 @@ def test_chosen_variants_only(tiny_model: Callable[..., Path], tmp_path: Path) -
         "encoder_bf16.safetensors",
         "manifest.json",
         "model_int8.onnx",
+        "report.html",
         "tokenizer.json",
     ]
 
