@@ -32,9 +32,10 @@ class Result:
     missed: Sequence[tuple[str, float, float]] = field(default_factory=list)
 
     def with_details(self, **figures: float) -> Result:
-        """The same, with further figures by name."""
+        """The same, with further figures by name, which may have bounds."""
         details = {**self.accuracy.details, **{name: float(value) for name, value in figures.items()}}
-        return replace(self, accuracy=replace(self.accuracy, details=details))
+        accuracy = replace(self.accuracy, details=details)
+        return Result(accuracy, missed(accuracy))
 
     def __str__(self) -> str:
         """The missed bounds, such as `mean cosine 0.91 < 0.985`."""

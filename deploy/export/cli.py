@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"variants to write; default: all that the model allows of {','.join(VARIANTS)}",
     )
     parser.add_argument("--texts", type=Path, metavar="FILE", help="texts to verify on: one per line, or .jsonl")
+    parser.add_argument(
+        "--eval",
+        type=Path,
+        dest="eval_file",
+        metavar="FILE",
+        help="measure each variant on examples of yours, too: .jsonl with text and label, query and positives, or "
+        "tokens and tags",
+    )
     parser.add_argument("--max-texts", type=positive, metavar="N", help="default: 256 built-in ones, or 2000 of FILE")
     parser.add_argument(
         "--bound",
@@ -208,11 +216,13 @@ def _run(options: argparse.Namespace) -> int:
     target = check_target(options.output, options.force, protected)
     if options.texts is not None and not options.texts.is_file():
         raise TextsError(f"--texts {options.texts}: no such file")
+    if options.eval_file is not None and not options.eval_file.is_file():
+        raise ExportError(f"--eval {options.eval_file}: no such file")
     folder, name, revision = find_model(options.model, options.revision)
     source = read_source(
         folder, options.name or name, revision, options.task, options.pooling, options.normalize, options.max_tokens
     )
-    bounds = _bounds(source, options.bound)
+    bounds = _bounds(source, options)
     variants = _allowed(source.model_type, source.supported_by_torch_ext, options)
     _check_accuracy(options, variants)
 
@@ -239,6 +249,7 @@ def _run(options: argparse.Namespace) -> int:
             max(0.0, options.speed_seconds),
             options.force,
             options.accuracy,
+            options.eval_file,
         ),
         progress,
     )
@@ -257,11 +268,11 @@ def _check_accuracy(options: argparse.Namespace, variants: Sequence[str]) -> Non
         raise ExportError(f"--accuracy is for torch_ext-int8, and the variants are {','.join(variants)}")
 
 
-def _bounds(source: Source, given: Sequence[tuple[str, str, float]]) -> dict[str, dict[str, float]]:
+def _bounds(source: Source, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The bounds of `--bound`, by variant; only those whose figures are measured of the model."""
     bounds: dict[str, dict[str, float]] = {}
-    for variant, name, value in given:
-        names = TASKS[source.task].bound_names(source)
+    for variant, name, value in options.bound:
+        names = (*TASKS[source.task].bound_names(source), *(("eval",) if options.eval_file else ()))
         if name not in names:
             raise ExportError(
                 f"--bound {variant}.{name}: expected a figure that is measured of {source.name} ({source.task}), one "

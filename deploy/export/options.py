@@ -27,6 +27,7 @@ class Options:
         speed_s: Seconds of measuring per variant; 0 measures no speed.
         force: Whether a bundle that is there is replaced.
         accuracy: Mean cosine to fp32 that torch_ext-int8 has to reach, besides its bounds.
+        eval_file: Examples of the user's, see `evaluation`; None: there are none.
     """
 
     variants: Sequence[str]
@@ -37,6 +38,7 @@ class Options:
     speed_s: float = 2.0
     force: bool = False
     accuracy: float | None = None
+    eval_file: Path | None = None
 
 
 @dataclass(frozen=True)

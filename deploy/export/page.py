@@ -101,6 +101,9 @@ def _overview(manifest: Manifest, variants: Sequence[Variant]) -> str:
         speed = "-" if item.speed is None else f"{item.speed.texts_per_s:.0f}"
         rows.append([f"{_key(place)}{escape(item.name)}", megabytes(item.bytes), *cells, speed])
     text = "Figures are means over the texts, and the worst text."
+    if (own := manifest.verification.get("eval")) is not None:
+        text += f" --eval is the {own['metric']} on {own['examples']} examples of {own['file']}, which transformers in "
+        text += f"fp32 answers with {own['reference']:.6f}."
     if manifest.machine is not None:
         text += f" Measured on {manifest.machine}."
     head = ["variant", "size", f"{metric}, mean", "worst", *shown.values(), "texts/s"]

@@ -18,6 +18,7 @@ from deploy.engines.open import open_engine
 from deploy.export.accuracy import Result, Verification
 from deploy.export.dense import DenseStage, read_stages, write_stages
 from deploy.export.errors import ExportError
+from deploy.export.evaluation import Evaluation, read_evaluation
 from deploy.export.needs import check_disk, import_libraries, memory_note, threads
 from deploy.export.options import Options, Texts, read_texts
 from deploy.export.progress import Progress, megabytes, quiet_libraries
@@ -60,6 +61,8 @@ class Export:
         quantized: What was measured for torch_ext-int8, if it is written; after `write_torch_ext`.
         findings: By variant; after `verify`.
         left_out: Why a variant is not in the bundle, by its name.
+        evaluation: The user's own examples, if there are some; after `load`.
+        evaluated: What transformers reaches on them; after `reference`.
         tries: What onnx-int8 measured with more and more layers in fp32.
         manifest: After `describe`.
     """
@@ -83,6 +86,8 @@ class Export:
     quantized: Quantized | None = None
     findings: dict[str, Findings] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    evaluated: float | None = None
     tries: list[dict[str, Any]] = field(default_factory=list)
     manifest: Manifest = field(init=False)
 
@@ -114,6 +119,8 @@ def load(state: Export) -> None:
         dense = tuple(stage.described() for stage in state.stages)
         state.draft = replace(describe_model(state.folder, source, tokens, state.config), dense=dense)
         task = open_task(state.draft)
+        if state.options.eval_file is not None:
+            state.evaluation = read_evaluation(state.options.eval_file, state.draft, task, tokens.encode_inputs)
         try:
             state.ids = task.prepare(ids)
         except TaskError as error:
@@ -136,6 +143,9 @@ def reference(state: Export) -> None:
 
         engine = TransformersEngine(state.model, state.verification.task)
         state.verification.remember(engine)
+        if state.evaluation is not None:
+            state.evaluated = state.evaluation.score(engine)
+            said.append(f"{state.evaluation.metric} {state.evaluated:.4f} on {state.evaluation.count} examples")
         state.reference_speed = measure(engine, state.verification.work, state.options.speed_s, state.threads)
         if state.reference_speed is not None:
             said.append(f"{state.reference_speed.texts_per_s:.0f} texts/s")
@@ -227,6 +237,13 @@ def describe_all(state: Export) -> None:
             "reference": "transformers fp32",
             "reference_texts_per_s": None if state.reference_speed is None else state.reference_speed.texts_per_s,
         }
+        if state.evaluation is not None and state.options.eval_file is not None:
+            verification["eval"] = {
+                "file": state.options.eval_file.name,
+                "metric": state.evaluation.metric,
+                "examples": state.evaluation.count,
+                "reference": state.evaluated,
+            }
         if state.left_out:
             verification["left_out"] = state.left_out
         state.manifest = make_manifest(state.draft, state.findings, verification)
@@ -311,7 +328,10 @@ def _leave_out(state: Export, name: str, error: ExportError) -> None:
 
 def _verify(state: Export, name: str) -> tuple[Result, Speed | None]:
     engine = open_engine(state.draft, VARIANTS[name], state.threads)
-    return verify(engine, state.verification, state.bounds[name], state.options.speed_s, state.threads)
+    result, speed = verify(engine, state.verification, state.bounds[name], state.options.speed_s, state.threads)
+    if state.evaluation is not None:
+        result = result.with_details(eval=state.evaluation.score(engine))
+    return result, speed
 
 
 def _write_and_verify_int8(state: Export) -> tuple[Result, Speed | None]:

@@ -185,4 +185,7 @@ def print_table(manifest: Manifest) -> None:
         baseline = texts["reference_texts_per_s"]
         print(f"; it runs {baseline:.0f} texts/s", end="") if baseline else None
     speed = "" if threads is None else f"; texts/s: a quick measurement, {threads} threads"
+    if (own := texts.get("eval")) is not None:
+        print(f"\n--eval: {own['metric']} on {own['examples']} examples ({own['file']})", end="")
+        print(f"; transformers fp32 {own['reference']:.6f}", end="")
     print(f"\nmeasured on {manifest.machine}{speed}")

@@ -117,6 +117,20 @@ class Tokens:
             raise ExportError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
         return rows
 
+    def encode_inputs(self, inputs: Sequence[Any], words: bool) -> list[tuple[Ids | PairIds, Sequence[int | None]]]:
+        """Token ids of any inputs, truncated, and the index of each token's word; see `evaluation.Encode`."""
+        self._backend.enable_truncation(self.max_tokens, direction=self.truncation_side)
+        encodings = self._backend.encode_batch(inputs, is_pretokenized=words)
+        self._backend.no_truncation()
+        found: list[tuple[Ids | PairIds, Sequence[int | None]]] = []
+        for given, encoding in zip(inputs, encodings, strict=True):
+            ids = array("q", encoding.ids)
+            if not len(ids):
+                raise ExportError(f"the tokenizer gives no token for {str(given)[:60]!r}")
+            types = encoding.type_ids if self.token_types else [0] * len(ids)
+            found.append((PairIds(ids, array("q", types)) if isinstance(given, tuple) else ids, encoding.word_ids))
+        return found
+
 
 def _check_vocabulary(source: Source, backend: Any) -> None:
     size = source.config.get("vocab_size")

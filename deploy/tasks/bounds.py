@@ -29,7 +29,7 @@ LOGIT_BOUNDS = ("mean", "min", "max_prob_diff", "mean_prob_diff", "logit_error")
 EMBEDDING_BOUNDS = ("mean", "min", "centred_mean", "centred_min", "retrieval_overlap")
 """What can be bounded of embeddings."""
 
-BOUND_NAMES = (*LOGIT_BOUNDS, "rank_correlation", "entity_f1", *EMBEDDING_BOUNDS[2:])
+BOUND_NAMES = (*LOGIT_BOUNDS, "rank_correlation", "entity_f1", *EMBEDDING_BOUNDS[2:], "eval")
 """What can be bounded; those in `AT_MOST` from above, the others from below."""
 
 SHOWN: Mapping[str, str] = {
@@ -39,6 +39,7 @@ SHOWN: Mapping[str, str] = {
     "rank_correlation": "rank corr.",
     "max_prob_diff": "max prob. diff.",
     "max_diff": "max diff.",
+    "eval": "--eval",
 }
 """Figures that tables show beside the metric, if they were measured, and what they are called there."""
 
