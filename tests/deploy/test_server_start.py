@@ -38,7 +38,7 @@ async def load_then_stop(self):
     assert not gc.isenabled()
     await load(self)
     assert gc.isenabled() and gc.get_freeze_count() > 10000
-    assert self._batcher.running
+    assert self._app.running
     print(*(name for name in sys.modules if sys.modules[name] is not None))
     self.should_exit = True
 lifecycle.Server._load = load_then_stop
@@ -60,7 +60,7 @@ def bundle(folder: Path) -> Path:
 
 def start(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM, str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_start_needs_neither_torch_nor_exporters(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_serving_needs_no_numpy(
     tiny_bundle: Callable[[str, str], Path],
 ) -> None:
     command = [sys.executable, "-c", SERVED, str(tiny_bundle("bert", task)), variant, json.dumps(requests)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (replies, examples), modules = map(json.loads, done.stdout.splitlines()[1:])
     assert [status for _, status, _ in replies] == [200] * len(requests), replies
