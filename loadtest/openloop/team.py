@@ -43,6 +43,8 @@ class _Worker:
         self._writer = writer
 
     def tell(self, message: dict[str, Any]) -> None:
+        if self._writer.is_closing():
+            return
         self._writer.write(json.dumps(message).encode() + b"\n")
 
     async def hear(self, kind: str) -> Any:
@@ -110,17 +112,28 @@ class Team:
             raise CannotStartError(f"a worker {error}") from error
         for worker in self._workers:
             worker.tell({"start": _START_S})
-        results = await asyncio.gather(*(worker.hear("outcome") for worker in self._workers), return_exceptions=True)
+        results = await asyncio.gather(*map(self._result_of, self._workers), return_exceptions=True)
         whole = Outcome(workers=0)
         whole.record.warm_up_s = settings.warm_up_s
-        for worker, result in zip(self._workers, results, strict=True):
+        for result in results:
             if isinstance(result, BaseException):
                 if not isinstance(result, ConnectionError):
                     raise result
-                whole.lost.append(f"worker {worker.name} {result}: its part of the load is missing; run the test again")
+                whole.lost.append(f"{result}; run the test again")
             else:
                 whole.merge(Outcome.from_wire(result))
         return whole
+
+    async def _result_of(self, worker: _Worker) -> dict[str, Any]:
+        """What a worker did; if it is lost, the others end at once, since the rest of the run would be waste."""
+        try:
+            found: dict[str, Any] = await worker.hear("outcome")
+        except ConnectionError as error:
+            reason = f"worker {worker.name} {error}: its part of the load is missing"
+            print(f"loadtest: the run is void: {reason}", file=sys.stderr, flush=True)
+            self.stop()
+            raise ConnectionError(reason) from error
+        return found
 
 
 def _start_worker(address: str) -> subprocess.Popen[bytes]:
