@@ -24,6 +24,7 @@ from .prices import read_prices
 from .report import Source, choose_prices, report_data, report_html
 from .result import describe_run, knee_result, run_result
 from .schema import read_result, write_result
+from .selfcheck import check_machine, describe_check
 from .team import Team, lead, work
 from .verdict import EXIT_KEPT, EXIT_MISSED, EXIT_VOID, judge
 
@@ -67,6 +68,13 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples (default: 0)")
     compare.add_argument("--json", default="", metavar="FILE", help="write the comparison as JSON")
+
+    check = commands.add_parser("self-check", help="does the generator keep its schedule on this machine?")
+    check.add_argument(
+        "--rate", type=float, default=1000.0, metavar="PER_S", help="arrivals per second (default: 1000)"
+    )
+    check.add_argument("--duration-s", type=float, default=10.0, metavar="S", help="of the run (default: 10)")
+    check.add_argument("--max-lag-ms", type=float, default=2.0, metavar="MS", help="limit at p99 (default: 2)")
 
     worker = commands.add_parser("worker", help="make a part of the load of a leader on this machine")
     worker.add_argument("--join", required=True, metavar="HOST:PORT", help="where the leader listens (its --bind)")
@@ -178,6 +186,13 @@ def _compare(given: argparse.Namespace) -> int:
     return EXIT_MISSED if overall(changes) == "worse" else EXIT_KEPT
 
 
+async def _self_check(given: argparse.Namespace) -> int:
+    outcome, settings = await check_machine(given.rate, given.duration_s)
+    kept, message = describe_check(outcome, settings, given.max_lag_ms)
+    print(f"{'kept' if kept else 'MISSED':10} {message}")
+    return EXIT_KEPT if kept else EXIT_VOID
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs a command.
 
@@ -194,6 +209,8 @@ def main(arguments: Sequence[str]) -> int:
                 return asyncio.run(_run(given, arguments))
             case "knee":
                 return asyncio.run(_knee(given, arguments))
+            case "self-check":
+                return asyncio.run(_self_check(given))
             case "compare":
                 return _compare(given)
             case "report":

@@ -302,6 +302,14 @@ def test_the_alarm_of_the_loop_is_not_early() -> None:
     assert min(asyncio.run(ring(30))) >= -1e-6
 
 
+def test_the_generator_checks_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["self-check", "--rate", "100", "--duration-s", "0.5", "--max-lag-ms"]
+    assert main([*arguments, "60000"]) == 0
+    assert "kept       100 arrivals/s from one core: sent" in capsys.readouterr().out
+    assert main([*arguments, "0.000001"]) == 2
+    assert main(["self-check", "--rate", "0"]) == 2
+
+
 def test_open_files_are_allowed_as_far_as_they_may() -> None:
     assert allow_connections(10) == 10
     assert 1 <= allow_connections(10**9) < 10**9
