@@ -39,10 +39,11 @@ def _ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten from `low` to `high`."""
+    """1, 2 and 5 times powers of ten from `low` to `high`; other round numbers where these are too few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    return [number for number in found if low <= number <= high]
+    found = [number for number in found if low <= number <= high]
+    return found if len(found) >= 3 else [number for number in _ticks(low, high) if number > 0]
 
 
 def _number(value: float) -> str:

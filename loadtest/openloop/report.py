@@ -73,6 +73,9 @@ def choose_prices(prices: Sequence[Price], wanted: Sequence[str], count: int) ->
 def _best(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The point with the most texts per second that kept the limits and is not void."""
     kept = [point for point in result["points"] if point["kept"] and not point.get("void")]
+    if "missed_per_s" in result:
+        # A trial above the knee kept the limits by luck: a longer one did not.
+        kept = [point for point in kept if point["rate"] <= (result["knee_per_s"] or 0)]
     return max(kept, key=lambda point: point["texts_per_s"], default=None)
 
 

@@ -15,8 +15,8 @@ from loadtest.measure import Objectives
 from loadtest.openloop.charts import Line, bars, lines
 from loadtest.openloop.commands import main
 from loadtest.openloop.prices import Price, cost_per_million, read_prices
-from loadtest.openloop.report import choose_prices
-from loadtest.openloop.schema import write_result
+from loadtest.openloop.report import Source, choose_prices, report_data
+from loadtest.openloop.schema import KNEE_FORMAT, write_result
 from loadtest.options import CannotStartError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "loadtest" / "prices.example.json"
@@ -96,6 +96,17 @@ def test_results_without_answers_and_without_prices(tmp_path: Path) -> None:
     assert "No prices" in text
 
 
+def test_a_trial_above_the_knee_was_lucky(tmp_path: Path) -> None:
+    points = [{**a_result(rate=rate, duration_s=12.0)["points"][0], "rate": rate} for rate in (20.0, 40.0, 60.0)]
+    result = a_result(rate=20.0, duration_s=12.0)
+    shared = ("created", "command", "versions", "machine", "settings", "objectives", "server", "workers")
+    knee = {name: result[name] for name in shared} | {"format": KNEE_FORMAT, "points": points, "messages": []}
+    knee |= {"knee_per_s": 40.0, "missed_per_s": 60.0, "void": [], "exit_code": 0}
+    write_result(tmp_path / "knee.json", knee)
+    (row,) = report_data([Source("knee", knee)])["results"]
+    assert row["best_kept"] == points[1]
+
+
 def test_prices_are_the_users(tmp_path: Path, results: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     # The example has none: a forgotten one is refused, and never counts as free.
     assert main(["report", *results, "-o", str(tmp_path / "x.html"), "--prices", str(EXAMPLE)]) == 2
@@ -129,5 +140,8 @@ def test_charts_stay_within_their_frame() -> None:
         assert all(0 <= y <= 300 for y in heights)
         assert text.count("<circle") == 2
     assert lines("t", [Line("a", [(1, 5.0)])], x_label="x", y_label="y")
+    # Within less than a factor of two there is one power's multiple, and still an axis to read.
+    narrow = lines("t", [Line("a", [(0, 6.0), (1, 9.0)])], x_label="x", y_label="y", log=True)
+    assert narrow.count('class="grid"') >= 3
     rows: list[tuple[str, Any]] = [("run", [("queue", 1.0), ("infer", 3.0)])]
     assert "width:75.00%" in bars("t", rows, unit="ms")
