@@ -25,6 +25,10 @@ _RESAMPLES = 1000
 _SAME_SETTINGS = ("task", "inputs_per_request", "lengths", "shape", "process", "rate", "rate_to", "trace")
 
 
+_NOTHING: dict[str, Any] = {"arrivals": 0, "good": 0, "errors": 0, "refused": 0, "latency": []}
+"""A second in which nothing was to start."""
+
+
 @dataclass
 class Block:
     """Requests of some neighbouring seconds.
@@ -74,8 +78,9 @@ def blocks_of(result: Mapping[str, Any], name: str = "run") -> list[Block]:
         CannotStartError: It is too short.
     """
     first = math.ceil(result["settings"]["warm_up_s"])
-    end = first + math.floor(result["summary"]["measured_s"])
-    seconds = [second for second in result["series"] if first <= second["second"] < end]
+    by_second = {second["second"]: second for second in result["series"]}
+    numbers = range(first, first + math.floor(result["summary"]["measured_s"]))
+    seconds = [by_second.get(number, _NOTHING) for number in numbers]
     length = max(1, math.ceil(len(seconds) / _MOST_BLOCKS))
     found = []
     # A last block that is shorter than the others is left out.

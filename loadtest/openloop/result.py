@@ -160,8 +160,8 @@ def run_result(
         "failures": dict(record.reasons.most_common()),
         "histogram": {"growth": GROWTH, "counts": [[bucket_ms(bucket), whole[bucket]] for bucket in sorted(whole)]},
         "series": [
-            {"second": number, "in_flight": outcome.in_flight[number], **second.to_wire()}
-            for number, second in sorted(record.seconds.items())
+            {"second": number, "in_flight": outcome.in_flight[number], **record.seconds.get(number, Second()).to_wire()}
+            for number in range(max(record.seconds, default=-1) + 1)
         ],
         "points": points,
         "knee_per_s": max(kept) if settings.shape == "steps" and kept else None,

@@ -77,7 +77,10 @@ def test_what_cannot_be_compared(runs: dict[str, Any]) -> None:
 
 
 def test_long_runs_have_longer_blocks() -> None:
-    result = a_result(server={"service_s": 0.001}, rate=5.0, duration_s=302.0)
+    # At that rate nothing arrives in some seconds; they are seconds nevertheless.
+    result = a_result(server={"service_s": 0.001}, rate=2.0, duration_s=302.0)
+    assert any(second["arrivals"] == 0 for second in result["series"])
+    assert [second["second"] for second in result["series"]] == list(range(len(result["series"])))
     blocks = blocks_of(result)
     assert len(blocks) == 60
     assert sum(block.arrivals for block in blocks) == result["summary"]["requests"]

@@ -42,7 +42,7 @@ def server() -> Iterator[Simulated]:
         yield running
 
 
-def run(host: str, *arguments: str, rate: float = 100, duration_s: float = 0.6) -> int:
+def run(host: str, *arguments: str, rate: float = 100, duration_s: float = 0.4) -> int:
     return main(
         [
             *("run", "--host", host, "--rate", str(rate), "--duration-s", str(duration_s), "--warm-up-s", "0.1"),
