@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.bundle import DENSE_FILE, Dense
-from deploy.export.errors import ExportError, first_line
+from deploy.export.errors import ExportError, first_line, pickle_refused
 from deploy.folder.sentence import DenseModule
 
 if TYPE_CHECKING:
@@ -82,11 +82,18 @@ def _read(module: DenseModule) -> DenseStage:
         weight = tensors["linear.weight"].float()
         bias = tensors["linear.bias"].float() if "linear.bias" in tensors else torch.zeros(len(weight))
     except Exception as error:  # Pickle's and safetensors' share no base class.
+        if not safe.is_file() and pickle_refused(error):
+            raise ExportError(
+                f"{pickled}: a pickle that is damaged or holds more than weights, which may be code: refused, nothing "
+                "of it was run; save the model again in safetensors"
+            ) from error
         raise ExportError(f"{module.folder}: weights of a Dense module cannot be read: {first_line(error)}") from error
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise ExportError(
             f"{module.folder}: expected weights of a linear layer, got {list(weight.shape)} and {list(bias.shape)}"
         )
+    if not (bool(torch.isfinite(weight).all()) and bool(torch.isfinite(bias).all())):
+        raise ExportError(f"{module.folder}: expected finite weights of a Dense module, got NaN or infinity")
     return DenseStage(weight.numpy(), bias.numpy(), module.activation)
 
 

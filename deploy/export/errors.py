@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from deploy.folder.errors import FolderError, first_line, is_disk_full
+import pickle
 
-__all__ = ["ExportError", "Interrupted", "first_line", "is_disk_full"]
+from deploy.folder.errors import FolderError, chain, first_line, is_disk_full
+
+__all__ = ["ExportError", "Interrupted", "first_line", "is_disk_full", "pickle_refused"]
 
 
 class ExportError(FolderError):
     """The export cannot go on; the message says what was expected, what was found, and what to do."""
+
+
+def pickle_refused(error: BaseException) -> bool:
+    """Whether a pickle was not read because it holds more than weights, which may be code."""
+    return any(
+        isinstance(item, pickle.UnpicklingError) or "Weights only load failed" in str(item) for item in chain(error)
+    )
 
 
 class Interrupted(BaseException):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import CONFIG_FILE, TASKS
-from deploy.export.errors import ExportError, first_line, is_disk_full
+from deploy.export.errors import ExportError, first_line, is_disk_full, pickle_refused
 from deploy.folder.sentence import read_json
 from deploy.folder.source import Source
 
@@ -131,27 +131,66 @@ def load_model(source: Source, folder: Path) -> Any:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # Else the error does not name the weight.
             weights_only=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
         if is_disk_full(error):
             raise
+        if not source.safe_format and pickle_refused(error):
+            raise _refused(source) from error
         raise ExportError(f"{source.folder / source.weights}: cannot be loaded: {first_line(error)}") from error
     except Exception as error:
         # Of the kinds of pickle and safetensors, which share no base class.
-        reason = "refused" if not source.safe_format else "damaged"
+        if not source.safe_format:
+            raise _refused(source) from error
         raise ExportError(
-            f"{source.folder / source.weights}: {reason}: {first_line(error)}; save the model again in safetensors"
+            f"{source.folder / source.weights}: damaged: {first_line(error)}; save the model again in safetensors"
         ) from error
     missing = sorted(
         name for name in info["missing_keys"] if not any(part in f".{name}" for part in task.spare_weights)
     )
-    if missing or info["mismatched_keys"]:
-        names = ", ".join([*missing, *(str(item[0]) for item in info["mismatched_keys"])][:3])
+    # transformers 4 gives names, 5 names and shapes.
+    for name in sorted(item if isinstance(item, str) else item[0] for item in info["mismatched_keys"]):
+        shape = list(model.state_dict()[name].shape)
+        raise ExportError(
+            f"{source.folder / source.weights}: expected {name} {shape}, as config.json has it, got "
+            f"{_shape_of(source, name)}"
+        )
+    if missing:
+        names = ", ".join(missing[:3])
         raise ExportError(
             f"{source.folder / source.weights}: no weights for {names}..., which {source.task} needs; "
             "pass another --task, or a model that was trained for it"
         )
     model.eval()
     model.requires_grad_(False)
+    # The texts need not come by it, as by the row of a rare token.
+    for name, tensor in model.state_dict().items():
+        spare = any(part in f".{name}" for part in task.spare_weights)
+        if tensor.is_floating_point() and not spare and not bool(torch.isfinite(tensor.sum())):
+            if bool(torch.isfinite(tensor).all()):  # Only their sum is too large.
+                continue
+            raise ExportError(
+                f"{source.folder / source.weights}: expected finite weights, got NaN or infinity in {name}"
+            )
     return model
+
+
+def _shape_of(source: Source, name: str) -> str:
+    """The shape of a weight in the files, whose name may have the encoder's name in front."""
+    from safetensors import safe_open
+
+    for path in sorted(source.folder.glob("*.safetensors")) if source.safe_format else ():
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                if key == name or key.endswith(f".{name}") or name.endswith(f".{key}"):
+                    return str(list(file.get_slice(key).get_shape()))
+    return "another shape"
+
+
+def _refused(source: Source) -> ExportError:
+    return ExportError(
+        f"{source.folder / source.weights}: a pickle that is damaged or holds more than weights, which may be code: "
+        "refused, nothing of it was run; save the model again in safetensors"
+    )

@@ -6,14 +6,14 @@ import errno
 import re
 from collections.abc import Iterator
 
-__all__ = ["FolderError", "first_line", "is_disk_full"]
+__all__ = ["FolderError", "chain", "first_line", "is_disk_full"]
 
 
 class FolderError(Exception):
     """A model cannot be used as it is; the message says what was expected, what was found, and what to do."""
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yields an exception and everything that it was raised from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -27,7 +27,7 @@ def is_disk_full(error: BaseException) -> bool:
 
     Libraries in C++ and Rust report it as text.
     """
-    for item in _chain(error):
+    for item in chain(error):
         if isinstance(item, OSError) and item.errno in {errno.ENOSPC, errno.EDQUOT}:
             return True
         if re.search(r"no space left on device|disk quota exceeded|os error (28|122)\b", str(item), re.IGNORECASE):

@@ -294,11 +294,16 @@ def _find_weights(folder: Path) -> tuple[str, int]:
 
 
 def _check_shards(index: Path) -> None:
-    """Checks that an index names files of its own folder only; transformers reads whatever it names."""
+    """Checks that an index names files of its own folder only, which are there; transformers reads what it names."""
     shards = read_json(index, dict).get("weight_map")
-    for name in shards.values() if isinstance(shards, dict) else ():
+    if not isinstance(shards, dict) or not shards:
+        raise FolderError(f"{index}: expected weight_map, an object that names files, got {shards!r:.200}")
+    for name in shards.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise FolderError(f"{index}: weight_map: expected names of files beside it, got {name!r:.200}; refused")
+    for name in sorted(set(shards.values())):
+        if not (index.parent / name).is_file():
+            raise FolderError(f"{index.parent / name}: missing, though {index.name} names it; copy the model again")
 
 
 def _named_activation(config: Mapping[str, Any], sentence: SentenceFiles) -> str | None:

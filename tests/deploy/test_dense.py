@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -108,6 +109,18 @@ def test_weights_that_cannot_be_read(
         (tmp_path / "model" / "2_Dense" / name).unlink(missing_ok=True)
     assert main([str(tmp_path / "model"), "-o", str(tmp_path / "out"), *QUICK]) == 2
     assert "weights of a Dense module cannot be read" in capsys.readouterr().err
+
+    class Harmful:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "harm",)
+
+    torch.save({"linear.weight": Harmful()}, tmp_path / "model" / "2_Dense" / "pytorch_model.bin")
+    assert main([str(tmp_path / "model"), "-o", str(tmp_path / "out"), *QUICK]) == 2
+    assert "2_Dense/pytorch_model.bin: a pickle that is damaged or holds more than weights" in capsys.readouterr().err
+    assert not (tmp_path / "harm").exists()
+    torch.save({"linear.weight": torch.full((32, 64), torch.nan)}, tmp_path / "model" / "2_Dense" / "pytorch_model.bin")
+    assert main([str(tmp_path / "model"), "-o", str(tmp_path / "out"), *QUICK]) == 2
+    assert "2_Dense: expected finite weights of a Dense module" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "model")
     save(tiny_model(), tmp_path / "model", [(32, "Tanh", True), (16, "Tanh", True), (8, "Tanh", True)], False)
     assert main([str(tmp_path / "model"), "-o", str(tmp_path / "out"), *QUICK]) == 2

@@ -506,7 +506,7 @@ def test_pickled_weights_are_read_without_running_them(
     torch.save({"embeddings": Harmful()}, folder / "pytorch_model.bin")
     assert main([*arguments[:2], str(tmp_path / "other"), *arguments[3:]]) == 2
     assert not (tmp_path / "harm").exists()
-    assert "pytorch_model.bin: " in capsys.readouterr().err
+    assert "pytorch_model.bin: a pickle that is damaged or holds more than weights" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -295,9 +295,11 @@ def no_bundle(tmp_path: Path) -> bool:
         (lambda folder: edit(folder, vocab_size=40), "the tokenizer has ids up to .*, the model a vocabulary of 40"),
         (lambda folder: edit(folder, hidden_size=32), "model.safetensors: "),
         (lambda folder: edit(folder, hidden_act="magic"), "model.safetensors: cannot be loaded: .*magic"),
-        (lambda folder: poison(folder), "the model gives NaN or infinity in fp32"),
+        (lambda folder: poison(folder, "encoder.layer.0.output.dense.weight", 0), "got NaN or infinity in encoder.la"),
+        (lambda folder: poison(folder, "embeddings.word_embeddings.weight", 7), "got NaN or infinity in embeddings.w"),
+        (lambda folder: narrow(folder), r"expected encoder.layer.0.output.dense.weight \[64, 128\], .*got \[64, 125\]"),
     ],
-    ids=["tokenizer", "weights", "cut", "vocabulary", "shapes", "activation", "nan"],
+    ids=["tokenizer", "weights", "cut", "vocabulary", "shapes", "activation", "nan", "nan of a rare token", "narrow"],
 )
 def test_damaged_models(
     change: Callable[[Path], Any], message: str, tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture
@@ -319,11 +321,20 @@ def edit(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
 
-def poison(folder: Path) -> None:
+def poison(folder: Path, name: str, row: int) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
-    tensors["encoder.layer.0.output.dense.weight"][0, 0] = float("nan")
+    tensors[name][row, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def narrow(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    name = "encoder.layer.0.output.dense.weight"
+    tensors[name] = tensors[name][:, :-3].contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 

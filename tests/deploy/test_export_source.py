@@ -399,10 +399,18 @@ def test_folders_without_tokenizer_or_weights(tmp_path: Path) -> None:
 def test_sharded_weights_are_summed(tmp_path: Path) -> None:
     folder = write(tmp_path)
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
-    for part in (1, 2):
-        (folder / f"model-0000{part}-of-00002.safetensors").write_bytes(b"12345")
+    index = folder / "model.safetensors.index.json"
+    shards = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}), encoding="utf-8")
+    (folder / shards[0]).write_bytes(b"12345")
+    with pytest.raises(FolderError, match=f"{shards[1]}: missing, though model.safetensors.index.json names it"):
+        read(folder)
+    (folder / shards[1]).write_bytes(b"12345")
     assert read(folder).weights_bytes == 10
+    for content in ("{}", '{"weight_map": []}'):
+        index.write_text(content, encoding="utf-8")
+        with pytest.raises(FolderError, match="expected weight_map, an object that names files"):
+            read(folder)
 
 
 def test_models_are_found_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
