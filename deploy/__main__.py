@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "profile": ("deploy.tools.profile", "say where a request's time goes, and what faster parts would be worth"),
     "key": ("deploy.keys", "make an API key for a server"),
     "serve": ("deploy.server.main", "serve a bundle, or a model's folder as it is, over HTTP"),
+    "run": ("deploy.run", "export a model once, into a folder of bundles, then serve it"),
 }
 
 USAGE = """\
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"python -m deploy: unknown command {name!r}; expected one of {known}", file=sys.stderr)
         return 2
-    if name == "serve":
+    if name in {"serve", "run"}:
         _leave_on_signals()
     command = importlib.import_module(COMMANDS[name][0])
     try:

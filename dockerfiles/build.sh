@@ -4,7 +4,9 @@
 #   build.sh uv                                 install uv, unless it is there
 #   build.sh compiler BUILDARCH TARGETARCH      install a C++ compiler for TARGETARCH, unless it is there
 #   build.sh wheel BUILDARCH TARGETARCH SRC OUT build torch_ext's wheel for TARGETARCH with the environment /build/env
+#   build.sh init BUILDARCH TARGETARCH SRC OUT  compile a static program of one C file for TARGETARCH
 #   build.sh strip BUILDARCH TARGETARCH DIR...   take what only debuggers read out of TARGETARCH's libraries in folders
+#   build.sh prune DIR                          remove what running programs do not read out of a folder of packages
 #   build.sh requirements PYPROJECT NAME...     print requirements: of "dependencies", or of the extra of that name
 #   build.sh install ARCH ARGUMENTS...          `uv pip install ARGUMENTS...` for ARCH, running none of its code; torch is a
 #                                               CPU build, and a requirement that is just "torch" gets the tested version
@@ -92,15 +94,31 @@ case $step in
     CXX=$cxx CC=${cxx%++}cc PATH=/build/env/bin:$PATH uv build --quiet --offline --wheel --no-build-isolation \
       --python /build/env/bin/python --out-dir "$4" "$3"
     ls "$4"/*_"$(machine "$2")".whl;;
+  init)
+    find_compiler "$1" "$2"
+    mkdir -p "$(dirname "$4")"
+    "${cxx%++}cc" -Wall -Wextra -Werror -O2 -static -s -o "$4" "$3";;
   strip)
     find_compiler "$1" "$2"
     shift 2
     find "$@" -type f -name '*.so' -exec "${cxx%g++}strip" --strip-unneeded {} +;;
+  prune)
+    [ -d "${1:?}" ] || die "prune: no folder $1"
+    rm -rf "$1/bin" "$1/torch/include" "$1/torch/share" "$1/torch/test"
+    find "$1" -type d -name tests -prune -exec rm -rf {} +
+    find "$1" -type f -name '*.a' -exec rm -f {} +;;
   requirements)
     python -c 'import sys, tomllib
 project = tomllib.load(open(sys.argv[1], "rb"))["project"]
 groups = {**project["optional-dependencies"], "dependencies": project["dependencies"]}
-print(*(line for name in sys.argv[2:] for line in groups[name]), sep="\n")' "$@";;
+def lines(name):
+    for line in groups[name]:
+        if line.startswith(project["name"] + "["):  # Extras of the project itself.
+            for extra in line.partition("[")[2].rstrip("]").split(","):
+                yield from lines(extra)
+        else:
+            yield line
+print(*dict.fromkeys(line for name in sys.argv[2:] for line in lines(name)), sep="\n")' "$@";;
   install)
     trust_ca
     install_packages "$@";;

@@ -16,4 +16,7 @@ if [ "$arch" != "$(uname -m)" ]; then
   export _PYTHON_HOST_PLATFORM=linux-$arch
 fi
 .venv/bin/python -m pip --disable-pip-version-check --quiet wheel . --no-build-isolation --no-deps -w "$folder"
-ls -1 "$folder"/torch_ext-*"$arch".whl
+wheel=$(ls -1 "$folder"/torch_ext-*-linux_"$arch".whl)
+# On the platforms that it is named for, and there alone.
+rm -f "$folder"/torch_ext-*-manylinux_*_"$arch".whl
+.venv/bin/python scripts/check_wheel.py "$wheel"

@@ -17,7 +17,7 @@ from typing import Any
 DOCKER = os.environ.get("DOCKER", "docker")
 
 # How a careful operator runs the image.
-HARDENED = ("--init", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
+HARDENED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 
 
 def docker(*arguments: str, check: bool = True, timeout_s: float = 120) -> str:
@@ -101,20 +101,23 @@ class Container:
 
 
 @contextmanager
-def serving(image: str, arch: str, bundle: str, *arguments: str, options: Sequence[str] = ()) -> Iterator[Container]:
+def serving(
+    image: str, arch: str, bundle: str | None, *arguments: str, options: Sequence[str] = ()
+) -> Iterator[Container]:
     """A container with the server; removed at the end, whatever happens.
 
     Args:
         image: Its tag.
         arch: Docker's name of the architecture.
-        bundle: Folder that is mounted.
+        bundle: Folder that is mounted; None: the image makes its own.
         arguments: For the server, after the bundle.
         options: More for `docker run`.
     """
     name = f"torch-ext-test-{uuid.uuid4().hex[:12]}"
     docker(
         *("run", "--detach", f"--name={name}", f"--platform=linux/{arch}", *HARDENED, "--publish=127.0.0.1::8000"),
-        *(f"--volume={bundle}:/bundle:ro", *options, image, "/bundle", *arguments),
+        *([] if bundle is None else [f"--volume={bundle}:/bundle:ro"]),
+        *(*options, image, *([] if bundle is None else ["/bundle"]), *arguments),
     )
     try:
         port = docker("port", name, "8000/tcp").splitlines()[0].rsplit(":", 1)[1]

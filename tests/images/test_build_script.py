@@ -127,6 +127,34 @@ def test_requirements_are_those_of_the_project() -> None:
     assert {"torch", "safetensors", "uvicorn", "onnxruntime", "tokenizers"} <= names
 
 
+def test_extras_of_the_project_are_spelled_out() -> None:
+    lines = run("requirements", str(ROOT / "pyproject.toml"), "serve", "export").stdout.splitlines()
+    assert len(lines) == len(set(lines))
+    names = [re.split(r"[\[<>=]", line)[0] for line in lines]
+    assert {"torch", "safetensors", "transformers", "uvicorn"} <= set(names)
+    assert "torch-ext" not in names
+
+
+def test_what_programs_do_not_read_is_removed(tmp_path: Path) -> None:
+    kept = ("a/a.py", "torch/lib/libtorch.so", "torch/bin/torch_shm_manager")
+    gone = ("bin/a", "a/tests/x", "torch/include/a.h", "torch/lib/a.a")
+    for name in (*kept, *gone):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert run("prune", str(tmp_path)).returncode == 0
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
+    assert "no folder" in run("prune", str(tmp_path / "other")).stderr
+
+
+def test_init_is_a_static_program(tmp_path: Path) -> None:
+    result = run("init", "amd64", "amd64", str(ROOT / "dockerfiles" / "init.c"), str(tmp_path / "app" / "init"))
+    assert result.returncode == 0, result.stderr
+    headers = subprocess.run(
+        ["readelf", "--program-headers", str(tmp_path / "app" / "init")], capture_output=True, text=True, check=True
+    ).stdout
+    assert "INTERP" not in headers
+
+
 def test_the_wheel_itself_needs_no_package() -> None:
     assert run("requirements", str(ROOT / "pyproject.toml"), "dependencies").stdout.split() == []
 

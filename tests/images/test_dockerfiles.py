@@ -16,13 +16,13 @@ FINAL_STAGES = [
     (path, stage.name)
     for path in FILES
     for stage in Dockerfile.read(path).stages
-    if stage.name in ("server", "baked", "loadtest")
+    if stage.name in ("server", "server-all", "baked", "loadtest")
 ]
 
 
 def test_there_are_dockerfiles_and_final_stages() -> None:
     assert {path.name for path in FILES} == {"server.Dockerfile", "loadtest.Dockerfile"}
-    assert {name for _, name in FINAL_STAGES} == {"server", "baked", "loadtest"}
+    assert {name for _, name in FINAL_STAGES} == {"server", "server-all", "baked", "loadtest"}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.name)
@@ -93,14 +93,27 @@ def test_final_stages_start_without_a_shell(final: tuple[str, list[Stage]]) -> N
     _, chain = final
     entry = [value for stage in chain for value in stage.values("ENTRYPOINT")]
     assert len(entry) == 1
-    assert entry[0].startswith('["python", "-m", ')
+    assert entry[0].startswith('["/app/init", "python", ')
 
 
 def test_final_stages_are_labelled(final: tuple[str, list[Stage]]) -> None:
     _, chain = final
     labels = " ".join(value for stage in chain for value in stage.values("LABEL"))
-    for key in ("title", "description", "licenses", "version", "revision"):
+    for key in ("title", "description", "licenses", "version", "revision", "base.name"):
         assert f"org.opencontainers.image.{key}=" in labels
+
+
+def test_final_stages_carry_init_and_a_bill_of_materials(final: tuple[str, list[Stage]]) -> None:
+    _, chain = final
+    copied = [value for stage in chain for value in stage.values("COPY")]
+    assert any(value.endswith(" /app/init init") for value in copied)
+    assert any(value.endswith(" sbom.cdx.json") for value in copied)
+
+
+def test_only_the_exporter_keeps_something(final: tuple[str, list[Stage]]) -> None:
+    name, chain = final
+    volumes = [value for stage in chain for value in stage.values("VOLUME")]
+    assert volumes == (['["/data"]'] if name == "server-all" else [])
 
 
 def ignored(path: str, patterns: list[str]) -> bool:

@@ -4,7 +4,8 @@ Needs images and a bundle of a feature-extraction model, named by environment va
 
     TORCH_EXT_IMAGE_AMD64 TORCH_EXT_IMAGE_ARM64 TORCH_EXT_IMAGE_LOADTEST   tags
     TORCH_EXT_IMAGE_ONNX                                                   tag, of arm64 with EXTRAS="serve onnx"
-    TORCH_EXT_BUNDLE                                                       folder
+    TORCH_EXT_IMAGE_ALL                                                    tag, of server-all for amd64
+    TORCH_EXT_BUNDLE, TORCH_EXT_MODEL                                      folders
     DOCKER, DOCKER_COMPOSE                                                 commands
 """
 
@@ -16,8 +17,9 @@ import os
 import re
 import shlex
 import subprocess
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -203,7 +205,7 @@ def test_what_is_in_the_image(arch: str) -> None:
         "print([n for n in absent if u.find_spec(n)]);"
         "print(os.path.realpath(u.find_spec('torch_ext').origin)); import torch_ext.runtime"
     )
-    output = docker("run", "--rm", "--init", f"--platform=linux/{arch}", "--entrypoint=python", tag, "-c", script)
+    output = docker("run", "--rm", f"--platform=linux/{arch}", "--entrypoint=python", tag, "-c", script)
     present, origin = output.splitlines()[-2:]
     assert present == "[]"
     assert origin == "/app/extension/torch_ext/__init__.py", "the wheel's, not a source folder's"
@@ -215,7 +217,7 @@ def test_doctor_in_the_arm64_image() -> None:
     try:
         # 0: all well, 1: something is set wrong (emulation is reported); anything else is a crash.
         output = docker(
-            *("run", "--init", f"--name={name}", "--platform=linux/arm64", "--entrypoint=python", image("arm64")),
+            *("run", f"--name={name}", "--platform=linux/arm64", "--entrypoint=python", image("arm64")),
             *("-m", "torch_ext.doctor", "--json"),
             check=False,
         )
@@ -223,6 +225,85 @@ def test_doctor_in_the_arm64_image() -> None:
     finally:
         docker("rm", "--force", name)
     assert "neon_i8mm" in output
+
+
+BAR = ("--user=12345", "--cpus=1.5", "--memory=1g")
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_hardened_it_takes_one_thread(arch: str) -> None:
+    """As another user than the image's, too, on 1.5 CPUs: rounded down."""
+    variant = ("--variant", "torch_ext-bf16")
+    with serving(image(arch), arch, setting("TORCH_EXT_BUNDLE"), *variant, options=BAR) as container:
+        container.wait_until_healthy(300)
+        assert "entry point: threads=1 (quota of 1.5, " in container.logs()
+        assert " threads=1 isa=" in container.logs()
+        assert len(container.post("/api/embed", {"inputs": "ok"})["embeddings"]) == 1
+        exit_code, seconds = container.stop(40)
+        print(f"{arch}: stopped after {seconds:.1f} s")
+        assert exit_code == 0, container.logs()
+
+
+@pytest.mark.parametrize("delay_s", [0, 0.02, 0.1, 0.3, 0.6, 1, 2])
+def test_it_can_be_stopped_in_any_state(delay_s: float) -> None:
+    """From its first instruction on; at first Python has no handler, then it loads, then it serves."""
+    variant = ("--variant", "torch_ext-bf16")
+    with serving(image("amd64"), "amd64", setting("TORCH_EXT_BUNDLE"), *variant, options=BAR) as container:
+        time.sleep(delay_s)
+        exit_code, seconds = container.stop(20)
+        print(f"after {delay_s} s: stopped in {seconds:.1f} s")
+        assert exit_code == 0, container.logs()
+        assert seconds < 10, "SIGTERM was lost"
+
+
+def test_bill_of_materials() -> None:
+    tag = image("arm64")
+    read = ("--entrypoint=python", tag, "-c", "print(open('/app/sbom.cdx.json').read())")
+    bill = json.loads(docker("run", "--rm", "--platform=linux/arm64", *read))
+    names = {item["name"] for item in bill["components"] if item["purl"].startswith("pkg:pypi/")}
+    assert bill["bomFormat"] == "CycloneDX"
+    assert {"torch-ext", "tokenizers", "uvicorn"} <= names
+    assert not {"torch", "numpy", "transformers"} & names
+
+
+def test_server_all_exports_once_and_serves() -> None:
+    """A model's folder, with the options of TEI; the bundle stays in the volume, and the second start is quick."""
+    tag, volume = setting("TORCH_EXT_IMAGE_ALL"), f"torch-ext-test-{uuid.uuid4().hex[:12]}"
+    size = json.loads(docker("image", "inspect", tag))[0]["Size"]
+    print(f"server-all: {size / 1e6:.0f} MB")
+    assert size < 1.2e9
+    options = [
+        *BAR[:1],
+        f"--volume={setting('TORCH_EXT_MODEL')}:/model:ro",
+        f"--volume={volume}:/data",
+        "--env=HF_HUB_OFFLINE=1",
+        "--env=EXPORT_ARGS=--max-texts 16 --speed-seconds 0 --variants torch_ext-bf16",
+    ]
+    try:
+        with serving(tag, "amd64", None, "--model-id", "/model", options=options) as container:
+            container.wait_until_healthy(600)
+            assert "exporting /model into /data/bundles/" in container.logs()
+            assert len(container.post("/embed", {"inputs": ["a", "b"]})) == 2
+            assert container.stop(40)[0] == 0
+        with serving(tag, "amd64", None, "--model-id", "/model", options=options) as container:
+            print(f"server-all, second start: healthy after {container.wait_until_healthy(120):.0f} s")
+            assert "exporting" not in container.logs()
+            assert container.stop(40)[0] == 0
+        # Stopped while it exports.
+        with serving(tag, "amd64", None, "--model-id", "/model", "--pooling", "cls", options=options) as container:
+            wait_for(lambda: "exporting" in container.logs(), 60)
+            exit_code, seconds = container.stop(20)
+            assert exit_code == 0, container.logs()
+            assert seconds < 10
+    finally:
+        docker("volume", "rm", "--force", volume)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come"
+        time.sleep(0.2)
 
 
 def test_load_test_by_compose(tmp_path: Path) -> None:
