@@ -152,6 +152,10 @@ wheel: $(VENV)/.demo $(VENV)/.built ## wheel for this machine's architecture, in
 wheel-aarch64: $(VENV)/.demo $(VENV)/.built ## cross-built wheel for aarch64, into WHEELS
 	@bash scripts/wheel.sh aarch64 "$(WHEELS)"
 
+.PHONY: images
+images: ## images server, server-all and loadtest for this machine; others: ARGS="wheel", PLATFORM=linux/arm64
+	@bash scripts/images.sh $(ARGS)
+
 .PHONY: clean
 clean: ## remove builds, caches and outputs, but not .venv
 	@rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache torch_ext/_C*.so $(VENV)/.built

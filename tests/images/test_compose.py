@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -14,7 +15,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "dockerfiles" / "compose.yaml"
-SERVICES = ("server", "locust-master", "locust-worker")
+SERVICES = ("server", "locust-master", "locust-worker", "prometheus", "grafana")
+MONITORING = ROOT / "dockerfiles" / "monitoring"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,52 @@ def test_the_server_knows_its_options(compose: dict[str, Any]) -> None:
     assert arguments.variant == AUTO
     assert Settings().port == 8000
     assert compose["services"]["server"]["ports"][0].endswith(":8000")
+
+
+def test_monitoring_is_asked_for_and_stays_on_this_machine(compose: dict[str, Any]) -> None:
+    for name in ("prometheus", "grafana"):
+        service = compose["services"][name]
+        assert service["profiles"] == ["monitoring"]
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        for volume in service["volumes"]:
+            source, _, options = volume.partition(":")
+            assert (PATH.parent / source).exists(), source
+            assert options.endswith(":ro")
+    scraped = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())["scrape_configs"][0]["static_configs"]
+    assert scraped == [{"targets": ["server:8000"]}]
+    source = yaml.safe_load((MONITORING / "datasource.yaml").read_text())["datasources"][0]
+    assert source["url"] == "http://prometheus:9090"
+
+
+def test_the_dashboard_asks_for_metrics_that_the_server_has() -> None:
+    from deploy.server.metrics import Metrics
+
+    metrics = Metrics()
+    metrics.gauges(lambda: 0, lambda: 0, lambda: True)
+    metrics.serves("m", "v", "t")
+    metrics.answered("/embed", 200, 0.1)
+    metrics.stages(0.1, 0.1, 0.1)
+    metrics.batch(1, 2)
+    served = metrics.render().decode()
+    known = set(re.findall(r"^(\w+)(?:\{| )", served, re.MULTILINE))
+    labels = set(re.findall(r'[{,](\w+)="', served)) | {"instance"}
+    dashboard = json.loads((MONITORING / "dashboards" / "server.json").read_text())
+    datasource = yaml.safe_load((MONITORING / "datasource.yaml").read_text())["datasources"][0]["uid"]
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    asked = set()
+    for panel in dashboard["panels"]:
+        assert panel["datasource"]["uid"] == datasource
+        for target in panel["targets"]:
+            names = set(re.findall(r"\b(?:serve|process)_\w+", target["expr"]))
+            assert names <= known, f"{panel['title']}: the server has no {names - known}"
+            assert names
+            used = re.findall(r"\bby \(([^)]*)\)", target["expr"]) + re.findall(
+                r"\{\{(\w+)\}\}", target["legendFormat"]
+            )
+            assert {name.strip() for words in used for name in words.split(",")} <= labels, panel["title"]
+            asked |= names
+    ours = {re.sub(r"_(bucket|sum|count)$", "", name) for name in known if name.startswith("serve_")}
+    assert ours == {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked if name.startswith("serve_")}
 
 
 def locust(*arguments: str) -> subprocess.CompletedProcess[str]:
