@@ -122,6 +122,10 @@ bench-model: $(VENV)/.dev ## the same without ARM hardware: counted instructions
 	@bash scripts/arm64_root.sh "$(ARM64_ROOT)"
 	@$(PY) benchmarks/instructions.py --tools "$(ICOUNT)" --root "$(ARM64_ROOT)" --site "$(ARM64_ROOT)/extension:$(ARM64_ROOT)/site" --peers $(ARGS)
 
+.PHONY: arm-card
+arm-card: $(VENV)/.dev $(VENV)/.built ## result card of this machine, JSON and HTML (20 minutes); ARGS="--instance c8g.xlarge --price 0.16"
+	@model="$(MODEL)"; $(PY) benchmarks/card.py collect $${model:+--model "$$model"} $(ARGS)
+
 .PHONY: bench-threads
 bench-threads: $(VENV)/.dev ## how an encoder scales to 64 cores, modelled, into docs/threads.md
 	@$(PY) benchmarks/threads.py $(ARGS)

@@ -1,0 +1,112 @@
+"""The form of a result card: what cards that users hand in are checked by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loadtest.openloop.schema import check
+
+__all__ = ["FEATURES", "FORM", "NAME", "PARTS", "check_card"]
+
+NAME = "torch-ext card 1"
+PARTS = ("doctor", "encoder", "accuracy", "knee")
+FEATURES = ("asimddp", "bf16", "i8mm", "sve", "sve2", "svebf16", "avx2", "avx512_bf16", "avx512_vnni", "amx_bf16")
+
+_TEXT, _NUMBER, _FLAG = {"type": "string"}, {"type": "number", "minimum": 0}, {"type": "boolean"}
+_MAYBE = {"type": ["number", "null"]}
+
+
+def _record(fields: Mapping[str, Any], *, empty: bool = False) -> dict[str, Any]:
+    return {
+        "type": ["object", "null"] if empty else "object",
+        "properties": dict(fields),
+        "required": list(fields),
+        "additionalProperties": False,
+    }
+
+
+def _list(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": dict(item)}
+
+
+FORM: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    **_record(
+        {
+            "form": {"type": "string", "enum": [NAME]},
+            "machine": _record(
+                {
+                    "arm": _FLAG,
+                    "emulated": _FLAG,
+                    "architecture": _TEXT,
+                    "cpu": _TEXT,
+                    "features": _list({"type": "string", "enum": list(FEATURES)}),
+                    "cpus": {"type": "integer", "minimum": 1},
+                    "memory_mb": {"type": "integer", "minimum": 0},
+                    "page_bytes": {"type": "integer", "minimum": 1024},
+                    "instance": _TEXT,
+                    "firmware": _TEXT,
+                    "price_per_hour": _MAYBE,
+                    "currency": _TEXT,
+                }
+            ),
+            "model": _TEXT,
+            "date": _TEXT,
+            "commit": _TEXT,
+            "system": _TEXT,
+            "python": _TEXT,
+            "versions": {"type": "object"},
+            "quick": _FLAG,
+            "parts": _record(
+                {
+                    "doctor": _record(
+                        {
+                            "status": {"type": "string", "enum": ["OK", "WARN", "FAIL"]},
+                            "findings": _list(
+                                _record({"name": _TEXT, "status": _TEXT, "detail": _TEXT, "advice": _TEXT})
+                            ),
+                            "isa": _TEXT,
+                        },
+                        empty=True,
+                    ),
+                    "encoder": _record(
+                        {
+                            "threads": {"type": "integer", "minimum": 1},
+                            "mean_tokens": _NUMBER,
+                            "quick": _FLAG,
+                            "rows": _list(
+                                _record(
+                                    {"name": _TEXT, "texts_per_s": _NUMBER, "latency_ms": _MAYBE, "cosine_mean": _MAYBE}
+                                )
+                            ),
+                            "command": _TEXT,
+                            "versions": {"type": "object"},
+                        },
+                        empty=True,
+                    ),
+                    "accuracy": _record(
+                        {
+                            "texts": {"type": "integer", "minimum": 1},
+                            "pairs": {"type": "integer", "minimum": 1},
+                            "engines": {"type": "object"},
+                            "missed": {"type": "array"},
+                        },
+                        empty=True,
+                    ),
+                    "knee": _record({"slo_p95_ms": _NUMBER, "variant": _TEXT, "texts_per_s": _NUMBER}, empty=True),
+                }
+            ),
+            "not_run": {"type": "object"},
+        }
+    ),
+}
+
+
+def check_card(card: Any) -> list[str]:
+    """What is wrong with a card; empty if nothing is."""
+    wrong = check(card, FORM, "card")
+    if wrong:
+        return wrong
+    missing = [part for part in PARTS if card["parts"][part] is None and part not in card["not_run"]]
+    return [f"card.not_run: expected the reason why {part} is missing" for part in missing]
