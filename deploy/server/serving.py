@@ -9,7 +9,9 @@ import argparse
 import logging
 import os
 import signal
-from typing import TYPE_CHECKING
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..bundle import BundleError
 from .access import read_api_keys
@@ -21,8 +23,9 @@ from .process import Process, open_admin, port_of, settle_threads
 if TYPE_CHECKING:
     from .app import App
     from .lifecycle import Server
+    from .loading import Loading
 
-__all__ = ["serve"]
+__all__ = ["Assembled", "assemble", "serve"]
 
 
 def _settings(arguments: argparse.Namespace, port: int, threads: int, models: int) -> Settings:
@@ -86,23 +89,34 @@ def _reload_when_asked(arguments: argparse.Namespace, process: Process, threads:
     server.on_leaving = reloader.cancel
 
 
-def serve(arguments: argparse.Namespace, process: Process) -> int:
-    """Serves in this process until a signal.
+class Assembled(NamedTuple):
+    """A server whose engines are not loaded yet: the batchers of the application's models do it.
+
+    Attributes:
+        app: The ASGI application.
+        loading: Its models.
+        settings: What the options say.
+        sockets: To accept connections from.
+    """
+
+    app: App
+    loading: Sequence[Loading]
+    settings: Settings
+    sockets: list[socket.socket]
+
+
+def assemble(arguments: argparse.Namespace, process: Process, threads: int) -> Assembled:
+    """Reads and verifies what shall be served, and puts the application together.
 
     Args:
-        arguments: See `parse`.
+        arguments: See `cli.parse`.
         process: What is decided for this process.
-
-    Returns:
-        The exit code.
+        threads: Of all engines together.
 
     Raises:
         BundleError: A bundle cannot be served.
         UsageError: An option is wrong, or the address cannot be used.
     """
-    if process.reloads:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Until there is something to load again.
-    threads = process.threads(arguments.threads)
     keys = read_api_keys(arguments)
     loading = begin(arguments, process, threads)
     port = port_of(arguments.port, os.environ)
@@ -116,13 +130,34 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
     for one in loading:
         one.verified()
     settings = process.settings(_settings(arguments, port, threads, len(loading)))
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     if settings.access_log:
         logging.getLogger(ACCESS).setLevel(logging.INFO)
     sockets = process.listen(settings)
     app = App(settings)
     app.admits(keys, process.meters())
     app.use([one.model(app) for one in loading])
+    return Assembled(app, loading, settings, sockets)
+
+
+def serve(arguments: argparse.Namespace, process: Process) -> int:
+    """Serves in this process until a signal.
+
+    Args:
+        arguments: See `cli.parse`.
+        process: What is decided for this process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BundleError: A bundle cannot be served.
+        UsageError: An option is wrong, or the address cannot be used.
+    """
+    if process.reloads:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Until there is something to load again.
+    threads = process.threads(arguments.threads)
+    app, loading, settings, sockets = assemble(arguments, process, threads)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     server = process.server(app, settings, lambda: process.announce([one.loaded for one in loading]))
     if process.reloads:
         _reload_when_asked(arguments, process, threads, app, server)
