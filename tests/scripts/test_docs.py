@@ -54,6 +54,36 @@ def test_targets_of_make_exist() -> None:
             assert name in targets, f"{page}: make {name} is no target"
 
 
+TOP = ("benchmarks", "deploy", "docs", "dockerfiles", "examples", "loadtest", "scripts", "tests", "torch_ext")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_files_exist(page: Path) -> None:
+    """Whatever looks like a file or folder of the checkout, in text and in commands; `*` and `{a,b}` as in a shell."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for match in re.finditer(rf"(?<![\w./-])(?:{'|'.join(TOP)})/[\w./*{{}},-]*[\w*/}}]", text):
+        if text[: match.start()].endswith(("](", "torch-ext:")):
+            continue  # Links have a test of their own.
+        named = match[0]
+        inner = re.search(r"\{([^}]*)\}", named)
+        for path in [named] if inner is None else [named.replace(inner[0], part) for part in inner[1].split(",")]:
+            assert list(ROOT.glob(path.rstrip("/"))), f"{page}: there is no {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_commands_exist(page: Path) -> None:
+    """Modules that `python -m` starts, scripts, and the subcommands of `deploy`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ((?:deploy|torch_ext|loadtest|benchmarks)[\w.]*)", text):
+        path = ROOT / module.rstrip(".").replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page}: python -m {module}"
+    for script in re.findall(r"python ((?:benchmarks|scripts|tests)/\S+\.py)", text):
+        assert (ROOT / script).exists(), f"{page}: python {script}"
+    commands = (ROOT / "deploy" / "__main__.py").read_text(encoding="utf-8")
+    for command in re.findall(r"python -m deploy ([a-z]+)", text):
+        assert f'"{command}"' in commands, f"{page}: python -m deploy {command}"
+
+
 def test_options_of_the_load_test_are_listed() -> None:
     """Locust prints its help before it reads the load test's file."""
     page = (ROOT / "docs" / "load-test.md").read_text(encoding="utf-8")
