@@ -18,8 +18,10 @@ class _TextFormatter(logging.Formatter):
     """A line of text, with the id of the request's trace at its end."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """The line of a record, without its exception."""
+        """The line of a record, without its exception; what a client has sent cannot end it, nor move the cursor."""
         line = super().formatMessage(record)
+        if not line.isprintable():
+            line = "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in line)
         trace_id = getattr(record, "fields", {}).get("trace_id")
         return line if trace_id is None else f"{line} trace_id={trace_id}"
 
