@@ -26,6 +26,7 @@ def lines_of(folder: Path, task: str) -> list[str]:
     """The document of a server for a task, as lines."""
     with running(make_manifest(folder, task)) as server:
         document: dict[str, Any] = server("GET", "/openapi.json").json
+    document["components"]["schemas"] = dict(sorted(document["components"]["schemas"].items()))
     document["x-limits"]["memory"]["limit"] = "..."  # Of this machine.
     return json.dumps(document, indent=1, ensure_ascii=False).splitlines()
 

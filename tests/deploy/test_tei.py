@@ -330,6 +330,12 @@ def test_rerank(reranker: LiveServer) -> None:
     bad(reranker("POST", "/rerank", {"query": "w1"}), 422, "Validation")
 
 
+def test_documents_beside_texts_are_ignored(reranker: LiveServer) -> None:
+    """As every field is that TEI does not know."""
+    body = {"query": "w1", "texts": ["w2", "w3"]}
+    assert good(reranker, "/rerank", {**body, "documents": []}) == good(reranker, "/rerank", body)
+
+
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
 def test_rerank_as_cohere_jina_and_vllm_have_it(reranker: LiveServer, path: str) -> None:
     documents = ["w2", {"text": "w5"}, "w3"]

@@ -12,7 +12,7 @@ from ...bundle import Manifest
 from ..errors import ERRORS
 from ..limits.bounds import BOUNDS, Limits, Settings
 from ..service import TextTokenizer, widths_of
-from .route import JSON, Dialect, Route
+from .route import JSON, Route
 from .schemas import BOUND
 
 __all__ = ["document"]
@@ -46,7 +46,8 @@ def document(
     Returns:
         A JSON object. Endpoints of other tasks are listed too: they answer 400.
     """
-    types = [kind for route in routes for kind in (route.request, route.answer, route.dialect.body) if kind is not None]
+    types: list[Any] = [kind for route in routes for kind in (route.request, route.answer) if kind is not None]
+    types += [dialect.body for route in routes for dialect in (route.dialect, route.other) if dialect is not None]
     types = list(dict.fromkeys(types))
     written, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     of = dict(zip(types, written, strict=True))
@@ -176,7 +177,7 @@ def _operation(
         operation["requestBody"] = {"required": True, "content": {JSON: content}}
     answer = _answer(route, of)
     kinds = [*route.error_kinds, *(["unauthorized", "rate_limit_exceeded"] if secured and route.secured else [])]
-    operation["responses"] = {"200": answer, **_errors(kinds, route.dialect, of)}
+    operation["responses"] = {"200": answer, **_errors(kinds, route, of)}
     if route.task is not None:
         answer["headers"] = _SERVER_TIMING
     if secured and route.secured:
@@ -195,17 +196,20 @@ def _json(schema: dict[str, Any], description: str) -> dict[str, Any]:
     return {"description": description, "content": {JSON: {"schema": schema}}}
 
 
-def _errors(kinds: Sequence[str], dialect: Dialect, of: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+def _errors(kinds: Sequence[str], route: Route, of: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
     """Responses of error kinds, by status; kinds that share a status share an entry."""
+    dialects = [dialect for dialect in (route.dialect, route.other) if dialect is not None]
+    found = {(dialect.status(kind), kind) for dialect in dialects for kind in kinds}
     result: dict[str, Any] = {}
-    for kind in sorted(kinds, key=dialect.status):
+    for code, kind in sorted(found, key=lambda item: (item[0], kinds.index(item[1]))):
         row = ERRORS[kind]
-        status = str(dialect.status(kind))
+        status = str(code)
         text = f"`{kind}`: {row.meaning}."
         if status in result:
             result[status]["description"] += f" {text}"
             continue
-        result[status] = _json(of[dialect.body], text)
+        bodies = [of[other.body] for other in dialects if any(other.status(name) == code for name in kinds)]
+        result[status] = _json(bodies[0] if len(bodies) == 1 else {"anyOf": bodies}, text)
         if row.retry:
             result[status]["headers"] = {
                 "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, NamedTuple
 
 from ...bundle import Manifest
@@ -132,6 +133,7 @@ class Route:
         summary: One line for the documentation.
         handler: Answers a request.
         dialect: Whose errors it speaks.
+        other: Another one, whose errors some of its requests are answered with.
         task: Task that a bundle must have; None: any. A route with a task runs the engine. Of several rows with one
             path and method, that of the bundle's task is served.
         request: Type of the body, which checks it; None: no body is read.
@@ -155,10 +157,11 @@ class Route:
     summary: str
     handler: Handler
     dialect: Dialect = NATIVE
+    other: Dialect | None = None
     task: str | None = None
     request: type | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
-    answer: type | None = None
+    answer: type | UnionType | None = None
     answered: str = ""
     media_type: str = JSON
     errors: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from typing import Any
 from ..service.similarity import similarity as similarities
 from ..service.words import decode as decoded
 from ..service.words import tokenize as tokenized
-from .rerank import RERANK, documents
+from .rerank import RERANK, DocumentsResponse, documents
 from .route import (
     JSON_HEADER,
     ApiError,
@@ -136,7 +136,7 @@ async def predict(context: Context, request: TeiPredictRequest, caller: Caller) 
 
 async def rerank(context: Context, request: RerankRequest, caller: Caller) -> Response:
     """POST /rerank."""
-    if isinstance(request.documents, list):
+    if isinstance(request.documents, list) and not isinstance(request.texts, list):
         return await documents(context, request, caller)
     started_s = time.perf_counter()
     texts = request.texts
@@ -247,8 +247,9 @@ ROUTES = (
         handler=rerank,
         request=RerankRequest,
         example=_QUERY,
-        answered="Index and score of each text, best first.",
-        answer=TeiRerankResponse,
+        answered="Index and score of each text, best first; to `documents`, what /v1/rerank answers.",
+        answer=TeiRerankResponse | DocumentsResponse,
+        other=RERANK,
         limits=Limits.of_texts,
         values=lambda manifest, request: 2,
         value_bytes=256,
