@@ -45,7 +45,11 @@ TOKENS_PER_S = 3000.0
 """Of engines that sleep."""
 DETECTION = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
 """A node that is silent for so long is dead to Ray; its own settings take about 30 s."""
-PATIENCE = {"RAY_agent_register_timeout_ms": "120000", "RAY_raylet_start_wait_time_s": "120"}
+PATIENCE = {
+    "RAY_agent_register_timeout_ms": "120000",
+    "RAY_raylet_start_wait_time_s": "120",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+}
 """For machines that are slow or busy: Ray's processes give up on each other after 15 s."""
 
 
