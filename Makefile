@@ -160,6 +160,11 @@ wheel-aarch64: $(VENV)/.demo $(VENV)/.built ## cross-built wheel for aarch64, in
 images: ## images server, server-all and loadtest for this machine; others: ARGS="wheel", PLATFORM=linux/arm64
 	@bash scripts/images.sh $(ARGS)
 
+.PHONY: e2e
+e2e: ## images built, the server on arm64 (emulated elsewhere) under the load test's image, its report in a browser, into e2e/
+	@[ -e "$(BUNDLE)/manifest.json" ] || $(MAKE) --no-print-directory bundle ARGS=
+	@BUNDLE="$(BUNDLE)" bash scripts/e2e.sh $(ARGS)
+
 .PHONY: clean
 clean: ## remove builds, caches and outputs, but not .venv
 	@rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache torch_ext/_C*.so $(VENV)/.built

@@ -124,7 +124,7 @@ def card_page(card: Mapping[str, Any]) -> str:
     if (accuracy := parts["accuracy"]) is not None:
         measures = list(next(iter(accuracy["engines"].values()), {}))
         rows = [
-            ("ours", (escape(engine), *(f"{values[name]:.4f}" for name in measures)))
+            ("ours", (escape(engine), *(f"{values[name]:.5f}" for name in measures)))
             for engine, values in accuracy["engines"].items()
         ]
         body += [

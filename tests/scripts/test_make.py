@@ -153,3 +153,23 @@ def test_a_counting_emulator_that_is_there_stays(checkout: Path) -> None:
     executable(checkout / "icount" / "qemu-aarch64", "exit 0")
     result = counting_emulator(checkout, CC="no-such-compiler")
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_e2e_asks_for_a_browser(checkout: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    bash, dirname = shutil.which("bash"), shutil.which("dirname")
+    assert bash is not None
+    assert dirname is not None
+    (tools / "dirname").symlink_to(dirname)
+    result = subprocess.run(
+        [bash, "scripts/e2e.sh"],
+        cwd=checkout,
+        env={"PATH": str(tools), "BUNDLE": "."},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr == "error: no Chromium: install it (Debian, Ubuntu: apt-get install chromium)\n"
