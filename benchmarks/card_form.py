@@ -80,6 +80,7 @@ FORM: dict[str, Any] = {
                                     {"name": _TEXT, "texts_per_s": _NUMBER, "latency_ms": _MAYBE, "cosine_mean": _MAYBE}
                                 )
                             ),
+                            "left_out": _list(_TEXT),
                             "command": _TEXT,
                             "versions": {"type": "object"},
                         },

@@ -112,6 +112,10 @@ def card_page(card: Mapping[str, Any]) -> str:
         ]
         heads = ["encoder", "texts/s", "tokens/s per core", f"beside {BASELINE}", "one text, ms", "cosine", cost_of]
         body += [f"<h2>Encoder, {encoder['threads']} threads</h2>", _table(heads, rows)]
+        if encoder["left_out"]:
+            body.append(
+                f"<p>Stopped, since they would have taken too long: {escape(', '.join(encoder['left_out']))}.</p>"
+            )
     if (knee := parts["knee"]) is not None:
         cost = _cost(price, knee["texts_per_s"])
         cells = (escape(knee["variant"]), f"{knee['slo_p95_ms']:g}", _number(knee["texts_per_s"]), _number(cost))
