@@ -6,7 +6,7 @@
 # healthy, a request failed, the browser shows no report, or the server does not end with 0. Settings, from the environment:
 #   BUNDLE                    folder of a bundle                       (default: bundles/demo, made by `make e2e`)
 #   SERVER_IMAGE, LOADTEST_IMAGE   tags that are there already         (default: built)
-#   SECONDS_OF_LOAD, USERS    of the load                              (default: 20, 2)
+#   SECONDS_OF_LOAD, USERS    of the load                              (default: 90, 1: emulation takes half a second a token)
 #   DOCKER, BASE_IMAGE, BASE_IMAGE_ARM64, BUILD_IMAGE, CA, PIP_INDEX_URL   see scripts/images.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -58,8 +58,8 @@ done
 
 say "load"
 "$DOCKER" run --name "$name-load" --network "container:$name" --volume /reports "${hardened[@]}" "$LOADTEST_IMAGE" \
-  --host http://127.0.0.1:8000 --headless --users "${USERS:-2}" --spawn-rate 2 --run-time "${SECONDS_OF_LOAD:-20}s" \
-  --max-chars 60 --slo-error-rate 0 --html /reports/load.html --csv /reports/load
+  --host http://127.0.0.1:8000 --headless --users "${USERS:-1}" --spawn-rate 1 --run-time "${SECONDS_OF_LOAD:-90}s" --stop-timeout 60 \
+  --max-chars 20 --slo-error-rate 0 --html /reports/load.html --csv /reports/load
 "$DOCKER" cp "$name-load:/reports/." "$out"
 
 say "the report in a browser"
