@@ -63,7 +63,6 @@ def choose_encoder(
     from torch_ext import Encoder, Head, pool
     from torch_ext.sensitivity import AccuracyError, Mixtures, choose_layers, similarity
 
-    mixtures = Mixtures(model)
     task, work = verification.task, verification.work
     head = Head.from_transformers(model, dtype="int8") if task.needs.head else linear
     mode: Any = "mean" if task.model.pooling is None else task.model.pooling.mode
@@ -79,7 +78,9 @@ def choose_encoder(
                 answers += zip(batch.texts, task.answers(states, [task.exact] * len(batch)), strict=True)
         return rows, answers
 
+    # First, and let go of: beside the weights of the mixtures it would be what takes most memory of an export.
     exact, _ = run(Encoder.from_transformers(model, dtype="fp32"), work)
+    mixtures = Mixtures(model)
     results: dict[frozenset[str], Result] = {}
 
     def measure(kept: frozenset[str]) -> Similarity:

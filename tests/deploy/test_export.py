@@ -29,7 +29,7 @@ from deploy.onnx_session import kernels, session_options
 from deploy.server.service.tokens import TextTokenizer
 from deploy.tasks.feature_extraction import EmbedOptions
 from deploy.texts import sample
-from torch_ext import Encoder, Head, doctor, isa_report
+from torch_ext import Encoder, Head, doctor, isa_report, sensitivity
 
 TEXTS = ["A short one.", "Return the number of items, and raise ValueError if there are none of them at all.", "x"]
 TASKS = {
@@ -382,6 +382,28 @@ def test_int8_keeps_sensitive_layers_in_bf16(
     assert main([str(folder), "-o", str(tmp_path / "most"), *options, "--accuracy", "1"]) == 2
     assert "--accuracy 1: torch_ext-int8: expected a mean cosine of 1, but all" in capsys.readouterr().err
     assert not (tmp_path / "most").exists()
+
+
+def test_int8_is_compared_before_its_weights_are_made(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder in fp32 and the weights for int8 are not in memory at once."""
+    made: list[str] = []
+    from_transformers = Encoder.from_transformers
+
+    class Watched(sensitivity.Mixtures):
+        def __init__(self, model: torch.nn.Module) -> None:
+            made.append("mixtures")
+            super().__init__(model)
+
+    def watched(model: torch.nn.Module, **options: Any) -> Encoder:
+        made.append(options["dtype"])
+        return from_transformers(model, **options)
+
+    monkeypatch.setattr(sensitivity, "Mixtures", Watched)
+    monkeypatch.setattr(Encoder, "from_transformers", watched)
+    load_manifest_of(tiny_model(), tmp_path / "out", "--variants", "torch_ext-int8")
+    assert made == ["fp32", "mixtures"]
 
 
 def test_accuracy_of_other_tasks(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
