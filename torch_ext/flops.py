@@ -20,8 +20,12 @@ __all__ = ["register"]
 
 _ops = torch.ops.torch_ext
 
-# EncoderHeader of csrc/packing/packed_encoder.h, up to gated_ffn.
-_HEADER = struct.Struct("=8sIIQ12IfBBB")
+# EncoderHeader of csrc/packing/packed_encoder.h, up to causal; the whole of it, and where its sections say how large the
+# first layer's tables of relative positions are.
+_HEADER = struct.Struct("=8sIIQ12IfBBBBi5IffB")
+_HEADER_BYTES = 128
+_SECTION = struct.Struct("=QQ")
+_POSITION_TABLES = (12 + 14, 12 + 15)
 
 
 def _has_data(tensor: Tensor) -> bool:
@@ -29,7 +33,7 @@ def _has_data(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not tensor.is_meta
 
 
-def _pairs(cu_seqlens: Tensor, tokens: int, window: int | None = None) -> int:
+def _pairs(cu_seqlens: Tensor, tokens: int, window: int | None = None, causal: bool = False) -> int:
     """Pairs of tokens that see each other; without data, as if all were one sequence."""
     bounds = cu_seqlens.tolist() if _has_data(cu_seqlens) else [0, tokens]
     total = 0
@@ -38,7 +42,7 @@ def _pairs(cu_seqlens: Tensor, tokens: int, window: int | None = None) -> int:
         reach = length if window is None else min(window, length)
         # All of them, less two triangles of those too far away.
         total += length**2 - max(0, length - reach - 1) * max(0, length - reach)
-    return total
+    return (total + tokens) // 2 if causal else total
 
 
 def _linear(x: Sequence[int], packed: Sequence[int], *_: Any, **__: Any) -> int:
@@ -60,9 +64,14 @@ def _varlen_attention(
     scale: float | None = None,
     window: int | None = None,
     relative_bias: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    position_reach: int = 0,
+    causal: bool = False,
     **_: Any,
 ) -> int:
-    return 4 * _pairs(cu_seqlens, qkv.shape[0], window) * (qkv.shape[1] // 3)
+    products = 2 + (position_keys is not None) + (position_queries is not None)
+    return 2 * products * _pairs(cu_seqlens, qkv.shape[0], window, causal) * (qkv.shape[1] // 3)
 
 
 def _encoder_forward(
@@ -70,17 +79,23 @@ def _encoder_forward(
 ) -> int:
     if not _has_data(packed):
         return 0  # Its sizes are in its data.
-    fields = _HEADER.unpack(bytes(packed.flatten()[: _HEADER.size].tolist()))
-    hidden, layers, _heads, wide, embedded = fields[4:9]
+    data = packed.flatten()
+    fields = _HEADER.unpack(bytes(data[: _HEADER.size].tolist()))
+    hidden, layers, heads, wide, embedded = fields[4:9]
     window, global_every = fields[13:15]
-    gated = fields[-1]
+    gated, (kv_heads, head_size, global_first), causal = fields[19], fields[24:27], bool(fields[29])
+    places = [_HEADER_BYTES + index * _SECTION.size for index in _POSITION_TABLES]
+    tables = [_SECTION.unpack(bytes(data[place : place + _SECTION.size].tolist()))[1] for place in places]
+    products = 2 + sum(size > 0 for size in tables)
+    context = heads * head_size
     tokens = input_ids.shape[0]
-    weights = layers * (4 * hidden**2 + (3 if gated else 2) * hidden * wide)
+    weights = layers * (2 * (context + kv_heads * head_size) * hidden + (3 if gated else 2) * hidden * wide)
     if embedded != hidden:
         weights += embedded * hidden
-    local = sum(bool(window and index % global_every) for index in range(layers))
-    pairs = (layers - local) * _pairs(cu_seqlens, tokens) + local * _pairs(cu_seqlens, tokens, window)
-    return int(2 * tokens * weights + 4 * pairs * hidden)
+    local = sum(bool(window and index % global_every != global_first) for index in range(layers))
+    pairs = (layers - local) * _pairs(cu_seqlens, tokens, None, causal)
+    pairs += local * _pairs(cu_seqlens, tokens, window, causal)
+    return int(2 * tokens * weights + 2 * products * pairs * context)
 
 
 def register(counter: ModuleType) -> None:

@@ -664,6 +664,7 @@ def _(
     position_keys: Tensor | None = None,
     position_queries: Tensor | None = None,
     position_reach: int = 0,
+    causal: bool = False,
 ) -> Tensor:
     positions = {"position_keys": position_keys, "position_queries": position_queries}
     _check_inference_only("varlen_attention", qkv=qkv, relative_bias=relative_bias, **positions)
@@ -761,7 +762,7 @@ def _(weights: list[Tensor], *, hidden_size: int, **_: Any) -> Tensor:
 
 
 @_fake("_rotary_table")
-def _(like: Tensor, positions: int, head_size: int, theta: float) -> Tensor:
+def _(like: Tensor, positions: int, head_size: int, theta: float, factor: float = 1.0) -> Tensor:
     return like.new_empty((positions, head_size), dtype=torch.float32)
 
 

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["OFFSET_POSITIONS", "check_config"]
 
-OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"})
+OFFSET_POSITIONS = frozenset(
+    {
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"),
+    }
+)
 """Types of models whose positions begin behind the padding index."""
 
 _WIDTHS = ("hidden_size", "dim", "d_model")

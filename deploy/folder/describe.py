@@ -14,7 +14,7 @@ __all__ = ["describe_folder"]
 _VARIANTS = ("torch_ext-bf16", "torch_ext-fp32")
 """Those that need no measurement and no other library."""
 
-_HIDDEN_SIZE = ("hidden_size", "dim", "n_embd")
+_HIDDEN_SIZE = ("hidden_size", "dim", "n_embd", "d_model")
 
 
 def describe_folder(model: str, task: str | None) -> Manifest:

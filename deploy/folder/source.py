@@ -255,8 +255,12 @@ def _prompt_note(prompts: Prompts | None, embeds: bool) -> str | None:
     return f"the model was trained with prompts; put them before your texts: {texts}"
 
 
+# Models that take any length: what they were trained with, where their configuration does not say.
+_UNLIMITED: Mapping[str, int] = {"t5": 512, "mt5": 512}
+
+
 def _max_positions(config: Mapping[str, Any], model_type: str, where: Path) -> int:
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    positions = config.get("max_position_embeddings", config.get("n_positions", _UNLIMITED.get(model_type)))
     if not isinstance(positions, int) or isinstance(positions, bool) or positions < 0:
         raise FolderError(f"{where}: max_position_embeddings: expected a whole number, got {positions!r}")
     if model_type in OFFSET_POSITIONS:

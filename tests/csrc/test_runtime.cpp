@@ -618,7 +618,22 @@ Model random_model() {
     if (random.coin()) e["norm_first_attention"] = "false";
   }
   if (random.coin()) e["gated_ffn"] = "true";
-  if (random.below(3) == 0) {
+  if (random.below(3) == 0) e["causal"] = "true";
+  if (random.below(4) == 0) e["attention_scale"] = "0.3";
+  if (e.contains("window") && e["global_every"] == "3") e["global_first"] = number(0, 2);
+  if (random.below(3) == 0 && !e.contains("embedding_size")) {
+    e["norm_first"] = "true";
+    e.erase("norm_first_attention");
+    e["embedding_norm"] = "false";
+    if (random.coin()) {
+      e["rms_norm"] = "true";
+      if (random.coin()) e["post_norms"] = "true";
+    }
+    if (random.coin()) e["head_norms"] = "true";
+    if (random.coin()) e["embedding_scale"] = "7.5";
+    if (random.coin()) e["num_kv_heads"] = "1";
+    if (random.coin()) e["head_size"] = std::to_string(2 * random.between(1, 12));
+  } else if (random.below(3) == 0) {
     const size_t span = random.between(2, 20);
     e["position_span"] = std::to_string(span);
     if (random.coin()) e["position_reach"] = std::to_string(span / 2 + 1 + random.between(1, 60));

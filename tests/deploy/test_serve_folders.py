@@ -147,6 +147,32 @@ def test_modernbert_is_served(tiny_model: ModelMaker, tmp_path: Path) -> None:
     assert len(answers(manifest, manifest.variant("torch_ext-bf16"))[0]) == 48
 
 
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma3Text", "DebertaV2", "T5"])
+def test_other_architectures_are_served(kind: str, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    more = {
+        "Qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+        "Gemma3Text": {"num_key_value_heads": 1, "head_dim": 16, "use_bidirectional_attention": True},
+        "DebertaV2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
+        "T5": {},
+    }[kind]
+    if kind == "T5":
+        config = transformers.T5Config(vocab_size=700, d_model=48, d_kv=12, num_heads=4, num_layers=2, d_ff=64)
+        transformers.T5EncoderModel(config).save_pretrained(folder)
+    else:
+        config = getattr(transformers, f"{kind}Config")(vocab_size=700, max_position_embeddings=64, **sizes, **more)
+        getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    manifest = describe_folder(str(folder), "feature-extraction")
+    assert manifest.max_tokens == (512 if kind == "T5" else 64)
+    assert len(answers(manifest, manifest.variant("torch_ext-bf16"))[0]) == 48
+
+
 def test_nomic_is_served_though_its_configuration_has_other_names(tiny_model: ModelMaker, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model(), tmp_path / "model")
     weights = nomic_weights(torch.Generator().manual_seed(1))

@@ -59,12 +59,13 @@ def batch(generator: torch.Generator, lengths: list[int] = LENGTHS) -> tuple[Ten
 def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds: Tensor, types: Tensor) -> Tensor:
     """The encoder in fp64, one text at a time, with whole matrices of scores."""
     w = {name: tensor.double() for name, tensor in weights.items()}
-    width, heads = spec.hidden_size, spec.num_heads
-    size = width // heads
+    heads, kv_heads, size = spec.num_heads, spec.kv_heads, spec.size_of_heads
 
     def norm(x: Tensor, name: str) -> Tensor:
         if f"{name}.weight" not in w:
             return x
+        if spec.rms_norm or name.endswith(("query_norm", "key_norm")):
+            return F.rms_norm(x, x.shape[-1:], w[f"{name}.weight"], spec.layer_norm_eps)
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], spec.layer_norm_eps)
 
     def linear(x: Tensor, name: str) -> Tensor:
@@ -73,16 +74,20 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
     def rotate(x: Tensor, theta: float) -> Tensor:
         turns = torch.arange(x.shape[1])[:, None] * theta ** (-torch.arange(0, size, 2) / size)
         pairs = torch.complex(*x.unflatten(-1, (2, size // 2)).unbind(-2))
-        turned = pairs * torch.polar(torch.ones_like(turns.double()), turns.double())
+        turns = turns.double() * spec.rotary_factor
+        turned = pairs * torch.polar(torch.ones_like(turns), turns)
         return torch.cat((turned.real, turned.imag), -1)
 
     def attention(x: Tensor, index: int) -> Tensor:
-        local = spec.window > 0 and index % spec.global_every != 0
-        q, k, v = linear(x, f"layers.{index}.attention.qkv").view(-1, 3, heads, size).permute(1, 2, 0, 3)
+        local = spec.window > 0 and index % spec.global_every != spec.global_first
+        qkv = linear(x, f"layers.{index}.attention.qkv").view(len(x), -1, size).transpose(0, 1)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads])
+        q, k = norm(q, f"layers.{index}.attention.query_norm"), norm(k, f"layers.{index}.attention.key_norm")
+        k, v = (part.repeat_interleave(heads // kv_heads, 0) for part in (k, v))
         if spec.rotary_theta:
             theta = spec.rotary_theta_local if local and spec.rotary_theta_local else spec.rotary_theta
             q, k = rotate(q, theta), rotate(k, theta)
-        scores = q @ k.transpose(1, 2) * size**-0.5
+        scores = q @ k.transpose(1, 2) * (spec.attention_scale or size**-0.5)
         distance = torch.arange(len(x)) - torch.arange(len(x))[:, None]
         rows = position_rows(-distance, spec.position_span, spec.position_reach)
         for kind, x_of, transposed in (("keys", q, False), ("queries", k, True)):
@@ -99,7 +104,9 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
             scores += w["relative_attention_bias"][relative_buckets(distance, *buckets)].permute(2, 0, 1)
         if local:
             scores[:, distance.abs() > spec.window] = -torch.inf
-        attended = (scores.softmax(-1) @ v).transpose(0, 1).reshape(-1, width)
+        if spec.causal:
+            scores[:, distance > 0] = -torch.inf
+        attended = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
         return linear(attended, f"layers.{index}.attention.out")
 
     def feed_forward(x: Tensor, index: int) -> Tensor:
@@ -110,7 +117,7 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
 
     results = []
     for begin, end in itertools.pairwise(bounds.tolist()):
-        x = w["embeddings.word"][ids[begin:end]]
+        x = w["embeddings.word"][ids[begin:end]] * spec.embedding_scale
         if spec.absolute_positions:
             # With all tokens counted: 0, 1, 2 ... As transformers does it: padding has the row before the first one's.
             counted = ids[begin:end] != spec.padding_id
@@ -123,7 +130,8 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
         for index in range(spec.num_layers):
             for part, name in ((attention, "attention"), (feed_forward, "ffn")):
                 if spec.norm_first:
-                    x = x + part(norm(x, f"layers.{index}.{name}.norm"), index)
+                    added = part(norm(x, f"layers.{index}.{name}.norm"), index)
+                    x = x + norm(added, f"layers.{index}.{name}.post_norm")
                 else:
                     x = norm(x + part(x, index), f"layers.{index}.{name}.norm")
         results.append(norm(x, "final_norm") if spec.norm_first else x)
@@ -181,6 +189,42 @@ SPECS = [
         global_every=2,
     ),
     dataclasses.replace(SPEC, position_span=3, position_to_content=True, relative_attention_buckets=8),
+    dataclasses.replace(SPEC, norm_first=True, embedding_norm=False, position_offset=2, padding_id=1),
+    dataclasses.replace(SPEC, causal=True, num_kv_heads=2, head_size=6, rotary_theta=30.0, rotary_factor=0.7),
+    dataclasses.replace(
+        SPEC,
+        type_vocab_size=0,
+        absolute_positions=False,
+        norm_first=True,
+        embedding_norm=False,
+        rms_norm=True,
+        gated_ffn=True,
+        num_kv_heads=1,
+        head_size=10,
+        head_norms=True,
+        causal=True,
+        rotary_theta=100.0,
+    ),
+    dataclasses.replace(
+        SPEC,
+        num_layers=5,
+        type_vocab_size=0,
+        absolute_positions=False,
+        norm_first=True,
+        embedding_norm=False,
+        embedding_scale=5.6,
+        rms_norm=True,
+        gated_ffn=True,
+        num_kv_heads=2,
+        head_norms=True,
+        post_norms=True,
+        attention_scale=0.25,
+        rotary_theta=1000.0,
+        rotary_theta_local=20.0,
+        window=4,
+        global_every=3,
+        global_first=2,
+    ),
     # Nothing has all of it at once, but nothing speaks against it.
     dataclasses.replace(
         SPEC, relative_attention_buckets=16, rotary_theta=100.0, window=2, global_every=2, norm_first=True
@@ -282,7 +326,7 @@ def test_a_damaged_packed_encoder_is_refused(generator: torch.Generator) -> None
         with pytest.raises(RuntimeError, match=message):
             torch_ext.encoder_forward(ids, bounds, None, damaged)
     # Any byte of the header and of the table of sections.
-    size = 104 + 16 * int(torch.ops.torch_ext._encoder_sections(packed).shape[0])
+    size = 128 + 16 * int(torch.ops.torch_ext._encoder_sections(packed).shape[0])
     for position in range(0, size, 3):
         damaged = packed.clone()
         damaged.view(-1)[position] ^= 0xFF
@@ -402,7 +446,17 @@ def test_construction_errors(generator: torch.Generator) -> None:
         ("global_every of at least 1, got 0", {"global_every": 0}),
         ("window of at least 0, got -1", {"window": -1}),
         ("rotary_theta of at least 0, got nan", {"rotary_theta": float("nan")}),
-        ("heads of an even size, got 36 / 4 = 9", {"hidden_size": 36, "rotary_theta": 10.0}),
+        ("heads of an even size, got 9", {"hidden_size": 36, "rotary_theta": 10.0}),
+        ("heads of an even size, got 5", {"head_size": 5, "rotary_theta": 10.0}),
+        ("num_kv_heads=3 does not divide num_heads=4", {"num_kv_heads": 3}),
+        ("global_first below global_every=2, got 2", {"window": 3, "global_every": 2, "global_first": 2}),
+        ("embedding_scale and rotary_factor above 0", {"embedding_scale": 0.0}),
+        ("need embedding_norm=False", {"rms_norm": True}),
+        ("needs norm_first", {"embedding_norm": False}),
+        ("post_norms=True needs rms_norm=True", {"norm_first": True, "embedding_norm": False, "post_norms": True}),
+        ("position_span of at least 1 with content_to_position", {"position_span": 4}),
+        ("got 3 for 4", {"position_span": 4, "position_reach": 3, "position_to_content": True}),
+        ("as many heads of keys", {"position_span": 4, "position_to_content": True, "num_kv_heads": 2}),
         ("relative_attention_buckets divisible by 4.*got 6 and 128", {"relative_attention_buckets": 6}),
         ("got 8 and 2", {"relative_attention_buckets": 8, "relative_attention_max_distance": 2}),
         ("norm_first_attention=False means nothing without norm_first", {"norm_first_attention": False}),

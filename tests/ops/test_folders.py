@@ -110,10 +110,16 @@ def test_heads_are_chosen(generator: torch.Generator, tmp_path: Path) -> None:
     assert "layers.0.ffn.up" in int8.kept_bf16
 
 
+@pytest.mark.parametrize("name", ["megatron-bert", "xlm-roberta-xl", "qwen3", "gemma3", "gemma3, causal"])
+def test_norms_first_give_the_same_bits(name: str, generator: torch.Generator, tmp_path: Path) -> None:
+    same_as(saved(tmp_path, "Model", name), tmp_path, generator)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["ForMaskedLM", "ForSequenceClassification"])
 def test_shards_of_other_dtypes(kind: str, dtype: torch.dtype, generator: torch.Generator, tmp_path: Path) -> None:
-    for name in ("bert", "modernbert, biases, one theta"):
+    kinds = () if kind == "ForMaskedLM" else ("deberta",)
+    for name in ("bert", "modernbert, biases, one theta", *kinds):
         folder = tmp_path / name
         make(kind, name).to(dtype).save_pretrained(folder, max_shard_size="40KB")
         assert len([*folder.glob("*.safetensors")]) > 1
@@ -179,6 +185,100 @@ def test_a_configuration_with_little_in_it(name: str, generator: torch.Generator
     (tmp_path / "config.json").write_text(json.dumps(few), encoding="utf-8")
     bare = getattr(test_transformers.transformers, test_transformers.CONFIGS[name][0] + "Model")
     same_as(bare.from_pretrained(tmp_path).eval(), tmp_path, generator)
+
+
+def plain_gte(w: dict[str, Tensor], ids: Tensor, config: dict[str, Any]) -> Tensor:
+    """GTE's own code, which is on the hub, in fp64 and in short, for one text."""
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    size, factor = width // heads, (config["rope_scaling"] or {"factor": 1.0})["factor"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return nn.functional.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return nn.functional.layer_norm(x, (width,), w[f"{name}.weight"], w[f"{name}.bias"], config["layer_norm_eps"])
+
+    frequencies = (config["rope_theta"] * factor) ** (-torch.arange(0, size, 2).double() / size) / factor ** (2 / size)
+    angles = (torch.arange(len(ids))[:, None] * frequencies).repeat(1, 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        turned = torch.cat((-x[..., size // 2 :], x[..., : size // 2]), -1)
+        return x * angles.cos() + turned * angles.sin()
+
+    x = w["embeddings.word_embeddings.weight"][ids]
+    if config["type_vocab_size"]:
+        x = x + w["embeddings.token_type_embeddings.weight"][0]
+    x = norm(x, "embeddings.LayerNorm")
+    for index in range(config["num_hidden_layers"]):
+        layer = f"encoder.layer.{index}"
+        q, k, v = linear(x, f"{layer}.attention.qkv_proj").view(len(ids), 3, heads, size).permute(1, 2, 0, 3)
+        scores = rotate(q) @ rotate(k).transpose(1, 2) * size**-0.5
+        attended = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+        x = norm(x + linear(attended, f"{layer}.attention.o_proj"), f"{layer}.attn_ln")
+        up, gate = linear(x, f"{layer}.mlp.up_gate_proj").chunk(2, -1)
+        narrow = linear(up * nn.functional.gelu(gate), f"{layer}.mlp.down_proj")
+        x = norm(x + narrow, f"{layer}.mlp_ln")
+    return x
+
+
+@pytest.mark.parametrize("types", [0, 2])
+@pytest.mark.parametrize("scaling", [None, {"type": "ntk", "factor": 2.0}], ids=str)
+def test_gte(types: int, scaling: dict[str, Any] | None, generator: torch.Generator, tmp_path: Path) -> None:
+    config = {"model_type": "new", "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config |= {"intermediate_size": 80, "vocab_size": 100, "max_position_embeddings": 64, "rope_theta": 500.0}
+    config |= {"rope_scaling": scaling, "layer_norm_eps": 1e-12, "type_vocab_size": types}
+    config |= {"position_embedding_type": "rope", "layer_norm_type": "layer_norm", "logn_attention_scale": False}
+    shapes = {"embeddings.word_embeddings.weight": (100, 48), "embeddings.LayerNorm": (48,)}
+    if types:
+        shapes["embeddings.token_type_embeddings.weight"] = (types, 48)
+    for layer in ("encoder.layer.0", "encoder.layer.1"):
+        shapes |= {f"{layer}.attention.qkv_proj": (144, 48), f"{layer}.attention.o_proj": (48, 48)}
+        shapes |= {f"{layer}.mlp.up_gate_proj.weight": (160, 48), f"{layer}.mlp.down_proj": (48, 80)}
+        shapes |= {f"{layer}.attn_ln": (48,), f"{layer}.mlp_ln": (48,)}
+    weights = {}
+    for name, shape in shapes.items():
+        parts = {name: shape} if name.endswith(".weight") else {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+        for part, sizes in parts.items():
+            weights[part] = torch.randn(sizes, generator=generator) * (0.2 if len(sizes) == 2 else 0.5)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({f"new.{name}": tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    ids, bounds = batch(generator)
+    wide = {name: tensor.double() for name, tensor in weights.items()}
+    texts = itertools.pairwise(bounds.tolist())
+    expected = torch.cat([plain_gte(wide, ids[begin:end], config) for begin, end in texts])
+    exact = Encoder.from_pretrained(tmp_path, "fp32")
+    torch.testing.assert_close(exact(ids, bounds).double(), expected, rtol=1e-4, atol=1e-4)
+    for dtype, bound in (("bf16", 0.9995), ("int8", 0.99)):
+        hidden = Encoder.from_pretrained(tmp_path, dtype)(ids, bounds)
+        assert float(torch.cosine_similarity(hidden.double(), expected, -1).min()) > bound
+    states = runtime.Encoder.from_pretrained(tmp_path).encode(ids, bounds)
+    assert equal(states.hidden(), Encoder.from_pretrained(tmp_path)(ids, bounds))
+
+
+def test_eurobert(generator: torch.Generator, tmp_path: Path) -> None:
+    """Llama that sees all tokens; transformers has it from version 5 on."""
+    transformers = test_transformers.transformers
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=100, intermediate_size=80, rope_theta=1000.0, pad_token_id=0, **sizes)
+    model = transformers.LlamaModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    configured(model_type="eurobert", architectures=["EuroBertModel"])(tmp_path)
+    ids, bounds = batch(generator)
+    hidden = []
+    for begin, end in itertools.pairwise(bounds.tolist()):
+        mask = torch.zeros(1, 1, end - begin, end - begin)
+        with torch.inference_mode():
+            hidden.append(model(ids[None, begin:end], attention_mask=mask).last_hidden_state[0])
+    expected = torch.cat(hidden)
+    exact = Encoder.from_pretrained(tmp_path, "fp32")
+    torch.testing.assert_close(exact(ids, bounds), expected, rtol=1e-4, atol=1e-4)
+    rounded = Encoder.from_pretrained(tmp_path)(ids, bounds)
+    assert float(torch.cosine_similarity(rounded.double(), expected.double(), -1).min()) > 0.9995
+    states = runtime.Encoder.from_pretrained(tmp_path).encode(ids, bounds)
+    assert equal(states.hidden(), rounded)
 
 
 def test_neither_torch_nor_numpy_is_imported(tmp_path: Path) -> None:

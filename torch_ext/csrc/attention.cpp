@@ -51,15 +51,16 @@ void add_relative_bias(float* s, size_t n, size_t first, size_t query, float sca
   for (size_t j = far; j < n; ++j) s[j] = s[j] * scale + at[reach];
 }
 
-// What of keys [first, first + n) lies outside of the window of `query`.
-void mask_outside(float* s, size_t n, size_t first, size_t query, size_t window) {
-  const size_t low = query < window ? 0 : query - window, high = query + window + 1;
+// What of keys [first, first + n) lies outside of the `before` keys before `query`, itself, and the `behind` ones after it.
+void mask_outside(float* s, size_t n, size_t first, size_t query, size_t before, size_t behind) {
+  const size_t low = query < before ? 0 : query - before, high = query + behind + 1;
   std::fill(s, s + (std::clamp(low, first, first + n) - first), -INFINITY);
   std::fill(s + (std::clamp(high, first, first + n) - first), s + n, -INFINITY);
 }
 
 size_t attention_cost(size_t length, const AttentionProblem& problem) {
-  const size_t seen = problem.window >= length ? length : std::min(length, 2 * problem.window + 1);
+  const size_t all = problem.window >= length ? length : std::min(length, 2 * problem.window + 1);
+  const size_t seen = problem.causal ? (all + 1) / 2 : all;
   const size_t products = 2 + (problem.positions.keys != nullptr) + (problem.positions.queries != nullptr);
   return length * (products * seen + 16) * problem.head_size;
 }
@@ -96,7 +97,8 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
   const size_t first = static_cast<size_t>(problem.cu_seqlens[sequence]);
   const size_t length = static_cast<size_t>(problem.cu_seqlens[sequence + 1]) - first;
   if (length == 0) return;
-  const size_t d = problem.head_size, hidden = problem.heads * d, ld = 3 * hidden, nr = kernel.nr;
+  const size_t d = problem.head_size, hidden = problem.heads * d, nr = kernel.nr;
+  const size_t kv_heads = problem.kv_heads ? problem.kv_heads : problem.heads, ld = hidden + 2 * kv_heads * d;
   const size_t element = dtype_bytes(problem.type);
   const bool f32 = problem.type == DType::kF32;
   const PackRowsFn pack_queries = f32 ? kernel.pack_lhs_f32 : kernel.pack_lhs_bf16;
@@ -104,12 +106,14 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
   const PackColsFn pack_values = f32 ? kernel.pack_rhs_kxn_f32 : kernel.pack_rhs_kxn_bf16;
   const size_t ld_scores = round_up(round_up(length, nr), kMaxVecWidth), ld_context = round_up(d, nr);
   const HeadScratch s = carve(kernel, length, d, ld_scores, ld_context);
-  const char* const queries = static_cast<const char*>(problem.qkv) + (first * ld + head * d) * element;
-  const char* const keys = queries + hidden * element;
-  const char* const values = keys + hidden * element;
+  const char* const qkv = static_cast<const char*>(problem.qkv) + first * ld * element;
+  const char* const queries = qkv + head * d * element;
+  const char* const keys = qkv + (hidden + head * kv_heads / problem.heads * d) * element;
+  const char* const values = keys + kv_heads * d * element;
   char* const out = static_cast<char*>(problem.out) + (first * hidden + head * d) * element;
   const size_t key_panel = kernel.rhs_panel_bytes(d), value_panel = kernel.rhs_panel_bytes(length);
-  const bool local = problem.window < length;
+  const bool masked = problem.window < length || problem.causal;
+  const size_t before = std::min(problem.window, length), behind = problem.causal ? 0 : before;
   const float* const bias =
       problem.relative_bias ? problem.relative_bias + head * (2 * problem.bias_reach + 1) : nullptr;
 
@@ -130,18 +134,18 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     const UKernel& ukernel = kernel.ukernel_for(std::min(kernel.max_mr(), length - row));
     const size_t rows = std::min(ukernel.mr, length - row);
     // The keys that these rows see: whole panels from the first one on.
-    const size_t begin = !local || row < problem.window ? 0 : (row - problem.window) / nr * nr;
-    const size_t end = local ? std::min(length, row + rows + problem.window) : length;
+    const size_t begin = row < before ? 0 : (row - before) / nr * nr;
+    const size_t end = std::min(length, row + rows + behind);
     const size_t seen = end - begin;
     pack_queries(rows, ukernel.mr, d, queries + row * ld * element, ld, s.queries);
     for (size_t j = begin; j < end; j += nr) {
       ukernel.run(kernel.steps(d), s.queries, s.keys + j / nr * key_panel, s.scores + (j - begin), ld_scores);
     }
     if (positions) positions->add(ukernel, s.queries, row, rows, begin, seen, s.scores, ld_scores);
-    for (size_t i = 0; (bias || local) && i < rows; ++i) {
+    for (size_t i = 0; (bias || masked) && i < rows; ++i) {
       float* const scores = s.scores + i * ld_scores;
       if (bias) add_relative_bias(scores, seen, begin, row + i, problem.scale, bias, problem.bias_reach);
-      if (local) mask_outside(scores, seen, begin, row + i, problem.window);
+      if (masked) mask_outside(scores, seen, begin, row + i, before, behind);
     }
     const float scale = bias ? 1.0f : problem.scale;
     float factors[kMaxMr];

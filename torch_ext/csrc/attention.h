@@ -15,14 +15,16 @@ namespace torch_ext {
 constexpr size_t kNoWindow = SIZE_MAX;
 
 struct AttentionProblem {
-  const void* qkv = nullptr;  ///< [T, 3 * heads * head_size]: queries, keys, values, each head after head
+  const void* qkv = nullptr;  ///< [T, (heads + 2 * kv_heads) * head_size]: queries, keys, values, each head after head
   void* out = nullptr;        ///< [T, heads * head_size]
   DType type = DType::kBF16;
   const int32_t* cu_seqlens = nullptr;  ///< [sequences + 1], not decreasing, from 0 to T
   size_t sequences = 0;
   size_t heads = 0, head_size = 0;
+  size_t kv_heads = 0;  ///< of keys and values, each for heads / kv_heads of queries; 0: as many as of queries
   float scale = 1.0f;
   size_t window = kNoWindow;  ///< a token sees keys at most this many positions away
+  bool causal = false;        ///< and none behind itself
   const float* relative_bias =
       nullptr;  ///< [heads, 2 * bias_reach + 1] or null: see `add_relative_bias` in attention.cpp
   size_t bias_reach = 0;

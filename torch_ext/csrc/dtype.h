@@ -19,6 +19,7 @@ static_assert(sizeof(bf16) == 2 && alignof(bf16) == 2 && std::is_trivial_v<bf16>
 
 /// The same number in fp32.
 inline float widened(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float widened(float x) { return x; }
 
 /// Element types of matrices in memory. Values are stored in headers of packed weights: append only.
 /// kS16 holds values of s8 in packed blocks alone.

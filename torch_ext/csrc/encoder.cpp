@@ -28,7 +28,15 @@ constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
 // Elements per row of the part of the workspace that attention and the feed-forward part use one after the other.
 size_t shared_width(const EncoderHeader& h) {
   const size_t wide = h.gated_ffn ? 3 * size_t{h.intermediate_size} : h.intermediate_size;
-  return std::max({4 * size_t{h.hidden_size}, wide, size_t{h.embedding_size}});
+  const size_t attention = 2 * (size_t{h.num_heads} + h.num_kv_heads) * h.head_size;
+  return std::max({attention, wide, size_t{h.embedding_size}});
+}
+
+// Elements per row of what groups of sequences need at a time; T is the type of activations.
+template <typename T>
+size_t workspace_width(const EncoderHeader& h) {
+  const size_t stream = h.embedding_norm ? 0 : size_t{h.hidden_size} * (sizeof(float) / sizeof(T));
+  return 3 * size_t{h.hidden_size} + shared_width(h) + stream;
 }
 
 /// One group of sequences through all layers; T is the type of activations and tables.
@@ -37,8 +45,9 @@ class Run {
   // What is done to rows [begin, end) of a product when they are complete.
   struct RowStep {
     const T* residual = nullptr;
-    T* sum = nullptr;  // product + residual, where later layers add to it; else null
-    Norm norm;         // of the sum
+    T* sum = nullptr;     // product + residual, where later layers add to it; else null
+    Norm post_norm = {};  // of the product, before it is added to the stream
+    Norm norm = {};       // of the sum
     T* normed = nullptr;
   };
 
@@ -59,14 +68,27 @@ class Run {
     normed_ = hidden_ + rows_ * width_;
     product_ = normed_ + rows_ * width_;
     shared_ = product_ + rows_ * width_;
+    if (!h_.embedding_norm) {
+      // First, where the workspace is aligned for floats.
+      stream_ = reinterpret_cast<float*>(workspace);
+      hidden_ = nullptr;
+      normed_ = workspace + rows_ * width_ * (sizeof(float) / sizeof(T));
+      product_ = normed_ + rows_ * width_;
+      shared_ = product_ + rows_ * width_;
+    }
     // Rows past the texts, if any, are computed on but never read: only they must not hold what is slow.
-    for (T* const part : {hidden_, normed_}) clear_tail(part, width_);
+    for (T* const part : {hidden_, normed_}) {
+      if (part) clear_tail(part, width_);
+    }
     attention_.type = kType;
     attention_.cu_seqlens = batch.cu_seqlens;
     attention_.sequences = batch.sequences;
     attention_.heads = h_.num_heads;
-    attention_.head_size = width_ / h_.num_heads;
-    attention_.scale = 1.0f / std::sqrt(static_cast<float>(attention_.head_size));
+    attention_.kv_heads = h_.num_kv_heads;
+    attention_.head_size = h_.head_size;
+    attention_.causal = h_.causal;
+    attention_.scale =
+        h_.attention_scale > 0.0f ? h_.attention_scale : 1.0f / std::sqrt(static_cast<float>(attention_.head_size));
     if (h_.position_span) take_positions();
     attention_.relative_bias = model.relative_bias;
     attention_.bias_reach = h_.bias_reach;
@@ -78,6 +100,7 @@ class Run {
   }
 
   void operator()() {
+    if (stream_) return run_stream();
     const std::vector<EncoderLayer>& layers = model_.layers;
     embed();
     const T* x = hidden_;
@@ -106,6 +129,75 @@ class Run {
 
  private:
   static constexpr DType kType = dtype_of<T>;
+
+  // Norms come first, and what layers add is summed in fp32: without a norm of the words sums grow until steps of bf16 are
+  // large.
+  void run_stream() {
+    const std::vector<EncoderLayer>& layers = model_.layers;
+    embed_stream();
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const EncoderLayer& layer = layers[i];
+      const bool last = i + 1 == layers.size();
+      if (i == 0) finish_stream({.norm = layer.attention_norm, .normed = normed_}, nullptr);
+      attend(layer, normed_, {.post_norm = layer.attention_post_norm, .norm = layer.ffn_norm, .normed = normed_});
+      feed_forward(layer, normed_,
+                   {.post_norm = layer.ffn_post_norm,
+                    .norm = last ? model_.final_norm : layers[i + 1].attention_norm,
+                    .normed = last ? out_ : normed_});
+    }
+  }
+
+  void embed_stream() {
+    const T* const types = static_cast<const T*>(model_.token_type);
+    parallel_rows(width_, [&](size_t begin, size_t end) {
+      const auto embed_token = [&](size_t t, size_t position) {
+        const size_t type = types && batch_.type_ids ? static_cast<size_t>(batch_.type_ids[t]) : 0;
+        float* const to = stream_ + t * width_;
+        const T* const word = row_of(model_.word, static_cast<size_t>(batch_.ids[t]), width_);
+        for (size_t j = 0; j < width_; ++j) to[j] = h_.embedding_scale * widened(word[j]);
+        for (const T* const more : {row_of(model_.position, position, width_), row_of(types, type, width_)}) {
+          for (size_t j = 0; more && j < width_; ++j) to[j] += widened(more[j]);
+        }
+      };
+      for_each_position_row(batch_.cu_seqlens, batch_.sequences, begin, end, h_.position_offset, batch_.ids,
+                            h_.padding_id, embed_token);
+    });
+  }
+
+  void stream_norm(DType type, const void* x, const Norm& norm, void* out) {
+    if (h_.rms_norm) {
+      vec_.sum_rms_norm_row(width_, x, nullptr, nullptr, norm.weight, h_.layer_norm_eps, out, type);
+    } else {
+      vec_.sum_layer_norm_row(width_, x, nullptr, nullptr, nullptr, norm.weight, norm.bias, h_.layer_norm_eps, out,
+                              type);
+    }
+  }
+
+  // Adds rows of a product, if they are not in the stream yet, and writes the norm of the sum.
+  void finish_stream(const RowStep& step, const T* product) {
+    parallel_rows(width_, [&](size_t begin, size_t end) {
+      std::vector<float> row(round_up(width_, kMaxVecWidth));
+      std::vector<T> added(width_);
+      for (size_t t = begin; t < end; ++t) {
+        float* const sum = stream_ + t * width_;
+        if (product) {
+          const T* more = product + t * width_;
+          if (step.post_norm.weight) {
+            stream_norm(kType, more, step.post_norm, added.data());
+            more = added.data();
+          }
+          for (size_t j = 0; j < width_; ++j) sum[j] += widened(more[j]);
+        }
+        if constexpr (kType == DType::kF32) {
+          stream_norm(DType::kF32, sum, step.norm, step.normed + t * width_);
+        } else {
+          stream_norm(DType::kF32, sum, step.norm, row.data());
+          constexpr float kOne = 1.0f;
+          vec_.scale_rows(1, width_, row.data(), width_, &kOne, step.normed + t * width_, width_, kType);
+        }
+      }
+    });
+  }
 
   // Scores by relative position. They and those by content have an equal part of the scale.
   void take_positions() {
@@ -162,7 +254,7 @@ class Run {
     if constexpr (kType == DType::kBF16) {
       if (!own) {
         const T* const product = host_.foreign_linear(matrix, x, rows_, activation);
-        if (step) norm_rows(*step, product);
+        if (step) stream_ ? finish_stream(*step, product) : norm_rows(*step, product);
         return product;
       }
     }
@@ -177,6 +269,14 @@ class Run {
     problem.activation = activation;
     problem.epilogue.bias = matrix.bias;
     RowStep rest = step ? *step : RowStep{};
+    const bool in_stream = step && stream_;
+    if (in_stream) {
+      rest = {};
+      if (!step->post_norm.weight) {
+        problem.epilogue.residual = stream_;
+        problem.epilogue.ld_residual = problem.n;
+      }
+    }
     if (rest.sum) {
       // The kernel adds the residual in fp32, in its place.
       problem.epilogue.residual = rest.residual;
@@ -185,9 +285,10 @@ class Run {
       out = rest.sum;
       rest = {.norm = rest.norm, .normed = rest.normed};
     }
-    problem.epilogue.out = out;
+    const bool adds = problem.epilogue.residual && in_stream;
+    problem.epilogue.out = adds ? static_cast<void*>(stream_) : out;
     problem.epilogue.ld_out = problem.n;
-    problem.epilogue.out_type = kType;
+    problem.epilogue.out_type = adds ? DType::kF32 : kType;
     const GemmPlan plan = plan_gemm(*own, problem.m, problem.n, problem.k, host_.threads());
     // Where a task computes whole rows, it finishes them while they are in its cache.
     const bool whole_rows = plan.panel_tasks == 1;
@@ -198,6 +299,7 @@ class Run {
       for (size_t row = rows.begin; row < rows.end; ++row) finish_row(rest, out, row);
     });
     if (rest.norm.weight && !whole_rows) norm_rows(rest, out);
+    if (in_stream) finish_stream(*step, adds ? nullptr : out);
     return out;
   }
 
@@ -225,22 +327,46 @@ class Run {
   }
 
   void rotate(const T* from, T* qkv, const float* table) {
-    const size_t d = attention_.head_size, ld = 3 * width_;
+    const size_t d = attention_.head_size, ld = qkv_width(), turned = (size_t{h_.num_heads} + h_.num_kv_heads) * d;
     parallel_rows(ld, [&](size_t begin, size_t end) {
       for_each_position(batch_.cu_seqlens, batch_.sequences, begin, end, [&](size_t t, size_t position) {
         const float* const cos = table + position * d;
-        vec_.rotate_row(2 * size_t{h_.num_heads}, d, cos, cos + d / 2, from + t * ld, qkv + t * ld, kType);
+        vec_.rotate_row(turned / d, d, cos, cos + d / 2, from + t * ld, qkv + t * ld, kType);
         if (from != qkv) {
-          std::memcpy(qkv + t * ld + 2 * width_, from + t * ld + 2 * width_, width_ * sizeof(T));
+          std::memcpy(qkv + t * ld + turned, from + t * ld + turned, (ld - turned) * sizeof(T));
         }
       });
     });
   }
 
+  size_t qkv_width() const { return (size_t{h_.num_heads} + 2 * size_t{h_.num_kv_heads}) * h_.head_size; }
+
+  void norm_heads(const EncoderLayer& layer, const T* from, T* qkv) {
+    const size_t d = h_.head_size, ld = qkv_width();
+    parallel_rows(ld, [&](size_t begin, size_t end) {
+      for (size_t t = begin; t < end; ++t) {
+        for (size_t i = 0; i < size_t{h_.num_heads} + h_.num_kv_heads; ++i) {
+          const float* const weight = i < h_.num_heads ? layer.query_norm.weight : layer.key_norm.weight;
+          vec_.sum_rms_norm_row(d, from + t * ld + i * d, nullptr, nullptr, weight, h_.layer_norm_eps,
+                                qkv + t * ld + i * d, kType);
+        }
+        if (from != qkv) {
+          const size_t done = (size_t{h_.num_heads} + h_.num_kv_heads) * d;
+          std::memcpy(qkv + t * ld + done, from + t * ld + done, (ld - done) * sizeof(T));
+        }
+      }
+    });
+  }
+
   void attend(const EncoderLayer& layer, const T* x, const RowStep& after) {
     T* const own_qkv = shared_;
-    T* const context = shared_ + rows_ * 3 * width_;
+    T* const context = shared_ + rows_ * qkv_width();
+    const size_t context_width = size_t{h_.num_heads} * h_.head_size;
     const T* qkv = linear(layer.qkv, x, Activation::kNone, own_qkv, nullptr);
+    if (layer.query_norm.weight) {
+      norm_heads(layer, qkv, own_qkv);
+      qkv = own_qkv;
+    }
     const float* const rotary = layer.local ? model_.rotary_local : model_.rotary;
     if (rotary) {
       rotate(qkv, own_qkv, rotary);
@@ -251,7 +377,7 @@ class Run {
     attention_.window = layer.local ? h_.window : kNoWindow;
     attention_.positions.keys = layer.position_keys;
     attention_.positions.queries = layer.position_queries;
-    clear_tail(context, width_);
+    clear_tail(context, context_width);
     const GemmKernel& kernel = attention_gemm(dispatch_, kType);
     const std::vector<size_t>& starts = layer.local ? local_heads_ : global_heads_;
     parallel(starts.size() - 1, [&](size_t run) {
@@ -287,6 +413,7 @@ class Run {
   const EncoderHeader& h_;
   const size_t width_, tokens_, rows_;
   T *hidden_, *normed_, *product_, *shared_, *out_;
+  float* stream_ = nullptr;  // [rows_, width_]: sums of residuals in fp32, instead of hidden_; see run_stream
   AttentionProblem attention_;
   std::vector<size_t> global_heads_, local_heads_;
   std::vector<int32_t> position_rows_;  // see PositionTables
@@ -380,8 +507,7 @@ void run_range(const EncoderModel& model, const EncoderBatch& batch, const Seque
   std::vector<int32_t> cu_seqlens(batch.cu_seqlens + range.first, batch.cu_seqlens + range.last + 1);
   for (int32_t& offset : cu_seqlens) offset -= static_cast<int32_t>(skipped);
   part.cu_seqlens = cu_seqlens.data();
-  const size_t elements =
-      host.preferred_rows(part.tokens) * (3 * size_t{model.header.hidden_size} + shared_width(model.header));
+  const size_t elements = host.preferred_rows(part.tokens) * workspace_width<T>(model.header);
   T* const workspace = static_cast<T*>(thread_scratch(ScratchSlot::kEncoder, elements * sizeof(T)));
   Run<T>(model, part, dispatch, host, workspace, out + skipped * model.header.hidden_size)();
 }

@@ -32,9 +32,11 @@ struct Norm {
 struct EncoderLayer {
   Matrix qkv, out, up, down;
   Norm attention_norm, ffn_norm;
-  bool local = false;                      ///< attention within the window
-  const void* position_keys = nullptr;     ///< [2 * position_span, hidden_size] of `header.type`, or null: see
-  const void* position_queries = nullptr;  ///< PositionTables
+  Norm query_norm, key_norm;                ///< of each head
+  Norm attention_post_norm, ffn_post_norm;  ///< of what each part adds to the residual
+  bool local = false;                       ///< attention within the window
+  const void* position_keys = nullptr;      ///< [2 * position_span, hidden_size] of `header.type`, or null: see
+  const void* position_queries = nullptr;   ///< PositionTables
 };
 
 /// A packed encoder, as pointers into it.

@@ -8,12 +8,12 @@
 
 namespace torch_ext {
 
-void fill_rotary_table(size_t positions, size_t head_size, double theta, float* table) {
+void fill_rotary_table(size_t positions, size_t head_size, double theta, double factor, float* table) {
   const size_t pairs = head_size / 2;
   for (size_t i = 0; i < pairs; ++i) {
     const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_size);
     const float power = static_cast<float>(std::pow(static_cast<long double>(static_cast<float>(theta)), exponent));
-    const float frequency = 1.0f / power;
+    const float frequency = 1.0f / power * static_cast<float>(factor);
     for (size_t position = 0; position < positions; ++position) {
       const double angle = static_cast<float>(position) * frequency;
       table[position * head_size + i] = static_cast<float>(std::cos(angle));

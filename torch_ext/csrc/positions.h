@@ -7,8 +7,8 @@
 namespace torch_ext {
 
 /// table [positions, head_size]: the cosines of each position's angles, then their sines. Pair i of a head turns by
-/// theta^(-2 i / head_size) per position; frequencies and angles are rounded to fp32, as models were trained with.
-void fill_rotary_table(size_t positions, size_t head_size, double theta, float* table);
+/// theta^(-2 i / head_size) * factor per position; frequencies and angles are rounded to fp32, as models were trained with.
+void fill_rotary_table(size_t positions, size_t head_size, double theta, double factor, float* table);
 
 /// The bucket of the distance `position of key - position of query`: one for each small one, then wider and wider ones; keys
 /// at or before the query take the first half of them. From `reach` on, all are in a half's last bucket.

@@ -14,7 +14,8 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
   m.def("addmm(Tensor bias, Tensor a, Tensor b, float beta=1, float alpha=1) -> Tensor");
   m.def(
       "varlen_attention(Tensor qkv, Tensor cu_seqlens, int num_heads, float? scale=None, int? window=None, "
-      "Tensor? relative_bias=None, Tensor? position_keys=None, Tensor? position_queries=None, int position_reach=0) "
+      "Tensor? relative_bias=None, Tensor? position_keys=None, Tensor? position_queries=None, int position_reach=0, "
+      "bool causal=False) "
       "-> Tensor");
   m.def(
       "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor? residual_scale=None) "
@@ -31,8 +32,10 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
   m.def(
       "_pack_encoder(Tensor[] weights, *, int hidden_size, int num_layers, int num_heads, int intermediate_size, "
       "str activation, float layer_norm_eps, int max_positions, int position_offset, int padding_id, int window, "
-      "int global_every, bool norm_first, bool gated_ffn, int position_span, int position_reach) -> Tensor");
-  m.def("_rotary_table(Tensor like, int positions, int head_size, float theta) -> Tensor");
+      "int global_every, bool norm_first, bool gated_ffn, int position_span, int position_reach, "
+      "int num_kv_heads, int head_size, int global_first, float attention_scale, float embedding_scale, bool causal, "
+      "bool rms_norm, bool embedding_norm) -> Tensor");
+  m.def("_rotary_table(Tensor like, int positions, int head_size, float theta, float factor=1) -> Tensor");
   m.def("_relative_bias_table(Tensor bias, int reach) -> Tensor");
   m.def("_encoder_sections(Tensor packed) -> Tensor");
   m.def(

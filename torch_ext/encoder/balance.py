@@ -74,15 +74,18 @@ def balance(spec: EncoderSpec, weights: Mapping[str, Tensor], run: Callable[[Obs
         source = _source(spec, name)
         if source is None:
             continue
+        if spec.rms_norm:  # which has no bias to move channels with
+            center = torch.zeros_like(center)
         reach = torch.maximum(largest - center, center - least)
         reach = reach.clamp_min(_LEAST_RANGE * float(reach.mean())).clamp_min(1e-30)
         scale = (reach / reach.log().mean().exp()) ** _EXPONENT
         weight, bias = (result[f"{name}.{kind}"].float() for kind in ("weight", "bias"))
         result[f"{name}.weight"], result[f"{name}.bias"] = weight * scale, bias + weight @ center
-        weight, bias = (result[f"{source}.{kind}"].float() for kind in ("weight", "bias"))
+        weight = result[f"{source}.weight"].float()
         # A norm's weight is a vector; that of a linear layer has a row for each channel.
         result[f"{source}.weight"] = weight / (scale if weight.dim() == 1 else scale[:, None])
-        result[f"{source}.bias"] = (bias - center) / scale
+        if not spec.rms_norm:
+            result[f"{source}.bias"] = (result[f"{source}.bias"].float() - center) / scale
         after = None if spec.norm_first else _adds_residual(name)
         if after is not None:
             result[f"{after}.bias"] = result[f"{after}.bias"].float() + center

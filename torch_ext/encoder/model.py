@@ -35,6 +35,7 @@ _embed_layer_norm = torch.ops.torch_ext.embed_layer_norm.default
 _linear = torch.ops.torch_ext.linear.default
 _varlen_attention = torch.ops.torch_ext.varlen_attention.default
 _add_layer_norm = torch.ops.torch_ext.add_layer_norm.default
+_add_rms_norm = torch.ops.torch_ext.add_rms_norm.default
 _rotary_embedding = torch.ops.torch_ext.rotary_embedding.default
 _gate = torch.ops.torch_ext.gate.default
 _pool = torch.ops.torch_ext.pool.default
@@ -246,6 +247,10 @@ class LayerWeights(NamedTuple):
     ffn_residual_scale: Tensor | None
     position_keys: Tensor | None
     position_queries: Tensor | None
+    query_norm_weight: Tensor | None
+    key_norm_weight: Tensor | None
+    attention_post_norm_weight: Tensor | None
+    ffn_post_norm_weight: Tensor | None
 
 
 class Encoder(_Weighted[EncoderSpec]):
@@ -475,6 +480,8 @@ class Encoder(_Weighted[EncoderSpec]):
             The last hidden state, ``[T, H]``.
         """
         observe = observe or (lambda name, x: None)
+        if not self.spec.embedding_norm:
+            return self._run_stream(input_ids, cu_seqlens, token_type_ids, observe)
         hidden = self._embed(input_ids, cu_seqlens, token_type_ids, observe)
         for index, w in enumerate(self._layers):
             attention_norm = w.attention_norm_weight, w.attention_norm_bias
@@ -500,11 +507,68 @@ class Encoder(_Weighted[EncoderSpec]):
             hidden = self._norm(hidden, None, self._tensors["final_norm.weight"], self._tensors["final_norm.bias"])
         return hidden
 
+    def _run_stream(
+        self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, observe: Observe
+    ) -> Tensor:
+        """The reference of encoders without a norm of the embeddings: what layers add is summed in fp32."""
+
+        def norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            eps = self.spec.layer_norm_eps
+            normed = _add_rms_norm(x, None, weight, eps) if bias is None else self._norm(x, None, weight, bias)
+            return normed.to(TABLE_DTYPES[self.dtype])  # type: ignore[no-any-return]
+
+        def added(x: Tensor, weight: Tensor, bias: Tensor, post_norm: Tensor | None) -> Tensor:
+            if post_norm is None:
+                return self._linear(x, weight, bias, out_dtype=torch.float32, residual=stream)
+            return stream + norm(self._linear(x, weight, bias), post_norm, None).float()
+
+        stream = self._embed_stream(input_ids, cu_seqlens, token_type_ids)
+        for index, w in enumerate(self._layers):
+            if w.attention_norm_weight is None:
+                raise AssertionError("a layer without a norm before its attention")
+            normed = norm(stream, w.attention_norm_weight, w.attention_norm_bias)
+            observe(f"layers.{index}.attention.qkv", normed)
+            attended = self._attend(index, normed, cu_seqlens)
+            stream = added(attended, w.out_weight, w.out_bias, w.attention_post_norm_weight)
+            normed = norm(stream, w.ffn_norm_weight, w.ffn_norm_bias)
+            observe(f"layers.{index}.ffn.up", normed)
+            stream = added(self._widen(w, normed), w.down_weight, w.down_bias, w.ffn_post_norm_weight)
+        return norm(stream, self._tensors["final_norm.weight"], self._tensors.get("final_norm.bias"))
+
+    def _embed_stream(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """The sum of the tables, in fp32."""
+        spec, tensors = self.spec, self._tensors
+        stream = tensors["embeddings.word"][input_ids].float() * spec.embedding_scale
+        if spec.absolute_positions:
+            rows = []
+            for begin, end in itertools.pairwise(cu_seqlens.tolist()):
+                counted = (input_ids[begin:end] != spec.padding_id).long()
+                rows.append((counted.cumsum(0) * counted - 1) + spec.position_offset)
+            stream = stream + tensors["embeddings.position"][torch.cat(rows)].float()
+        if spec.type_vocab_size:
+            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            stream = stream + tensors["embeddings.token_type"][types].float()
+        return stream
+
+    def _spread_heads(self, w: LayerWeights, qkv: Tensor) -> Tensor:
+        """Queries, keys and values as if each query had keys and values of its own; with the norms of heads."""
+        spec = self.spec
+        size, more = spec.size_of_heads, spec.num_heads // spec.kv_heads
+        parts = list(qkv.split([heads * size for heads in (spec.num_heads, spec.kv_heads, spec.kv_heads)], 1))
+        for index, weight in enumerate((w.query_norm_weight, w.key_norm_weight)):
+            if weight is not None:
+                heads = parts[index].reshape(-1, size)
+                parts[index] = _add_rms_norm(heads, None, weight, spec.layer_norm_eps).view(parts[index].shape)
+        spread = [part.unflatten(1, (-1, size)).repeat_interleave(more, 1).flatten(1) for part in parts[1:]]
+        return torch.cat([parts[0], *spread], 1)
+
     def _attend(self, index: int, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Attention of a layer, without its last linear layer."""
         spec, w = self.spec, self._layers[index]
         local = spec.is_local(index)
         qkv = self._linear(x, w.qkv_weight, w.qkv_bias)
+        if spec.head_norms or spec.num_kv_heads:
+            qkv = self._spread_heads(w, qkv)
         rotary = self._rotary_local if local else self._rotary
         if rotary is not None:
             qkv = _rotary_embedding(qkv, cu_seqlens, spec.num_heads, rotary)
@@ -513,12 +577,13 @@ class Encoder(_Weighted[EncoderSpec]):
             qkv,
             cu_seqlens,
             spec.num_heads,
-            None,
+            spec.attention_scale or None,
             window,
             self._relative_bias,
             w.position_keys,
             w.position_queries,
             spec.position_reach,
+            spec.causal,
         )
         return result
 

@@ -31,6 +31,10 @@ LAYER_PARTS = (
     "ffn.residual_scale",
     "attention.position_keys",
     "attention.position_queries",
+    "attention.query_norm.weight",
+    "attention.key_norm.weight",
+    "attention.post_norm.weight",
+    "ffn.post_norm.weight",
 )
 
 _NONE = torch.empty(0)
@@ -79,6 +83,14 @@ def pack_encoder(
         gated_ffn=spec.gated_ffn,
         position_span=spec.position_span,
         position_reach=spec.position_reach,
+        num_kv_heads=spec.kv_heads,
+        head_size=spec.size_of_heads,
+        global_first=spec.global_first,
+        attention_scale=spec.attention_scale,
+        embedding_scale=spec.embedding_scale,
+        causal=spec.causal,
+        rms_norm=spec.rms_norm,
+        embedding_norm=spec.embedding_norm,
     )
     flat = packed.view(-1)
     views = dict(tensors)

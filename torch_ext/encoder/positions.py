@@ -16,14 +16,14 @@ def rotary_table(spec: EncoderSpec, theta: float) -> Tensor:
     """Cosines and sines of all positions' angles, as :func:`torch_ext.rotary_embedding` takes them.
 
     Args:
-        spec: gives the number of positions and the size of heads, D.
-        theta: pair ``i`` of a head turns by ``theta ** (-2 i / D)`` per position.
+        spec: gives the number of positions, the size of heads, D, and ``rotary_factor``.
+        theta: pair ``i`` of a head turns by ``theta ** (-2 i / D) * rotary_factor`` per position.
 
     Returns:
         fp32 ``[max_positions, D]``. Angles are rounded to fp32, as models were trained with.
     """
-    size = spec.hidden_size // spec.num_heads
-    table: Tensor = torch.ops.torch_ext._rotary_table(torch.empty(0), spec.max_positions, size, theta)
+    size, factor = spec.size_of_heads, spec.rotary_factor
+    table: Tensor = torch.ops.torch_ext._rotary_table(torch.empty(0), spec.max_positions, size, theta, factor)
     return table
 
 

@@ -34,7 +34,7 @@ class EncoderSpec:
         architecture: where it comes from: ``bert``, ``roberta``, ``distilbert`` ...
         hidden_size: H.
         num_layers: number of transformer layers.
-        num_heads: attention heads per layer; divides H.
+        num_heads: attention heads per layer; divides H, unless ``head_size`` is given.
         intermediate_size: width of the feed-forward part, I.
         activation: of the feed-forward part; one of :data:`ACTIVATIONS`.
         max_positions: the longest sequence, in tokens.
@@ -68,6 +68,18 @@ class EncoderSpec:
             takes the last one. 0: each distance has a row.
         content_to_position: whether queries are multiplied with ``position_keys`` of the distance.
         position_to_content: whether keys are multiplied with ``position_queries`` of the distance.
+        num_kv_heads: heads of keys and values, each for ``num_heads / num_kv_heads`` of queries. 0: as many.
+        head_size: of queries, keys and values, D. 0: ``H / num_heads``.
+        global_first: the first global layer, if ``window`` is not 0: then every ``global_every``-th.
+        attention_scale: of scores. 0: ``1 / sqrt(D)``.
+        embedding_scale: words are multiplied with it.
+        rotary_factor: of all angles.
+        causal: whether tokens see none behind themselves.
+        rms_norm: whether all norms are RMS norms, which have no bias.
+        embedding_norm: whether a norm follows the tables. Without one norms come first in layers, and what layers add
+            is summed in fp32.
+        head_norms: whether the queries and keys of each head have an RMS norm, before they are rotated.
+        post_norms: whether what attention and feed-forward part add has a norm of its own, too.
     """
 
     architecture: str
@@ -97,6 +109,17 @@ class EncoderSpec:
     position_reach: int = 0
     content_to_position: bool = False
     position_to_content: bool = False
+    num_kv_heads: int = 0
+    head_size: int = 0
+    global_first: int = 0
+    attention_scale: float = 0.0
+    embedding_scale: float = 1.0
+    rotary_factor: float = 1.0
+    causal: bool = False
+    rms_norm: bool = False
+    embedding_norm: bool = True
+    head_norms: bool = False
+    post_norms: bool = False
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -110,19 +133,25 @@ class EncoderSpec:
             self,
             0,
             *("position_offset", "type_vocab_size", "embedding_size", "window", "rotary_theta", "rotary_theta_local"),
+            *("num_kv_heads", "head_size", "global_first", "attention_scale"),
         )
         if self.padding_id < -1 or (self.padding_id >= 0 and not self.position_offset):
             raise ValueError(
                 "EncoderSpec: expected padding_id -1, or an id and position_offset of at least 1, whose row before is "
                 f"that of padding, got {self.padding_id} and {self.position_offset}"
             )
-        if self.hidden_size % self.num_heads:
+        if not self.head_size and self.hidden_size % self.num_heads:
             raise ValueError(f"EncoderSpec: num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
-        if self.rotary_theta and self.hidden_size // self.num_heads % 2:
+        if self.num_heads % self.kv_heads:
             raise ValueError(
-                "EncoderSpec: rotary positions need heads of an even size, got "
-                f"{self.hidden_size} / {self.num_heads} = {self.hidden_size // self.num_heads}"
+                f"EncoderSpec: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
             )
+        if self.rotary_theta and self.size_of_heads % 2:
+            raise ValueError(
+                f"EncoderSpec: rotary positions need heads of an even size, got {self.size_of_heads} "
+                f"(head_size={self.head_size}, hidden_size={self.hidden_size}, num_heads={self.num_heads})"
+            )
+        self._check_stream()
         buckets, distance = self.relative_attention_buckets, self.relative_attention_max_distance
         if buckets and (buckets < 4 or buckets % 4 or distance <= buckets // 4):
             raise ValueError(
@@ -133,6 +162,44 @@ class EncoderSpec:
         if not self.norm_first_attention and not self.norm_first:
             raise ValueError("EncoderSpec: norm_first_attention=False means nothing without norm_first")
         _check_activation(self.activation)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def size_of_heads(self) -> int:
+        """Elements of one head."""
+        return self.head_size or self.hidden_size // self.num_heads
+
+    def _check_stream(self) -> None:
+        if self.global_first >= self.global_every:
+            raise ValueError(
+                f"EncoderSpec: expected global_first below global_every={self.global_every}, got {self.global_first}"
+            )
+        if not self.embedding_scale > 0 or not self.rotary_factor > 0:
+            raise ValueError(
+                "EncoderSpec: expected embedding_scale and rotary_factor above 0, got "
+                f"{self.embedding_scale} and {self.rotary_factor}"
+            )
+        modern = self.rms_norm or self.head_norms or self.post_norms or self.embedding_scale != 1
+        needed = self.norm_first and self.norm_first_attention and not self.embedding_size
+        if modern if self.embedding_norm else not needed:
+            raise ValueError(
+                "EncoderSpec: rms_norm, head_norms, post_norms and embedding_scale need embedding_norm=False, and that "
+                "needs norm_first, norm_first_attention and no embedding_size"
+            )
+        if self.post_norms and not self.rms_norm:
+            raise ValueError("EncoderSpec: post_norms=True needs rms_norm=True")
+        if self.position_span and (self.kv_heads, self.size_of_heads * self.num_heads) != (
+            self.num_heads,
+            self.hidden_size,
+        ):
+            raise ValueError(
+                "EncoderSpec: expected as many heads of keys as of queries, which are as wide as the encoder, with a "
+                "position_span"
+            )
 
     def _check_positions(self) -> None:
         span, reach = self.position_span, self.position_reach
@@ -150,37 +217,50 @@ class EncoderSpec:
 
     def is_local(self, layer: int) -> bool:
         """Whether the attention of a layer is confined to the window."""
-        return self.window > 0 and layer % self.global_every != 0
+        return self.window > 0 and layer % self.global_every != self.global_first
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every weight."""
         hidden, wide = self.hidden_size, self.intermediate_size
+        context = self.num_heads * self.size_of_heads
+
+        def norm_shapes(name: str, size: int) -> dict[str, tuple[int, ...]]:
+            return {f"{name}.weight": (size,)} if self.rms_norm else _norm_shapes(name, size)
+
         embedded = self.embedding_size or hidden
         shapes: dict[str, tuple[int, ...]] = {"embeddings.word": (self.vocab_size, embedded)}
         if self.absolute_positions:
             shapes["embeddings.position"] = (self.max_positions + self.position_offset, embedded)
         if self.type_vocab_size:
             shapes["embeddings.token_type"] = (self.type_vocab_size, embedded)
-        shapes.update(_norm_shapes("embeddings.norm", embedded))
+        if self.embedding_norm:
+            shapes.update(norm_shapes("embeddings.norm", embedded))
         if self.embedding_size:
             shapes.update(_linear_shapes("embeddings.projection", hidden, embedded))
         if self.relative_attention_buckets:
             shapes["relative_attention_bias"] = (self.relative_attention_buckets, self.num_heads)
         for index in range(self.num_layers):
             prefix = f"layers.{index}"
-            shapes.update(_linear_shapes(f"{prefix}.attention.qkv", 3 * hidden, hidden))
-            shapes.update(_linear_shapes(f"{prefix}.attention.out", hidden, hidden))
+            qkv = context + 2 * self.kv_heads * self.size_of_heads
+            shapes.update(_linear_shapes(f"{prefix}.attention.qkv", qkv, hidden))
+            shapes.update(_linear_shapes(f"{prefix}.attention.out", hidden, context))
+            if self.head_norms:
+                for part in ("query_norm", "key_norm"):
+                    shapes[f"{prefix}.attention.{part}.weight"] = (self.size_of_heads,)
+            if self.post_norms:
+                for part in ("attention", "ffn"):
+                    shapes.update(norm_shapes(f"{prefix}.{part}.post_norm", hidden))
             if index or self.norm_first_attention:
-                shapes.update(_norm_shapes(f"{prefix}.attention.norm", hidden))
+                shapes.update(norm_shapes(f"{prefix}.attention.norm", hidden))
             if self.content_to_position:
                 shapes[f"{prefix}.attention.position_keys"] = (2 * self.position_span, hidden)
             if self.position_to_content:
                 shapes[f"{prefix}.attention.position_queries"] = (2 * self.position_span, hidden)
             shapes.update(_linear_shapes(f"{prefix}.ffn.up", 2 * wide if self.gated_ffn else wide, hidden))
             shapes.update(_linear_shapes(f"{prefix}.ffn.down", hidden, wide))
-            shapes.update(_norm_shapes(f"{prefix}.ffn.norm", hidden))
+            shapes.update(norm_shapes(f"{prefix}.ffn.norm", hidden))
         if self.norm_first:
-            shapes.update(_norm_shapes("final_norm", hidden))
+            shapes.update(norm_shapes("final_norm", hidden))
         return shapes
 
     def optional_shapes(self) -> dict[str, tuple[int, ...]]:

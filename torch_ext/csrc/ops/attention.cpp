@@ -13,7 +13,7 @@ namespace torch_ext {
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
                         const std::optional<double>& scale, const std::optional<int64_t>& window,
                         const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& position_keys,
-                        const std::optional<Tensor>& position_queries, int64_t position_reach) {
+                        const std::optional<Tensor>& position_queries, int64_t position_reach, bool causal) {
   const char* const op = "varlen_attention";
   check_cpu(op, "qkv", qkv);
   const DType type = float_type(op, "qkv", qkv);
@@ -60,6 +60,7 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num
   problem.head_size = static_cast<size_t>(hidden / num_heads);
   const size_t kinds = 1 + tables[0].has_value() + tables[1].has_value();
   problem.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(problem.head_size * kinds)));
+  problem.causal = causal;
   if (window) problem.window = static_cast<size_t>(*window);
   if (bias) {
     problem.relative_bias = static_cast<const float*>(bias->const_data_ptr());

@@ -93,10 +93,12 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
                     int64_t intermediate_size, const std::string& activation, double layer_norm_eps,
                     int64_t max_positions, int64_t position_offset, int64_t padding_id, int64_t window,
                     int64_t global_every, bool norm_first, bool gated_ffn, int64_t position_span,
-                    int64_t position_reach) {
+                    int64_t position_reach, int64_t num_kv_heads, int64_t head_size, int64_t global_first,
+                    double attention_scale, double embedding_scale, bool causal, bool rms_norm, bool embedding_norm) {
   const char* const op = "pack_encoder";
   constexpr int64_t kLargest = int64_t{1} << 30;
-  for (const int64_t x : {hidden_size, num_layers, num_heads, intermediate_size, max_positions, global_every}) {
+  for (const int64_t x : {hidden_size, num_layers, num_heads, intermediate_size, max_positions, global_every,
+                          num_kv_heads, head_size, global_first + 1}) {
     STD_TORCH_CHECK(x >= 1 && x < kLargest, op, ": expected sizes and numbers of at least 1, got ", x);
   }
   STD_TORCH_CHECK(position_offset >= 0 && position_offset < kLargest && window >= 0 && window < kLargest, op,
@@ -156,6 +158,14 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   h.type = static_cast<uint8_t>(type);
   h.position_span = static_cast<uint32_t>(position_span);
   h.position_reach = static_cast<uint32_t>(position_reach);
+  h.num_kv_heads = static_cast<uint32_t>(num_kv_heads);
+  h.head_size = static_cast<uint32_t>(head_size);
+  h.global_first = static_cast<uint32_t>(global_first);
+  h.attention_scale = static_cast<float>(attention_scale);
+  h.embedding_scale = static_cast<float>(embedding_scale);
+  h.causal = causal;
+  h.rms_norm = rms_norm;
+  h.embedding_norm = embedding_norm;
 
   const int64_t row_bytes = (static_cast<int64_t>(layout.bytes) + hidden_size - 1) / hidden_size;
   const Tensor packed = new_tensor(word, {hidden_size, row_bytes}, ScalarType::Byte);

@@ -28,7 +28,7 @@ int64_t weight_fingerprint(const Tensor& weight);
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
                         const std::optional<double>& scale, const std::optional<int64_t>& window,
                         const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& position_keys,
-                        const std::optional<Tensor>& position_queries, int64_t position_reach);
+                        const std::optional<Tensor>& position_queries, int64_t position_reach, bool causal);
 Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
                       double eps, const std::optional<Tensor>& residual_scale);
 Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps);
@@ -40,7 +40,7 @@ Tensor embed_layer_norm(const Tensor& input_ids, const Tensor& cu_seqlens, const
                         int64_t position_offset, int64_t padding_id);
 Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& mode, bool normalize);
 /// fp32 [positions, head_size], on the device of `like`; see positions.h.
-Tensor rotary_table(const Tensor& like, int64_t positions, int64_t head_size, double theta);
+Tensor rotary_table(const Tensor& like, int64_t positions, int64_t head_size, double theta, double factor);
 /// fp32 [heads, 2 * reach + 1] of fp32 [buckets, heads].
 Tensor relative_bias_table(const Tensor& bias, int64_t reach);
 /// Everything that an encoder's forward pass reads, as one byte tensor [hidden_size, bytes / hidden_size]. `weights` are
@@ -49,7 +49,8 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
                     int64_t intermediate_size, const std::string& activation, double layer_norm_eps,
                     int64_t max_positions, int64_t position_offset, int64_t padding_id, int64_t window,
                     int64_t global_every, bool norm_first, bool gated_ffn, int64_t position_span,
-                    int64_t position_reach);
+                    int64_t position_reach, int64_t num_kv_heads, int64_t head_size, int64_t global_first,
+                    double attention_scale, double embedding_scale, bool causal, bool rms_norm, bool embedding_norm);
 /// Where the sections of a packed encoder are: i64 [sections, 2], offset and bytes.
 Tensor encoder_sections(const Tensor& packed);
 Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,

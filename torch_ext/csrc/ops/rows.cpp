@@ -227,12 +227,12 @@ Tensor pool(const Tensor& hidden, const Tensor& cu_seqlens, const std::string& m
   return out;
 }
 
-Tensor rotary_table(const Tensor& like, int64_t positions, int64_t head_size, double theta) {
-  STD_TORCH_CHECK(positions >= 1 && head_size >= 2 && head_size % 2 == 0 && theta > 0.0,
+Tensor rotary_table(const Tensor& like, int64_t positions, int64_t head_size, double theta, double factor) {
+  STD_TORCH_CHECK(positions >= 1 && head_size >= 2 && head_size % 2 == 0 && theta > 0.0 && factor > 0.0,
                   "_rotary_table: expected positions of at least 1, an even head_size and a positive theta, got ",
                   positions, ", ", head_size, " and ", theta);
   const Tensor table = new_tensor(like, {positions, head_size}, ScalarType::Float);
-  fill_rotary_table(static_cast<size_t>(positions), static_cast<size_t>(head_size), theta,
+  fill_rotary_table(static_cast<size_t>(positions), static_cast<size_t>(head_size), theta, factor,
                     static_cast<float*>(table.mutable_data_ptr()));
   return table;
 }

@@ -40,6 +40,7 @@ class Sections {
   Norm norm(size_t index, uint64_t width) const {
     return {.weight = floats(index, width), .bias = floats(index + 1, width)};
   }
+  Norm rms_norm(size_t index, uint64_t width) const { return {.weight = floats(index, width)}; }
   // The matrix in section `index` and its bias in the next one.
   Matrix matrix(size_t index, uint64_t n, uint64_t k) const {
     const char* const data = get(index, table_[index].bytes);
@@ -129,7 +130,7 @@ EncoderModel read_encoder(const char* op, const void* data, size_t bytes, const 
   m.header = h;
   const Sections s(op, h, d, engine);
   const uint64_t width = h.hidden_size, e = h.embedding_size, wide = h.intermediate_size;
-  const uint64_t angles = h.num_heads ? uint64_t{h.max_positions} * (width / h.num_heads) : 0;
+  const uint64_t angles = uint64_t{h.max_positions} * h.head_size, context = uint64_t{h.num_heads} * h.head_size;
   m.word = s.table(kWordTable, h.vocab_size, e);
   m.position = s.table(kPositionTable, uint64_t{h.max_positions} + h.position_offset, e);
   m.token_type = s.table(kTokenTypeTable, h.type_vocab_size, e);
@@ -140,26 +141,35 @@ EncoderModel read_encoder(const char* op, const void* data, size_t bytes, const 
   m.rotary = s.floats(kRotaryTable, angles);
   m.rotary_local = s.floats(kRotaryTableLocal, angles);
   const bool known_type = DType{h.type} == DType::kF32 || DType{h.type} == DType::kBF16;
-  const bool sound = known_type && h.num_heads > 0 && width % h.num_heads == 0 && h.activation < kActivationCount &&
-                     m.word && m.embedding_norm.weight && m.embedding_norm.bias &&
-                     (e == width || m.projection.packed) &&
-                     (!h.norm_first || (m.final_norm.weight && m.final_norm.bias)) && (h.global_every || !h.window) &&
-                     (h.padding_id < 0 || h.position_offset > 0) &&
+  const auto whole_norm = [&](const Norm& norm) { return norm.weight && (h.rms_norm || norm.bias); };
+  const bool sound = known_type && h.num_kv_heads > 0 && h.num_heads % h.num_kv_heads == 0 && h.head_size > 0 &&
+                     h.activation < kActivationCount && m.word &&
+                     (h.embedding_norm ? whole_norm(m.embedding_norm) && !h.rms_norm : h.norm_first && e == width) &&
+                     (e == width || m.projection.packed) && (!h.norm_first || whole_norm(m.final_norm)) &&
+                     (h.global_every || !h.window) && (h.padding_id < 0 || h.position_offset > 0) &&
                      (h.position_reach == 0 || h.position_reach > h.position_span / 2 + 1);
   check(sound, op, ": the packed encoder is damaged: something that every encoder has is missing");
   m.layers.resize(h.num_layers);
   for (size_t i = 0; i < h.num_layers; ++i) {
     const size_t first = kEncoderSections + i * kLayerSections;
     EncoderLayer& layer = m.layers[i];
-    layer.qkv = s.matrix(first + kQkvWeight, 3 * width, width);
-    layer.out = s.matrix(first + kOutWeight, width, width);
+    layer.qkv = s.matrix(first + kQkvWeight, context + 2 * uint64_t{h.num_kv_heads} * h.head_size, width);
+    layer.out = s.matrix(first + kOutWeight, width, context);
     layer.attention_norm = s.norm(first + kAttentionNormWeight, width);
     layer.attention_norm.residual_scale = s.floats(first + kAttentionResidualScale, width);
     layer.up = s.matrix(first + kUpWeight, h.gated_ffn ? 2 * wide : wide, width);
     layer.down = s.matrix(first + kDownWeight, width, wide);
     layer.ffn_norm = s.norm(first + kFfnNormWeight, width);
     layer.ffn_norm.residual_scale = s.floats(first + kFfnResidualScale, width);
-    layer.local = h.window && i % h.global_every != 0;
+    layer.local = h.window && i % h.global_every != h.global_first;
+    if (!h.embedding_norm) {
+      layer.query_norm = s.rms_norm(first + kQueryNormWeight, h.head_size);
+      layer.key_norm = s.rms_norm(first + kKeyNormWeight, h.head_size);
+      layer.attention_post_norm = s.rms_norm(first + kAttentionPostNormWeight, width);
+      layer.ffn_post_norm = s.rms_norm(first + kFfnPostNormWeight, width);
+      check(!layer.query_norm.weight == !layer.key_norm.weight, op, ": the packed encoder is damaged: layer ", i,
+            " has a norm of queries or of keys, not of both");
+    }
     if (h.position_span) {
       layer.position_keys = s.table(first + kPositionKeys, 2 * uint64_t{h.position_span}, width);
       layer.position_queries = s.table(first + kPositionQueries, 2 * uint64_t{h.position_span}, width);
@@ -169,8 +179,8 @@ EncoderModel read_encoder(const char* op, const void* data, size_t bytes, const 
             op, ": the packed encoder is damaged: layer ", i, " has no relative positions, or others than the first");
     }
     const bool whole = layer.qkv.packed && layer.out.packed && layer.up.packed && layer.down.packed &&
-                       layer.ffn_norm.weight && layer.ffn_norm.bias &&
-                       (layer.attention_norm.weight ? layer.attention_norm.bias != nullptr : h.norm_first && i == 0);
+                       whole_norm(layer.ffn_norm) &&
+                       (layer.attention_norm.weight ? whole_norm(layer.attention_norm) : h.norm_first && i == 0);
     check(whole, op, ": the packed encoder is damaged: layer ", i, " is not complete");
   }
   return m;

@@ -44,6 +44,10 @@ enum LayerSection : uint32_t {
   kFfnResidualScale,
   kPositionKeys,     ///< [2 * position_span, hidden]: what queries are multiplied with, by distance
   kPositionQueries,  ///< the same for keys
+  kQueryNormWeight,  ///< [head_size] of the norm of each head's queries
+  kKeyNormWeight,
+  kAttentionPostNormWeight,  ///< [hidden] of the norm of what attention adds
+  kFfnPostNormWeight,
   kLayerSections,
 };
 
@@ -61,10 +65,16 @@ struct EncoderHeader {
   int32_t padding_id;  ///< tokens with this id have no position: they take row position_offset - 1; -1: all have one
   uint32_t position_span;   ///< half the rows of the tables of relative positions; 0: there are none
   uint32_t position_reach;  ///< distances share rows up to this one; 0: each has its own
-  uint8_t reserved[4];
+  uint32_t num_kv_heads, head_size;
+  uint32_t global_first;     ///< the first layer that is global, if `window` is not 0
+  float attention_scale;     ///< of scores; 0: 1 / sqrt(head_size)
+  float embedding_scale;     ///< of words
+  uint8_t causal, rms_norm;  ///< norms are RMS norms, which have no bias
+  uint8_t embedding_norm;    ///< 0: none, and residuals are summed in fp32
+  uint8_t reserved[1];
   uint64_t checksum;  ///< of what comes before it, and of the table of sections
 };
-static_assert(sizeof(EncoderHeader) == 104);
+static_assert(sizeof(EncoderHeader) == 128);
 
 struct Section {
   uint64_t offset, bytes;

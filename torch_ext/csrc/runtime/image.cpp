@@ -268,11 +268,26 @@ std::vector<std::string> section_names(const EncoderSpec& spec) {
                                     "",
                                     ""};
   for (int64_t i = 0; i < spec.num_layers; ++i) {
-    for (const char* const part :
-         {"attention.qkv.weight", "attention.qkv.bias", "attention.out.weight", "attention.out.bias",
-          "attention.norm.weight", "attention.norm.bias", "attention.residual_scale", "ffn.up.weight", "ffn.up.bias",
-          "ffn.down.weight", "ffn.down.bias", "ffn.norm.weight", "ffn.norm.bias", "ffn.residual_scale",
-          "attention.position_keys", "attention.position_queries"}) {
+    for (const char* const part : {"attention.qkv.weight",
+                                   "attention.qkv.bias",
+                                   "attention.out.weight",
+                                   "attention.out.bias",
+                                   "attention.norm.weight",
+                                   "attention.norm.bias",
+                                   "attention.residual_scale",
+                                   "ffn.up.weight",
+                                   "ffn.up.bias",
+                                   "ffn.down.weight",
+                                   "ffn.down.bias",
+                                   "ffn.norm.weight",
+                                   "ffn.norm.bias",
+                                   "ffn.residual_scale",
+                                   "attention.position_keys",
+                                   "attention.position_queries",
+                                   "attention.query_norm.weight",
+                                   "attention.key_norm.weight",
+                                   "attention.post_norm.weight",
+                                   "ffn.post_norm.weight"}) {
       names.push_back(joined("layers.", i, ".", part));
     }
   }
@@ -304,6 +319,14 @@ EncoderHeader encoder_header(const EncoderSpec& s, DType type) {
   h.padding_id = static_cast<int32_t>(s.padding_id);
   h.position_span = static_cast<uint32_t>(s.position_span);
   h.position_reach = static_cast<uint32_t>(s.position_reach);
+  h.num_kv_heads = static_cast<uint32_t>(s.kv_heads());
+  h.head_size = static_cast<uint32_t>(s.size_of_heads());
+  h.global_first = static_cast<uint32_t>(s.global_first);
+  h.attention_scale = static_cast<float>(s.attention_scale);
+  h.embedding_scale = static_cast<float>(s.embedding_scale);
+  h.causal = s.causal;
+  h.rms_norm = s.rms_norm;
+  h.embedding_norm = s.embedding_norm;
   return h;
 }
 
@@ -319,6 +342,8 @@ bool fits(const EncoderModel& model, const EncoderSpec& spec, const std::string&
   h.checksum = got.checksum;
   return std::memcmp(&h, &got, sizeof h) == 0 && spec.absolute_positions == (model.position != nullptr) &&
          (spec.type_vocab_size > 0) == (model.token_type != nullptr) &&
+         spec.head_norms == (model.layers[0].query_norm.weight != nullptr) &&
+         spec.post_norms == (model.layers[0].attention_post_norm.weight != nullptr) &&
          spec.content_to_position == (model.layers[0].position_keys != nullptr) &&
          spec.position_to_content == (model.layers[0].position_queries != nullptr) &&
          (spec.relative_attention_buckets > 0) == (model.relative_bias != nullptr) &&
@@ -343,13 +368,13 @@ Derived derived_sections(const EncoderSpec& s, const Packer& packer) {
     };
   }
   if (s.rotary_theta > 0.0) {
-    const auto positions = static_cast<size_t>(s.max_positions), size = static_cast<size_t>(s.hidden_size) / heads;
+    const auto positions = static_cast<size_t>(s.max_positions), size = static_cast<size_t>(s.size_of_heads());
     const double local = s.rotary_theta_local > 0.0 && s.window ? s.rotary_theta_local : s.rotary_theta;
     const double thetas[] = {s.rotary_theta, local};
     for (size_t i = 0; i < 2; ++i) {
       d.bytes[1 + i] = positions * size * sizeof(float);
-      d.fill[1 + i] = [positions, size, theta = thetas[i]](float* table) {
-        fill_rotary_table(positions, size, theta, table);
+      d.fill[1 + i] = [positions, size, theta = thetas[i], factor = s.rotary_factor](float* table) {
+        fill_rotary_table(positions, size, theta, factor, table);
       };
     }
   }

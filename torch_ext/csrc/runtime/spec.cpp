@@ -46,6 +46,17 @@ constexpr Field<EncoderSpec> kEncoderFields[] = {
     {"position_reach", &EncoderSpec::position_reach},
     {"content_to_position", &EncoderSpec::content_to_position},
     {"position_to_content", &EncoderSpec::position_to_content},
+    {"num_kv_heads", &EncoderSpec::num_kv_heads},
+    {"head_size", &EncoderSpec::head_size},
+    {"global_first", &EncoderSpec::global_first},
+    {"attention_scale", &EncoderSpec::attention_scale},
+    {"embedding_scale", &EncoderSpec::embedding_scale},
+    {"rotary_factor", &EncoderSpec::rotary_factor},
+    {"causal", &EncoderSpec::causal},
+    {"rms_norm", &EncoderSpec::rms_norm},
+    {"embedding_norm", &EncoderSpec::embedding_norm},
+    {"head_norms", &EncoderSpec::head_norms},
+    {"post_norms", &EncoderSpec::post_norms},
 };
 
 constexpr Field<HeadSpec> kHeadFields[] = {
@@ -159,9 +170,26 @@ EncoderSpec parse_encoder_spec(std::string_view json) {
   expect(s.padding_id == -1 || (s.padding_id >= 0 && s.padding_id < int64_t{1} << 30 && s.position_offset > 0),
          "expected padding_id -1, or an id and position_offset of at least 1, got ", s.padding_id, " and ",
          s.position_offset);
-  expect(s.hidden_size % s.num_heads == 0, "num_heads=", s.num_heads, " does not divide hidden_size=", s.hidden_size);
-  expect(s.rotary_theta == 0.0 || s.hidden_size / s.num_heads % 2 == 0,
-         "rotary positions need heads of an even size, got ", s.hidden_size, " / ", s.num_heads);
+  expect_size(s.num_kv_heads, 0, "num_kv_heads");
+  expect_size(s.head_size, 0, "head_size");
+  expect_size(s.global_first, 0, "global_first");
+  expect_number(s.attention_scale, "attention_scale");
+  expect(s.embedding_scale > 0.0 && s.embedding_scale < 1e30 && s.rotary_factor > 0.0 && s.rotary_factor < 1e30,
+         "expected embedding_scale and rotary_factor above 0, got ", s.embedding_scale, " and ", s.rotary_factor);
+  expect(s.head_size > 0 || s.hidden_size % s.num_heads == 0, "num_heads=", s.num_heads,
+         " does not divide hidden_size=", s.hidden_size);
+  expect(s.num_heads % s.kv_heads() == 0, "num_kv_heads=", s.num_kv_heads, " does not divide num_heads=", s.num_heads);
+  expect(s.rotary_theta == 0.0 || s.size_of_heads() % 2 == 0, "rotary positions need heads of an even size, got ",
+         s.size_of_heads());
+  expect(s.global_first < s.global_every, "expected global_first below global_every=", s.global_every, ", got ",
+         s.global_first);
+  expect(s.embedding_norm ? !s.rms_norm && !s.head_norms && !s.post_norms && s.embedding_scale == 1.0
+                          : s.norm_first && s.norm_first_attention && s.embedding_size == 0,
+         "rms_norm, head_norms, post_norms and embedding_scale need embedding_norm=False, and that needs norm_first, "
+         "norm_first_attention and no embedding_size");
+  expect(s.rms_norm || !s.post_norms, "post_norms=True needs rms_norm=True");
+  expect(s.position_span == 0 || (s.kv_heads() == s.num_heads && s.size_of_heads() * s.num_heads == s.hidden_size),
+         "expected as many heads of keys as of queries, which are as wide as the encoder, with a position_span");
   const int64_t buckets = s.relative_attention_buckets, distance = s.relative_attention_max_distance;
   expect(buckets == 0 ||
              (buckets >= 4 && buckets % 4 == 0 && buckets < 1 << 20 && distance > buckets / 4 && distance < 1 << 20),
@@ -198,6 +226,11 @@ HeadSpec parse_head_spec(std::string_view json) {
 
 Shapes weight_shapes(const EncoderSpec& s) {
   const int64_t hidden = s.hidden_size, wide = s.intermediate_size, embedded = s.embedded();
+  const int64_t context = s.num_heads * s.size_of_heads(), qkv = context + 2 * s.kv_heads() * s.size_of_heads();
+  const auto add_norm = [&s](Shapes& to, const std::string& name, int64_t size) {
+    to[name + ".weight"] = {static_cast<uint64_t>(size)};
+    if (!s.rms_norm) to[name + ".bias"] = {static_cast<uint64_t>(size)};
+  };
   const auto table = [&](int64_t rows) {
     return std::vector<uint64_t>{static_cast<uint64_t>(rows), static_cast<uint64_t>(embedded)};
   };
@@ -205,7 +238,7 @@ Shapes weight_shapes(const EncoderSpec& s) {
   shapes["embeddings.word"] = table(s.vocab_size);
   if (s.absolute_positions) shapes["embeddings.position"] = table(s.max_positions + s.position_offset);
   if (s.type_vocab_size) shapes["embeddings.token_type"] = table(s.type_vocab_size);
-  add_norm(shapes, "embeddings.norm", embedded);
+  if (s.embedding_norm) add_norm(shapes, "embeddings.norm", embedded);
   if (s.embedding_size) add_linear(shapes, "embeddings.projection", hidden, embedded);
   if (s.relative_attention_buckets) {
     shapes["relative_attention_bias"] = {static_cast<uint64_t>(s.relative_attention_buckets),
@@ -214,8 +247,17 @@ Shapes weight_shapes(const EncoderSpec& s) {
   const std::vector<uint64_t> positions = {2 * static_cast<uint64_t>(s.position_span), static_cast<uint64_t>(hidden)};
   for (int64_t i = 0; i < s.num_layers; ++i) {
     const std::string prefix = "layers." + std::to_string(i);
-    add_linear(shapes, prefix + ".attention.qkv", 3 * hidden, hidden);
-    add_linear(shapes, prefix + ".attention.out", hidden, hidden);
+    add_linear(shapes, prefix + ".attention.qkv", qkv, hidden);
+    add_linear(shapes, prefix + ".attention.out", hidden, context);
+    if (s.head_norms) {
+      for (const char* const part : {"query", "key"}) {
+        shapes[prefix + ".attention." + part + "_norm.weight"] = {static_cast<uint64_t>(s.size_of_heads())};
+      }
+    }
+    if (s.post_norms) {
+      add_norm(shapes, prefix + ".attention.post_norm", hidden);
+      add_norm(shapes, prefix + ".ffn.post_norm", hidden);
+    }
     if (i || s.norm_first_attention) add_norm(shapes, prefix + ".attention.norm", hidden);
     if (s.content_to_position) shapes[prefix + ".attention.position_keys"] = positions;
     if (s.position_to_content) shapes[prefix + ".attention.position_queries"] = positions;

@@ -26,8 +26,13 @@ struct EncoderSpec {
   bool norm_first = false, norm_first_attention = true, gated_ffn = false;
   int64_t padding_id = -1;
   int64_t position_span = 0, position_reach = 0;
+  int64_t num_kv_heads = 0, head_size = 0, global_first = 0;
+  double attention_scale = 0.0, embedding_scale = 1.0, rotary_factor = 1.0;
+  bool causal = false, rms_norm = false, embedding_norm = true, head_norms = false, post_norms = false;
   bool content_to_position = false, position_to_content = false;
 
+  int64_t kv_heads() const { return num_kv_heads ? num_kv_heads : num_heads; }
+  int64_t size_of_heads() const { return head_size ? head_size : hidden_size / num_heads; }
   int64_t embedded() const { return embedding_size ? embedding_size : hidden_size; }
 };
 

@@ -85,6 +85,10 @@ class Architecture:
         relative_table, relative_norm: vectors of relative positions, and the norm that they go through; None: none.
         position_key, position_query: layers that make a layer's vectors out of those, which queries and keys are
             multiplied with; None: there are none.
+        query_norm, key_norm, attention_post_norm, ffn_post_norm: further norms of a layer; None: there is none.
+        norm_shift: is added to the weights of all norms.
+        gate_last: whether the half of ``up`` with the activation is the second one.
+        read: values that transformers changes or adds when it reads a ``config.json``.
     """
 
     base: str
@@ -99,7 +103,7 @@ class Architecture:
     word: str = "embeddings.word_embeddings"
     position: str | None = "embeddings.position_embeddings"
     token_type: str | None = "embeddings.token_type_embeddings"
-    embedding_norm: str = "embeddings.LayerNorm"
+    embedding_norm: str | None = "embeddings.LayerNorm"
     projection: str = "embeddings_project"
     relative_bias: str | None = None
     final_norm: str | None = None
@@ -121,6 +125,13 @@ class Architecture:
     relative_norm: str | None = None
     position_key: str | None = None
     position_query: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    attention_post_norm: str | None = None
+    ffn_post_norm: str | None = None
+    norm_shift: float = 0.0
+    gate_last: bool = False
+    read: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
 
     def of(self, config: Any) -> Architecture:
         """This row for a configuration."""
@@ -128,7 +139,7 @@ class Architecture:
 
     def named_as(self, weights: Iterable[str]) -> Architecture:
         """The row with the names that a model's weights have: this one, or the other."""
-        end = f".{self.embedding_norm}.weight"
+        end = f".{self.embedding_norm or self.word}.weight"
         if self.other_names is None or any(f".{name}".endswith(end) for name in weights):
             return self
         return self.other_names
@@ -136,7 +147,8 @@ class Architecture:
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The values of a ``config.json``, with those that it may leave out, under the names that they have now."""
         renamed = {new: config[old] for old, new in self.older.items() if old in config}
-        return {**self.defaults, **renamed, **config}
+        whole_config = {**self.defaults, **renamed, **config}
+        return {**whole_config, **self.read(whole_config)}
 
     def whole(self, config: Any, field: str) -> int:
         """The configuration's value of a field of the specification that is a whole number.

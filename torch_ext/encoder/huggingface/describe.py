@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch_ext.encoder.huggingface.architecture import Architecture, HeadNames, activation, get
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
 
-__all__ = ["Plan", "Projected", "Rows", "Shapes", "describe_encoder", "describe_head", "head_layers"]
+__all__ = ["Plan", "Projected", "Rows", "Shapes", "Shifted", "describe_encoder", "describe_head", "head_layers"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -40,7 +40,16 @@ class Projected(NamedTuple):
     bias: str | None
 
 
-Plan = dict[str, list[str | int | Rows | Projected]]
+class Shifted(NamedTuple):
+    """A vector, plus a number."""
+
+    name: str
+    by: float
+
+
+Part = str | int | Rows | Projected | Shifted
+
+Plan = dict[str, list[Part]]
 """By the names of ``EncoderSpec.shapes()`` and ``HeadSpec.shapes()``: names of a model's weights or parts of them,
 which follow one another along the first dimension; a number stands for that many zeros."""
 
@@ -78,7 +87,7 @@ class _Taker:
         """Weight and bias of a linear layer, or of several that become one; returns the shape of the first one."""
         shapes = [self.take(f"{name}.weight", dimensions) for name in names]
         self.plan[f"{to}.weight"] = [f"{name}.weight" for name in names]
-        biases: list[str | int | Rows | Projected] = []
+        biases: list[Part] = []
         for name, shape in zip(names, shapes, strict=True):
             if self._optional_biases and f"{name}.bias" not in self._shapes:
                 biases.append(shape[0])
@@ -88,8 +97,19 @@ class _Taker:
         self.plan[f"{to}.bias"] = biases
         return shapes[0]
 
-    def norm(self, to: str, name: str) -> None:
-        self.pair(to, name, dimensions=1)
+    def norm(self, to: str, name: str, rms: bool = False, shift: float = 0.0) -> None:
+        if not rms:
+            self.pair(to, name, dimensions=1)
+            return
+        self.take(f"{name}.weight", 1)
+        self.plan[f"{to}.weight"] = [Shifted(f"{name}.weight", shift) if shift else f"{name}.weight"]
+
+    def halves(self, to: str, name: str) -> None:
+        """One matrix without a bias, whose second half comes first."""
+        rows, _ = self.take(f"{name}.weight", 2)
+        half = rows // 2
+        self.plan[f"{to}.weight"] = [Rows(f"{name}.weight", half, rows), Rows(f"{name}.weight", 0, half)]
+        self.plan[f"{to}.bias"] = [rows]
 
     def qkv_by_head(self, to: str, prefix: str, names: Architecture, heads: int) -> None:
         """One matrix in which the rows of each head are together."""
@@ -155,7 +175,8 @@ def describe_encoder(
         fields["max_positions"] = rows - fields["position_offset"]
     if names.token_type is not None:
         fields["type_vocab_size"], _ = source.table("embeddings.token_type", names.token_type)
-    source.norm("embeddings.norm", names.embedding_norm)
+    if names.embedding_norm is not None:
+        source.norm("embeddings.norm", names.embedding_norm)
     if f"{names.projection}.weight" in shapes:
         source.pair("embeddings.projection", names.projection)
         fields["embedding_size"] = width
@@ -181,14 +202,22 @@ def describe_encoder(
             if layer is not None:
                 source.projected(f"{to}.attention.{part}", names, spec.layer_norm_eps, f"{prefix}.{layer}")
         source.pair(f"{to}.attention.out", f"{prefix}.{names.out}")
+        norms = {"attention.query_norm": names.query_norm, "attention.key_norm": names.key_norm}
+        norms |= {"attention.post_norm": names.attention_post_norm, "ffn.post_norm": names.ffn_post_norm}
+        for part, norm in norms.items():
+            if norm is not None:
+                source.norm(f"{to}.{part}", f"{prefix}.{norm}", True, names.norm_shift)
         if index or spec.norm_first_attention:
-            source.norm(f"{to}.attention.norm", f"{prefix}.{names.attention_norm}")
+            source.norm(f"{to}.attention.norm", f"{prefix}.{names.attention_norm}", spec.rms_norm, names.norm_shift)
         up = (names.up,) if isinstance(names.up, str) else names.up
-        source.pair(f"{to}.ffn.up", *(f"{prefix}.{part}" for part in up))
+        if names.gate_last:
+            source.halves(f"{to}.ffn.up", f"{prefix}.{names.up}")
+        else:
+            source.pair(f"{to}.ffn.up", *(f"{prefix}.{part}" for part in up))
         source.pair(f"{to}.ffn.down", f"{prefix}.{names.down}")
-        source.norm(f"{to}.ffn.norm", f"{prefix}.{names.ffn_norm}")
+        source.norm(f"{to}.ffn.norm", f"{prefix}.{names.ffn_norm}", spec.rms_norm, names.norm_shift)
     if names.final_norm is not None:
-        source.norm("final_norm", names.final_norm)
+        source.norm("final_norm", names.final_norm, spec.rms_norm, names.norm_shift)
     spare = {*_BUFFERS, *names.spare, *foreign, *(name for name in shapes if name.startswith(_POOLER))}
     left = sorted(shapes.keys() - source.taken - spare)
     if left:

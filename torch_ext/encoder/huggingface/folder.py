@@ -10,7 +10,15 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch_ext.encoder.huggingface.architecture import Architecture
-from torch_ext.encoder.huggingface.describe import Plan, Projected, Rows, describe_encoder, describe_head, head_layers
+from torch_ext.encoder.huggingface.describe import (
+    Plan,
+    Projected,
+    Rows,
+    Shifted,
+    describe_encoder,
+    describe_head,
+    head_layers,
+)
 from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import StoredTensor, find_weights, map_weights
 from torch_ext.encoder.huggingface.table import HEAD_CLASSES, find_architecture
@@ -191,11 +199,22 @@ def _tensors(
                 _check_projection(source, (rows, columns[0]), sound)
                 projections[name] = source
                 continue
+            elif isinstance(source, Shifted):
+                part = sound(source.name, (rows,)).shifted(source.by)
             else:
-                part = sound(source, (rows // len(sources), *columns))
+                part = sound(
+                    source, (_part_rows(spec, name, len(tensors.get(name, ())), rows // len(sources)), *columns)
+                )
             tensors.setdefault(name, []).append(part)
     projected = project_all(projections.values(), weights)
     return {**tensors, **{name: [projected[source]] for name, source in projections.items()}}
+
+
+def _part_rows(spec: EncoderSpec | HeadSpec, name: str, index: int, equal: int) -> int:
+    """Rows of one part of a weight."""
+    if isinstance(spec, EncoderSpec) and spec.num_kv_heads and ".attention.qkv." in name:
+        return (spec.kv_heads if index else spec.num_heads) * spec.size_of_heads
+    return equal
 
 
 def _check_projection(

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext.encoder.huggingface.architecture import Architecture
-from torch_ext.encoder.huggingface.describe import Plan, Projected, Rows, describe_encoder, describe_head, head_layers
+from torch_ext.encoder.huggingface.describe import (
+    Part,
+    Plan,
+    Projected,
+    Rows,
+    Shifted,
+    describe_encoder,
+    describe_head,
+    head_layers,
+)
 from torch_ext.encoder.huggingface.folder import AUTO, FolderModel, read_folder
 from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import StoredTensor
@@ -40,11 +49,13 @@ def _gather(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     projections = {part for parts in plan.values() for part in parts if isinstance(part, Projected)}
     projected = project_all(projections, {name: _as_stored(weights[name]) for name in _names(projections)})
 
-    def gather(source: str | int | Rows | Projected) -> Tensor:
+    def gather(source: Part) -> Tensor:
         if isinstance(source, int):
             return torch.zeros(source)
         if isinstance(source, Rows):
             return weights[source.name][source.begin : source.end]
+        if isinstance(source, Shifted):
+            return weights[source.name].float() + source.by
         return _as_tensor(projected[source]) if isinstance(source, Projected) else weights[source]
 
     gathered: dict[str, Tensor] = {}

@@ -6,6 +6,9 @@ import json
 import mmap
 import os
 import stat
+import struct
+import sys
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +52,17 @@ class StoredTensor(NamedTuple):
         """Some of its rows, in the same memory."""
         row_bytes = len(self.data) // self.shape[0]
         return StoredTensor(self.dtype, (end - begin, *self.shape[1:]), self.data[begin * row_bytes : end * row_bytes])
+
+    def shifted(self, by: float) -> StoredTensor:
+        """Its elements plus a number, in fp32."""
+        if self.dtype == "BF16":
+            halves = memoryview(self.data.tobytes()).cast("H")
+            numbers: Any = array("f", b"".join((half << 16).to_bytes(4, sys.byteorder) for half in halves))
+        else:
+            numbers = struct.unpack(
+                f"<{len(self.data) // _ELEMENT_BYTES[self.dtype]}{'e' if self.dtype == 'F16' else 'f'}", self.data
+            )
+        return StoredTensor("F32", self.shape, memoryview(array("f", [number + by for number in numbers])).cast("B"))
 
     def is_finite(self) -> bool:
         """Whether all elements are neither NaN nor infinite; of a floating-point dtype.

@@ -10,9 +10,13 @@ from torch_ext.encoder.huggingface.architecture import Architecture
 from torch_ext.encoder.huggingface.bert import BERT, DATA2VEC, ELECTRA, ERNIE, ROBERTA, ROBERTA_PRELAYERNORM
 from torch_ext.encoder.huggingface.deberta import DEBERTA, DEBERTA_V2
 from torch_ext.encoder.huggingface.distilbert import DISTILBERT
+from torch_ext.encoder.huggingface.gte import NEW
+from torch_ext.encoder.huggingface.llama import EUROBERT, GEMMA3, QWEN3
+from torch_ext.encoder.huggingface.megatron import MEGATRON_BERT, XLM_ROBERTA_XL
 from torch_ext.encoder.huggingface.modernbert import MODERNBERT
 from torch_ext.encoder.huggingface.mpnet import MPNET
 from torch_ext.encoder.huggingface.nomic import NOMIC
+from torch_ext.encoder.huggingface.t5 import T5
 
 __all__ = ["ARCHITECTURES", "HEAD_CLASSES", "find_architecture"]
 
@@ -33,6 +37,14 @@ _TABLE: Mapping[str, Architecture] = {
     "data2vec-text": DATA2VEC,
     "deberta": DEBERTA,
     "deberta-v2": DEBERTA_V2,
+    "megatron-bert": MEGATRON_BERT,
+    "xlm-roberta-xl": XLM_ROBERTA_XL,
+    "qwen3": QWEN3,
+    "gemma3_text": GEMMA3,
+    "eurobert": EUROBERT,
+    "new": NEW,
+    "t5": T5,
+    "mt5": T5,
 }
 
 ARCHITECTURES: tuple[str, ...] = tuple(_TABLE)
