@@ -515,7 +515,7 @@ class Encoder(_Weighted[EncoderSpec]):
         def norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             eps = self.spec.layer_norm_eps
             normed = _add_rms_norm(x, None, weight, eps) if bias is None else self._norm(x, None, weight, bias)
-            return normed.to(TABLE_DTYPES[self.dtype])  # type: ignore[no-any-return]
+            return normed.to(TABLE_DTYPES[self.dtype])
 
         def added(x: Tensor, weight: Tensor, bias: Tensor, post_norm: Tensor | None) -> Tensor:
             if post_norm is None:
@@ -554,12 +554,14 @@ class Encoder(_Weighted[EncoderSpec]):
         """Queries, keys and values as if each query had keys and values of its own; with the norms of heads."""
         spec = self.spec
         size, more = spec.size_of_heads, spec.num_heads // spec.kv_heads
-        parts = list(qkv.split([heads * size for heads in (spec.num_heads, spec.kv_heads, spec.kv_heads)], 1))
+        sizes = [heads * size for heads in (spec.num_heads, spec.kv_heads, spec.kv_heads)]
+        parts = list(torch.split(qkv, sizes, 1))
         for index, weight in enumerate((w.query_norm_weight, w.key_norm_weight)):
             if weight is not None:
                 heads = parts[index].reshape(-1, size)
                 parts[index] = _add_rms_norm(heads, None, weight, spec.layer_norm_eps).view(parts[index].shape)
-        spread = [part.unflatten(1, (-1, size)).repeat_interleave(more, 1).flatten(1) for part in parts[1:]]
+        tokens = qkv.shape[0]
+        spread = [part.reshape(tokens, -1, size).repeat_interleave(more, 1).flatten(1) for part in parts[1:]]
         return torch.cat([parts[0], *spread], 1)
 
     def _attend(self, index: int, x: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ def _rotary(config: Any) -> dict[str, Any]:
     if scaling is None:
         return {"rotary_theta": theta}
     factor = scaling.get("factor") if isinstance(scaling, dict) else None
-    plain = isinstance(factor, int | float) and scaling.get("mixed_b") is None and factor > 0
-    if not plain or scaling.get("type", scaling.get("rope_type")) != "ntk":
+    kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else None
+    if not isinstance(factor, int | float) or factor <= 0 or kind != "ntk" or scaling.get("mixed_b") is not None:
         raise ValueError(
             "unsupported configuration: expected rope_scaling of type 'ntk' with a factor and without mixed_b, or "
             f"none, got {scaling!r:.200}"
