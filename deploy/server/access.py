@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ..keys import Key, KeysError, read_keys
 from .process import UsageError
 
-__all__ = ["FILES", "read_api_keys"]
+if TYPE_CHECKING:
+    import ssl
 
-FILES = ("api_keys_file",)
+    from .tls import Tls
+
+__all__ = ["FILES", "open_tls", "read_api_keys", "read_tls"]
+
+FILES = ("api_keys_file", "tls_cert", "tls_key")
 """Options that name such files. The supervisor of several workers keeps a copy of each, so that a worker that is
 started later has what the others have."""
 
@@ -26,3 +32,31 @@ def read_api_keys(arguments: argparse.Namespace) -> tuple[Key, ...]:
         return read_keys(arguments.api_keys_file)
     except KeysError as error:
         raise UsageError(f"--api-keys-file: {error}") from error
+
+
+def open_tls(arguments: argparse.Namespace) -> Tls | None:
+    """What clients are shown by `--tls-cert` and `--tls-key`; None without them.
+
+    Raises:
+        UsageError: They are wrong.
+    """
+    if arguments.tls_cert is None:
+        if arguments.tls_key is not None:
+            raise UsageError("--tls-key: expected --tls-cert beside it, got none")
+        return None
+    from .tls import Tls, TlsError
+
+    try:
+        return Tls(arguments.tls_cert, arguments.tls_key)
+    except TlsError as error:
+        raise UsageError(str(error)) from error
+
+
+def read_tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+    """The certificate and its key as they are on disk now; see `open_tls`.
+
+    Raises:
+        UsageError: They are wrong.
+    """
+    tls = open_tls(arguments)
+    return None if tls is None else tls.context

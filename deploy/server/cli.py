@@ -70,6 +70,19 @@ def _parser() -> argparse.ArgumentParser:
         help=f"0 takes a free one and prints it (default: {PORT_VARIABLE} of the environment, else {defaults.port})",
     )
     parser.add_argument(
+        "--unix-socket",
+        metavar="PATH",
+        help="listen on this socket of the file system in place of --host and --port; who may write to it may connect",
+    )
+    parser.add_argument(
+        "--tls-cert",
+        metavar="FILE",
+        help="speak TLS (1.2 and 1.3) with this certificate, in PEM, with those that signed it; SIGHUP reads it again",
+    )
+    parser.add_argument(
+        "--tls-key", metavar="FILE", help="key of the certificate, in PEM, without a passphrase (default: --tls-cert)"
+    )
+    parser.add_argument(
         "--admin-address",
         metavar="HOST:PORT",
         help="where operators ask: POST /admin/reload loads the models again, as SIGHUP does, and answers whether they "

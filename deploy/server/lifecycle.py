@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -30,6 +31,9 @@ from .limits.budget import CONNECTION_BYTES, give_back
 from .models import Model
 from .sockets import refuse_new
 from .variants import LoadCancelled
+
+if TYPE_CHECKING:
+    from .tls import Tls
 
 __all__ = ["Server"]
 
@@ -54,6 +58,7 @@ class Server(uvicorn.Server):
     Attributes:
         exit_code: 0, or 1 if the drain timed out or the engine ended by itself, or 2 if the model could not be loaded.
         load_error: Why the model could not be loaded, or None.
+        tls: What clients are shown; None: they speak without TLS.
         on_leaving: Called when the server begins to stop.
         on_listening: Called on the event loop once, when connections are accepted.
     """
@@ -77,6 +82,7 @@ class Server(uvicorn.Server):
         self._app = app
         self._settings = settings
         self._on_ready = on_ready
+        self.tls: Tls | None = None
         self.on_leaving: Callable[[], None] = lambda: None
         self.on_listening: Callable[[], None] = lambda: None
         self._loading: asyncio.Task[None] | None = None
@@ -90,7 +96,12 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, and starts to load the model."""
-        await super().startup(sockets)
+        self.config.ssl = None if self.tls is None else self.tls.context
+        named = [sock for sock in sockets or () if sock.family == socket.AF_UNIX]
+        await super().startup([sock for sock in sockets or () if sock not in named])
+        loop = asyncio.get_running_loop()
+        for sock in named:
+            self.servers.append(await loop.create_unix_server(self._protocol, sock=sock, ssl=self.config.ssl))
         self._loading = asyncio.get_running_loop().create_task(self._load())
         self.on_listening()
 
@@ -230,7 +241,7 @@ class Server(uvicorn.Server):
             with contextlib.suppress(BlockingIOError), twin:
                 while True:
                     connection, _ = twin.accept()
-                    await loop.connect_accepted_socket(self._protocol, connection)
+                    await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
 
     def _protocol(self) -> HttpProtocol:
         return HttpProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .limits.bounds import Settings
-from .sockets import listen, url_of
+from .sockets import listen, listen_unix, url_of
 from .variants import Choice, Selection
 
 if TYPE_CHECKING:
@@ -62,12 +62,22 @@ def open_admin(address: str) -> socket.socket:
         ) from error
 
 
-def open_listener(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int, unix_socket: str | None = None) -> socket.socket:
     """A listening socket.
+
+    Args:
+        host: Where.
+        port: Where.
+        unix_socket: Path of a socket in place of those.
 
     Raises:
         UsageError: There can be none with this address.
     """
+    if unix_socket is not None:
+        try:
+            return listen_unix(unix_socket)
+        except OSError as error:
+            raise UsageError(f"--unix-socket: cannot listen on {unix_socket}: {error.strerror or error}") from error
     try:
         return listen(host, port)
     except OSError as error:
@@ -181,8 +191,8 @@ class Process:
         Raises:
             UsageError: See `open_listener`.
         """
-        sock = open_listener(settings.host, settings.port)
-        self._url = url_of(sock)
+        sock = open_listener(settings.host, settings.port, settings.unix_socket)
+        self._url = url_of(sock, settings.tls)
         return [sock]
 
     def server(self, app: App, settings: Settings, on_ready: Callable[[], None]) -> Server:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from ..bundle import BundleError
-from .access import read_api_keys
+from .access import read_api_keys, read_tls
 from .app import App
 from .lifecycle import Server
 from .limits.budget import give_back
@@ -118,6 +118,8 @@ class Reloader:
             self._coming = []
         before = self._app.models
         self._app.admits(self._keys)
+        if self._server.tls is not None and self._certificate is not None:
+            self._server.tls.use(self._certificate)
         self._app.use(models)
         self._keep(self._loop.create_task(self._retire(before)))
         loaded = [one.loaded for one in coming]
@@ -127,6 +129,7 @@ class Reloader:
     def _describe(self) -> list[Loading]:
         """Describes and verifies; on another thread."""
         self._keys = read_api_keys(self._arguments)
+        self._certificate = read_tls(self._arguments)
         coming = self._coming = begin(self._arguments, self._process, self._threads)
         try:
             for one in coming:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..bundle import BundleError
-from .access import read_api_keys
+from .access import open_tls, read_api_keys
 from .limits.bounds import Settings
 from .loading import begin
 from .logs import ACCESS, start_logging
@@ -33,6 +33,8 @@ def _settings(arguments: argparse.Namespace, port: int, threads: int, models: in
     return Settings(
         host=arguments.host,
         port=port,
+        unix_socket=arguments.unix_socket,
+        tls=arguments.tls_cert is not None,
         threads=threads,
         max_batch_tokens=arguments.max_batch_tokens,
         max_queue_tokens=arguments.max_queue_tokens,
@@ -156,9 +158,11 @@ def serve(arguments: argparse.Namespace, process: Process) -> int:
     if process.reloads:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Until there is something to load again.
     threads = process.threads(arguments.threads)
+    tls = open_tls(arguments)
     app, loading, settings, sockets = assemble(arguments, process, threads)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # Otherwise a line for everything that is not HTTP.
     server = process.server(app, settings, lambda: process.announce([one.loaded for one in loading]))
+    server.tls = tls
     if process.reloads:
         _reload_when_asked(arguments, process, threads, app, server)
     server.run(sockets=sockets)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import socket
+import stat
 import struct
 
-__all__ = ["listen", "refuse_new", "url_of"]
+__all__ = ["listen", "listen_unix", "refuse_new", "url_of"]
 
 
 def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
@@ -29,18 +32,49 @@ def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def listen_unix(path: str, backlog: int = 2048) -> socket.socket:
+    """A listening socket of the file system, in place of one that a server has left behind.
+
+    Raises:
+        OSError: The path is something else, or a server listens there, or it is not permitted.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "there is a file that is no socket")
+        with socket.socket(socket.AF_UNIX) as other:
+            if other.connect_ex(path) != errno.ECONNREFUSED:
+                raise OSError(errno.EADDRINUSE, "another server listens there")
+        os.unlink(path)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(path)
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def url_of(sock: socket.socket, tls: bool = False) -> str:
     """Where a listening socket can be reached; port 0 has become a free one."""
+    if sock.family == socket.AF_UNIX:
+        return f"{'https' if tls else 'http'}+unix://{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def refuse_new(sock: socket.socket) -> None:
     """Lets a listening socket drop every packet, so that what the kernel has accepted is all there is to take.
 
     Without this, a connection that is made between the last accept and the close would be reset. A client whose packet
-    is dropped tries again and is refused then. Does nothing where there are no socket filters.
+    is dropped tries again and is refused then. Does nothing where there are no socket filters. One of the file system
+    loses its name instead.
     """
+    if sock.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            os.unlink(sock.getsockname())
+        return
     import ctypes
 
     accept_no_bytes = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K, 0.

@@ -107,7 +107,7 @@ class HttpProtocol(HttpToolsProtocol):
         Returns:
             Whether the connection stays open, for answers.
         """
-        if not self.stop_receiving():
+        if not self.stop_receiving() or self.scheme == "https":  # TLS ends for both at once.
             return False
         self.loop.call_later(PROBE_AFTER_S, self._probe)
         return True

@@ -71,6 +71,8 @@ class Settings:
     Attributes:
         host: Address to listen on.
         port: Port; 0 takes a free one.
+        unix_socket: Path of a socket to listen on in place of those; None: none.
+        tls: Whether clients speak TLS.
         threads: Threads of the engine.
         max_batch_tokens: Token budget of a batch. One text always fits.
         max_queue_tokens: Most tokens waiting or running; more is 429.
@@ -108,6 +110,8 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    unix_socket: str | None = None
+    tls: bool = False
     threads: int = 1
     max_batch_tokens: int = 2048
     max_queue_tokens: int = 262_144

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from ...host import host
 from ..process import open_admin, open_listener
+from ..sockets import url_of
 from .cpus import AUTO, plan
 from .supervisor import Supervisor
 
@@ -42,9 +43,10 @@ def supervise(arguments: argparse.Namespace, argv: Sequence[str], port: int) -> 
     """
     workers = None if arguments.workers == AUTO else arguments.workers
     shares = plan(workers, arguments.threads, host())
-    listener = open_listener(arguments.host, port)
+    listener = open_listener(arguments.host, port, arguments.unix_socket)
     admin = None if arguments.admin_address is None else open_admin(arguments.admin_address)
-    supervisor = Supervisor(listener, shares, argv, arguments.drain_delay, arguments.drain_timeout)
+    url = url_of(listener, tls=arguments.tls_cert is not None)
+    supervisor = Supervisor(listener, url, shares, argv, arguments.drain_delay, arguments.drain_timeout)
     if admin is not None:
         from ..admin import Admin
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import BundleError
-from ..access import FILES, read_api_keys
+from ..access import FILES, open_tls, read_api_keys
 from ..cli import parse
 from ..loading import begin
 from ..logs import start_logging
@@ -104,6 +104,7 @@ def main(fd: int) -> int:
     start_logging(arguments.json_output)
     try:
         read_api_keys(arguments)
+        open_tls(arguments)
         copies = _copies(arguments)
         models, images = _prepare(arguments, threads)
     except (BundleError, UsageError) as error:

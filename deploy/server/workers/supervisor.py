@@ -22,7 +22,6 @@ from ...bundle import BundleError
 from ..exposition import counted, write_rows
 from ..limits.meters import Meters
 from ..process import start_line
-from ..sockets import url_of
 from ..variants import Choice
 from .board import SUPERVISOR, Board
 from .channel import Message
@@ -58,6 +57,7 @@ class Supervisor:
     def __init__(
         self,
         listener: socket.socket,
+        url: str,
         shares: Plan,
         argv: Sequence[str],
         drain_delay_s: float,
@@ -70,6 +70,7 @@ class Supervisor:
 
         Args:
             listener: Where connections come in.
+            url: The same, for the start line.
             shares: What each worker gets.
             argv: Options of the server.
             drain_delay_s: After a signal to stop, how long connections are still accepted.
@@ -82,7 +83,7 @@ class Supervisor:
         self._drain_delay_s = drain_delay_s
         self._drain_timeout_s = drain_timeout_s
         self._commands = (prepare, worker)
-        self._url = url_of(listener)
+        self._url = url
         # Those of two generations.
         self._board = Board.make(2 * len(shares.shares))
         self._meters = Meters.make()

@@ -93,7 +93,7 @@ class _WorkerServer(Server):
     def _take(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         connection.setblocking(False)
-        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
+        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl))
         self._entering.add(task)
         task.add_done_callback(self._entered)
         self._received += 1
