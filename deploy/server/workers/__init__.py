@@ -10,12 +10,14 @@ Why the supervisor accepts. With one listener that all workers have inherited, w
 connections that wait: clients that keep their connections then stay with it, beside idle workers. With a listener for
 each worker (SO_REUSEPORT), the kernel deals connections out by a hash, which is uneven for few clients, and those that
 wait for a worker that dies are reset. A connection that is handed over costs one message, once, and none is lost while
-a worker dies, is replaced or drains.
+a worker dies, is replaced or drains: the supervisor keeps a duplicate of each (`keeper`), and workers mark how far its
+requests are (`marks`, `protocol`).
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 from collections.abc import Sequence
 
 from ...host import host
@@ -25,6 +27,9 @@ from .cpus import AUTO, plan
 from .supervisor import Supervisor
 
 __all__ = ["supervise"]
+
+MOST_DESCRIPTORS = 1 << 16
+"""The supervisor has one for each connection; where the system allows it, so many are taken."""
 
 
 def supervise(arguments: argparse.Namespace, argv: Sequence[str], port: int) -> int:
@@ -41,6 +46,8 @@ def supervise(arguments: argparse.Namespace, argv: Sequence[str], port: int) -> 
     Raises:
         UsageError: The address cannot be used.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_DESCRIPTORS)), hard))
     workers = None if arguments.workers == AUTO else arguments.workers
     shares = plan(workers, arguments.threads, host())
     listener = open_listener(arguments.host, port, arguments.unix_socket)

@@ -24,7 +24,8 @@ MOST_DESCRIPTORS = 64
 CONNECTION = "connection"
 """Kind of the message that a client's connection comes with."""
 
-_CONNECTION = json.dumps({"kind": CONNECTION}).encode()
+_CONNECTION = CONNECTION.encode()
+"""What such a message begins with; two numbers follow, without JSON, since there are many."""
 
 
 class Message(NamedTuple):
@@ -75,10 +76,16 @@ class Channel:
         """
         self._send(json.dumps({"kind": kind, **(values or {})}).encode(), fds)
 
-    def send_connection(self, connection: socket.socket) -> bool:
-        """Hands a client over, without waiting; False: the other end is closed, or does not read."""
+    def send_connection(self, connection: socket.socket, number: int = -1, read_bytes: int = 0) -> bool:
+        """Hands a client over, without waiting; False: the other end is closed, or does not read.
+
+        Args:
+            connection: The client's.
+            number: Of its mark; -1: it has none.
+            read_bytes: How much another worker has read of it, and answered.
+        """
         try:
-            self._send(_CONNECTION, [connection.fileno()], socket.MSG_DONTWAIT)
+            self._send(b"%b %d %d" % (_CONNECTION, number, read_bytes), [connection.fileno()], socket.MSG_DONTWAIT)
         except OSError:  # Also ETOOMANYREFS: too many connections are under way.
             return False
         return True
@@ -109,8 +116,9 @@ class Channel:
                 fds.frombytes(content[: len(content) // fds.itemsize * fds.itemsize])
         if not data:
             return None
-        if data == _CONNECTION:
-            return Message(CONNECTION, {}, tuple(fds))
+        if data.startswith(_CONNECTION):
+            _, number, read_bytes = data.split()
+            return Message(CONNECTION, {"number": int(number), "read_bytes": int(read_bytes)}, tuple(fds))
         values = json.loads(data)
         return Message(values.pop("kind"), values, tuple(fds))
 

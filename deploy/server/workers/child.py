@@ -86,8 +86,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
 
-    def undelivered(self) -> Iterator[socket.socket]:
-        """Connections that it was given and has not taken; it does not take any more."""
+    def undelivered(self) -> Iterator[tuple[socket.socket, int, int]]:
+        """Connections that it was given and has not taken, as they were sent; it does not take any more."""
         while True:
             try:
                 message = self._theirs.receive(wait=False)
@@ -96,7 +96,8 @@ class Child:
             if message is None:
                 return
             if message.kind == CONNECTION:
-                yield from (socket.socket(fileno=fd) for fd in message.fds)
+                for fd in message.fds:
+                    yield socket.socket(fileno=fd), message.values["number"], message.values["read_bytes"]
             else:
                 message.close()
 

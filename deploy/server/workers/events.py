@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import select
 import selectors
 import signal
 import socket
@@ -49,7 +50,7 @@ class Events:
         with contextlib.suppress(BlockingIOError):  # It will wake up anyway.
             self._ends[1].send(b"\0")
 
-    def watch(self, sock: socket.socket, call: Callable[[], Any]) -> None:
+    def watch(self, sock: socket.socket | select.epoll, call: Callable[[], Any]) -> None:
         """Calls when there is something to read."""
         self._selector.register(sock, selectors.EVENT_READ, call)
 

@@ -11,6 +11,7 @@ from ..sockets import refuse_new
 from .board import Board
 from .child import Child
 from .events import Events
+from .keeper import Keeper
 
 __all__ = ["Front"]
 
@@ -28,7 +29,12 @@ class Front:
     """Accepts connections and hands them over."""
 
     def __init__(
-        self, listener: socket.socket, board: Board, events: Events, workers: Callable[[], list[Child]]
+        self,
+        listener: socket.socket,
+        board: Board,
+        events: Events,
+        keeper: Keeper,
+        workers: Callable[[], list[Child]],
     ) -> None:
         """Accepts nothing yet; see `open`.
 
@@ -36,15 +42,17 @@ class Front:
             listener: Where connections come in.
             board: What workers have counted.
             events: Calls when connections come in.
+            keeper: Has a duplicate of each connection that was handed over.
             workers: Who may get them.
         """
+        self._keeper = keeper
         self._listener = listener
         self._workers = workers
         self._board = board
         self._events = events
         self._accepting = False
         self._paused = False
-        self._waiting: list[socket.socket] = []
+        self._waiting: list[tuple[socket.socket, int]] = []
         self._given: dict[int, int] = {}
         self._turn = 0
         # A connection that a worker has no descriptor left for would be lost on its way; here it can wait.
@@ -64,9 +72,22 @@ class Front:
 
     def take_back(self, child: Child) -> None:
         """Gives connections to another worker that one did not take."""
-        for connection in child.undelivered():
-            if not self._give(connection):
-                self._pause()
+        for connection, number, read_bytes in child.undelivered():
+            duplicate = self._keeper.forget(number)
+            if duplicate is not None:
+                duplicate.close()
+            self._give_or_wait(connection, read_bytes)
+
+    def recover(self, child: Child) -> None:
+        """Gives the connections of a worker that has died to another one; their requests that are not answered end."""
+        for connection, read_bytes in self._keeper.died(child.slot):
+            self._give_or_wait(connection, read_bytes)
+
+    def _give_or_wait(self, connection: socket.socket, read_bytes: int) -> None:
+        if self.closed:
+            connection.close()
+        elif not self._give(connection, read_bytes):
+            self._pause()
 
     def _listen(self, value: bool) -> None:
         if value != self._accepting:
@@ -106,28 +127,30 @@ class Front:
                 return False
         return True
 
-    def _give(self, connection: socket.socket) -> bool:
-        """Hands one connection over; keeps it, and answers false, if nobody can take it now."""
+    def _give(self, connection: socket.socket, read_bytes: int = 0) -> bool:
+        """Hands one connection over; it waits, and this answers false, if nobody can take it now."""
+        number = self._keeper.number(read_bytes)
         loads = []
         for child in self._workers():
             load = self._board.open(child.slot) + max(child.sent - self._board.received(child.slot), 0)
             if load < self._most:
                 loads.append((load, self._given.get(child.slot, 0), child))
         for _, _, child in sorted(loads, key=lambda found: found[:2]):
-            if child.channel.send_connection(connection):
+            if child.channel.send_connection(connection, number, read_bytes):
                 child.sent += 1
                 self._turn += 1
                 self._given[child.slot] = self._turn
-                connection.close()
+                self._keeper.keep(number, child.slot, connection)
                 return True
-        self._waiting.append(connection)
+        self._keeper.unused(number)
+        self._waiting.append((connection, read_bytes))
         return False
 
     def _hand_over(self) -> bool:
         """Hands over what was kept; false if something is still kept."""
         waiting, self._waiting = self._waiting, []
-        for index, connection in enumerate(waiting):
-            if not self._give(connection):
+        for index, (connection, read_bytes) in enumerate(waiting):
+            if not self._give(connection, read_bytes):
                 self._waiting += waiting[index + 1 :]
                 return False
         return True
@@ -142,6 +165,6 @@ class Front:
                 self._give(connection)
         self._listener.close()
         self._hand_over()
-        for connection in self._waiting:
+        for connection, _ in self._waiting:
             connection.close()
         self._waiting.clear()

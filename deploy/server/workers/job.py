@@ -21,7 +21,8 @@ CHANGED = 3
 class Job:
     """The first message to a worker.
 
-    Descriptors come with it: of the board, of the meters of API keys, of copies of files, and of shared weights.
+    Descriptors come with it: of the board, of the meters of API keys, of the marks of connections, of copies of files,
+    and of shared weights.
 
     Attributes:
         argv: Options of the server.

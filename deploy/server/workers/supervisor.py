@@ -31,6 +31,7 @@ from .events import Events
 from .front import Front
 from .generation import Generation
 from .job import CHANGED
+from .keeper import Keeper
 from .watch import LOOK_S, Watch
 
 __all__ = ["Supervisor"]
@@ -89,7 +90,8 @@ class Supervisor:
         self._meters = Meters.make()
         self._slots = list(range(2 * len(shares.shares), 0, -1))
         self._events = Events(self._take_signal)
-        self._front = Front(listener, self._board, self._events, self._open_workers)
+        self._keeper = Keeper(self._events, keep=not url.startswith("https"))
+        self._front = Front(listener, self._board, self._events, self._keeper, self._open_workers)
         self._watch = Watch(self._board)
         self._children: list[Child] = []
         self._preparing: Child | None = None
@@ -153,7 +155,7 @@ class Supervisor:
             raise
         generation.children[index] = child
         job = generation.job(self._argv, self._plan, index, slot)
-        fds = [self._board.fd, self._meters, *generation.descriptors]
+        fds = [self._board.fd, self._meters, self._keeper.marks.fd, *generation.descriptors]
         with contextlib.suppress(OSError):  # It has ended already.
             child.channel.send("job", dataclasses.asdict(job), fds)
 
@@ -244,6 +246,8 @@ class Supervisor:
             self._slots.append(child.slot)
         child.retired = True
         self._front.take_back(child)
+        if child.slot:
+            self._front.recover(child)
         child.close()
         if self._stopping:
             self._exit_code = self._exit_code or int(child.ready_s > 0 and child.process.returncode != 0)

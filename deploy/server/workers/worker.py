@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ from ..variants import Choice, Selection
 from .board import Board
 from .channel import CONNECTION, SHORT_BYTES, Channel
 from .job import CHANGED, Job, digest
+from .marks import Marks
+from .protocol import MarkedProtocol
 
 if TYPE_CHECKING:
     from ...engines.open import Image
@@ -55,6 +58,7 @@ class _WorkerServer(Server):
 
     channel: Channel
     board: Board
+    marks: Marks
     slot: int
 
     def __init__(self, app: App, settings: Settings, on_ready: Callable[[], None]) -> None:
@@ -85,15 +89,27 @@ class _WorkerServer(Server):
                 return
             if message.kind == CONNECTION:
                 for fd in message.fds:
-                    self._take(socket.socket(fileno=fd))
+                    self._take(socket.socket(fileno=fd), **message.values)
             else:
                 message.close()
                 self._app.draining = True  # The only other thing that a supervisor says.
 
-    def _take(self, connection: socket.socket) -> None:
+    def _take(self, connection: socket.socket, number: int, read_bytes: int) -> None:
         loop = asyncio.get_running_loop()
         connection.setblocking(False)
-        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl))
+        protocol = self._protocol
+        if number >= 0:
+            protocol = partial(
+                MarkedProtocol,
+                self.config,
+                self.server_state,
+                self.lifespan.state,
+                connection,
+                self.marks.values,
+                number,
+                read_bytes,
+            )
+        task = loop.create_task(loop.connect_accepted_socket(protocol, connection, ssl=self.config.ssl))
         self._entering.add(task)
         task.add_done_callback(self._entered)
         self._received += 1
@@ -144,8 +160,11 @@ class _Worker(Process):
 
     reloads = False
 
-    def __init__(self, channel: Channel, job: Job, board: Board, meters: Meters, images: Sequence[int | None]) -> None:
+    def __init__(
+        self, channel: Channel, job: Job, board: Board, meters: Meters, marks: Marks, images: Sequence[int | None]
+    ) -> None:
         super().__init__()
+        self._marks = marks
         self._meters = meters
         self._images = images
         self._channel = channel
@@ -201,6 +220,7 @@ class _Worker(Process):
     def server(self, app: App, settings: Settings, on_ready: Callable[[], None]) -> Server:
         server = _WorkerServer(app, settings, on_ready)
         server.channel, server.board, server.slot = self._channel, self._board, self._job.slot
+        server.marks = self._marks
         app.metrics.gather = lambda own: merge([own, *self._board.texts(without=self._job.slot)])
         return server
 
@@ -228,13 +248,13 @@ def main(fd: int) -> int:
     job = dataclasses.replace(job, cpus=tuple(job.cpus))
     if job.cpus:
         os.sched_setaffinity(0, job.cpus)
-    board, meters, *others = message.fds
+    board, meters, marks, *others = message.fds
     arguments = parse(job.argv)
     for name, copied in zip(job.files, others, strict=False):
         setattr(arguments, name, f"/proc/self/fd/{copied}")
     left = iter(others[len(job.files) :])
     shared = [next(left) if model["shared"] else None for model in job.models]
-    worker = _Worker(channel, job, Board(board), Meters(meters), shared)
+    worker = _Worker(channel, job, Board(board), Meters(meters), Marks(marks), shared)
     try:
         return serve(arguments, worker)
     except _ChangedError as error:
