@@ -580,7 +580,7 @@ import os, sys
 from deploy.server.workers.channel import Channel
 channel = Channel.inherited(int(sys.argv[1]))
 channel.receive()
-channel.send("ready", {"isa": "none"})
+channel.send("ready", {"isas": ["none"]})
 os._exit(7)
 ''')
 from deploy.__main__ import main
