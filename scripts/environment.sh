@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets up .venv: scripts/environment.sh demo | dev | build
+# Sets up .venv: scripts/environment.sh demo | dev | kubernetes | build
 #
-#   demo   torch, the extension built in place, and what export, server and load test need
-#   dev    the same, and the tools of tests and lint
-#   build  compiles the extension again, in place
+#   demo        torch, the extension built in place, and what export, server and load test need
+#   dev         the same, and the tools of tests and lint
+#   kubernetes  what the tests of the manifests need, beside dev
+#   build       compiles the extension again, in place
 #
 # torch is installed first and alone, and held there: nothing that comes later may replace it by another build.
 set -euo pipefail
@@ -115,9 +116,10 @@ case ${1-} in
     install dev
     touch "$VENV/.demo"
     ;;
+  kubernetes) install kubernetes ;;
   build)
     check_tools
     build
     ;;
-  *) die "usage: scripts/environment.sh demo|dev|build" ;;
+  *) die "usage: scripts/environment.sh demo|dev|kubernetes|build" ;;
 esac

@@ -20,8 +20,8 @@ __all__ = ["register"]
 
 _ops = torch.ops.torch_ext
 
-# EncoderHeader of csrc/packing/packed_encoder.h, up to causal; the size of all of it; and which sections after it are the
-# first layer's tables of relative positions.
+# EncoderHeader of csrc/packing/packed_encoder.h, up to causal; the size of all of it; and which sections after it are
+# the first layer's tables of relative positions.
 _HEADER = struct.Struct("=8sIIQ12IfBBBBi5IffB")
 _HEADER_BYTES = 128
 _SECTION = struct.Struct("=QQ")

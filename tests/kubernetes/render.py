@@ -1,6 +1,6 @@
 """Objects of deploy/kubernetes as kustomize and Helm render them, and their validation against Kubernetes' schemas.
 
-Both renderers are programs of others, of the extra `dev`; neither needs a cluster or a network. Helm runs in a process
+Both renderers are programs of others, of the extra `kubernetes`; neither needs a cluster or a network. Helm runs in a process
 of its own: its library is Go, whose runtime shall not live among the tests.
 """
 
