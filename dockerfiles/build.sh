@@ -104,7 +104,7 @@ case $step in
     find "$@" -type f -name '*.so' -exec "${cxx%g++}strip" --strip-unneeded {} +;;
   prune)
     [ -d "${1:?}" ] || die "prune: no folder $1"
-    rm -rf "$1/bin" "$1/torch/include" "$1/torch/share" "$1/torch/test"
+    rm -rf "${1:?}/bin" "$1/torch/include" "$1/torch/share" "$1/torch/test"
     find "$1" -type d -name tests -prune -exec rm -rf {} +
     find "$1" -type f -name '*.a' -exec rm -f {} +;;
   requirements)

@@ -1,7 +1,7 @@
 """Objects of deploy/kubernetes as kustomize and Helm render them, and their validation against Kubernetes' schemas.
 
-Both renderers are programs of others, of the extra `kubernetes`; neither needs a cluster or a network. Helm runs in a process
-of its own: its library is Go, whose runtime shall not live among the tests.
+Both renderers are programs of others, of the extra `kubernetes`; neither needs a cluster or a network. Helm runs in a
+process of its own: its library is Go, whose runtime shall not live among the tests.
 """
 
 from __future__ import annotations
