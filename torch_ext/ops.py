@@ -235,6 +235,10 @@ def varlen_attention(
     scale: float | None = None,
     window: int | None = None,
     relative_bias: Tensor | None = None,
+    position_keys: Tensor | None = None,
+    position_queries: Tensor | None = None,
+    position_reach: int = 0,
+    causal: bool = False,
 ) -> Tensor:
     """Softmax attention of every sequence to itself, without padding.
 
@@ -242,10 +246,16 @@ def varlen_attention(
         qkv: bf16 or fp32 ``[T, 3 * H]``; a row is query, key, value, each ``num_heads * head_dim``.
         cu_seqlens: i32 ``[B + 1]``.
         num_heads: number of heads; divides H.
-        scale: factor on the scores; by default ``1 / sqrt(H / num_heads)``.
+        scale: factor on the scores; by default ``1 / sqrt(kinds * H / num_heads)``, where ``kinds`` is 1 and the number
+            of tables of positions.
         window: a token sees the tokens at most this many positions away, on either side; None for all.
         relative_bias: fp32 ``[num_heads, 2 * R + 1]``, added to scaled scores by distance: query ``i`` and key ``j`` of
             a sequence get ``relative_bias[head, clamp(j - i, -R, R) + R]``.
+        position_keys: disentangled attention of DeBERTa: ``[2 * S, H]`` in the dtype of ``qkv``. Query ``i`` times row
+            ``clamp(d + S, 0, 2 * S - 1)`` is added to its score for key ``j``, before ``scale``; ``d`` is ``i - j``.
+        position_queries: the same with key ``j`` in place of query ``i``, and the same row.
+        position_reach: 0, or the distance to which ``d`` grows by the logarithm from ``S / 2`` on.
+        causal: a token sees itself and the tokens before it.
 
     Returns:
         ``[T, H]`` in the dtype of ``qkv``.
@@ -254,8 +264,9 @@ def varlen_attention(
         RuntimeError: a shape or dtype does not fit, ``cu_seqlens`` does not go from 0 to T without falling, or ``qkv``
             requires grad.
     """
-    refuse_derivatives("varlen_attention", qkv, relative_bias)
-    return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale, window, relative_bias))
+    refuse_derivatives("varlen_attention", qkv, relative_bias, position_keys, position_queries)
+    tables = relative_bias, position_keys, position_queries, position_reach, causal
+    return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale, window, *tables))
 
 
 def add_layer_norm(

@@ -35,6 +35,10 @@ class Accuracy:
     details: Mapping[str, float] = field(default_factory=dict)
     quantiles: tuple[float, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """Its JSON object."""
+        return {**asdict(self), "quantiles": list(self.quantiles)}
+
     @classmethod
     def read(cls, reader: Reader) -> Accuracy:
         """Reads its JSON object."""
@@ -111,7 +115,7 @@ class Variant:
             "engine": self.engine,
             "dtype": self.dtype,
             "bytes": self.bytes,
-            "accuracy": None if self.accuracy is None else asdict(self.accuracy),
+            "accuracy": None if self.accuracy is None else self.accuracy.to_json(),
             "speed": None if self.speed is None else asdict(self.speed),
             "extra_files": list(self.extra_files),
         }

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
-from pip._vendor import tomli
 
 from deploy.bundle import VARIANTS, load_manifest
 from deploy.export import write_onnx
@@ -91,8 +90,11 @@ def test_transformers_that_optimum_does_not_take(monkeypatch: pytest.MonkeyPatch
     assert "and 5.24.0 is installed" in str(onnx_missing())
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no tomllib")
 def test_only_the_extra_with_onnx_holds_transformers() -> None:
-    extras = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     packages = {Requirement(text).name: Requirement(text) for text in extras["export"]}
     assert not {"optimum-onnx", "onnx", "onnxruntime"} & packages.keys()
     assert all(packages["transformers"].specifier.contains(version) for version in ("4.57.0", "5.24.0"))

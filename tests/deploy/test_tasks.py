@@ -202,9 +202,9 @@ def test_what_can_be_bounded_is_measured(tmp_path: Path) -> None:
             )
             fields = task.read(folder)
             manifest = dataclasses.replace(make_manifest(tmp_path, task.name), **fields)
-            comparison = open_task(manifest).comparison(2)
+            comparison = open_task(manifest).comparison(24)
             of_tokens = task.name in ("token-classification", "question-answering", "fill-mask")
-            rows = np.float32([[[1, 2]], [[3, 1]]]) if of_tokens else np.float32([[1, 2], [3, 1]])
+            rows = np.random.default_rng(0).normal(size=(24, 1, 2) if of_tokens else (24, 2)).astype(np.float32)
             rows = rows[..., :labels] if task.needs.labels else rows
             answers = [SparseVector([2, 5], row) for row in rows] if task.needs.sparse else rows
             for text, row in enumerate(answers):

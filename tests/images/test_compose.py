@@ -97,11 +97,14 @@ def test_the_dashboard_asks_for_metrics_that_the_server_has() -> None:
     from deploy.server.metrics import Metrics
 
     metrics = Metrics()
-    metrics.gauges(lambda: 0, lambda: 0, lambda: True)
+    metrics.gauges(lambda: 0, lambda: 0.0, lambda: 0, lambda: True)
     metrics.serves("m", "v", "t")
-    metrics.answered("/embed", 200, 0.1)
+    metrics.answered("/embed", 200, 0.1, "native")
     metrics.stages(0.1, 0.1, 0.1)
-    metrics.batch(1, 2)
+    metrics.batch(1, 2, 2)
+    metrics.refused("queue_full")
+    metrics.cached("hit", 1)
+    metrics.cache(lambda: 0)
     served = metrics.render().decode()
     known = set(re.findall(r"^(\w+)(?:\{| )", served, re.MULTILINE))
     labels = set(re.findall(r'[{,](\w+)="', served)) | {"instance"}
