@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 __all__ = [
     "ACTIVATIONS",
@@ -11,6 +11,8 @@ __all__ = [
     "Dtype",
     "EncoderSpec",
     "HeadSpec",
+    "POOLING_MODES",
+    "PoolingMode",
     "check_dtype",
     "is_matrix",
     "is_table",
@@ -20,6 +22,10 @@ __all__ = [
 Dtype = Literal["bf16", "fp32", "int8"]
 
 ACTIVATIONS: tuple[str, ...] = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu")
+
+PoolingMode = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
+
+POOLING_MODES: tuple[str, ...] = get_args(PoolingMode)
 
 TASKS = ("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction")
 
