@@ -106,21 +106,34 @@ def with_bundle(argv: Sequence[str], model: str, bundle: str) -> list[str]:
 def _export(model: str, target: Path, options: Sequence[str]) -> int:
     """Runs the exporter; on a signal, ends it and this process."""
     command = [sys.executable, "-m", "deploy", "export", model, "-o", str(target), *options]
-    process = subprocess.Popen(command, stdout=sys.stderr)
+    process: subprocess.Popen[bytes] | None = None
+    asked = False
 
-    def stop(number: int, frame: object) -> NoReturn:
-        process.terminate()
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        os._exit(0)  # Nothing was accepted, and whoever stops a server expects 0.
+    def stop(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        if process is not None:
+            _end(process)
 
+    # Before there is a process: one that has just begun must not outlive this one.
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    if asked:
+        _end(process)
     code = process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def _end(process: subprocess.Popen[bytes]) -> NoReturn:
+    """Ends the exporter, and this process."""
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    os._exit(0)  # Nothing was accepted, and whoever stops a server expects 0.
 
 
 def _settle_hub(argv: Sequence[str], environ: MutableMapping[str, str]) -> tuple[str | None, list[str]]:
