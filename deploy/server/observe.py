@@ -19,8 +19,6 @@ __all__ = ["Observed", "Observer"]
 _access = logging.getLogger(ACCESS)
 _log = logging.getLogger("deploy.server")
 
-_FAULTS = 500
-
 
 class Observed:
     """A request that is being answered.

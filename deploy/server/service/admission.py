@@ -228,8 +228,7 @@ class Admission:
 
     def retry_after(self) -> str:
         """How many seconds what is queued now will take, for the header Retry-After: 1 to 60."""
-        per_s = self.speed.cost_per_s
-        return _whole_seconds(self.queued_cost / per_s if per_s else 1.0)
+        return _whole_seconds(self.predicted_wait_s)
 
 
 def too_late(what: str) -> ApiError:
