@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,187 +33,28 @@ if __name__ == "__main__":  # In place of this folder, whose modules are those o
     sys.path[0] = str(ROOT)
 
 from benchmarks import report  # noqa: E402
+from benchmarks.batching import Setting, Work, best_setting, settings, trial_s  # noqa: E402
 from benchmarks.bounded import Guard, Stopped, supervise  # noqa: E402
+from benchmarks.encoder_report import (  # noqa: E402
+    LATENCY_TOKENS,
+    WITHOUT_BF16,
+    bars,
+    linear_rows,
+    panels_of,
+    text_of,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
     from benchmarks.candidates import Candidate
-    from benchmarks.linear import LinearResult
 
-SIZES = (1, 8, 16, 32, 64, 128)
-BUDGETS = (512, 1024, 2048, 4096, 8192)
-SWEPT_SHARE = 0.2
-LATENCY_TOKENS = 16
 # Fewer texts than these are not timed, however slow the machine is.
 LEAST_TEXTS = 64
 # Shares of the time that is left after loading.
 SWEEP, PASSES, LATENCY, ACCURACY = 0.40, 0.40, 0.08, 0.12
 # A call that is forecast to end in its time is killed only when it takes many times as long.
 PATIENCE = 10
-# Kernels of x86-64 without instructions for bf16, where PyTorch emulates it.
-WITHOUT_BF16 = ("avx2", "avx_vnni")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How texts become batches.
-
-    Attributes:
-        size: texts of a batch, or its tokens.
-        unit: ``texts`` or ``tokens``.
-        by_length: whether texts are sorted by length before.
-    """
-
-    size: int
-    unit: str
-    by_length: bool
-
-    def __str__(self) -> str:
-        return f"{self.size} {self.unit if self.size > 1 else 'text'}, {'sorted' if self.by_length else 'as they come'}"
-
-
-def settings(pads: bool) -> list[Setting]:
-    """What the sweep tries. Budgets of tokens only suit engines without padding."""
-    sizes = [("texts", size) for size in SIZES] + ([] if pads else [("tokens", budget) for budget in BUDGETS])
-    # One by one, the order changes nothing.
-    return [Setting(n, unit, order) for unit, n in sizes for order in ((False,) if n == 1 else (True, False))]
-
-
-def split(lengths: Sequence[int], setting: Setting) -> list[list[int]]:
-    """Indices of the texts of every batch.
-
-    Args:
-        lengths: tokens of each text.
-        setting: how to batch them; a batch has at least one text.
-    """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__) if setting.by_length else range(len(lengths))
-    batches: list[list[int]] = []
-    filled = 0
-    for index in order:
-        cost = lengths[index] if setting.unit == "tokens" else 1
-        if not batches or filled + cost > setting.size:
-            batches.append([])
-            filled = 0
-        batches[-1].append(index)
-        filled += cost
-    return batches
-
-
-class Work:
-    """All texts, batched for one candidate."""
-
-    def __init__(self, candidate: Candidate, ids: Sequence[Sequence[int]], setting: Setting) -> None:
-        self.candidate = candidate
-        self.setting = setting
-        lengths = [len(text) for text in ids]
-        self._texts = split(lengths, setting)
-        self._tokens = [sum(lengths[text] for text in batch) for batch in self._texts]
-        self._batches = [candidate.prepare([ids[text] for text in batch]) for batch in self._texts]
-
-    def run(self) -> None:
-        """Embeds every text once."""
-        for batch in self._batches:
-            self.candidate.run(batch)
-
-    def embeddings(self, limit_s: float = math.inf) -> tuple[np.ndarray | None, int]:
-        """Embeds every text, unless that takes too long.
-
-        Args:
-            limit_s: no batch begins after this time.
-
-        Returns:
-            f32 [texts, hidden], in the order of the texts, and their number; None and the number of texts that were
-            embedded in this time if it is over.
-        """
-        import numpy as np
-        import torch
-
-        rows: list[Any] = [None] * sum(map(len, self._texts))
-        done, begun = 0, time.perf_counter()
-        for texts, batch in zip(self._texts, self._batches, strict=True):
-            found = self.candidate.run(batch)
-            if time.perf_counter() - begun > limit_s and done + len(texts) < len(rows):
-                return None, done
-            done += len(texts)
-            found = found.float().numpy() if isinstance(found, torch.Tensor) else found
-            for text, row in zip(texts, found, strict=True):
-                rows[text] = row
-        return np.asarray(rows, np.float32), done
-
-    def probe_s(self, share: float, limit_s: float = math.inf) -> float:
-        """Seconds per token on batches drawn at random, until they hold a share of all tokens or the time is over."""
-        order = random.Random(0).sample(range(len(self._batches)), len(self._batches))
-        started = time.perf_counter()
-        self.candidate.run(self._batches[order[0]])
-        tokens, begun = 0, time.perf_counter()
-        if begun - started > limit_s:
-            return (begun - started) / self._tokens[order[0]]
-        for index in order:
-            self.candidate.run(self._batches[index])
-            tokens += self._tokens[index]
-            if tokens >= share * sum(self._tokens) or time.perf_counter() - started > limit_s:
-                break
-        return (time.perf_counter() - begun) / tokens
-
-
-def padded_tokens(lengths: Sequence[int], setting: Setting, pads: bool) -> int:
-    """Tokens of the largest batch, padding included."""
-    batches = ([lengths[index] for index in batch] for batch in split(lengths, setting))
-    return max(len(batch) * max(batch) if pads else sum(batch) for batch in batches)
-
-
-def trial_s(candidate: Candidate, ids: Sequence[Sequence[int]], limit_s: float) -> float:
-    """Seconds per token, from batches that grow until one would take longer than a limit."""
-    found = math.inf
-    ordered = sorted(ids, key=len)
-    for count in (1, 8, 32):
-        middle = len(ordered) // 2
-        texts = ordered[middle : middle + count]
-        tokens = sum(map(len, texts))
-        if tokens * found > limit_s and found < math.inf:
-            break
-        batch = candidate.prepare(texts)
-        for _ in range(2):  # the first warms up
-            begun = time.perf_counter()
-            candidate.run(batch)
-            took_s = time.perf_counter() - begun
-            found = min(found, took_s / tokens)
-            if took_s > limit_s:
-                break
-    return found
-
-
-def best_setting(
-    candidate: Candidate,
-    ids: Sequence[Sequence[int]],
-    tried: Sequence[Setting],
-    budget_s: float = math.inf,
-    token_s: float = 0.0,
-) -> Work:
-    """The setting with which a candidate is fastest: all on a share of the texts, the best three twice on all.
-
-    Args:
-        candidate: what is measured.
-        ids: the texts.
-        tried: the settings.
-        budget_s: time for all of it. Settings get equal parts; one whose largest batch alone would take longer is not
-            tried, unless none is left.
-        token_s: what a token is known to take.
-    """
-    lengths = [len(text) for text in ids]
-    most_s = 0.6 * budget_s / len(tried)
-    largest = {setting: padded_tokens(lengths, setting, candidate.pads) for setting in tried}
-    fitting = [setting for setting in tried if largest[setting] * token_s <= most_s]
-    if not fitting:
-        return Work(candidate, ids, min(tried, key=largest.__getitem__))
-    found = {setting: Work(candidate, ids, setting).probe_s(SWEPT_SHARE, most_s) for setting in fitting}
-    finalists = [Work(candidate, ids, setting) for setting in sorted(found, key=found.__getitem__)[:3]]
-    if len(finalists) == 1:
-        return finalists[0]
-    # In turns, so that what else the machine does hits all of them.
-    times = [[work.probe_s(1.0, 0.4 * budget_s / 6) for work in finalists] for _ in range(2)]
-    return finalists[min(range(len(finalists)), key=lambda index: min(row[index] for row in times))]
 
 
 def cosines(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
@@ -230,30 +71,6 @@ def tokenize(folder: Path, count: int, most_tokens: int) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer(sample(count), truncation=True, max_length=most_tokens)["input_ids"]
-
-
-def linear_rows(results: Sequence[LinearResult], peak: float, compared_with: str) -> list[dict[str, Any]]:
-    """A row for each candidate and shape, with its speed-up over one of them."""
-    from benchmarks.linear import gflops
-
-    baseline = {result.shape: result.times for result in results if result.name == compared_with}
-    rows = []
-    for result in results:
-        achieved = gflops(result.shape, result.times.median_s)
-        rows.append(
-            {
-                "shape": "x".join(map(str, result.shape)),
-                "name": result.name,
-                "median_us": 1e6 * result.times.median_s,
-                "least_us": 1e6 * result.times.least_s,
-                "gflops": achieved,
-                "share_of_peak": achieved / peak,
-                # Of the fastest samples as well: on a shared machine they are what was disturbed least.
-                "speedup": baseline[result.shape].median_s / result.times.median_s,
-                "speedup_least": baseline[result.shape].least_s / result.times.least_s,
-            }
-        )
-    return rows
 
 
 def measure_throughput(
@@ -401,156 +218,6 @@ def measure_accuracy(
     assert found[1] is not None
     mean, least = cosines(found[0], found[1])
     return {"texts": len(ids), "cosine_mean": mean, "cosine_min": least}
-
-
-def bars(data: dict[str, Any]) -> list[report.Bar]:
-    """The project's promises (x86-64, 2 threads, all-MiniLM-L6-v2) beside what was found."""
-    from benchmarks.candidates import ONNX_FP32, ONNX_INT8, OURS, OURS_INT8, PYTORCH_BF16, PYTORCH_FP32
-
-    encoder = {row["name"]: row for row in data["encoder"]}
-    latency = {row["name"]: row for row in data["latency"]}
-    linear = {(row["shape"], row["name"]): row for row in data["linear"]}
-
-    def lead(ours: str, *theirs: str) -> float | None:
-        """How many times as fast ours is as the fastest of them; at least that if one of them was stopped."""
-        ratios = [encoder[name]["ratio"] for name in theirs if name in encoder]
-        if ours not in encoder or "bounded" in encoder[ours] or not ratios or None in ratios:
-            return None
-        return float(encoder[ours]["ratio"] / max(ratios))
-
-    if data["machine"]["isa"]["isa"] in WITHOUT_BF16:
-        found = [
-            report.Bar(f"texts/s, {ours} / the best of {', '.join(theirs)}", lead(ours, *theirs), limit)
-            for ours, theirs, limit in (
-                (OURS, (PYTORCH_FP32, ONNX_FP32), 1.2),
-                (OURS_INT8, (PYTORCH_FP32, ONNX_FP32, ONNX_INT8), 1.3),
-            )
-        ]
-    else:
-        found = [
-            report.Bar(f"texts/s, {OURS} / {theirs}", lead(OURS, theirs), limit)
-            for theirs, limit in ((PYTORCH_BF16, 1.8), (ONNX_INT8, 1.2), (PYTORCH_FP32, 3.5))
-        ]
-        times = [latency[name]["median_ms"] if name in latency else None for name in (OURS, PYTORCH_BF16)]
-        ratio = None if None in times else times[0] / times[1]
-        found.append(report.Bar(f"latency, {OURS} / {PYTORCH_BF16}", ratio, 0.6, at_least=False))
-        if small := linear.get(("16x16x16", OURS)):
-            what = "time of linear 16x16x16 / F.linear bf16"
-            found.append(report.Bar(what, 1 / small["speedup"], 2.0, at_least=False))
-    accuracy = data["int8_accuracy"] or {}
-    texts = f" over {accuracy['texts']} texts" if accuracy else ""
-    found.append(report.Bar(f"{OURS_INT8}, mean cosine to fp32{texts}", accuracy.get("cosine_mean"), 0.996))
-    found.append(report.Bar(f"{OURS_INT8}, least cosine to fp32{texts}", accuracy.get("cosine_min"), 0.99))
-    return found
-
-
-def encoder_cells(row: Mapping[str, Any]) -> list[str | None]:
-    """The cells of one candidate; a bound where it was stopped."""
-    if "bounded" in row:
-        most, ratio = row["at_most_texts_per_s"], row["ratio"]
-        return [
-            row["name"],
-            row["bounded"],
-            None if most is None else f"< {most:.3g}",
-            None,
-            None if ratio is None else f"< {ratio:.2f}x",
-            None,
-            None,
-        ]
-    return [
-        row["name"],
-        row["setting"],
-        f"{row['texts_per_s']:.1f}",
-        f"{row['most_texts_per_s']:.1f}",
-        None if row["ratio"] is None else f"{row['ratio']:.2f}x",
-        *(None if row[key] is None else f"{row[key]:.6f}" for key in ("cosine_mean", "cosine_min")),
-    ]
-
-
-def latency_cells(row: Mapping[str, Any], baseline_ms: float | None) -> list[str | None]:
-    """The cells of one candidate; a bound where it was stopped."""
-    if "bounded" in row:
-        return [row["name"], row["bounded"], None, None]
-    ratio = None if baseline_ms is None else f"{row['median_ms'] / baseline_ms:.2f}x"
-    return [row["name"], f"{row['median_ms']:.2f}", f"{row['p95_ms']:.2f}", ratio]
-
-
-def text_of(data: dict[str, Any]) -> str:
-    """The tables."""
-    compared_with = data["compared_with"]
-    medians = {row["name"]: row.get("median_ms") for row in data["latency"]}
-    latency = [latency_cells(row, medians.get(compared_with["latency"])) for row in data["latency"]]
-    linear = [
-        [
-            row["shape"],
-            row["name"],
-            f"{row['median_us']:.1f}",
-            f"{row['least_us']:.1f}",
-            f"{row['gflops']:.1f}",
-            f"{row['share_of_peak']:.0%}",
-            f"{row['speedup']:.2f}x",
-            f"{row['speedup_least']:.2f}x",
-        ]
-        for row in data["linear"]
-    ]
-    texts = data["texts"]
-    parts = [
-        "# Beside what one would use instead",
-        report.heading(data["machine"]),
-        (
-            f"{data['threads']} threads for every candidate, in turns; model: {data['model']}; {texts['count']} "
-            f"docstrings of Python's standard library, {texts['mean_tokens']:.1f} tokens on average, "
-            f"{texts['most_tokens']} at most. Peak: {data['peak_gflops']['bf16']:.0f} GFLOPS, the fastest square bf16 "
-            f"product of PyTorch in the same run (fp32: {data['peak_gflops']['fp32']:.0f})."
-        ),
-        "## Encoder: texts/s, each at its own best batch size and order",
-        report.markdown(
-            ["candidate", "batch", "texts/s, median", "most", "beside torch_ext bf16", "cosine, mean", "worst"],
-            [encoder_cells(row) for row in data["encoder"]],
-        ),
-        "\n".join(f"- {name} is left out: {why}" for name, why in data["left_out"].items()),
-        f"## Latency: one text of {LATENCY_TOKENS} tokens",
-        report.markdown(["candidate", "median ms", "p95 ms", f"beside {compared_with['latency']}"], latency),
-        "## Linear layers with bias: m x k x n",
-        report.markdown(
-            ["shape", "candidate", "median us", "least us", "GFLOPS", "of peak", "speed-up", "of the least"], linear
-        ),
-        f"Speed-ups are over {compared_with['linear']}. Operands stay in the caches as far as they fit.",
-        "## Bars",
-        "```\n" + "\n".join(bar.line() for bar in data["bars"]) + "\n```",
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def panels_of(data: dict[str, Any]) -> list[report.Panel]:
-    """The plot: texts/s, latency, GFLOPS, without what was stopped."""
-    encoder, latency = ([row for row in data[part] if "bounded" not in row] for part in ("encoder", "latency"))
-    shapes = list(dict.fromkeys(row["shape"] for row in data["linear"]))
-    found = {(row["shape"], row["name"]): row["gflops"] for row in data["linear"]}
-    by_name = {
-        name: [found[shape, name] for shape in shapes] for name in dict.fromkeys(row["name"] for row in data["linear"])
-    }
-    return [
-        report.Panel(
-            "encoder, each at its own best batch size and order (more is better)",
-            "texts/s",
-            [row["name"] for row in encoder],
-            {"median": [row["texts_per_s"] for row in encoder]},
-        ),
-        report.Panel(
-            f"one text of {LATENCY_TOKENS} tokens (less is better)",
-            "ms",
-            [row["name"] for row in latency],
-            {"median": [row["median_ms"] for row in latency], "p95": [row["p95_ms"] for row in latency]},
-        ),
-        report.Panel(
-            f"linear layers (more is better; peak {data['peak_gflops']['bf16']:.0f})",
-            "GFLOPS",
-            shapes,
-            by_name,
-            logarithmic=True,
-        ),
-    ]
 
 
 def run(arguments: argparse.Namespace, guard: Guard, stopped: Mapping[str, Stopped]) -> dict[str, Any]:

@@ -104,7 +104,18 @@ _HOMES = {
         "varlen_attention",
     ),
 }
-_SUBMODULES = ("encoder", "flops", "nn", "ops", "patterns", "quantize", "read_only", "runtime", "sensitivity")
+_SUBMODULES = (
+    "encoder",
+    "flops",
+    "nn",
+    "ops",
+    "packed_linear",
+    "patterns",
+    "quantize",
+    "read_only",
+    "runtime",
+    "sensitivity",
+)
 
 if not TYPE_CHECKING:  # Else any misspelt name would be right.
     __getattr__, __dir__ = lazy_names(__name__, _HOMES, _SUBMODULES)

@@ -3,6 +3,8 @@
 All ops run on CPU tensors and are for inference only: under enabled gradients they refuse tensors that require grad.
 Sequences are concatenated without padding: ``cu_seqlens`` is i32 ``[B + 1]``, starts at 0, ends at T, and sequence
 ``b`` is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
+
+The file is longer than others since it is one table: most of its lines say what an op takes, returns and refuses.
 """
 
 from __future__ import annotations

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import bounded, candidates, encoder, timing
+from benchmarks import batching, bounded, candidates, encoder, encoder_report, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = [5, 1, 9, 3, 3, 12, 2]
 
 
-@pytest.mark.parametrize("setting", encoder.settings(pads=False), ids=str)
-def test_split_keeps_every_text_and_the_limit(setting: encoder.Setting) -> None:
-    batches = encoder.split(LENGTHS, setting)
+@pytest.mark.parametrize("setting", batching.settings(pads=False), ids=str)
+def test_split_keeps_every_text_and_the_limit(setting: batching.Setting) -> None:
+    batches = batching.split(LENGTHS, setting)
     flat = [index for batch in batches for index in batch]
     assert sorted(flat) == list(range(len(LENGTHS)))
     if setting.by_length:
@@ -35,14 +35,14 @@ def test_split_keeps_every_text_and_the_limit(setting: encoder.Setting) -> None:
 
 
 def test_split_by_texts_and_tokens() -> None:
-    assert encoder.split(LENGTHS, encoder.Setting(3, "texts", False)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert batching.split(LENGTHS, batching.Setting(3, "texts", False)) == [[0, 1, 2], [3, 4, 5], [6]]
     # A text longer than the budget still gets a batch.
-    assert encoder.split(LENGTHS, encoder.Setting(10, "tokens", False)) == [[0, 1], [2], [3, 4], [5], [6]]
+    assert batching.split(LENGTHS, batching.Setting(10, "tokens", False)) == [[0, 1], [2], [3, 4], [5], [6]]
 
 
 def test_padded_engines_get_no_token_budgets() -> None:
-    assert {setting.unit for setting in encoder.settings(pads=True)} == {"texts"}
-    assert len(set(encoder.settings(pads=False))) == len(encoder.settings(pads=False))
+    assert {setting.unit for setting in batching.settings(pads=True)} == {"texts"}
+    assert len(set(batching.settings(pads=False))) == len(batching.settings(pads=False))
 
 
 def test_interleaved_takes_turns() -> None:
@@ -113,7 +113,7 @@ def test_a_slow_candidate_is_bounded() -> None:
     for row in (by_name[candidates.OURS], by_name[candidates.PYTORCH_FP32]):
         assert row["cosine_min"] == pytest.approx(1)
         assert row["texts"] == 60
-    cells = encoder.encoder_cells(slow)
+    cells = encoder_report.encoder_cells(slow)
     assert cells[0] == candidates.PYTORCH_BF16
     assert str(cells[2]).startswith("< ")
     assert str(cells[4]).startswith("< ")
@@ -128,11 +128,11 @@ def test_a_slow_machine_gets_fewer_texts() -> None:
 def test_a_batch_that_would_take_too_long_is_not_tried() -> None:
     slow = Fake("slow", token_s=0.001)
     tried = [
-        encoder.Setting(1, "texts", False),
-        encoder.Setting(32, "texts", True),
-        encoder.Setting(128, "texts", True),
+        batching.Setting(1, "texts", False),
+        batching.Setting(32, "texts", True),
+        batching.Setting(128, "texts", True),
     ]
-    work = encoder.best_setting(slow, texts(128), tried, budget_s=0.1, token_s=0.001)
+    work = batching.best_setting(slow, texts(128), tried, budget_s=0.1, token_s=0.001)
     assert work.setting.size == 1
 
 
@@ -207,7 +207,7 @@ KEPT_AVX2: dict[str, Any] = KEPT | {
 
 @pytest.mark.parametrize(("data", "count"), [(KEPT, 7), (KEPT_AVX2, 4)], ids=["avx512_bf16", "avx2"])
 def test_bars_that_are_kept(data: dict[str, Any], count: int) -> None:
-    bars = encoder.bars(data)
+    bars = encoder_report.bars(data)
     assert len(bars) == count
     assert all(bar.passed for bar in bars), [bar.line() for bar in bars]
 
@@ -234,11 +234,11 @@ def test_bars_that_are_kept(data: dict[str, Any], count: int) -> None:
 def test_each_bar_can_be_missed(kept: dict[str, Any], part: str, index: int | None, key: str, value: Any) -> None:
     data = copy.deepcopy(kept)
     (data[part] if index is None else data[part][index])[key] = value
-    assert sum(not bar.passed for bar in encoder.bars(data)) == 1
+    assert sum(not bar.passed for bar in encoder_report.bars(data)) == 1
 
 
 def test_int8_that_was_not_measured_is_missed() -> None:
-    bars = encoder.bars({**KEPT, "int8_accuracy": None})
+    bars = encoder_report.bars({**KEPT, "int8_accuracy": None})
     assert [bar.line() for bar in bars if not bar.passed] == [
         "FAIL  torch_ext int8, mean cosine to fp32: not measured (at least 0.996)",
         "FAIL  torch_ext int8, least cosine to fp32: not measured (at least 0.99)",

@@ -7,7 +7,9 @@ import statistics
 
 import pytest
 
-from benchmarks.fleet import PAGE, POLICIES, TABLES, Load, Outcome, Scaling, Service, Simulation, capacity, steady
+from benchmarks.balancing import POLICIES, Load, Service
+from benchmarks.fleet import PAGE, TABLES, capacity, steady
+from benchmarks.simulation import Outcome, Scaling, Simulation
 
 FIXED = Service(tokens_per_s=100.0, batch_s=0.0, batch_tokens=100, most_wait_s=1e9)
 """A request of 100 tokens takes a second, alone in its batch."""

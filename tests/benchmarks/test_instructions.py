@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import blocks, instructions, mca
-from benchmarks.instructions import OURS, OURS_INT8, WORKS, Found
+from benchmarks import blocks, instructions, instructions_report, mca
+from benchmarks.instructions_report import OURS, OURS_INT8, WORKS, Found
 
 COUNTS = """\
 run total=93530 bfmmla=0 load=25240 other=1
@@ -28,11 +28,11 @@ def test_read_counts_takes_regions_that_ran_once() -> None:
 
 
 def test_every_run_has_one_engine_and_all_works() -> None:
-    plan = instructions.cases_of([OURS, *instructions.PEERS])
+    plan = instructions.cases_of([OURS, *instructions_report.PEERS])
     assert all(len(cases) == len(WORKS) for cases in plan)
     assert all(len({case["engine"] for case in cases}) == 1 for cases in plan)
     pairs = {(case["engine"], case["name"]) for cases in plan for case in cases}
-    assert len(pairs) == len(WORKS) * (1 + len(instructions.PEERS))
+    assert len(pairs) == len(WORKS) * (1 + len(instructions_report.PEERS))
 
 
 def found(engine: str, millions: dict[str, float], bfmmla: float = 0.7) -> list[Found]:
@@ -42,9 +42,9 @@ def found(engine: str, millions: dict[str, float], bfmmla: float = 0.7) -> list[
     ]
 
 
-BF16 = {work: limit for (work, engine), limit in instructions.BARS.items() if engine == OURS}
+BF16 = {work: limit for (work, engine), limit in instructions_report.BARS.items() if engine == OURS}
 BF16 |= {"linear 128x768x3072": 27, "BERT-base, 2 layers, 16 tokens": 20, "BERT-base, 2 layers, 128 tokens": 150}
-INT8 = {work: limit for (work, engine), limit in instructions.BARS.items() if engine == OURS_INT8}
+INT8 = {work: limit for (work, engine), limit in instructions_report.BARS.items() if engine == OURS_INT8}
 INT8 |= {"BERT-base, 2 layers, 16 tokens": 10, "BERT-base, 2 layers, 128 tokens": 90}
 PEERS = [
     *found("PyTorch bf16", {work: 3 * total for work, total in BF16.items()}),
@@ -55,8 +55,8 @@ PEERS = [
 
 def test_bars_are_kept() -> None:
     all_found = [*found(OURS, BF16), *found(OURS_INT8, INT8), *PEERS]
-    bars = instructions.bars(all_found, peers=True)
-    assert len(bars) == len(instructions.BARS) + len(instructions.RATIOS) + 1
+    bars = instructions_report.bars(all_found, peers=True)
+    assert len(bars) == len(instructions_report.BARS) + len(instructions_report.RATIOS) + 1
     assert all(bar.passed for bar in bars), [bar.line() for bar in bars]
 
 
@@ -64,7 +64,7 @@ def test_bars_are_kept() -> None:
 def test_each_bar_can_be_missed(work: str) -> None:
     worse = BF16 | {work: BF16[work] * 1.2}
     all_found = [*found(OURS, worse), *found(OURS_INT8, INT8), *PEERS]
-    missed = [bar.what for bar in instructions.bars(all_found, peers=True) if not bar.passed]
+    missed = [bar.what for bar in instructions_report.bars(all_found, peers=True) if not bar.passed]
     if work == "linear 128x768x3072":  # has no bar of its own in bf16, only for its share of BFMMLA
         assert missed == []
     else:
@@ -73,17 +73,17 @@ def test_each_bar_can_be_missed(work: str) -> None:
 
 
 def test_share_of_matrix_instructions() -> None:
-    missed = [bar.line() for bar in instructions.bars(found(OURS, BF16, 0.5), peers=False) if not bar.passed]
+    missed = [bar.line() for bar in instructions_report.bars(found(OURS, BF16, 0.5), peers=False) if not bar.passed]
     assert len(missed) == 1
     assert missed[0].startswith("FAIL  share of BFMMLA")
 
 
 def test_int8_bars_only_where_there_is_int8() -> None:
-    assert not any(OURS_INT8 in bar.what for bar in instructions.bars(found(OURS, BF16), peers=False))
+    assert not any(OURS_INT8 in bar.what for bar in instructions_report.bars(found(OURS, BF16), peers=False))
 
 
 def test_work_that_was_not_counted_misses_its_bar() -> None:
-    missed = [bar for bar in instructions.bars([*found(OURS, BF16)][1:], peers=False) if not bar.passed]
+    missed = [bar for bar in instructions_report.bars([*found(OURS, BF16)][1:], peers=False) if not bar.passed]
     assert [bar.value for bar in missed] == [None]
 
 
@@ -92,13 +92,13 @@ def test_tables_and_plot_have_gaps_where_nothing_was_counted() -> None:
     for item in all_found:
         item.cycles = dict.fromkeys(blocks.CPUS, item.counts["total"] / 2)
     data = {"heading": "h", "covered": 0.97, "cpu": "neoverse-n2", "left_out": {"PyTorch bf16": "why"}, "bars": []}
-    text = instructions.text_of(data, all_found)
+    text = instructions_report.text_of(data, all_found)
     row = next(line for line in text.splitlines() if line.startswith("| linear 1x768x768 "))
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["0.20", ""]
     assert "left out: PyTorch bf16: why" in text
     for cpu in blocks.CPUS:
         assert f"### {cpu}" in text
-    panel = instructions.panels_of(all_found)[0]
+    panel = instructions_report.panels_of(all_found)[0]
     values = dict(zip(panel.labels, panel.series["ONNX Runtime int8"], strict=True))
     assert values["linear 1x768x768"] is None
     assert values["MiniLM-L6, 16 tokens"] == pytest.approx(13 / 19)
@@ -149,7 +149,7 @@ def test_cycles_of_a_chain() -> None:
 
 def test_target_names_every_engine() -> None:
     source = (Path(instructions.__file__).with_name("instructions_target.py")).read_text()
-    for engine in (OURS, OURS_INT8, *instructions.PEERS):
+    for engine in (OURS, OURS_INT8, *instructions_report.PEERS):
         kind = engine.rsplit(" ", 1)[0]
         assert kind in ("torch_ext", "PyTorch", "ONNX Runtime")
     assert re.search(r'kind == "torch_ext"', source)

@@ -324,8 +324,8 @@ def test_what_is_known_of_a_weight_costs_no_unpacking(
     monkeypatch: pytest.MonkeyPatch, kind: torch_ext.nn.PackedDtype
 ) -> None:
     calls: list[str] = []
-    real = torch_ext.nn.layer_weight
-    monkeypatch.setattr(torch_ext.nn, "layer_weight", lambda *args: calls.append("") or real(*args))
+    real = torch_ext.packed_linear.layer_weight
+    monkeypatch.setattr(torch_ext.packed_linear, "layer_weight", lambda *args: calls.append("") or real(*args))
     linear = nn.Linear(24, 13, dtype=torch.bfloat16)
     layer = PackedLinear.from_linear(linear, kind)
     plain = linear.weight.detach()

@@ -24,5 +24,16 @@ if not TYPE_CHECKING:  # Else any misspelt name would be right.
             "torch_ext.encoder.huggingface": ("ARCHITECTURES",),
             "torch_ext.encoder.model": ("Encoder", "Head", "LayerWeights"),
         },
-        ("balance", "files", "huggingface", "model", "packing", "positions", "weights"),
+        (
+            "balance",
+            "files",
+            "head",
+            "huggingface",
+            "model",
+            "packing",
+            "positions",
+            "reference",
+            "weighted",
+            "weights",
+        ),
     )

@@ -1,0 +1,143 @@
+"""What :mod:`torch_ext.runtime` makes of a batch: hidden states, vectors and logits, as arrays without a library."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any, Literal, Protocol
+
+__all__ = ["Array", "Pooling", "States", "at_least_1", "integers"]
+
+Pooling = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
+
+
+class Array(Protocol):
+    """Rows of numbers, ``numpy.asarray`` and ``torch.from_dlpack`` take them without a copy."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def __buffer__(self, flags: int, /) -> memoryview:
+        """The memory."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """A DLPack capsule over the memory."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """The CPU."""
+
+    def tolist(self) -> list[list[float]]:
+        """Rows as lists of Python numbers."""
+
+
+class States:
+    """The hidden states of one batch, and what the model makes of them. All results are fp32."""
+
+    def __init__(self, states: Any) -> None:
+        self._states = states
+
+    def hidden(self) -> Array:
+        """The last hidden states, ``[tokens, hidden_size]``."""
+        result: Array = self._states.hidden()
+        return result
+
+    def pool(self, mode: Pooling = "mean", normalize: bool = False, dimensions: int | None = None) -> Array:
+        """One vector for each text, ``[texts, dimensions]``; a head for feature-extraction comes after the pooling.
+
+        Args:
+            mode: How the states of its tokens become one; as sentence-transformers names it.
+            normalize: Divide each vector by its Euclidean length.
+            dimensions: Leading dimensions to keep, before normalizing; None: all. For models that were trained for it
+                (Matryoshka).
+
+        Raises:
+            ValueError: ``mode`` is not known, or there are not as many dimensions.
+        """
+        result: Array = self._states.pool(mode, normalize, 0 if dimensions is None else at_least_1(dimensions))
+        return result
+
+    def text_logits(self) -> Array:
+        """What a head for text classification says of each text, ``[texts, outputs]``.
+
+        Raises:
+            ValueError: The model has no such head.
+        """
+        result: Array = self._states.text_logits()
+        return result
+
+    def token_logits(self, rows: Any = None) -> Array:
+        """What the head says of tokens: labels, start and end of an answer, or words for a mask.
+
+        Args:
+            rows: Which of the batch's tokens, int64 ``[n]``; None: all.
+
+        Returns:
+            ``[n, outputs]``.
+
+        Raises:
+            ValueError: The model has no head, or a row is out of range.
+            TypeError: ``rows`` are no int64.
+        """
+        result: Array = self._states.token_logits(None if rows is None else integers(rows, "q"))
+        return result
+
+    def top_k(self, rows: Any, k: int) -> tuple[Array, Array]:
+        """The likeliest outputs of the head for some tokens: the best words for each mask.
+
+        Args:
+            rows: Which of the batch's tokens, int64 ``[n]``.
+            k: How many, at most ``outputs``.
+
+        Returns:
+            Their indices, int64, and their probabilities (softmax over all), each ``[n, k]``, likeliest first.
+
+        Raises:
+            ValueError: The model has no head, or ``k`` or a row is out of range.
+            TypeError: ``rows`` are no int64.
+        """
+        indices, probabilities = self._states.top_k(integers(rows, "q"), k)
+        return indices, probabilities
+
+    def sparse(self, *, total: bool = False, twice: bool = False) -> tuple[Array, Array, Array]:
+        """A sparse vector over the head's outputs for each text, as SPLADE makes it of the words for a mask.
+
+        It is ``log(1 + max(x, 0))`` of the outputs for each token, and the largest over the tokens of a text. Only a
+        few tokens' outputs are in memory at a time.
+
+        Args:
+            total: The sum over the tokens, instead of the largest.
+            twice: ``log(1 + x)`` of that again.
+
+        Returns:
+            Where the entries of each text begin, and the end, int64 ``[1, texts + 1]``; their indices, rising in each
+            text, int64 ``[1, entries]``; their values, ``[1, entries]``: none is 0, and one is NaN or infinite where an
+            output is.
+
+        Raises:
+            ValueError: The model has no head for tokens.
+        """
+        bounds, indices, values = self._states.sparse(total, twice)
+        return bounds, indices, values
+
+
+def at_least_1(number: int) -> int:
+    """The number, or ValueError if it is below 1."""
+    if number < 1:
+        raise ValueError(f"Encoder: expected a number of at least 1, got {number}")
+    return number
+
+
+def integers(values: Any, kind: Literal["q", "i"]) -> Any:
+    """Lists as arrays; everything else as it is."""
+    if not isinstance(values, (list, tuple, range)):
+        return values
+    bits = 64 if kind == "q" else 32
+    try:
+        return array(kind, values)
+    except OverflowError as error:
+        raise ValueError(f"Encoder: expected integers of {bits} bits, got one that is larger: {error}") from error
+    except TypeError as error:
+        raise TypeError(f"Encoder: expected a list of integers or an array of int{bits}: {error}") from error
