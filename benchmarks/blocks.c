@@ -1,42 +1,15 @@
 // Plugin of QEMU's user-mode emulator for aarch64: how often every block of instructions ran between markers.
 //
-// HINT #120, #122, #124, #126 open region 0 to 3, the next odd number closes it. At exit, one line for each block that ran
-// in a region: region, executions, instructions as hexadecimal words. Option: out=FILE. One thread at a time is assumed.
+// At exit, one line for each block that ran in a region: region, executions, instructions as hexadecimal words. One thread
+// at a time is assumed. Markers and option: qemu_plugin.h.
 //
 //   cc -O2 -shared -fPIC -o blocks.so blocks.c
 #include <inttypes.h>
-#include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
-// What is used of the emulator's interface for plugins, version 4 (QEMU 10).
-typedef uint64_t qemu_plugin_id_t;
-struct qemu_plugin_tb;
-struct qemu_plugin_insn;
-struct qemu_plugin_scoreboard;
-typedef struct {
-  struct qemu_plugin_scoreboard* score;
-  size_t offset;
-} qemu_plugin_u64;
-typedef void (*executed_fn)(unsigned int cpu, void* data);
-enum { kNoRegisters = 0, kNotEqual = 3 };
-size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb* tb);
-struct qemu_plugin_insn* qemu_plugin_tb_get_insn(const struct qemu_plugin_tb* tb, size_t index);
-size_t qemu_plugin_insn_data(const struct qemu_plugin_insn* insn, void* to, size_t bytes);
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, void (*cb)(qemu_plugin_id_t, struct qemu_plugin_tb*));
-void qemu_plugin_register_vcpu_tb_exec_cond_cb(struct qemu_plugin_tb* tb, executed_fn cb, int flags, int condition,
-                                               qemu_plugin_u64 entry, uint64_t value, void* data);
-void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn* insn, executed_fn cb, int flags, void* data);
-void qemu_plugin_register_atexit_cb(qemu_plugin_id_t id, void (*cb)(qemu_plugin_id_t, void*), void* data);
-struct qemu_plugin_scoreboard* qemu_plugin_scoreboard_new(size_t bytes);
-void qemu_plugin_u64_set(qemu_plugin_u64 entry, unsigned int cpu, uint64_t value);
-
-__attribute__((visibility("default"))) int qemu_plugin_version = 4;
-
-enum { kRegions = 4 };
+#include "qemu_plugin.h"
 
 struct Block {
   struct Block* next;
@@ -48,7 +21,6 @@ struct Block {
 static struct Block* blocks;
 static qemu_plugin_u64 inside;  // 1 + the open region, 0 outside
 static int region;
-static char path[4096];
 
 static void on_block(unsigned int cpu, void* data) {
   (void)cpu;
@@ -70,19 +42,15 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb* tb) {
   block->next = blocks;
   blocks = block;
   for (size_t i = 0; i < count; ++i) {
-    struct qemu_plugin_insn* const insn = qemu_plugin_tb_get_insn(tb, i);
-    qemu_plugin_insn_data(insn, &block->words[i], sizeof block->words[i]);
-    if ((block->words[i] & 0xFFFFFF1Fu) == 0xD5032F1Fu) {  // HINT #120 to #127
-      qemu_plugin_register_vcpu_insn_exec_cb(insn, on_marker, kNoRegisters,
-                                             (void*)(intptr_t)((block->words[i] >> 5) & 7));
-    }
+    block->words[i] = word_of(tb, i);
+    if (is_marker(block->words[i])) on_each_marker(tb, i, on_marker);
   }
   qemu_plugin_register_vcpu_tb_exec_cond_cb(tb, on_block, kNoRegisters, kNotEqual, inside, 0, block);
 }
 
 static void at_exit(qemu_plugin_id_t id, void* data) {
   (void)id, (void)data;
-  FILE* const file = path[0] ? fopen(path, "w") : stderr;
+  FILE* const file = open_results();
   if (!file) return;
   for (const struct Block* block = blocks; block; block = block->next) {
     for (int r = 0; r < kRegions; ++r) {
@@ -92,15 +60,13 @@ static void at_exit(qemu_plugin_id_t id, void* data) {
       fputc('\n', file);
     }
   }
-  if (file != stderr) fclose(file);
+  close_results(file);
 }
 
 __attribute__((visibility("default"))) int qemu_plugin_install(qemu_plugin_id_t id, const void* info, int argc,
                                                                char** argv) {
   (void)info;
-  for (int i = 0; i < argc; ++i) {
-    if (!strncmp(argv[i], "out=", 4)) snprintf(path, sizeof path, "%s", argv[i] + 4);
-  }
+  read_options(argc, argv);
   inside.score = qemu_plugin_scoreboard_new(sizeof(uint64_t));
   inside.offset = 0;
   qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);

@@ -1,8 +1,7 @@
 // Plugin of QEMU's user-mode emulator for aarch64: executed instructions by class, of the run and between markers.
 //
-// HINT #120, #122, #124, #126 open region 0 to 3, the next odd number closes it; they are no-ops on hardware and are not
-// counted. At exit: "run CLASS=COUNT ...", and "regionN calls=CALLS CLASS=COUNT ..." for each region that was opened.
-// Counts are sums over all threads; total is the sum of the classes. Option: out=FILE.
+// Markers are not counted. At exit: "run CLASS=COUNT ...", and "regionN calls=CALLS CLASS=COUNT ..." for each region that was
+// opened. Counts are sums over all threads; total is the sum of the classes. Markers and option: qemu_plugin.h.
 //
 //   cc -O2 -shared -fPIC -o classes.so classes.c
 #include <inttypes.h>
@@ -10,38 +9,12 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <string.h>
 
-// What is used of the emulator's interface for plugins, version 4 (QEMU 9.2 to 10).
-typedef uint64_t qemu_plugin_id_t;
-struct qemu_plugin_tb;
-struct qemu_plugin_insn;
-struct qemu_plugin_scoreboard;
-typedef struct {
-  struct qemu_plugin_scoreboard* score;
-  size_t offset;
-} qemu_plugin_u64;
-typedef void (*executed_fn)(unsigned int cpu, void* data);
-enum { kNoRegisters = 0, kAdd = 0 };
-size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb* tb);
-struct qemu_plugin_insn* qemu_plugin_tb_get_insn(const struct qemu_plugin_tb* tb, size_t index);
-size_t qemu_plugin_insn_data(const struct qemu_plugin_insn* insn, void* to, size_t bytes);
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, void (*cb)(qemu_plugin_id_t, struct qemu_plugin_tb*));
-void qemu_plugin_register_vcpu_tb_exec_inline_per_vcpu(struct qemu_plugin_tb* tb, int operation, qemu_plugin_u64 entry,
-                                                       uint64_t value);
-void qemu_plugin_register_vcpu_insn_exec_inline_per_vcpu(struct qemu_plugin_insn* insn, int operation,
-                                                         qemu_plugin_u64 entry, uint64_t value);
-void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn* insn, executed_fn cb, int flags, void* data);
-void qemu_plugin_register_atexit_cb(qemu_plugin_id_t id, void (*cb)(qemu_plugin_id_t, void*), void* data);
-struct qemu_plugin_scoreboard* qemu_plugin_scoreboard_new(size_t bytes);
-uint64_t qemu_plugin_u64_sum(qemu_plugin_u64 entry);
-
-__attribute__((visibility("default"))) int qemu_plugin_version = 4;
+#include "qemu_plugin.h"
 
 enum Class { kBfmmla, kBfdot, kBfmlal, kI8mm, kI8dot, kFmla, kLoad, kStore, kSimd, kSve, kBranch, kOther, kClasses };
 static const char* const names[kClasses] = {"bfmmla", "bfdot", "bfmlal",     "i8mm",      "i8dot",  "fmla",
                                             "load",   "store", "simd_other", "sve_other", "branch", "other"};
-enum { kRegions = 4 };
 
 struct Counts {
   uint64_t of[kClasses];
@@ -50,7 +23,6 @@ struct Counts {
 static qemu_plugin_u64 counters[kClasses];
 static struct Counts opened[kRegions], inside[kRegions];
 static uint64_t calls[kRegions];
-static char path[4096];
 
 struct Encoding {
   uint32_t mask, bits;
@@ -88,8 +60,6 @@ static enum Class class_of(uint32_t word) {
   return (group & 14) == 10 ? kBranch : kOther;
 }
 
-static bool is_marker(uint32_t word) { return (word & 0xFFFFFF1Fu) == 0xD5032F1Fu; }
-
 static void on_marker(unsigned int cpu, void* data) {
   (void)cpu;
   const int marker = (int)(intptr_t)data, region = marker / 2;
@@ -109,9 +79,8 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb* tb) {
   const size_t count = qemu_plugin_tb_n_insns(tb);
   struct Counts sums = {{0}};
   bool marked = false;
-  uint32_t word = 0;
   for (size_t i = 0; i < count; ++i) {
-    qemu_plugin_insn_data(qemu_plugin_tb_get_insn(tb, i), &word, sizeof word);
+    const uint32_t word = word_of(tb, i);
     sums.of[class_of(word)]++;
     marked = marked || is_marker(word);
   }
@@ -122,12 +91,12 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb* tb) {
     return;
   }
   for (size_t i = 0; i < count; ++i) {
-    struct qemu_plugin_insn* const insn = qemu_plugin_tb_get_insn(tb, i);
-    qemu_plugin_insn_data(insn, &word, sizeof word);
+    const uint32_t word = word_of(tb, i);
     if (is_marker(word)) {
-      qemu_plugin_register_vcpu_insn_exec_cb(insn, on_marker, kNoRegisters, (void*)(intptr_t)((word >> 5) & 7));
+      on_each_marker(tb, i, on_marker);
     } else {
-      qemu_plugin_register_vcpu_insn_exec_inline_per_vcpu(insn, kAdd, counters[class_of(word)], 1);
+      qemu_plugin_register_vcpu_insn_exec_inline_per_vcpu(qemu_plugin_tb_get_insn(tb, i), kAdd,
+                                                          counters[class_of(word)], 1);
     }
   }
 }
@@ -142,7 +111,7 @@ static void print(FILE* file, const struct Counts* counts) {
 
 static void at_exit(qemu_plugin_id_t id, void* data) {
   (void)id, (void)data;
-  FILE* const file = path[0] ? fopen(path, "w") : stderr;
+  FILE* const file = open_results();
   if (!file) return;
   struct Counts run;
   for (int c = 0; c < kClasses; ++c) run.of[c] = qemu_plugin_u64_sum(counters[c]);
@@ -153,15 +122,13 @@ static void at_exit(qemu_plugin_id_t id, void* data) {
     fprintf(file, "region%d calls=%" PRIu64, r, calls[r]);
     print(file, &inside[r]);
   }
-  if (file != stderr) fclose(file);
+  close_results(file);
 }
 
 __attribute__((visibility("default"))) int qemu_plugin_install(qemu_plugin_id_t id, const void* info, int argc,
                                                                char** argv) {
   (void)info;
-  for (int i = 0; i < argc; ++i) {
-    if (!strncmp(argv[i], "out=", 4)) snprintf(path, sizeof path, "%s", argv[i] + 4);
-  }
+  read_options(argc, argv);
   struct qemu_plugin_scoreboard* const board = qemu_plugin_scoreboard_new(kClasses * sizeof(uint64_t));
   for (int c = 0; c < kClasses; ++c) counters[c] = (qemu_plugin_u64){board, (size_t)c * sizeof(uint64_t)};
   qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);

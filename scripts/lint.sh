@@ -18,7 +18,7 @@ check() {
 files() { git ls-files --cached --others --exclude-standard -z -- "$@" | while IFS= read -r -d '' file; do [ -f "$file" ] && printf '%s\0' "$file"; done; }
 
 mapfile -d '' -t cpp < <(files 'torch_ext/csrc/*.cpp' 'torch_ext/csrc/*.h' 'torch_ext/csrc/*.inl' 'tests/csrc/*.cpp' 'tests/csrc/*.h' 'tests/csrc/*.inl' \
-  'benchmarks/*.c' 'benchmarks/*.cpp' 'torch_ext/include/*.h' 'examples/*.c')
+  'benchmarks/*.c' 'benchmarks/*.cpp' 'benchmarks/*.h' 'torch_ext/include/*.h' 'examples/*.c')
 mapfile -d '' -t shell < <(files '*.sh' .ci/run)
 mapfile -d '' -t docker < <(files 'dockerfiles/*Dockerfile*')
 

@@ -190,3 +190,18 @@ def test_classes_of_instructions(tmp_path: Path) -> None:
         [str(tmp_path / "main"), *(word for _, word in expected)], check=True, capture_output=True, text=True
     )
     assert list(zip(run.stdout.split(), (word for _, word in expected), strict=True)) == expected
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not there")
+@pytest.mark.parametrize("plugin", ["blocks", "classes"])
+def test_plugins_agree_on_the_emulators_interface(plugin: str, tmp_path: Path) -> None:
+    """Each takes the declarations from the header, has none of its own, and exports what the emulator looks for."""
+    source = Path(instructions.__file__).with_name(f"{plugin}.c")
+    assert not re.search(r"^\w.*[ *]qemu_plugin_(?!install)\w+\(", source.read_text(), re.MULTILINE)
+    target = tmp_path / "plugin.so"
+    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-shared", "-fPIC"]
+    subprocess.run(["gcc", *flags, "-o", str(target), str(source)], check=True)
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", str(target)], check=True, capture_output=True, text=True
+    ).stdout
+    assert {line.split()[-1] for line in symbols.splitlines()} >= {"qemu_plugin_version", "qemu_plugin_install"}
