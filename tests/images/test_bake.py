@@ -37,6 +37,22 @@ def test_dockerfiles_have_the_stages(name: str) -> None:
     assert all(re.search(rf"^ARG {argument}\b", dockerfile.text, re.MULTILINE) for argument in arguments)
 
 
+def test_bases_take_digests() -> None:
+    """Each base that a Dockerfile names has a variable for its digest, and no target sets a base without it."""
+    bases = {
+        base
+        for path in (ROOT / "dockerfiles").glob("*.Dockerfile")
+        for stage in Dockerfile.read(path).stages
+        for base in re.findall(r"^\$\{(\w+)\}$", stage.base)
+    }
+    assert bases == {"BASE_IMAGE", "BUILD_IMAGE"}
+    variables = re.findall(r'^variable "(\w+)"', BAKE, re.MULTILINE)
+    for base in bases:
+        digest = base.replace("IMAGE", "DIGEST")
+        assert {base, digest} <= set(variables)
+        assert re.findall(rf"^ +{base} += (.*)$", BAKE, re.MULTILINE) == [f'join("@", compact([{base}, {digest}]))']
+
+
 def make_images(tmp_path: Path, *names: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The script with a client that prints its arguments."""
     client = tmp_path / "docker"
