@@ -31,7 +31,7 @@ def _list(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 FORM: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "$schema": "http://json-schema.org/draft-07/schema#",
     **_record(
         {
             "form": {"type": "string", "enum": [NAME]},
@@ -106,8 +106,7 @@ FORM: dict[str, Any] = {
 
 def check_card(card: Any) -> list[str]:
     """What is wrong with a card; empty if nothing is."""
-    wrong = check(card, FORM, "card")
-    if wrong:
-        return wrong
+    if wrong := check(card, FORM, "card"):
+        return [wrong]
     missing = [part for part in PARTS if card["parts"][part] is None and part not in card["not_run"]]
     return [f"card.not_run: expected the reason why {part} is missing" for part in missing]

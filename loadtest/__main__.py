@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 
-from loadtest.openloop.commands import main
+try:
+    from loadtest.openloop.commands import main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; pip install '.[loadtest]' in the checkout")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,14 +1,17 @@
-"""HTTP/1.1 answers, as bytes arrive: no more of the protocol than a server of this kind needs."""
+"""HTTP/1.1 answers, as bytes arrive; httptools parses them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import httptools
+
 from loadtest.measure import parse_server_timing
 
 __all__ = ["Answer", "AnswerError", "Reader"]
 
-_HEAD_LIMIT = 65536
+_HEADERS_LIMIT = 65536
+"""Bytes; the parser itself has no bound."""
 
 _TEI_STAGES = {
     b"x-tokenization-time": "tokenize",
@@ -43,27 +46,19 @@ class Answer:
     failure: str = ""
 
 
-def _header(lowered: bytes, name: bytes) -> bytes | None:
-    start = lowered.find(b"\r\n" + name + b":")
-    if start < 0:
-        return None
-    start += len(name) + 3
-    return lowered[start : lowered.find(b"\r\n", start)].strip()
-
-
 def _number(value: bytes | None) -> int | None:
     return int(value) if value is not None and value.isdigit() else None
 
 
-def _stages(lowered: bytes) -> dict[str, float]:
-    if (timing := _header(lowered, b"server-timing")) is not None:
-        return parse_server_timing(timing.decode("latin-1"))
-    found = {stage: _number(_header(lowered, name)) for name, stage in _TEI_STAGES.items()}
+def _stages(headers: dict[bytes, bytes]) -> dict[str, float]:
+    if (timing := headers.get(b"server-timing")) is not None:
+        return parse_server_timing(timing.decode("latin-1").lower())
+    found = {stage: _number(headers.get(name)) for name, stage in _TEI_STAGES.items()}
     return {stage: float(duration_ms) for stage, duration_ms in found.items() if duration_ms is not None}
 
 
 class Reader:
-    """Reads one answer after another from a connection.
+    """Reads one answer after another from a connection that carries one request at a time.
 
     Attributes:
         started: Whether any byte of the current answer is there.
@@ -71,16 +66,14 @@ class Reader:
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: dict[bytes, bytes] = {}
+        self._headers_bytes = 0
+        self._head_complete = False
+        self._content: list[bytes] = []
         self._answer: Answer | None = None
-        self._length: int | None = None
-        self._chunked = False
+        self.started = False
         self.keep_alive = True
-
-    @property
-    def started(self) -> bool:
-        """Whether any byte of the current answer is there."""
-        return self._answer is not None or bool(self._buffer)
 
     def feed(self, data: bytes) -> Answer | None:
         """Takes bytes.
@@ -89,86 +82,60 @@ class Reader:
             An answer that is complete, without its time, or None.
 
         Raises:
-            AnswerError: This is not HTTP.
+            AnswerError: This is not HTTP, or more than the one answer.
         """
-        self._buffer += data
-        while self._answer is None:
-            end = self._buffer.find(b"\r\n\r\n")
-            if end < 0:
-                if len(self._buffer) > _HEAD_LIMIT:
-                    raise AnswerError(f"expected headers of at most {_HEAD_LIMIT} bytes")
-                return None
-            self._read_head(bytes(self._buffer[: end + 2]))
-            del self._buffer[: end + 4]
-        answer = self._answer
-        if self._chunked:
-            content = self._read_chunks()
-            if content is None:
-                return None
-            answer.content = content
-        elif self._length is None or len(self._buffer) < self._length:
-            return None
-        else:
-            answer.content = bytes(self._buffer[: self._length])
-            del self._buffer[: self._length]
-        self._answer = None
+        self.started = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError as error:
+            raise AnswerError(str(error.__context__)) from error
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            raise AnswerError(f"expected an answer of HTTP/1.1, got {data[:40]!r}: {error}") from error
+        answer, self._answer = self._answer, None
         return answer
 
     def finish(self) -> Answer | None:
         """The connection has ended: an answer without a length is complete."""
+        if self._head_complete and not self._headers.keys() & {b"content-length", b"transfer-encoding"}:
+            self.on_message_complete()
         answer, self._answer = self._answer, None
-        if answer is None or self._chunked or self._length is not None:
-            return None
-        answer.content = bytes(self._buffer)
-        self._buffer.clear()
         return answer
 
-    def _read_head(self, head: bytes) -> None:
-        lowered = head.lower()
-        status = _number(lowered[9:12])
-        if not lowered.startswith(b"http/1.") or status is None:
-            raise AnswerError(f"expected an answer of HTTP/1.1, got {head[:40]!r}")
-        if 100 <= status < 200:
-            return
-        self._chunked = b"chunked" in (_header(lowered, b"transfer-encoding") or b"")
-        self._length = 0 if status in (204, 304) else _number(_header(lowered, b"content-length"))
-        connection = _header(lowered, b"connection") or b""
-        has_end = self._chunked or self._length is not None
-        self.keep_alive = (
-            has_end
-            and b"close" not in connection
-            and not (lowered.startswith(b"http/1.0") and b"keep-alive" not in connection)
-        )
-        self._answer = Answer(
-            status=status, stages=_stages(lowered), tokens=_number(_header(lowered, b"x-compute-tokens"))
-        )
+    # What httptools calls.
 
-    def _read_chunks(self) -> bytes | None:
-        """The body once its last chunk is there; the buffer is left as it is before."""
-        parts, position = [], 0
-        while True:
-            end = self._buffer.find(b"\r\n", position)
-            if end < 0:
-                return None
-            try:
-                size = int(bytes(self._buffer[position:end]).partition(b";")[0], 16)
-            except ValueError as error:
-                raise AnswerError(
-                    f"expected the size of a chunk, got {bytes(self._buffer[position:end])[:40]!r}"
-                ) from error
-            position = end + 2
-            if size == 0:
-                break
-            if len(self._buffer) < position + size + 2:
-                return None
-            parts.append(bytes(self._buffer[position : position + size]))
-            position += size + 2
-        # Trailers, if there are any, and an empty line.
-        while True:
-            end = self._buffer.find(b"\r\n", position)
-            if end < 0:
-                return None
-            if end == position:
-                del self._buffer[: end + 2]
-                return b"".join(parts)
-            position = end + 2
+    def on_message_begin(self) -> None:
+        """The first byte of an answer."""
+        if self._answer is not None:
+            raise AnswerError("expected one answer, got another behind it")
+        self._headers, self._headers_bytes, self._head_complete, self._content = {}, 0, False, []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer after a body in chunks."""
+        self._headers_bytes += len(name) + len(value)
+        if self._headers_bytes > _HEADERS_LIMIT:
+            raise AnswerError(f"expected headers of at most {_HEADERS_LIMIT} bytes")
+        if not self._head_complete:
+            self._headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        self._head_complete = True
+
+    def on_body(self, part: bytes) -> None:
+        """Some bytes of the body."""
+        self._content.append(part)
+
+    def on_message_complete(self) -> None:
+        """The answer is there, unless it is one before the answer, as 100 Continue is."""
+        status = self._parser.get_status_code()
+        self._head_complete = False
+        if status < 200:
+            return
+        self._answer = Answer(
+            status=status,
+            content=b"".join(self._content),
+            stages=_stages(self._headers),
+            tokens=_number(self._headers.get(b"x-compute-tokens")),
+        )
+        self.started = False
+        self.keep_alive = self._parser.should_keep_alive()

@@ -1,4 +1,4 @@
-"""Forms of the files that the load test writes and reads: JSON Schema, and a check of the part of it that they use."""
+"""Forms of the files that the load test writes and reads, in JSON Schema."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import fastjsonschema
 
 from loadtest.options import CannotStartError
 
@@ -60,7 +62,7 @@ _COMMON: dict[str, Any] = {
 }
 
 RUN = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "$schema": "http://json-schema.org/draft-07/schema#",
     "title": "One run of the load test",
     **_object(
         {
@@ -108,7 +110,7 @@ RUN = {
 """The file of ``python -m loadtest run -o``."""
 
 KNEE = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "$schema": "http://json-schema.org/draft-07/schema#",
     "title": "A search for the highest rate that keeps the limits",
     **_object(
         {
@@ -125,52 +127,27 @@ KNEE = {
 
 _FORMS = {RUN_FORMAT: RUN, KNEE_FORMAT: KNEE}
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "boolean": (bool,),
-    "null": (type(None),),
-    "integer": (int,),
-    "number": (int, float),
-}
 
-
-def check(value: Any, schema: Mapping[str, Any], where: str = "$") -> list[str]:
-    """Compares a value with a schema: type, enum, minimum, properties, required, additionalProperties, items.
+def check(value: Any, schema: Mapping[str, Any], name: str = "result") -> str:
+    """Compares a value with a schema.
 
     Args:
         value: Decoded JSON.
         schema: What it should be.
-        where: How messages call the value.
+        name: How messages call the value.
 
     Returns:
-        What is wrong; empty if nothing is.
+        The first thing that is wrong; empty if nothing is.
     """
-    kinds = schema.get("type", list(_TYPES))
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if not any(_is(value, kind) for kind in kinds):
-        return [f"{where}: expected {' or '.join(kinds)}, got {type(value).__name__}"]
-    if "enum" in schema and value not in schema["enum"]:
-        return [f"{where}: expected one of {schema['enum']}, got {value!r}"]
-    if "minimum" in schema and value < schema["minimum"]:
-        return [f"{where}: expected at least {schema['minimum']}, got {value!r}"]
-    wrong: list[str] = []
-    if isinstance(value, dict):
-        properties = schema.get("properties", {})
-        wrong += [f"{where}: lacks {name!r}" for name in schema.get("required", ()) if name not in value]
-        if not schema.get("additionalProperties", True):
-            wrong += [f"{where}: unknown field {name!r}" for name in value if name not in properties]
-        for name in value.keys() & properties.keys():
-            wrong += check(value[name], properties[name], f"{where}.{name}")
-    if isinstance(value, list) and "items" in schema:
-        for index, item in enumerate(value):
-            wrong += check(item, schema["items"], f"{where}[{index}]")
-    return wrong
-
-
-def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
+    try:
+        fastjsonschema.compile(dict(schema))(value, name_prefix=name)
+    except fastjsonschema.JsonSchemaValueException as error:
+        if error.rule == "required":
+            return (
+                f"{error.name} lacks {', '.join(field for field in error.rule_definition if field not in error.value)}"
+            )
+        return str(error.message)
+    return ""
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
@@ -189,9 +166,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
             f"{path}: expected a result of this load test ({', '.join(_FORMS)}), got format {kind!r}"
         )
     if wrong := check(found, _FORMS[kind]):
-        raise CannotStartError(
-            f"{path}: expected the form {kind}: {wrong[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1)
-        )
+        raise CannotStartError(f"{path}: expected the form {kind}: {wrong}")
     result: dict[str, Any] = found
     return result
 
@@ -204,7 +179,7 @@ def write_result(path: str | Path, result: Mapping[str, Any]) -> None:
         ValueError: The result is not in its form.
     """
     if wrong := check(result, _FORMS[result["format"]]):
-        raise ValueError(f"the result is not in its own form: {wrong[:3]}")
+        raise ValueError(f"the result is not in its own form: {wrong}")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, allow_nan=False, indent=1) + "\n", encoding="utf-8")

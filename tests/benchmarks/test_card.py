@@ -72,15 +72,15 @@ def test_a_card_has_its_form() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found.pop("commit"), "card: lacks 'commit'"),
-        (lambda found: found.update(surprise=1), "unknown field 'surprise'"),
-        (lambda found: found["machine"].update(cpus="4"), "card.machine.cpus: expected integer, got str"),
+        (lambda found: found.pop("commit"), "card lacks commit"),
+        (lambda found: found.update(surprise=1), "card must not contain {'surprise'} properties"),
+        (lambda found: found["machine"].update(cpus="4"), "card.machine.cpus must be integer"),
         (
             lambda found: found["parts"]["knee"].update(texts_per_s=-1),
-            "card.parts.knee.texts_per_s: expected at least 0",
+            "card.parts.knee.texts_per_s must be bigger than or equal to 0",
         ),
         (lambda found: found["not_run"].pop("doctor"), "expected the reason why doctor is missing"),
-        (lambda found: found.update(form="other"), "card.form: expected one of"),
+        (lambda found: found.update(form="other"), "card.form must be one of"),
     ],
 )
 def test_a_wrong_card_is_refused(change: Any, message: str) -> None:
@@ -139,7 +139,7 @@ def test_index_lists_the_fastest_per_core_first(tmp_path: Path, capsys: pytest.C
     assert all((tmp_path / f"{name}.html").exists() for name in ("a-slow", "b-fast", "c-nothing"))
     (tmp_path / "d.json").write_text("{}")
     assert card.index(tmp_path) == 1
-    assert "d.json: card: lacks" in capsys.readouterr().err
+    assert "d.json: card lacks" in capsys.readouterr().err
 
 
 def test_cards_that_were_handed_in_are_right_and_listed() -> None:

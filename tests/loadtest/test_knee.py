@@ -90,7 +90,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ]
         assert main([*arguments, "--slo-p99-ms", "60000"]) == 0
         result = read_result(output)
-        assert check(result, KNEE) == []
+        assert check(result, KNEE) == ""
         assert result["knee_per_s"] == 40
         assert [point["rate"] for point in result["points"]] == [20, 40, 40]
         assert "knee       40 requests/s keep the limits" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -221,10 +222,19 @@ def test_a_worker_without_a_leader(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected HOST:PORT of a leader" in capsys.readouterr().err
 
 
-def test_the_open_model_needs_the_standard_library_only() -> None:
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from loadtest.openloop.commands import parser; parser()"
-    # -S: without site-packages. torch, numpy and Locust are not there.
-    subprocess.run([sys.executable, "-I", "-S", "-c", program], check=True)
+def test_packages_that_are_missing_are_named() -> None:
+    # -S: without site-packages.
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "loadtest"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: \w+ is not installed; pip install '.\[loadtest\]' in the checkout\n", done.stderr)
+
+
+def test_the_open_model_is_light() -> None:
+    program = "import sys; from loadtest.openloop.commands import parser; parser(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"locust", "gevent", "torch", "numpy"} & set(loaded.stdout.split())
 
 
 def fed(*parts: bytes) -> list[Answer]:
