@@ -6,12 +6,13 @@ import json
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "dockerfiles" / "compose.yaml"
@@ -129,8 +130,9 @@ def test_the_dashboard_asks_for_metrics_that_the_server_has() -> None:
 
 def locust(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Locust with this repository's file."""
-    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    program = "import gevent; gevent.reinit(); from locust.main import main; main()"  # its loop is from before the fork
+    command = ["-c", program, "-f", str(ROOT / "loadtest" / "locustfile.py"), *arguments]
+    return warm.python("locust.main").run(*command, timeout=120, cwd=ROOT)
 
 
 def free_port() -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,8 @@ from typing import Any
 from right_answers import MASK_TOKEN, right_answer, texts_of
 
 from loadtest.tasks import TASKS, Traits
+from tests import warm
+from tests.warm import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,7 +166,7 @@ class Run:
         return rows
 
 
-def start_locust(*arguments: str, heartbeat_timeout_s: float = 60) -> subprocess.Popen[str]:
+def start_locust(*arguments: str, heartbeat_timeout_s: float = 60) -> Program:
     """Starts Locust with this repository's load test; the caller ends it.
 
     Args:
@@ -173,22 +174,14 @@ def start_locust(*arguments: str, heartbeat_timeout_s: float = 60) -> subprocess
         heartbeat_timeout_s: After how long a worker gives its master up; Locust has no option for it.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
-    program = "from locust import main, runners; runners.MASTER_HEARTBEAT_TIMEOUT = {}; main.main()"
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            program.format(heartbeat_timeout_s),
-            "-f",
-            str(ROOT / "loadtest" / "locustfile.py"),
-            *arguments,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-        cwd=ROOT.parent,
+    program = (
+        "import gevent; gevent.reinit(); "  # its loop is from before the fork
+        "from locust import main, runners; "
+        f"runners.MASTER_HEARTBEAT_TIMEOUT = {heartbeat_timeout_s}; main.main()"
+    )
+    locustfile = str(ROOT / "loadtest" / "locustfile.py")
+    return warm.python("locust.main").start(
+        *("-c", program, "-f", locustfile, *arguments), env=environment, cwd=ROOT.parent, merged=True
     )
 
 

@@ -16,6 +16,7 @@ from right_answers import DIMENSION
 from stub_server import OWN_TEXTS, ROOT, Run, Stub, free_port, start_locust, together
 
 from loadtest.tasks import TASKS
+from tests.warm import Program
 
 Locust = Callable[..., Run]
 
@@ -237,7 +238,7 @@ def judged_by_master(stub: Stub, tmp_path: Path, limit_ms: str, code: int) -> No
     assert run.summary["requests"] == pytest.approx(run.summary["measured_s"] * run.summary["requests_per_s"], rel=1e-3)
 
 
-Processes = tuple[subprocess.Popen[str], list[subprocess.Popen[str]]]
+Processes = tuple[Program, list[Program]]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import torch_ext
+from tests import warm
 from torch_ext import doctor
 from torch_ext.doctor import Finding, Machine
 from torch_ext.machine import name_cpu
@@ -398,7 +399,10 @@ def test_forced_isa_is_told() -> None:
         expected = "OK"
     else:
         expected = "WARN"
-    report = json.loads(run("--json", TORCH_EXT_ISA="portable").stdout)
+    process = warm.python("torch").run(
+        "-m", "torch_ext.doctor", "--json", env={**os.environ, "TORCH_EXT_ISA": "portable"}
+    )
+    report = json.loads(process.stdout)
     finding = next(finding for finding in report["findings"] if finding["name"] == "kernels")
     assert finding["status"] == expected or "no bf16" in finding["detail"]
     assert finding["detail"].startswith("portable on ")
@@ -414,8 +418,7 @@ def test_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
     def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True)
+        return warm.python("torch").run(*arguments, env=environ, cwd=tmp_path)
 
     process = python("-m", "torch_ext.doctor", "--json")
     assert process.returncode == 1, process.stderr

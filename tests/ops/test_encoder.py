@@ -8,8 +8,6 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torch_ext
+from tests import warm
 from tests.ops import reference
 from torch_ext import Encoder, EncoderSpec, Head, HeadSpec
 from torch_ext.encoder.positions import relative_buckets
@@ -720,8 +719,8 @@ def test_loading_needs_torch_and_safetensors_only(generator: torch.Generator, tm
         "import sys, torch_ext; torch_ext.Encoder.load(sys.argv[1]); torch_ext.Head.load(sys.argv[1]);"
         "print([name for name in ('transformers', 'tokenizers', 'onnxruntime', 'optimum') if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    result = warm.python("torch").run("-c", program, str(path), complete=False)
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
 
 
 @pytest.mark.compile

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_ext
+from tests import warm
 from tests.ops import reference
 from tests.ops.test_encoder import SPEC, SPECS, make_weights
 from torch_ext import Encoder, EncoderSpec
@@ -27,7 +26,8 @@ def count(function: Callable[[], object]) -> int:
 
 
 COUNT = """
-import sys, torch
+import sys, torch, warnings
+warnings.simplefilter("error")
 {first}
 import torch_ext
 before = 'torch.utils.flop_counter' in sys.modules
@@ -57,7 +57,7 @@ importlib.reload(sys.modules["torch.utils.flop_counter"])
 )
 def test_the_counter_is_imported_when_it_is_needed(first: str, then: str, before: bool) -> None:
     program = COUNT.format(first=first, then=then)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    done = warm.python("torch").run("-c", program, complete=False)
     assert done.stdout.split() == [str(before), "True"], done.stderr
 
 

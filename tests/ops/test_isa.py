@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import torch_ext
+from tests import warm
 
 HERE = Path(__file__).resolve().parent
 
@@ -22,36 +22,6 @@ NAMES = {
     "aarch64": {"sve_bf16", "neon_i8mm", "neon_bf16", "neon_dotprod", "neon", "portable"},
     "x86_64": {"amx", "avx512_bf16", "avx512", "onednn", "avx_vnni", "avx2", "torch", "portable"},
 }
-
-# Runs the program argv[1] in a forked process for each instruction set that argv[2] lists in JSON. Each gets the other
-# arguments and the name. torch_ext is imported once; each process chooses its kernels. Prints exit codes and output.
-FORKING = """
-import json, os, sys, tempfile, traceback, torch, torch_ext
-program, names, arguments = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
-ended = []
-for name in names:
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        child = os.fork()
-        if child == 0:
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stderr.fileno(), 2)
-            os.environ["TORCH_EXT_ISA"] = name
-            sys.argv = ["-c", *arguments, name]
-            code = 0
-            try:
-                exec(program, {"__name__": "__main__"})
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # without the end of an interpreter, which takes as long as the import
-        _, status = os.waitpid(child, 0)
-        stdout.seek(0)
-        stderr.seek(0)
-        ended.append([os.waitstatus_to_exitcode(status), stdout.read(), stderr.read()])
-print(json.dumps(ended))
-"""
 
 # Runs a layer of every kind; prints what was used, and writes the results.
 PROGRAM = """
@@ -79,19 +49,16 @@ def supported() -> list[str]:
 
 
 def run(isa: str | None, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program in which torch is imported, but no kernels are chosen yet."""
     environ = {name: value for name, value in os.environ.items() if name != "TORCH_EXT_ISA"}
     if isa is not None:
         environ["TORCH_EXT_ISA"] = isa
-    return subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True)
+    return warm.python("torch").run(*command, env=environ, complete=False)
 
 
-def run_forked(program: str, names: Sequence[str], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """What `program` does under each instruction set."""
-    process = run(None, "-c", FORKING, program, json.dumps(names), *arguments)
-    assert process.returncode == 0, process.stderr
-    return [
-        subprocess.CompletedProcess([name], *rest) for name, rest in zip(names, json.loads(process.stdout), strict=True)
-    ]
+def run_all(program: str, names: Sequence[str], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """What `program` does under each instruction set, whose name comes after its other arguments."""
+    return [run(name, "-c", program, *arguments, name) for name in names]
 
 
 def test_report() -> None:
@@ -117,7 +84,7 @@ def test_best_is_chosen() -> None:
 
 def test_all_give_the_same_results(seed: int, tmp_path: Path) -> None:
     names = supported()
-    for name, process in zip(names, run_forked(PROGRAM, names, f"{tmp_path}/", str(seed)), strict=True):
+    for name, process in zip(names, run_all(PROGRAM, names, f"{tmp_path}/", str(seed)), strict=True):
         assert process.returncode == 0, process.stderr
         report = json.loads(process.stdout)
         assert report["isa"] == name
@@ -133,7 +100,7 @@ def test_all_give_the_same_results(seed: int, tmp_path: Path) -> None:
 @pytest.mark.anywhere
 def test_unknown_names_raise() -> None:
     program = "import torch, torch_ext; torch_ext.pack_linear_weight(torch.ones(3, 3))"
-    for process in run_forked(program, ["avx1024", "NEON", " ", "portable,torch"]):
+    for process in run_all(program, ["avx1024", "NEON", " ", "portable,torch"]):
         assert process.returncode == 1, process.args
         assert "TORCH_EXT_ISA" in process.stderr
         assert all(known in process.stderr for known in NAMES[platform.machine()])
@@ -142,7 +109,7 @@ def test_unknown_names_raise() -> None:
 @pytest.mark.anywhere
 def test_names_that_this_cpu_lacks_raise() -> None:
     lacking = sorted(NAMES[platform.machine()] - set(supported()))
-    for process in run_forked("import torch_ext; torch_ext.isa_report()", lacking):
+    for process in run_all("import torch_ext; torch_ext.isa_report()", lacking):
         assert process.returncode == 1, process.args
         assert "needs a CPU with" in process.stderr
 
