@@ -136,6 +136,7 @@ class Encoder:
         dtype: Literal["bf16", "fp32"] = "bf16",
         head: str | None = "auto",
         *,
+        adapter: str | None = None,
         threads: int | None = None,
         cpus: Iterable[int] = (),
         pin: bool = False,
@@ -151,6 +152,8 @@ class Encoder:
             dtype: What to run it as. int8 takes ``torch_ext.Encoder.from_pretrained(folder, "int8").save(path)``.
             head: ``"text-classification"``, ``"token-classification"``, ``"question-answering"`` or ``"fill-mask"``,
                 which has to be there; ``"auto"``: the one that ``config.json`` names, if it is there; None: no head.
+            adapter: Of a model with LoRA adapters inside (Jina v3), the one that is merged into the weights, such as
+                ``"retrieval.query"``; None: none of them.
             threads: See :meth:`open`.
             cpus: See :meth:`open`.
             pin: See :meth:`open`.
@@ -169,7 +172,7 @@ class Encoder:
             )
         from torch_ext.encoder.huggingface.folder import read_folder
 
-        model = read_folder(folder, head)
+        model = read_folder(folder, head, adapter)
         tensors = {name: [Tensor(*part) for part in parts] for name, parts in model.tensors.items()}
         head_spec = None if model.head is None else vars(model.head)
         return cls.pack(

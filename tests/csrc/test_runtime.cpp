@@ -581,8 +581,8 @@ Model random_model() {
   Random& random = random_source();
   Model model{.encoder = kEncoder, .head = {}, .dtype = {}, .tensors = {}};
   Fields& e = model.encoder;
-  static constexpr const char* kActivations[] = {"\"gelu\"", "\"gelu_tanh\"", "\"relu\"",
-                                                 "\"silu\"", "\"none\"",      "\"tanh\""};
+  static constexpr const char* kActivations[] = {"\"gelu\"", "\"gelu_tanh\"", "\"relu\"",      "\"silu\"",
+                                                 "\"none\"", "\"tanh\"",      "\"quick_gelu\""};
   static constexpr const char* kTypes[] = {"bf16", "fp32", "int8"};
   model.dtype = kTypes[random.below(3)];
   const size_t heads = random.between(1, 3), head_size = 2 * random.between(1, 9), hidden = heads * head_size;
@@ -590,7 +590,7 @@ Model random_model() {
   e["hidden_size"] = std::to_string(hidden);
   e["num_layers"] = number(1, 3);
   e["intermediate_size"] = number(1, 40);
-  e["activation"] = kActivations[random.below(6)];
+  e["activation"] = kActivations[random.below(7)];
   e["vocab_size"] = number(1, 40);
   e["type_vocab_size"] = number(0, 3);
   e["max_positions"] = number(1, 60);
@@ -631,6 +631,7 @@ Model random_model() {
     }
     if (random.coin()) e["head_norms"] = "true";
     if (random.coin()) e["embedding_scale"] = "7.5";
+    if (random.below(3) == 0) e["dropped_id"] = number(0, 3);
     if (random.coin()) e["num_kv_heads"] = "1";
     if (random.coin()) e["head_size"] = std::to_string(2 * random.between(1, 12));
   } else if (random.below(3) == 0) {
@@ -648,7 +649,7 @@ Model random_model() {
     h["task"] = quoted(kTasks[random.below(5)]);
     h["hidden_size"] = e["hidden_size"];
     h["num_outputs"] = number(1, 50);
-    h["activation"] = kActivations[random.below(6)];
+    h["activation"] = kActivations[random.below(7)];
     h["norm"] = random.coin() ? "true" : "false";
     if (random.below(3) == 0) h["dense_size"] = number(1, 20);
     if (random.below(3) == 0) {

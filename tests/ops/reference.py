@@ -25,10 +25,11 @@ ACTIVATIONS = {
     "relu": F.relu,
     "tanh": torch.tanh,
     "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 # The largest slope of each activation: how much of an error before it is left after it.
-SLOPES = {"none": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0, "tanh": 1.0, "silu": 1.1}
+SLOPES = {"none": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0, "tanh": 1.0, "silu": 1.1, "quick_gelu": 1.1}
 
 # Activations are polynomials or rational functions in fp32: 32 units of rounding of the value, or of 1 if it is
 # smaller.

@@ -117,6 +117,9 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
     results = []
     for begin, end in itertools.pairwise(bounds.tolist()):
         x = w["embeddings.word"][ids[begin:end]] * spec.embedding_scale
+        if spec.dropped_id >= 0:
+            kept = ids[begin:end] != spec.dropped_id
+            x = x * kept.unsqueeze(1) * (len(kept) / max(int(kept.sum()), 1))
         if spec.absolute_positions:
             # With all tokens counted: 0, 1, 2 ... As transformers does it: padding has the row before the first one's.
             counted = ids[begin:end] != spec.padding_id
@@ -224,6 +227,16 @@ SPECS = [
         global_every=3,
         global_first=2,
     ),
+    dataclasses.replace(
+        SPEC,
+        type_vocab_size=0,
+        norm_first=True,
+        embedding_norm=False,
+        embedding_scale=0.88,
+        dropped_id=7,
+        activation="quick_gelu",
+        causal=True,
+    ),
     # Nothing has all of it at once, but nothing speaks against it.
     dataclasses.replace(
         SPEC, relative_attention_buckets=16, rotary_theta=100.0, window=2, global_every=2, norm_first=True
@@ -237,6 +250,8 @@ def test_equals_plain_pytorch(spec: EncoderSpec, generator: torch.Generator) -> 
     ids, bounds, types = batch(generator)
     if spec.padding_id >= 0:
         ids[::4] = spec.padding_id
+    if spec.dropped_id >= 0:
+        ids[::3] = spec.dropped_id
     if spec.type_vocab_size < 2:
         types = torch.zeros_like(types)
     expected = run_plain(spec, weights, ids, bounds, types)

@@ -147,14 +147,30 @@ class Run {
     }
   }
 
+  // By token, what its word is multiplied with, where some words are dropped: in each sequence the others make up for them.
+  std::vector<float> word_scales() const {
+    std::vector<float> scales(h_.dropped_word ? tokens_ : 0);
+    for (size_t s = 0; h_.dropped_word && s < batch_.sequences; ++s) {
+      const auto begin = static_cast<size_t>(batch_.cu_seqlens[s]), end = static_cast<size_t>(batch_.cu_seqlens[s + 1]);
+      const auto kept = [&](size_t t) { return batch_.ids[t] + 1 != int64_t{h_.dropped_word}; };
+      size_t count = 0;
+      for (size_t t = begin; t < end; ++t) count += kept(t);
+      const float scale = h_.embedding_scale * static_cast<float>(end - begin) / static_cast<float>(count);
+      for (size_t t = begin; t < end; ++t) scales[t] = kept(t) ? scale : 0.0f;
+    }
+    return scales;
+  }
+
   void embed_stream() {
     const T* const types = static_cast<const T*>(model_.token_type);
+    const std::vector<float> scales = word_scales();
     parallel_rows(width_, [&](size_t begin, size_t end) {
       const auto embed_token = [&](size_t t, size_t position) {
         const size_t type = types && batch_.type_ids ? static_cast<size_t>(batch_.type_ids[t]) : 0;
         float* const to = stream_ + t * width_;
         const T* const word = row_of(model_.word, static_cast<size_t>(batch_.ids[t]), width_);
-        for (size_t j = 0; j < width_; ++j) to[j] = h_.embedding_scale * widened(word[j]);
+        const float scale = scales.empty() ? h_.embedding_scale : scales[t];
+        for (size_t j = 0; j < width_; ++j) to[j] = scale * widened(word[j]);
         for (const T* const more : {row_of(model_.position, position, width_), row_of(types, type, width_)}) {
           for (size_t j = 0; more && j < width_; ++j) to[j] += widened(more[j]);
         }

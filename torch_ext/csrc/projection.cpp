@@ -30,6 +30,8 @@ void project_rows(const Dispatch& dispatch, const Projection& p, float* out) {
   problem.lhs_type = DType::kF32;
   problem.panels = panels;
   problem.epilogue.bias = p.bias;
+  problem.epilogue.residual = p.residual;
+  problem.epilogue.ld_residual = p.n;
   problem.epilogue.out = out;
   problem.epilogue.ld_out = p.n;
   run_gemm_task(kernel, *dispatch.vec, problem, {}, 0);

@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "str activation, float layer_norm_eps, int max_positions, int position_offset, int padding_id, int window, "
       "int global_every, bool norm_first, bool gated_ffn, int position_span, int position_reach, "
       "int num_kv_heads, int head_size, int global_first, float attention_scale, float embedding_scale, bool causal, "
-      "bool rms_norm, bool embedding_norm) -> Tensor");
+      "bool rms_norm, bool embedding_norm, int dropped_id=-1) -> Tensor");
   m.def("_rotary_table(Tensor like, int positions, int head_size, float theta, float factor=1) -> Tensor");
   m.def("_relative_bias_table(Tensor bias, int reach) -> Tensor");
   m.def("_encoder_sections(Tensor packed) -> Tensor");

@@ -99,7 +99,14 @@ class Encoder(Reference):
         return LayerWeights(*(self._tensors.get(f"{prefix}.{name}") for name in LAYER_PARTS))  # type: ignore[arg-type]
 
     @classmethod
-    def from_transformers(cls, model: nn.Module, dtype: Dtype = "bf16", keep_bf16: str | Iterable[str] = ()) -> Encoder:
+    def from_transformers(
+        cls,
+        model: nn.Module,
+        dtype: Dtype = "bf16",
+        keep_bf16: str | Iterable[str] = (),
+        *,
+        adapter: str | None = None,
+    ) -> Encoder:
         """Take the encoder out of a Hugging Face model.
 
         Args:
@@ -110,6 +117,8 @@ class Encoder(Reference):
             keep_bf16: linear layers of an int8 encoder to leave in bf16: names, or ``fnmatch`` patterns of names, such
                 as ``"layers.0.ffn.down"``; ``"layers.0"`` means all in that layer. The layers of a model are named by
                 :attr:`linear_names`; which to keep, :func:`torch_ext.sensitivity.choose_layers` measures.
+            adapter: of a model with LoRA adapters inside (Jina v3), the one that is merged into the weights, such as
+                ``"retrieval.query"``; None: none of them.
 
         Returns:
             The encoder, with its own copy of the weights.
@@ -117,14 +126,19 @@ class Encoder(Reference):
         Raises:
             TypeError: ``model`` has no transformers configuration.
             ValueError: the architecture, or an option of it, is not supported; the message says what is. Or
-                ``keep_bf16`` names no linear layer.
+                ``keep_bf16`` names no linear layer, or the model has no such ``adapter``.
         """
-        spec, weights = read_encoder(model)
+        spec, weights = read_encoder(model, adapter)
         return cls(spec, cls.balanced(spec, weights) if dtype == "int8" else weights, dtype, keep_bf16)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], dtype: Dtype = "bf16", keep_bf16: str | Iterable[str] = ()
+        cls,
+        folder: str | os.PathLike[str],
+        dtype: Dtype = "bf16",
+        keep_bf16: str | Iterable[str] = (),
+        *,
+        adapter: str | None = None,
     ) -> Encoder:
         """Take the encoder out of a folder that ``save_pretrained`` wrote, without the transformers package.
 
@@ -132,6 +146,7 @@ class Encoder(Reference):
             folder: with ``config.json`` and safetensors, as for :meth:`torch_ext.runtime.Encoder.from_pretrained`.
             dtype: as for :meth:`from_transformers`.
             keep_bf16: likewise.
+            adapter: likewise.
 
         Returns:
             The encoder, equal to that of :meth:`from_transformers` for the model in the folder.
@@ -141,7 +156,7 @@ class Encoder(Reference):
             ValueError: the architecture is not supported, or a file is damaged or does not fit; or as for
                 :meth:`from_transformers`.
         """
-        spec, weights = encoder_in_folder(folder)
+        spec, weights = encoder_in_folder(folder, adapter)
         return cls(spec, cls.balanced(spec, weights) if dtype == "int8" else weights, dtype, keep_bf16)
 
     @classmethod

@@ -91,6 +91,7 @@ def pack_encoder(
         causal=spec.causal,
         rms_norm=spec.rms_norm,
         embedding_norm=spec.embedding_norm,
+        dropped_id=spec.dropped_id,
     )
     flat = packed.view(-1)
     views = dict(tensors)

@@ -144,6 +144,11 @@ class Reference(Weighted[EncoderSpec]):
         """The sum of the tables, in fp32."""
         spec, tensors = self.spec, self._tensors
         stream = tensors["embeddings.word"][input_ids].float() * spec.embedding_scale
+        if spec.dropped_id >= 0:
+            kept = (input_ids != spec.dropped_id).float()
+            texts = torch.split(kept, cu_seqlens.diff().tolist())
+            share = torch.cat([text / text.mean().clamp_min(0.5 / len(text)) for text in texts])
+            stream = stream * share.unsqueeze(1)
         if spec.absolute_positions:
             rows = []
             for begin, end in itertools.pairwise(cu_seqlens.tolist()):

@@ -21,7 +21,7 @@ __all__ = [
 
 Dtype = Literal["bf16", "fp32", "int8"]
 
-ACTIVATIONS: tuple[str, ...] = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu")
+ACTIVATIONS: tuple[str, ...] = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu", "quick_gelu")
 
 PoolingMode = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 
@@ -86,6 +86,7 @@ class EncoderSpec:
             is summed in fp32.
         head_norms: whether the queries and keys of each head have an RMS norm, before they are rotated.
         post_norms: whether what attention and feed-forward part add has a norm of its own, too.
+        dropped_id: a word that is zero; a text's other words are multiplied by its length over their number. -1: none.
     """
 
     architecture: str
@@ -126,6 +127,7 @@ class EncoderSpec:
     embedding_norm: bool = True
     head_norms: bool = False
     post_norms: bool = False
+    dropped_id: int = -1
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -196,6 +198,8 @@ class EncoderSpec:
                 "EncoderSpec: rms_norm, head_norms, post_norms and embedding_scale need embedding_norm=False, and that "
                 "needs norm_first, norm_first_attention and no embedding_size"
             )
+        if self.dropped_id < -1 or (self.dropped_id >= 0 and self.embedding_norm):
+            raise ValueError(f"EncoderSpec: dropped_id={self.dropped_id}: expected -1, or an id without embedding_norm")
         if self.post_norms and not self.rms_norm:
             raise ValueError("EncoderSpec: post_norms=True needs rms_norm=True")
         if self.position_span and (self.kv_heads, self.size_of_heads * self.num_heads) != (
@@ -374,12 +378,9 @@ def check_dtype(dtype: str) -> Dtype:
     Raises:
         ValueError: it is not.
     """
-    if dtype == "bf16":
-        return "bf16"
-    if dtype == "fp32":
-        return "fp32"
-    if dtype == "int8":
-        return "int8"
+    for known in DTYPES:
+        if dtype == known:
+            return known
     raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(map(repr, DTYPES))}")
 
 

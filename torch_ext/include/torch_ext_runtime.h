@@ -86,6 +86,7 @@ typedef struct txr_projection {
   double eps;                    /* added to variances */
   const txr_tensor* weight;      /* [n, k] */
   const txr_tensor* bias;        /* [n]; NULL: none */
+  const txr_tensor* residual;    /* [rows, n], added; NULL: none */
 } txr_projection;
 
 typedef struct txr_info {

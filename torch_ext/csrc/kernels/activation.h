@@ -14,7 +14,8 @@ namespace torch_ext {
   X(kGeluTanh, "gelu_tanh", gelu_tanh, gelu_tanh) \
   X(kRelu, "relu", relu, relu)                    \
   X(kTanh, "tanh", tanh_approx, tanh_approx)      \
-  X(kSilu, "silu", silu, silu)
+  X(kSilu, "silu", silu, silu)                    \
+  X(kQuickGelu, "quick_gelu", quick_gelu, quick_gelu)
 
 #define TORCH_EXT_ENUMERATOR(enumerator, name, f32, bf16) enumerator,
 enum class Activation : uint8_t { TORCH_EXT_ACTIVATIONS(TORCH_EXT_ENUMERATOR) };

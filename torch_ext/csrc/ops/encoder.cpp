@@ -94,7 +94,8 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
                     int64_t max_positions, int64_t position_offset, int64_t padding_id, int64_t window,
                     int64_t global_every, bool norm_first, bool gated_ffn, int64_t position_span,
                     int64_t position_reach, int64_t num_kv_heads, int64_t head_size, int64_t global_first,
-                    double attention_scale, double embedding_scale, bool causal, bool rms_norm, bool embedding_norm) {
+                    double attention_scale, double embedding_scale, bool causal, bool rms_norm, bool embedding_norm,
+                    int64_t dropped_id) {
   const char* const op = "pack_encoder";
   constexpr int64_t kLargest = int64_t{1} << 30;
   for (const int64_t x : {hidden_size, num_layers, num_heads, intermediate_size, max_positions, global_every,
@@ -106,6 +107,8 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   STD_TORCH_CHECK(padding_id >= -1 && padding_id < kLargest && (padding_id < 0 || position_offset >= 1), op,
                   ": expected padding_id -1, or an id and position_offset of at least 1, got ", padding_id, " and ",
                   position_offset);
+  STD_TORCH_CHECK(dropped_id >= -1 && dropped_id < kLargest, op, ": expected dropped_id of at least -1, got ",
+                  dropped_id);
   STD_TORCH_CHECK(position_span >= 0 && position_span < kLargest && position_reach >= 0 && position_reach < kLargest,
                   op, ": expected position_span and position_reach of at least 0, got ", position_span, " and ",
                   position_reach);
@@ -166,6 +169,7 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   h.causal = causal;
   h.rms_norm = rms_norm;
   h.embedding_norm = embedding_norm;
+  h.dropped_word = static_cast<uint32_t>(dropped_id + 1);
 
   const int64_t row_bytes = (static_cast<int64_t>(layout.bytes) + hidden_size - 1) / hidden_size;
   const Tensor packed = new_tensor(word, {hidden_size, row_bytes}, ScalarType::Byte);

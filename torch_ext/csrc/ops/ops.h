@@ -50,7 +50,8 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
                     int64_t max_positions, int64_t position_offset, int64_t padding_id, int64_t window,
                     int64_t global_every, bool norm_first, bool gated_ffn, int64_t position_span,
                     int64_t position_reach, int64_t num_kv_heads, int64_t head_size, int64_t global_first,
-                    double attention_scale, double embedding_scale, bool causal, bool rms_norm, bool embedding_norm);
+                    double attention_scale, double embedding_scale, bool causal, bool rms_norm, bool embedding_norm,
+                    int64_t dropped_id);
 /// Where the sections of a packed encoder are: i64 [sections, 2], offset and bytes.
 Tensor encoder_sections(const Tensor& packed);
 Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,

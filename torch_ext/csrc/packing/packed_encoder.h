@@ -72,15 +72,17 @@ struct EncoderHeader {
   uint8_t causal, rms_norm;  ///< norms are RMS norms, which have no bias
   uint8_t embedding_norm;    ///< 0: none, and residuals are summed in fp32
   uint8_t reserved[1];
+  uint32_t dropped_word;  ///< 1 + the id of words that are zero, and whose share the others make up for; 0: none
+  uint32_t reserved_too;
   uint64_t checksum;  ///< of what comes before it, and of the table of sections
 };
-static_assert(sizeof(EncoderHeader) == 128);
+static_assert(sizeof(EncoderHeader) == 136);
 
 struct Section {
   uint64_t offset, bytes;
 };
 
 constexpr char kEncoderMagic[8] = {'T', 'X', 'E', 'N', 'C', 'O', 'D', 'R'};
-constexpr uint32_t kEncoderVersion = 4;
+constexpr uint32_t kEncoderVersion = 5;
 
 }  // namespace torch_ext

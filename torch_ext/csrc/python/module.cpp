@@ -738,6 +738,7 @@ PyObject* module_project_rows(PyObject*, PyObject* args) {
      : name == "norm.weight" ? projection.norm_weight
      : name == "norm.bias"   ? projection.norm_bias
      : name == "bias"        ? projection.bias
+     : name == "residual"    ? projection.residual
                              : projection.weight) = &tensor;
   }
   if (!projection.table || !projection.weight || projection.table->dimensions != 2 ||
@@ -841,7 +842,7 @@ PyMethodDef module_methods[] = {
     {"open_image", module_open_image, METH_VARARGS, "open_image(path or descriptor, options) -> Encoder."},
     {"pack", module_pack, METH_VARARGS, "pack(name, encoder_json, head_json, tensors, options) -> Encoder."},
     {"project_rows", module_project_rows, METH_VARARGS,
-     "project_rows(tensors named table, weight, bias, norm.weight, norm.bias; eps) -> fp32 [rows, outputs]."},
+     "project_rows(tensors named table, weight, bias, residual, norm.weight, norm.bias; eps) -> fp32 [rows, outputs]."},
     {"isa_report", module_isa_report, METH_NOARGS, "JSON."},
     {"json_row", module_json_row, METH_O, "json_row(fp32 [n]) -> JSON as bytes."},
     {"finite_rows", module_finite_rows, METH_O, "finite_rows(fp32 [rows, columns]) -> bytes [rows] of 0 and 1."},

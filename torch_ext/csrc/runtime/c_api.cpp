@@ -185,6 +185,7 @@ txr_status txr_project_rows(const txr_projection* projection, float* out, size_t
     const uint64_t rows = p.table->shape[0], k = p.table->shape[1], n = p.weight->shape[0];
     const std::vector<float> norm_weight = floats(p.norm_weight, {k}), norm_bias = floats(p.norm_bias, {k});
     const std::vector<float> bias = floats(p.bias, {n});
+    const std::vector<float> residual = floats(p.residual, {rows, n});
     expect_room(out, count, static_cast<size_t>(rows), static_cast<size_t>(n));
     const torch_ext::Projection whole = {.rows = static_cast<size_t>(rows),
                                          .k = static_cast<size_t>(k),
@@ -194,7 +195,8 @@ txr_status txr_project_rows(const txr_projection* projection, float* out, size_t
                                          .norm_bias = p.norm_bias ? norm_bias.data() : nullptr,
                                          .eps = static_cast<float>(p.eps),
                                          .weight = weight.data(),
-                                         .bias = p.bias ? bias.data() : nullptr};
+                                         .bias = p.bias ? bias.data() : nullptr,
+                                         .residual = p.residual ? residual.data() : nullptr};
     torch_ext::project_rows(torch_ext::dispatch(), whole, out);
   });
 }

@@ -327,6 +327,7 @@ EncoderHeader encoder_header(const EncoderSpec& s, DType type) {
   h.causal = s.causal;
   h.rms_norm = s.rms_norm;
   h.embedding_norm = s.embedding_norm;
+  h.dropped_word = static_cast<uint32_t>(s.dropped_id + 1);
   return h;
 }
 

@@ -57,6 +57,7 @@ constexpr Field<EncoderSpec> kEncoderFields[] = {
     {"embedding_norm", &EncoderSpec::embedding_norm},
     {"head_norms", &EncoderSpec::head_norms},
     {"post_norms", &EncoderSpec::post_norms},
+    {"dropped_id", &EncoderSpec::dropped_id},
 };
 
 constexpr Field<HeadSpec> kHeadFields[] = {
@@ -187,6 +188,8 @@ EncoderSpec parse_encoder_spec(std::string_view json) {
                           : s.norm_first && s.norm_first_attention && s.embedding_size == 0,
          "rms_norm, head_norms, post_norms and embedding_scale need embedding_norm=False, and that needs norm_first, "
          "norm_first_attention and no embedding_size");
+  expect(s.dropped_id >= -1 && s.dropped_id < int64_t{1} << 30 && (s.dropped_id < 0 || !s.embedding_norm),
+         "expected dropped_id -1, or an id and embedding_norm=False, got ", s.dropped_id);
   expect(s.rms_norm || !s.post_norms, "post_norms=True needs rms_norm=True");
   expect(s.position_span == 0 || (s.kv_heads() == s.num_heads && s.size_of_heads() * s.num_heads == s.hidden_size),
          "expected as many heads of keys as of queries, which are as wide as the encoder, with a position_span");

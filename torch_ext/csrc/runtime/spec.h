@@ -24,7 +24,7 @@ struct EncoderSpec {
   double rotary_theta = 0.0, rotary_theta_local = 0.0;
   int64_t window = 0, global_every = 1;
   bool norm_first = false, norm_first_attention = true, gated_ffn = false;
-  int64_t padding_id = -1;
+  int64_t padding_id = -1, dropped_id = -1;
   int64_t position_span = 0, position_reach = 0;
   int64_t num_kv_heads = 0, head_size = 0, global_first = 0;
   double attention_scale = 0.0, embedding_scale = 1.0, rotary_factor = 1.0;

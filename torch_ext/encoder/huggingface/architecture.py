@@ -18,6 +18,7 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "tanh": "tanh",
+    "quick_gelu": "quick_gelu",
 }
 
 # What configurations call the fields of a specification, unless an architecture says otherwise.
@@ -69,17 +70,17 @@ class Architecture:
             None: there is none. The projection is there only where the tables have another width.
         optional_biases: whether biases may be absent; they are taken for zero.
         fields: what the configuration calls fields of the specification, where it differs from BERT's. A number
-            instead of a name is the value itself.
+            instead of a name is the value itself, and so is the name of an activation.
         defaults: values of the configuration that a ``config.json`` may leave out.
         older: names of fields in a ``config.json`` of the model's own code, and what they are called now.
         padding_index: of models that count positions over tokens other than padding: the id of padding, and the row
             of the position table that it takes; the first token takes the next one. None: all tokens are counted, from
             row 0.
         more: further fields of the specification.
-        options: options that must have one value, further to those of all architectures.
+        options: options that must have one value, or one of several, further to those of all architectures.
         other_names: the same architecture with other names of weights.
         variant: fields of this row that depend on the configuration.
-        spare: weights that may be there, and are not needed.
+        spare: weights that may be there, and are not needed: names, or ``fnmatch`` patterns.
         by_head: whether the one matrix of ``qkv`` has query, key and value of the first head, then those of the next.
         qkv_biases: names of biases of query, key and value that are not beside their weights; None: there is none.
         relative_table, relative_norm: vectors of relative positions, and the norm that they go through; None: none.
@@ -89,6 +90,8 @@ class Architecture:
         norm_shift: is added to the weights of all norms.
         gate_last: whether the half of ``up`` with the activation is the second one.
         read: values that transformers changes or adds when it reads a ``config.json``.
+        head_classes: tasks of heads by the names of classes, further to those of all architectures.
+        beside: how names of weights begin that belong to other parts of a model, such as the images' encoder.
     """
 
     base: str
@@ -132,6 +135,8 @@ class Architecture:
     norm_shift: float = 0.0
     gate_last: bool = False
     read: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
+    head_classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
     def of(self, config: Any) -> Architecture:
         """This row for a configuration."""
@@ -165,7 +170,8 @@ class Architecture:
 
     def activation(self, config: Any) -> str:
         """The activation of the feed-forward part, as a specification names it."""
-        return activation(get(config, str(self.fields.get("activation", _FIELDS["activation"]))))
+        name = str(self.fields.get("activation", _FIELDS["activation"]))
+        return activation(name if name in _ACTIVATIONS else get(config, name))
 
 
 def get(config: Any, name: str) -> Any:

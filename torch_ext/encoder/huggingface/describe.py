@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch_ext.encoder.huggingface.architecture import Architecture, HeadNames, activation, get
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
+from torch_ext.patterns import matches
 
 __all__ = ["Plan", "Projected", "Rows", "Shapes", "Shifted", "describe_encoder", "describe_head", "head_layers"]
 
@@ -218,8 +219,8 @@ def describe_encoder(
         source.norm(f"{to}.ffn.norm", f"{prefix}.{names.ffn_norm}", spec.rms_norm, names.norm_shift)
     if names.final_norm is not None:
         source.norm("final_norm", names.final_norm, spec.rms_norm, names.norm_shift)
-    spare = {*_BUFFERS, *names.spare, *foreign, *(name for name in shapes if name.startswith(_POOLER))}
-    left = sorted(shapes.keys() - source.taken - spare)
+    spare = {*_BUFFERS, *foreign, *(name for name in shapes if name.startswith((_POOLER, *names.beside)))}
+    left = sorted(name for name in shapes.keys() - source.taken - spare if not matches(name, names.spare))
     if left:
         raise ValueError(
             f"{owner} has weights that a plain {config.model_type} encoder has not (adapters?): "

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from torch_ext.encoder.huggingface.adapters import merge
 from torch_ext.encoder.huggingface.architecture import Architecture
 from torch_ext.encoder.huggingface.describe import (
     Plan,
@@ -21,7 +22,7 @@ from torch_ext.encoder.huggingface.describe import (
 )
 from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import StoredTensor, find_weights, map_weights
-from torch_ext.encoder.huggingface.table import HEAD_CLASSES, find_architecture
+from torch_ext.encoder.huggingface.table import HEAD_CLASSES, find_architecture, text_values
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
 
 __all__ = ["AUTO", "FolderModel", "head_task", "read_config", "read_folder"]
@@ -77,7 +78,7 @@ def head_task(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_folder(folder: str | os.PathLike[str], head: str | None = AUTO) -> FolderModel:
+def read_folder(folder: str | os.PathLike[str], head: str | None = AUTO, adapter: str | None = None) -> FolderModel:
     """Reads a folder, and checks all that its files say before a weight is packed.
 
     Args:
@@ -85,6 +86,7 @@ def read_folder(folder: str | os.PathLike[str], head: str | None = AUTO) -> Fold
             bf16, with the prefix of the architecture (``bert.``) or without.
         head: ``auto``; the task of a head that has to be there: ``text-classification``, ``token-classification``,
             ``question-answering`` or ``fill-mask``; or None: no head.
+        adapter: of a model with LoRA adapters (Jina v3), the one that is merged into the weights; None: none of them.
 
     Raises:
         FileNotFoundError: there is no such folder, no configuration, no weights, or not all files of them.
@@ -93,10 +95,11 @@ def read_folder(folder: str | os.PathLike[str], head: str | None = AUTO) -> Fold
         OSError: a file cannot be read.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = text_values(read_config(folder))
     path = find_weights(folder)
     stored = map_weights(path)
     try:
+        stored = merge(SimpleNamespace(**config), stored, adapter)
         model = _read(config, {_newer_name(name, stored): tensor for name, tensor in stored.items()}, head)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -132,7 +135,7 @@ def _read(config: dict[str, Any], stored: Mapping[str, StoredTensor], head: str 
     weights = {**{f"{base}{name}": tensor for name, tensor in inner.items()}, **outer}
     names = architecture.heads[task]
     layers = head_layers(names, architecture.base)
-    own = {name for part, name in layers.items() if not name.startswith(base)}
+    own = {name for part, name in layers.items() if not name.startswith(base)} or set(layers.values())
     if names.bias is not None and f"{names.out}.bias" not in weights and names.bias in weights:
         weights[f"{names.out}.bias"] = weights[names.bias]
     if head == AUTO and not any(f"{name}.{kind}" in weights for name in own for kind in ("weight", "bias")):
@@ -161,7 +164,9 @@ def _wanted(config: Mapping[str, Any], architecture: Architecture, head: str | N
     if head is None:
         return None
     if head == AUTO:
-        task = head_task(config)
+        classes = config.get("architectures")
+        named = (architecture.head_classes.get(str(name)) for name in (classes if isinstance(classes, list) else ()))
+        task = next(filter(None, named), None) or head_task(config)
         return task if task in architecture.heads else None
     if head not in architecture.heads:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_ext.encoder.huggingface.adapters import find_adapted, number_of
 from torch_ext.encoder.huggingface.architecture import Architecture
 from torch_ext.encoder.huggingface.describe import (
     Part,
@@ -27,7 +28,7 @@ from torch_ext.encoder.huggingface.describe import (
 from torch_ext.encoder.huggingface.folder import AUTO, FolderModel, read_folder
 from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import StoredTensor
-from torch_ext.encoder.huggingface.table import ARCHITECTURES, HEAD_CLASSES, find_architecture
+from torch_ext.encoder.huggingface.table import ARCHITECTURES, HEAD_CLASSES, find_architecture, text_config
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
 
 __all__ = ["encoder_in_folder", "head_in_folder", "read_encoder", "read_head"]
@@ -41,7 +42,8 @@ def _read_config(model: nn.Module) -> tuple[Any, Architecture]:
         raise TypeError(
             f"expected a Hugging Face model (an nn.Module with config.model_type), got {type(model).__name__}"
         )
-    return config, find_architecture(config)
+    own = text_config(config)
+    return own, find_architecture(own)
 
 
 def _gather(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,8 +79,27 @@ def _as_stored(tensor: Tensor) -> StoredTensor:
     return StoredTensor("F32", tuple(tensor.shape), memoryview(bytes(data)))
 
 
-def read_encoder(model: nn.Module) -> tuple[EncoderSpec, dict[str, Tensor]]:
+def _own_weights(model: nn.Module, config: Any, adapter: str | None) -> dict[str, Tensor]:
+    """The weights of a model, under the names that they have without adapters, one of which is merged into them."""
+    weights: dict[str, Tensor] = dict(model.state_dict())
+    adapted = find_adapted(weights)
+    index = number_of(config, adapter, bool(adapted))
+    for name, parts in adapted.items():
+        original, a, b = (weights.pop(part) for part in parts)
+        weights[name] = original
+        if index is not None:
+            a, b = a[index].float(), b[index].float()
+            first, second = (b, a) if b.shape[0] == original.shape[0] and a.shape[1] == original.shape[1] else (a, b)
+            weights[name] = original.float() + first @ second * (config.lora_alpha / first.shape[1])
+    return weights
+
+
+def read_encoder(model: nn.Module, adapter: str | None = None) -> tuple[EncoderSpec, dict[str, Tensor]]:
     """The specification and weights of a model's encoder.
+
+    Args:
+        model: of the transformers package.
+        adapter: of a model with LoRA adapters, the one that is merged into the weights; None: none of them.
 
     Raises:
         TypeError: ``model`` has no transformers configuration.
@@ -86,7 +107,9 @@ def read_encoder(model: nn.Module) -> tuple[EncoderSpec, dict[str, Tensor]]:
     """
     config, architecture = _read_config(model)
     base = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)
-    weights: dict[str, Tensor] = dict(base.state_dict())
+    if architecture.beside:
+        base = getattr(base, architecture.base, base)
+    weights = _own_weights(base, config, adapter)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     spec, plan = describe_encoder(config, architecture.named_as(weights), shapes, type(model).__name__)
     return spec, _gather(plan, weights)
@@ -102,9 +125,16 @@ def read_head(model: nn.Module) -> tuple[HeadSpec, dict[str, Tensor]]:
     config, architecture = _read_config(model)
     # The class tells heads apart whose weights have the same names: those for texts and for tokens, say.
     ends = (suffix for base in type(model).__mro__ for suffix in HEAD_CLASSES if base.__name__.endswith(suffix))
-    task = HEAD_CLASSES.get(next(ends, ""), "")
+    task = architecture.head_classes.get(type(model).__name__) or HEAD_CLASSES.get(next(ends, ""), "")
     weights: dict[str, Tensor] = dict(model.state_dict())
     base = str(getattr(model, "base_model_prefix", ""))
+    if architecture.beside:
+        base, inner = architecture.base, hasattr(model, architecture.base)
+        weights = weights if inner else {f"{base}.{name}": tensor for name, tensor in weights.items()}
+    if task in architecture.heads:
+        names = architecture.heads[task]
+        if names.bias in weights:
+            weights.setdefault(f"{names.out}.bias", weights[names.bias])
     if not _has_head(architecture, task, weights, base):
         raise ValueError(
             f"{type(model).__name__} has no supported head; supported: "
@@ -123,13 +153,16 @@ def _has_head(architecture: Architecture, task: str, weights: Mapping[str, Tenso
     layers = head_layers(names, base).values()
     known = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
     needed = {f"{name}.weight" for name in layers} if architecture.optional_biases else known
-    others = (name for name in weights if not name.startswith(f"{base}.") and name not in known)
+    inner = (f"{base}.", *architecture.beside)
+    others = (name for name in weights if not name.startswith(inner) and name not in known)
     return needed <= weights.keys() and all(name == names.bias for name in others)
 
 
-def encoder_in_folder(folder: str | os.PathLike[str]) -> tuple[EncoderSpec, dict[str, Tensor]]:
+def encoder_in_folder(
+    folder: str | os.PathLike[str], adapter: str | None = None
+) -> tuple[EncoderSpec, dict[str, Tensor]]:
     """The specification and weights of a folder's encoder; see :func:`read_folder`."""
-    model = read_folder(folder, None)
+    model = read_folder(folder, None, adapter)
     return model.spec, _as_tensors(model, model.spec)
 
 
