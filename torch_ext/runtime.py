@@ -137,6 +137,7 @@ class Encoder:
         head: str | None = "auto",
         *,
         adapter: str | None = None,
+        stages: Sequence[tuple[str | os.PathLike[str], str]] = (),
         threads: int | None = None,
         cpus: Iterable[int] = (),
         pin: bool = False,
@@ -154,6 +155,8 @@ class Encoder:
                 which has to be there; ``"auto"``: the one that ``config.json`` names, if it is there; None: no head.
             adapter: Of a model with LoRA adapters inside (Jina v3), the one that is merged into the weights, such as
                 ``"retrieval.query"``; None: none of them.
+            stages: linear stages behind the pooling, in place of a head: folders of Dense modules of
+                sentence-transformers, each with its activation, ``"none"`` or another of ``ACTIVATIONS``; two at most.
             threads: See :meth:`open`.
             cpus: See :meth:`open`.
             pin: See :meth:`open`.
@@ -172,7 +175,7 @@ class Encoder:
             )
         from torch_ext.encoder.huggingface.folder import read_folder
 
-        model = read_folder(folder, head, adapter)
+        model = read_folder(folder, head, adapter, stages)
         tensors = {name: [Tensor(*part) for part in parts] for name, parts in model.tensors.items()}
         head_spec = None if model.head is None else vars(model.head)
         return cls.pack(

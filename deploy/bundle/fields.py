@@ -187,11 +187,13 @@ class Pooling:
         mode: One of `POOLING_MODES`.
         normalize: Whether embeddings are divided by their L2 norm.
         source: What decided that: a file of the model, an option, or the default.
+        dimensions: Leading dimensions that embeddings keep, before they are normalized; None: all.
     """
 
     mode: str
     normalize: bool
     source: str | None = None
+    dimensions: int | None = None
 
     @classmethod
     def read(cls, reader: Reader) -> Pooling:
@@ -200,7 +202,15 @@ class Pooling:
             reader.choice("mode", POOLING_MODES),
             reader.get("normalize", bool),
             reader.get("source", str, optional=True),
+            None if reader.value.get("dimensions") is None else reader.count("dimensions", 1),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        result = asdict(self)
+        if self.dimensions is None:
+            del result["dimensions"]
+        return result
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ class Manifest:
     @property
     def width(self) -> int:
         """Of embeddings."""
-        return self.dense[-1].outputs if self.dense else self.hidden_size
+        width = self.dense[-1].outputs if self.dense else self.hidden_size
+        kept = None if self.pooling is None else self.pooling.dimensions
+        return width if kept is None else min(width, kept)
 
     def path(self, name: str) -> Path:
         """Path of a file of the bundle; `name` has to be listed in `files`."""
@@ -135,7 +137,7 @@ class Manifest:
             "task": self.task,
             "hidden_size": self.hidden_size,
             "limits": limits,
-            "pooling": None if self.pooling is None else asdict(self.pooling),
+            "pooling": None if self.pooling is None else self.pooling.to_json(),
             "labels": None if self.labels is None else list(self.labels),
             "problem_type": self.problem_type,
             "special_tokens": {

@@ -25,10 +25,12 @@ class Dense:
     Attributes:
         outputs: Width of what it makes.
         activation: One of `DENSE_ACTIVATIONS`.
+        folder: Where its weights are, if they are in the model's folder and not in the bundle; it is not written.
     """
 
     outputs: int
     activation: str
+    folder: str | None = None
 
     @classmethod
     def read(cls, reader: Reader) -> Dense:

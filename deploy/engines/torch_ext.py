@@ -130,7 +130,8 @@ class TorchExtEngine(Engine):
 
 def _open_folder(path: Path, dtype: Any, threads: int, task: Task, shared: bool) -> Encoder:
     head = HEAD_CLASSES[task.architecture] if task.needs.head else None
+    stages = [(stage.folder, stage.activation) for stage in task.model.dense if stage.folder is not None]
     try:
-        return Encoder.from_pretrained(path, dtype, head, threads=threads, shared=shared)
+        return Encoder.from_pretrained(path, dtype, head, stages=stages, threads=threads, shared=shared)
     except (ValueError, FileNotFoundError) as error:
         raise BundleError(str(error)) from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from deploy.bundle import CONFIG_FILE, TASKS, VARIANTS, Manifest, ModelInfo, Variant
+from deploy.bundle import CONFIG_FILE, TASKS, VARIANTS, Dense, Manifest, ModelInfo, Variant
 from deploy.folder.errors import FolderError
 from deploy.folder.hub import find_model
+from deploy.folder.sentence import read_json
 from deploy.folder.source import Source, read_source
 from deploy.folder.tokenizer import read_tokenizer
 from deploy.tasks import TaskError
@@ -13,6 +14,9 @@ __all__ = ["describe_folder"]
 
 _VARIANTS = ("torch_ext-bf16", "torch_ext-fp32")
 """Those that need no measurement and no other library."""
+
+_MOST_STAGES = 2
+"""Linear stages that the head of an encoder holds."""
 
 _HIDDEN_SIZE = ("hidden_size", "dim", "n_embd", "d_model")
 
@@ -40,11 +44,6 @@ def describe_folder(model: str, task: str | None) -> Manifest:
             f"{source.folder / source.weights}: a pickle, which can run code, and is not opened; save the model again "
             "with model.save_pretrained(folder, safe_serialization=True), or python -m deploy export it"
         )
-    if source.dense:
-        raise FolderError(
-            f"{source.folder}: linear stages behind the pooling (Dense) are not served from a folder; python -m deploy "
-            "export it"
-        )
     tokenizer = read_tokenizer(source)
     if TASKS[source.task].needs.mask_token and tokenizer.special["mask"] is None:
         raise FolderError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")
@@ -68,10 +67,27 @@ def describe_folder(model: str, task: str | None) -> Manifest:
         special_tokens=tokenizer.special,
         vocab_size=vocabulary if isinstance(vocabulary, int) else None,
         tokenizer_json=tokenizer.text,
+        dense=_dense(source),
         files={},
         variants={name: _variant(name, source) for name in _VARIANTS},
         **{"labels": None, "problem_type": None, **fields},
     )
+
+
+def _dense(source: Source) -> tuple[Dense, ...]:
+    if len(source.dense) > _MOST_STAGES:
+        raise FolderError(
+            f"{source.folder}: {len(source.dense)} linear stages behind the pooling (Dense) are not served from a "
+            f"folder, {_MOST_STAGES} at most; python -m deploy export it"
+        )
+    stages = []
+    for module in source.dense:
+        path = module.folder / CONFIG_FILE
+        outputs = read_json(path, dict).get("out_features")
+        if not isinstance(outputs, int) or isinstance(outputs, bool) or outputs < 1:
+            raise FolderError(f"{path}: out_features: expected at least 1, got {outputs!r:.80}")
+        stages.append(Dense(outputs, module.activation, str(module.folder)))
+    return tuple(stages)
 
 
 def _variant(name: str, source: Source) -> Variant:

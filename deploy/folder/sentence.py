@@ -90,6 +90,7 @@ class SentenceFiles:
         cross_encoder: Whether they describe one that scores pairs of texts.
         mode: Pooling, or None where nothing is said or it is not supported.
         normalize: Whether embeddings are normalized.
+        dimensions: Leading dimensions that embeddings keep, or None.
         max_tokens: Longest input, or None.
         lowercase: Whether texts are lower-cased.
         prompts: None where there are none.
@@ -105,6 +106,7 @@ class SentenceFiles:
     cross_encoder: bool = False
     mode: str | None = None
     normalize: bool = False
+    dimensions: int | None = None
     max_tokens: int | None = None
     lowercase: bool = False
     prompts: Prompts | None = None
@@ -266,6 +268,12 @@ def _read_settings(root: Path, files: SentenceFiles) -> None:
     value = settings.get("max_seq_length")
     files.max_tokens = value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
     files.lowercase = settings.get("do_lower_case") is True
+    kinds = settings.get("modality_config")
+    if isinstance(kinds, dict) and "message" in kinds:
+        files.problem = files.problem or (
+            f"{files.folder}: texts go through the tokenizer's chat template (modality_config: message), which is not "
+            "supported"
+        )
 
 
 def _read_model_settings(root: Path, files: SentenceFiles) -> None:
@@ -292,11 +300,11 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
         files.problem = files.problem or f"{path}: a {kind!s:.40} makes other embeddings than one per text"
     if isinstance(settings.get("activation_fn"), str):
         files.activation = settings["activation_fn"]
-    if files.embeds and settings.get("truncate_dim") is not None:
-        files.problem = files.problem or (
-            f"{path}: embeddings are cut to {settings['truncate_dim']} dimensions (truncate_dim), which is not "
-            "supported"
-        )
+    kept = settings.get("truncate_dim")
+    if files.embeds and kept is not None:
+        if not isinstance(kept, int) or isinstance(kept, bool) or kept < 1:
+            raise FolderError(f"{path}: truncate_dim: expected at least 1, got {kept!r:.80}")
+        files.dimensions = kept
     declared = settings.get("prompts") or {}
     if not isinstance(declared, dict) or not all(isinstance(text, str | None) for text in declared.values()):
         raise FolderError(f"{path}: prompts: expected an object of strings, got {declared!r:.80}")

@@ -40,6 +40,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "sentencepiece.bpe.model",
     "spiece.model",
+    "spm.model",
     "tokenizer.model",
 )
 
@@ -207,11 +208,13 @@ def _infer_task(config: Mapping[str, Any], sentence: SentenceFiles, where: Path)
     if sentence.embeds:
         return _EMBEDS, sentence.where
     architectures = config.get("architectures") or []
+    if not architectures:
+        return _EMBEDS, "no architecture named"  # As sentence-transformers reads it.
     for architecture in architectures:
         for suffix, task in _TASK_OF_SUFFIX.items():
             if str(architecture).endswith(suffix):
                 return task, str(architecture)
-    named = ", ".join(map(str, architectures)) or "no architecture"
+    named = ", ".join(map(str, architectures))
     raise FolderError(f"{where}: cannot tell the task from {named}; pass --task {'|'.join(TASKS)}")
 
 
@@ -242,7 +245,10 @@ def _choose_pooling(sentence: SentenceFiles, mode: str | None, normalize: bool |
     if normalize is not None:
         source += " and --normalize" if normalize else " and --no-normalize"
     return Pooling(
-        mode or sentence.mode or "mean", sentence.normalize if normalize is None else normalize, source
+        mode or sentence.mode or "mean",
+        sentence.normalize if normalize is None else normalize,
+        source,
+        sentence.dimensions,
     ), note
 
 

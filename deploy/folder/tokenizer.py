@@ -5,6 +5,7 @@
 | `tokenizer.json` | the tokenizer |
 | `tokenizer_config.json` | what transformers changes in it: lower case, accents, a space in front, more tokens |
 | `special_tokens_map.json` | special tokens, in older folders |
+| `vocab.txt`, `vocab.json`, `merges.txt` | the tokenizer, where there is no `tokenizer.json`; see `slow.py` |
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from deploy.bundle import TOKENIZER_FILE, TRUNCATION_SIDES, SpecialToken
 from deploy.folder.errors import FolderError
 from deploy.folder.sentence import read_json
+from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
 
 __all__ = ["FolderTokenizer", "read_tokenizer"]
@@ -106,14 +108,9 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     Raises:
         FolderError: There is no `tokenizer.json`, a file is damaged, or the tokenizer does not belong to the model.
     """
-    path = source.folder / TOKENIZER_FILE
-    if not path.is_file():
-        raise FolderError(
-            f"{source.folder}: no {TOKENIZER_FILE}, only files of a slow tokenizer, which takes transformers: save a "
-            "fast one there with AutoTokenizer.from_pretrained(...).save_pretrained, or export the model"
-        )
-    tokenizer, settings = read_json(path, dict), _optional(source, _SETTINGS_FILE)
-    kind = _kind(source, settings)
+    settings = _optional(source, _SETTINGS_FILE)
+    name, kind = _kind(source, settings)
+    tokenizer = _tokenizer(source, settings, name, kind)
     _add_tokens(tokenizer, settings)
     _normalize(tokenizer, settings, kind, source.lowercase)
     ids = dict(_vocabulary(tokenizer))
@@ -147,11 +144,38 @@ def _optional(source: Source, name: str) -> dict[str, Any]:
     return dict(read_json(path, dict)) if path.is_file() else {}
 
 
-def _kind(source: Source, settings: Mapping[str, Any]) -> _Kind:
+def _kind(source: Source, settings: Mapping[str, Any]) -> tuple[str, _Kind]:
     named = settings.get("tokenizer_class") or source.config.get("tokenizer_class")
-    if not isinstance(named, str):
-        return _KINDS.get(_KIND_OF_MODEL.get(source.model_type, ""), _ANY)
-    return _KINDS.get(named.removesuffix("Fast").removesuffix("Tokenizer"), _ANY)
+    name = (
+        named.removesuffix("Fast").removesuffix("Tokenizer")
+        if isinstance(named, str)
+        else _KIND_OF_MODEL.get(source.model_type, "")
+    )
+    return name, _KINDS.get(name, _ANY)
+
+
+def _tokenizer(source: Source, settings: Mapping[str, Any], name: str, kind: _Kind) -> dict[str, Any]:
+    """What `tokenizer.json` says, or would say."""
+    path = source.folder / TOKENIZER_FILE
+    if path.is_file():
+        return dict(read_json(path, dict))
+    older = _optional(source, _SPECIAL_FILE)
+    tokens = {key: _given(key, settings, older, kind) or usual for key, usual in kind.special.items()}
+    made = made_of_slow_files(source.folder, name, tokens, settings)
+    if made is None:
+        raise FolderError(
+            f"{source.folder}: no {TOKENIZER_FILE}, only files of a slow tokenizer, which takes transformers: save a "
+            "fast one there with AutoTokenizer.from_pretrained(...).save_pretrained, or export the model"
+        )
+    return made
+
+
+def _given(name: str, settings: Mapping[str, Any], older: Mapping[str, Any], kind: _Kind) -> str | None:
+    """A special token by its name."""
+    key = f"{name}_token"
+    given = settings.get(key) if key in settings else older.get(key, kind.special.get(name))
+    token = given.get("content") if isinstance(given, dict) else given
+    return token if isinstance(token, str) else None
 
 
 def _add_tokens(tokenizer: dict[str, Any], settings: Mapping[str, Any]) -> None:
@@ -205,10 +229,8 @@ def _special_tokens(
     older = _optional(source, _SPECIAL_FILE)
     special: dict[str, SpecialToken | None] = {}
     for name in ("pad", "mask", "cls", "sep", "unk"):
-        key = f"{name}_token"
-        given = settings.get(key) if key in settings else older.get(key, kind.special.get(name))
-        token = given.get("content") if isinstance(given, dict) else given
-        special[name] = SpecialToken(ids[token], token) if isinstance(token, str) and token in ids else None
+        token = _given(name, settings, older, kind)
+        special[name] = SpecialToken(ids[token], token) if token is not None and token in ids else None
     if special["pad"] is None:
         declared = source.config.get("pad_token_id")
         token = next((token for token, number in ids.items() if number == declared), None)

@@ -66,7 +66,7 @@ class FeatureExtraction(Task):
             if isinstance(kind, TokenVectorOptions):
                 rows, finite = zip(*states.token_vectors(), strict=True)
             else:
-                pooled = states.pooled(self._pooling.mode, kind.normalize, kind.dimensions)
+                pooled = states.pooled(self._pooling.mode, kind.normalize, kind.dimensions or self._pooling.dimensions)
                 rows, finite = pooled, pooled.finite
             for index, option in enumerate(options):
                 if option == kind:

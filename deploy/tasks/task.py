@@ -68,10 +68,16 @@ class _Pooling(Protocol):
     @property
     def normalize(self) -> bool: ...
 
+    @property
+    def dimensions(self) -> int | None: ...
+
 
 class _Dense(Protocol):
     @property
     def activation(self) -> str: ...
+
+    @property
+    def folder(self) -> str | None: ...
 
 
 class _Sparse(Protocol):

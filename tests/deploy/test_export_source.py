@@ -117,7 +117,7 @@ def test_pooling_of_models_without_the_files_is_stated(tmp_path: Path) -> None:
             {"pooling": {}, "prompts": {"model_type": "MultiVectorEncoder"}},
             "a MultiVectorEncoder makes other embeddings",
         ),
-        ({"pooling": {}, "prompts": {"truncate_dim": 64}}, r"cut to 64 dimensions \(truncate_dim\), which is not"),
+        ({"pooling": {}, "settings": {"modality_config": {"message": {}}}}, "texts go through the tokenizer's chat"),
     ],
 )
 def test_what_would_give_other_embeddings_is_refused(tmp_path: Path, files: dict[str, Any], message: str) -> None:
@@ -192,7 +192,22 @@ def test_sentence_files_decide_before_the_architecture(tmp_path: Path) -> None:
     assert read(folder).task == "feature-extraction"
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["BertForMultipleChoice"], ["BertForPreTraining"]])
+@pytest.mark.parametrize("architectures", [None, []])
+def test_a_model_that_names_no_architecture_makes_embeddings(tmp_path: Path, architectures: Any) -> None:
+    source = read(write(tmp_path, config={**CONFIG, "architectures": architectures}))
+    assert (source.task, source.task_source) == ("feature-extraction", "no architecture named")
+    assert source.pooling == Pooling("mean", False, "default")
+
+
+def test_embeddings_that_are_cut(tmp_path: Path) -> None:
+    source = read(write(tmp_path, pooling={}, prompts={"truncate_dim": 64}))
+    assert source.pooling == Pooling("mean", False, "1_Pooling/config.json", 64)
+    for wrong in (0, True, "64"):
+        with pytest.raises(FolderError, match="truncate_dim: expected at least 1, got"):
+            read(write(tmp_path, pooling={}, prompts={"truncate_dim": wrong}))
+
+
+@pytest.mark.parametrize("architectures", [["BertForMultipleChoice"], ["BertForPreTraining"]])
 def test_task_that_cannot_be_told(tmp_path: Path, architectures: Any) -> None:
     folder = write(tmp_path, config={**CONFIG, "architectures": architectures})
     with pytest.raises(

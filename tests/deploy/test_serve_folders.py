@@ -27,6 +27,7 @@ from tests.deploy.conftest import SUFFIXES
 from tests.deploy.test_folders import change, save_as_transformers_5
 from tests.deploy.test_server_bundles import fails, serving
 from tests.ops.test_folders import NOMIC_CONFIGS, nomic_weights
+from torch_ext.encoder.huggingface.folder import read_folder
 from torch_ext.encoder.huggingface.table import ARCHITECTURES, find_architecture
 
 TEXTS = [
@@ -37,6 +38,7 @@ TEXTS = [
 ]
 
 ModelMaker = Callable[..., Path]
+WEIGHTS = "model.safetensors"
 
 
 def transformers_ids(folder: Path, **options: Any) -> list[list[int]]:
@@ -105,6 +107,76 @@ def test_the_tokenizer_is_that_of_transformers(model_type: str, tiny_model: Mode
         manifest = describe_folder(str(folder), None)
         assert served_ids(manifest) == transformers_ids(folder, max_length=manifest.max_tokens), settings
         assert manifest.max_tokens == (9 if settings and "model_max_length" in settings else manifest.max_tokens)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("settings", [{}, {"do_lower_case": False, "add_prefix_space": True}])
+def test_a_slow_tokenizer_is_that_of_transformers(
+    model_type: str, settings: dict[str, bool], tiny_model: ModelMaker, tmp_path: Path
+) -> None:
+    """Without `tokenizer.json`: `vocab.txt`, or `vocab.json` and `merges.txt`, and whatever settings there are."""
+    folder = shutil.copytree(tiny_model(model_type, vocab_size=600), tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    change(folder / "tokenizer_config.json", **settings)
+    manifest = describe_folder(str(folder), None)
+    assert served_ids(manifest) == transformers_ids(folder, max_length=manifest.max_tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    pair = TextTokenizer.from_manifest(manifest).backend.encode(TEXTS[0], TEXTS[1])
+    expected = theirs(TEXTS[0], TEXTS[1])
+    assert pair.ids == list(expected["input_ids"])
+    if manifest.token_types:
+        assert pair.type_ids == list(expected["token_type_ids"])
+    if not settings:
+        (folder / "tokenizer_config.json").unlink()
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+        assert served_ids(describe_folder(str(folder), None)) == served_ids(manifest)
+
+
+@pytest.mark.parametrize(
+    ("stages", "kept"),
+    [([("Tanh", 32, True)], None), ([("Identity", 96, False), ("Identity", 48, True)], None), ([], 16)],
+)
+def test_what_comes_after_the_pooling(
+    stages: list[tuple[str, int, bool]], kept: int | None, tiny_model: ModelMaker, tmp_path: Path
+) -> None:
+    """Dense modules, and embeddings that are cut, beside the same in torch."""
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    manifest = describe_folder(str(folder), None)
+    expected = torch.tensor(answers(manifest, manifest.variant("torch_ext-fp32"), exact=True))
+    modules = [{"path": "", "type": "Transformer"}, {"path": "1_Pooling", "type": "Pooling"}]
+    change(folder / "1_Pooling" / "config.json", pooling_mode="mean")
+    for place, (activation, outputs, bias) in enumerate(stages):
+        name = f"{place + 2}_Dense"
+        modules.append({"path": name, "type": "Dense"})
+        torch.manual_seed(place)
+        linear = torch.nn.Linear(expected.shape[1], outputs, bias)
+        expected = getattr(torch.nn, activation)()(linear(expected)).detach()
+        kind = f"torch.nn.modules.{'linear' if activation == 'Identity' else 'activation'}.{activation}"
+        change(folder / name / "config.json", out_features=outputs, activation_function=kind)
+        save_file({f"linear.{key}": value for key, value in linear.state_dict().items()}, folder / name / WEIGHTS)
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    change(folder / "config_sentence_transformers.json", truncate_dim=kept)
+    manifest = describe_folder(str(folder), None)
+    assert manifest.width == (stages[-1][1] if kept is None else kept)
+    found = answers(manifest, manifest.variant("torch_ext-fp32"), exact=True)
+    torch.testing.assert_close(torch.tensor(found), expected[:, :kept], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_linear_stages_are_checked(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    place = tmp_path / "dense"
+    place.mkdir()
+    for weight, message in (
+        (torch.zeros(8, 63), r"expected linear.weight \[outputs, 64\], got \[8, 63\]"),
+        (torch.full((8, 64), torch.nan), "expected finite weights of Dense modules, got NaN or infinity in head.out"),
+    ):
+        save_file({"linear.weight": weight}, place / WEIGHTS)
+        with pytest.raises(ValueError, match=message):
+            read_folder(folder, None, [(place, "tanh")])
+    with pytest.raises(ValueError, match="expected 1 or 2 linear stages behind the pooling, got 3"):
+        read_folder(folder, None, [(place, "tanh")] * 3)
 
 
 def test_files_of_sentence_transformers(tiny_model: ModelMaker, tmp_path: Path) -> None:
@@ -216,8 +288,20 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def with_sentencepiece(folder: Path) -> None:
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).unlink()
+    (folder / "spm.model").write_bytes(b"")
+
+
+def without_separator(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8")
+    (folder / "vocab.txt").write_text(vocabulary.replace("[SEP]", "[sep]"), encoding="utf-8")
+
+
 def with_dense(folder: Path) -> None:
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Dense": "Dense", "4_Dense": "Dense"}
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
     (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
     change(folder / "1_Pooling" / "config.json", pooling_mode="mean")
@@ -226,8 +310,13 @@ def with_dense(folder: Path) -> None:
 WRONG: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
     "no weights": (without("model.safetensors"), None, "no weights"),
     "a pickle": (pickled, None, "pytorch_model.bin: a pickle, which can run code, and is not opened"),
-    "linear stages": (with_dense, None, r"linear stages behind the pooling \(Dense\) are not served from a folder"),
-    "no fast tokenizer": (without("tokenizer.json"), None, "no tokenizer.json, only files of a slow tokenizer"),
+    "linear stages": (with_dense, None, r"3 linear stages behind the pooling \(Dense\) are not served from a folder"),
+    "no fast tokenizer": (with_sentencepiece, None, "no tokenizer.json, only files of a slow tokenizer"),
+    "slow tokenizer without a token": (
+        without_separator,
+        None,
+        r"vocab.txt: expected the special token '\[SEP\]' in the vocabulary",
+    ),
     "tokenizer is no JSON": (
         lambda folder: (folder / "tokenizer.json").write_text("{"),
         None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch_ext.encoder.huggingface.describe import (
 )
 from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import StoredTensor, find_weights, map_weights
+from torch_ext.encoder.huggingface.stages import read_stages
 from torch_ext.encoder.huggingface.table import HEAD_CLASSES, find_architecture, text_values
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
 
@@ -78,7 +79,12 @@ def head_task(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_folder(folder: str | os.PathLike[str], head: str | None = AUTO, adapter: str | None = None) -> FolderModel:
+def read_folder(
+    folder: str | os.PathLike[str],
+    head: str | None = AUTO,
+    adapter: str | None = None,
+    stages: Sequence[tuple[str | os.PathLike[str], str]] = (),
+) -> FolderModel:
     """Reads a folder, and checks all that its files say before a weight is packed.
 
     Args:
@@ -87,6 +93,8 @@ def read_folder(folder: str | os.PathLike[str], head: str | None = AUTO, adapter
         head: ``auto``; the task of a head that has to be there: ``text-classification``, ``token-classification``,
             ``question-answering`` or ``fill-mask``; or None: no head.
         adapter: of a model with LoRA adapters (Jina v3), the one that is merged into the weights; None: none of them.
+        stages: linear stages behind the pooling, which take the place of a head: folders of Dense modules of
+            sentence-transformers, and their activations.
 
     Raises:
         FileNotFoundError: there is no such folder, no configuration, no weights, or not all files of them.
@@ -100,10 +108,21 @@ def read_folder(folder: str | os.PathLike[str], head: str | None = AUTO, adapter
     stored = map_weights(path)
     try:
         stored = merge(SimpleNamespace(**config), stored, adapter)
-        model = _read(config, {_newer_name(name, stored): tensor for name, tensor in stored.items()}, head)
+        model = _read(
+            config,
+            {_newer_name(name, stored): tensor for name, tensor in stored.items()},
+            None if stages else head,
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return model
+    if not stages:
+        return model
+    spec, tensors = read_stages(stages, model.spec.hidden_size)
+    for name, parts in tensors.items():
+        _check(name, parts[0], spec.shapes()[name])
+        if not parts[0].is_finite():
+            raise ValueError(f"{folder}: expected finite weights of Dense modules, got NaN or infinity in {name}")
+    return FolderModel(model.spec, spec, {**model.tensors, **tensors})
 
 
 def _newer_name(name: str, stored: Mapping[str, StoredTensor]) -> str:
