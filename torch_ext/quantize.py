@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_INT8_INPUTS", "check_inputs", "dequantize_weight", "quantize_weight"]
+__all__ = ["MAX_INT8_INPUTS", "check_inputs", "dequantize_weight", "exact_scale", "quantize_weight"]
 
 MAX_INT8_INPUTS = (2**31 - 1) // 127**2
 """The widest input of an int8 layer, K: sums of as many products fit into 32 bits whatever the numbers are."""
@@ -50,13 +50,24 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(largest).all()):
         row = int((~torch.isfinite(largest)).nonzero()[0])
         raise ValueError(f"cannot quantize a weight to int8: row {row} holds a number that is not finite")
-    mantissa, exponent = torch.frexp(largest / 127)
-    scale = torch.ldexp(torch.ceil(mantissa * 2.0**16) / 2.0**16, exponent)
-    # Smaller rows count as zero: the reciprocal of their scale would not be finite.
-    scale = torch.where(largest < 4e-37, 0.0, scale)
+    scale = exact_scale(largest / 127)
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     quantized = (wide * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return quantized, scale
+
+
+def exact_scale(step: Tensor) -> Tensor:
+    """Steps rounded up to 16 significant bits, so that products with numbers of int8 are exact in fp32.
+
+    Args:
+        step: fp32 ``[N]``, not negative.
+
+    Returns:
+        fp32 ``[N]``; 0 for steps so small that their reciprocals would not be finite.
+    """
+    mantissa, exponent = torch.frexp(step)
+    scale = torch.ldexp(torch.ceil(mantissa * 2.0**16) / 2.0**16, exponent)
+    return torch.where(step * 127 < 4e-37, 0.0, scale)
 
 
 def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:

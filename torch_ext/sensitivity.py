@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_ext.encoder import Encoder
+from torch_ext.encoder.calibrate import balanced_weights, calibrated_weights, with_random_texts
 from torch_ext.encoder.huggingface.models import read_encoder
 from torch_ext.encoder.spec import is_matrix, scale_name
 
@@ -252,19 +253,33 @@ class Mixtures:
     The model is quantized once; each mixture only packs what is there.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, texts: tuple[Tensor, Tensor] | None = None) -> None:
         """Take the encoder out of a Hugging Face model.
+
+        Args:
+            model: as for :meth:`torch_ext.Encoder.from_transformers`.
+            texts: ``input_ids``, i64 ``[T]``, and ``cu_seqlens``, i32 ``[B + 1]``, to round the weights for: see
+                :mod:`torch_ext.encoder.calibrate`. A model should not be judged by the same texts. None: each weight is
+                rounded to the nearest step, as :meth:`torch_ext.Encoder.from_transformers` does.
 
         Raises:
             TypeError, ValueError: as for :meth:`torch_ext.Encoder.from_transformers`.
         """
         self.spec, weights = read_encoder(model)
-        balanced = Encoder.balanced(self.spec, weights)
-        whole = Encoder(self.spec, balanced, "int8")
-        self.names = whole.linear_names
-        self._int8 = whole.weights()
-        bf16 = Encoder(self.spec, balanced, "bf16").weights()
-        self._bf16 = {name: tensor for name, tensor in bf16.items() if is_matrix(name)}
+        self.names = tuple(name.removesuffix(".weight") for name in self.spec.shapes() if is_matrix(name))
+        if texts is None:
+            balanced = Encoder.balanced(self.spec, weights)
+            self._int8 = Encoder(self.spec, balanced, "int8").weights()
+        else:
+            texts = with_random_texts(self.spec, *texts)
+            balanced = balanced_weights(self.spec, weights, *texts)
+            self._int8 = calibrated_weights(self.spec, balanced, *texts)
+        # Those that balancing left alone are the model's own, which is in memory anyway.
+        self._wide = {
+            name: tensor if tensor is weights[name] else tensor.bfloat16()
+            for name, tensor in balanced.items()
+            if is_matrix(name)
+        }
 
     def __call__(self, kept: Iterable[str]) -> Encoder:
         """The encoder with the named layers in bf16.
@@ -276,8 +291,8 @@ class Mixtures:
         weights = dict(self._int8)
         for name in names:
             matrix = f"{name}.weight"
-            if matrix in self._bf16:
-                weights[matrix] = self._bf16[matrix]
+            if matrix in self._wide:
+                weights[matrix] = self._wide[matrix]
                 del weights[scale_name(matrix)]
         return Encoder(self.spec, weights, "int8", names)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from deploy.engines.batch import Batch, joined
+from deploy.engines.batch import Batch, Ids, joined
+from deploy.engines.padded import padded
+from deploy.engines.pooling import pool_padded
 from deploy.export.accuracy import Result, Verification
 from deploy.export.errors import ExportError
 from deploy.tasks import Rows
 
 if TYPE_CHECKING:
+    import torch
+
     from torch_ext import Encoder, Head
     from torch_ext.sensitivity import Report, Similarity
 
@@ -39,6 +44,7 @@ def choose_encoder(
     bounds: Mapping[str, float],
     accuracy: float | None,
     linear: Head | None = None,
+    calibration: Sequence[Ids] = (),
 ) -> tuple[Encoder, Head | None, Report]:
     """Quantizes a model as far as its bounds allow.
 
@@ -49,6 +55,7 @@ def choose_encoder(
         accuracy: Mean cosine to fp32 to reach besides: of embeddings, or where the task is another, of the mean of each
             text's hidden states.
         linear: Stages behind the pooling.
+        calibration: Texts to round the weights for; none: each is rounded to the nearest step.
 
     Returns:
         The encoder, the head if the task has one, and what was measured.
@@ -60,7 +67,7 @@ def choose_encoder(
     """
     import torch
 
-    from torch_ext import Encoder, Head, pool
+    from torch_ext import Head, pool
     from torch_ext.sensitivity import AccuracyError, Mixtures, choose_layers, similarity
 
     task, work = verification.task, verification.work
@@ -78,9 +85,8 @@ def choose_encoder(
                 answers += zip(batch.texts, task.answers(states, [task.exact] * len(batch)), strict=True)
         return rows, answers
 
-    # First, and let go of: beside the weights of the mixtures it would be what takes most memory of an export.
-    exact, _ = run(Encoder.from_transformers(model, dtype="fp32"), work)
-    mixtures = Mixtures(model)
+    exact = _exact_rows(model, work, mode, task.pad_id)
+    mixtures = Mixtures(model, _joined(calibration) if calibration else None)
     results: dict[frozenset[str], Result] = {}
 
     def measure(kept: frozenset[str]) -> Similarity:
@@ -99,6 +105,31 @@ def choose_encoder(
             raise BoundMissed(result) from error
         raise ExportError(f"--accuracy {accuracy:g}: torch_ext-int8: {error}") from error
     return mixtures(report.kept), head, report
+
+
+def _exact_rows(model: Any, work: Sequence[Batch], mode: str, pad_id: int) -> list[torch.Tensor]:
+    """A row per text, of the model itself: an encoder in fp32 would be in memory beside it."""
+    import torch
+
+    base = model.base_model
+    names = inspect.signature(base.forward).parameters
+    rows: list[torch.Tensor] = []
+    for batch in work:
+        ids, mask, types = map(torch.from_numpy, padded(batch, pad_id))
+        inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        with torch.inference_mode():
+            hidden = base(**{name: tensor for name, tensor in inputs.items() if name in names})[0]
+        # A copy: some are views of all hidden states.
+        rows.append(torch.from_numpy(pool_padded(hidden.numpy(), mask.sum(1).numpy(), mode)).clone())
+    return rows
+
+
+def _joined(texts: Sequence[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids i64 [tokens], and where each text begins, i32 [texts + 1]."""
+    import torch
+
+    bounds = [0, *accumulate(map(len, texts))]
+    return torch.tensor([token for text in texts for token in text]), torch.tensor(bounds, dtype=torch.int32)
 
 
 class _EncoderStates:

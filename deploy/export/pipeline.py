@@ -16,6 +16,7 @@ from deploy.bundle import CONFIG_FILE, DENSE_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from deploy.engines.batch import Ids, PairIds, batches
 from deploy.engines.open import open_engine
 from deploy.export.accuracy import Result, Verification
+from deploy.export.calibration import CALIBRATION_TOKENS, calibration_texts
 from deploy.export.dense import DenseStage, read_stages, write_stages
 from deploy.export.errors import ExportError
 from deploy.export.evaluation import Evaluation, read_evaluation
@@ -58,6 +59,7 @@ class Export:
         bounds: By variant; after `load`.
         reference_speed: After `reference`.
         stages: Linear stages behind the pooling; after `load`.
+        calibration: Texts that torch_ext-int8 is made for, if it is written; after `load`.
         quantized: What was measured for torch_ext-int8, if it is written; after `write_torch_ext`.
         findings: By variant; after `verify`.
         left_out: Why a variant is not in the bundle, by its name.
@@ -83,6 +85,7 @@ class Export:
     bounds: dict[str, dict[str, float]] = field(default_factory=dict)
     reference_speed: Speed | None = None
     stages: Sequence[DenseStage] = ()
+    calibration: Sequence[Ids] = ()
     quantized: Quantized | None = None
     findings: dict[str, Findings] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -121,6 +124,9 @@ def load(state: Export) -> None:
         task = open_task(state.draft)
         if state.options.eval_file is not None:
             state.evaluation = read_evaluation(state.options.eval_file, state.draft, task, tokens.encode_inputs)
+        if "torch_ext-int8" in state.names:
+            texts = [source.prompt + text for text in calibration_texts(state.texts.texts)]
+            state.calibration = tokens.encode_alone(texts, CALIBRATION_TOKENS)
         try:
             state.ids = task.prepare(ids)
         except TaskError as error:
@@ -166,6 +172,7 @@ def write_torch_ext(state: Export) -> None:
                     state.options.accuracy,
                     state.names,
                     state.stages,
+                    state.calibration,
                 )
                 said.append(str(state.quantized))
             else:

@@ -131,6 +131,13 @@ class Tokens:
             found.append((PairIds(ids, array("q", types)) if isinstance(given, tuple) else ids, encoding.word_ids))
         return found
 
+    def encode_alone(self, texts: Sequence[str], most: int) -> list[Ids]:
+        """At most so many token ids of each text, whatever the task makes of them; without texts that have none."""
+        self._backend.enable_truncation(min(most, self.max_tokens), direction=self.truncation_side)
+        encodings = self._backend.encode_batch(texts)
+        self._backend.no_truncation()
+        return [array("q", encoding.ids) for encoding in encodings if len(encoding.ids)]
+
 
 def _check_vocabulary(source: Source, backend: Any) -> None:
     size = source.config.get("vocab_size")

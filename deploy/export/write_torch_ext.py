@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.bundle import VARIANTS
+from deploy.engines.batch import Ids
 from deploy.export.accuracy import Verification
 from deploy.export.dense import DenseStage, head_of
 from deploy.export.errors import ExportError, first_line
@@ -71,6 +72,7 @@ def write_int8_encoder(
     accuracy: float | None,
     names: Sequence[str],
     stages: Sequence[DenseStage] = (),
+    calibration: Sequence[Ids] = (),
 ) -> Quantized:
     """Writes the int8 variant; layers that it would damage too much stay in bf16, see `int8.choose_encoder`.
 
@@ -83,6 +85,7 @@ def write_int8_encoder(
         accuracy: What `--accuracy` asks for.
         names: All variants that are written.
         stages: Linear stages behind the pooling.
+        calibration: Texts to round the weights for.
 
     Raises:
         ExportError: torch_ext does not run the model, or all layers in bf16 miss a bound.
@@ -91,7 +94,7 @@ def write_int8_encoder(
     with _told_as_export_error(name):
         try:
             linear = head_of(stages, verification.task.model.hidden_size, "int8")
-            encoder, head, report = choose_encoder(model, verification, bounds, accuracy, linear)
+            encoder, head, report = choose_encoder(model, verification, bounds, accuracy, linear, calibration)
         except BoundMissed as missed:
             refuse(name, missed.result, names, " even with all layers in bf16")
             raise AssertionError("a result that missed its bound is refused") from missed

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from deploy.bundle import VARIANTS, Machine, load_manifest
 from deploy.engines.open import load_engine
+from deploy.export.calibration import calibration_texts
 from deploy.export.cli import main
 from deploy.folder import source
 from deploy.machine import cpu_name, machine, usable_cpus
@@ -384,35 +385,39 @@ def test_int8_keeps_sensitive_layers_in_bf16(
     assert not (tmp_path / "most").exists()
 
 
-def test_int8_is_compared_before_its_weights_are_made(
+def test_int8_is_compared_with_the_model_itself_and_made_for_other_texts(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The encoder in fp32 and the weights for int8 are not in memory at once."""
-    made: list[str] = []
-    from_transformers = Encoder.from_transformers
+    """No encoder in fp32 is in memory beside the model, and no text is both learnt from and judged by."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     class Watched(sensitivity.Mixtures):
-        def __init__(self, model: torch.nn.Module) -> None:
-            made.append("mixtures")
-            super().__init__(model)
+        def __init__(self, model: torch.nn.Module, texts: tuple[torch.Tensor, torch.Tensor]) -> None:
+            seen.append(texts)
+            super().__init__(model, texts)
 
-    def watched(model: torch.nn.Module, **options: Any) -> Encoder:
-        made.append(options["dtype"])
-        return from_transformers(model, **options)
+    def refused(*_: Any, **__: Any) -> Encoder:
+        raise AssertionError("a whole encoder beside the model")
 
     monkeypatch.setattr(sensitivity, "Mixtures", Watched)
-    monkeypatch.setattr(Encoder, "from_transformers", watched)
+    monkeypatch.setattr(Encoder, "from_transformers", refused)
     load_manifest_of(tiny_model(), tmp_path / "out", "--variants", "torch_ext-int8")
-    assert made == ["fp32", "mixtures"]
+    ((ids, bounds),) = seen
+    assert ids.dtype == torch.int64
+    assert 0 < int(bounds.diff().max()) <= 96
+    verified = sample(24)
+    calibrated = calibration_texts(verified)
+    assert len(calibrated) == len(set(calibrated)) == len(bounds) - 1
+    assert not any(text.startswith(other) for text in verified for other in calibrated if len(other.split()) > 1)
 
 
 def test_accuracy_of_other_tasks(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """The mean of hidden states counts, and the bounds of the task hold besides."""
     model = tiny_model("distilbert", "fill-mask")
-    manifest = load_manifest_of(model, tmp_path / "out", "--variants", "torch_ext-int8", "--accuracy", "0.99995")
+    manifest = load_manifest_of(model, tmp_path / "out", "--variants", "torch_ext-int8", "--accuracy", "0.99998")
     variant = manifest.variant("torch_ext-int8")
     assert 0 < variant.accuracy.details["layers_in_bf16"] < variant.accuracy.details["layers"] == 8
-    assert variant.quantization["chosen"]["mean"] >= 0.99995 > variant.quantization["int8"]["mean"]
+    assert variant.quantization["chosen"]["mean"] >= 0.99998 > variant.quantization["int8"]["mean"]
     assert variant.accuracy.metric == "agreement"
 
 

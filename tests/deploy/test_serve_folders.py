@@ -174,9 +174,9 @@ def test_weights_of_linear_stages_are_checked(tiny_model: ModelMaker, tmp_path: 
     ):
         save_file({"linear.weight": weight}, place / WEIGHTS)
         with pytest.raises(ValueError, match=message):
-            read_folder(folder, None, [(place, "tanh")])
+            read_folder(folder, None, stages=[(place, "tanh")])
     with pytest.raises(ValueError, match="expected 1 or 2 linear stages behind the pooling, got 3"):
-        read_folder(folder, None, [(place, "tanh")] * 3)
+        read_folder(folder, None, stages=[(place, "tanh")] * 3)
 
 
 def test_files_of_sentence_transformers(tiny_model: ModelMaker, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ if not TYPE_CHECKING:  # Else any misspelt name would be right.
         },
         (
             "balance",
+            "calibrate",
             "files",
             "head",
             "huggingface",

@@ -1,0 +1,257 @@
+"""Weights of int8 that are rounded to suit what layers read, instead of each to the nearest step.
+
+The outputs of a layer are what has to be right, and its inputs are known well enough from some texts. Rounding one
+weight up by half a step can be made good by the weights that are rounded after it, as far as their inputs move
+together: optimal brain quantization, in the form of GPTQ (https://arxiv.org/abs/2210.17323), with one factorization of
+the inputs' second moments for all outputs. Inputs are rounded to int8, too, and that has a part which depends on them:
+a least-squares step moves the weights to make up for it. Layers are quantized in the order in which they run, so each
+one sees the inputs that those before it will give it.
+
+All of this happens once, when weights are made: an encoder runs as fast as with weights rounded one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from torch_ext.encoder.balance import balance, random_texts
+from torch_ext.encoder.model import Encoder
+from torch_ext.encoder.spec import EncoderSpec, is_matrix, scale_name
+from torch_ext.quantize import exact_scale, quantize_weight
+
+__all__ = ["balanced_weights", "calibrated_weights", "round_to_inputs", "with_random_texts"]
+
+_DAMPING = 0.01
+"""Of the mean second moment, added to each: how far rounding errors are trusted to cancel."""
+_TIES = 1.0
+"""Of the mean second moment: how strongly least squares holds the weights where they are. With less, a few thousand
+rows would decide about directions that they hardly show."""
+_CLIPPED = (0.95, 0.9, 0.85, 0.8)
+"""Shares of a row's largest weight that may be the largest number of int8, where that is better on the whole."""
+_ROWS = 1024
+"""Rows of inputs that are in memory in fp32 at a time."""
+_COLUMNS = 64
+"""Inputs whose rounding errors are passed on at a time."""
+
+
+def with_random_texts(spec: EncoderSpec, input_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Texts, and after them those of :func:`torch_ext.encoder.balance.random_texts`, which have all kinds of tokens."""
+    ids, bounds = random_texts(spec)
+    return torch.cat([input_ids, ids]), torch.cat([cu_seqlens, bounds[1:] + cu_seqlens[-1]]).to(torch.int32)
+
+
+def balanced_weights(
+    spec: EncoderSpec, weights: Mapping[str, Tensor], input_ids: Tensor, cu_seqlens: Tensor
+) -> dict[str, Tensor]:
+    """Weights of the same encoder that suit int8, fitted to some texts: see :mod:`torch_ext.encoder.balance`.
+
+    Args:
+        spec: of the encoder.
+        weights: fp32 or bf16, by the names of ``spec.shapes()``, as they were trained.
+        input_ids: as for :func:`calibrated_weights`.
+        cu_seqlens: likewise.
+
+    Returns:
+        Weights for the constructor of :class:`Encoder`, with any dtype.
+
+    Raises:
+        ValueError: a name, shape or dtype is wrong, or the texts do not fit.
+    """
+    encoder = Encoder(spec, weights, "bf16")  # Takes half the memory of fp32, and the channels look the same.
+    encoder._check(input_ids, cu_seqlens, None)
+    with torch.no_grad():
+        return balance(
+            spec,
+            weights,
+            lambda observe: encoder.run_reference(input_ids, cu_seqlens, observe=observe),
+            _row_weights(cu_seqlens),
+        )
+
+
+def calibrated_weights(
+    spec: EncoderSpec, weights: Mapping[str, Tensor], input_ids: Tensor, cu_seqlens: Tensor
+) -> dict[str, Tensor]:
+    """Quantize the linear layers of an encoder for what they read on some texts.
+
+    Args:
+        spec: of the encoder.
+        weights: fp32 or bf16, by the names of ``spec.shapes()``, best balanced (:func:`balanced_weights`).
+        input_ids: i64 ``[T]``, some thousands of tokens.
+        cu_seqlens: i32 ``[B + 1]``.
+
+    Returns:
+        Weights for the constructor of :class:`Encoder` with dtype ``"int8"``: as :meth:`Encoder.weights` returns them.
+
+    Raises:
+        ValueError: a name, shape or dtype is wrong, a weight is not finite, or the texts do not fit.
+    """
+    encoder = _Calibrating(spec, weights)
+    encoder._check(input_ids, cu_seqlens, None)
+    encoder.row_weights = _row_weights(cu_seqlens)
+    with torch.no_grad():
+        encoder.run_reference(input_ids, cu_seqlens)
+    return {**encoder.weights(), **encoder.found}
+
+
+def _row_weights(cu_seqlens: Tensor) -> Tensor:
+    """How much each token counts: a short text rests on few tokens, so each of them counts more."""
+    lengths = cu_seqlens.diff()
+    return lengths.float().rsqrt().repeat_interleave(lengths)
+
+
+class _Calibrating(Encoder):
+    """An encoder whose layers are quantized when their inputs reach them.
+
+    Attributes:
+        row_weights: fp32 ``[T]``, how much each token counts.
+        found: the weights and scales of layers that ran.
+    """
+
+    row_weights: Tensor
+    found: dict[str, Tensor]
+
+    def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(spec, weights, "int8")
+        self.found = {}
+        self._given = {name: tensor for name, tensor in weights.items() if is_matrix(name)}
+        self._names = {self._tensors[name].data_ptr(): name for name in self._given}
+
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        activation: str = "none",
+        out_dtype: torch.dtype | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        name = self._names[weight.data_ptr()]
+        quantized, scale = round_to_inputs(self._given[name], x, self.row_weights)
+        self.found[name], self.found[scale_name(name)] = quantized, scale
+        packed = torch.ops.torch_ext.pack_linear_weight_int8.default(quantized, scale)
+        return super()._linear(x, packed, bias, activation, out_dtype, residual)
+
+
+def round_to_inputs(weight: Tensor, x: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize a weight so that the layer's outputs change least, with its inputs in int8, too.
+
+    Args:
+        weight: fp32 or bf16 ``[N, K]``, finite.
+        x: fp32 or bf16 ``[T, K]``, what the layer reads.
+        row_weights: fp32 ``[T]``, how much each row counts; None: all the same.
+
+    Returns:
+        ``q``, i8 ``[N, K]``, and ``scale``, fp32 ``[N]``, as :func:`torch_ext.quantize.quantize_weight` returns them;
+        the very same where the inputs are all zero or not finite.
+
+    Raises:
+        ValueError: as for :func:`torch_ext.quantize.quantize_weight`.
+    """
+    plain = quantize_weight(weight)
+    wide = weight.detach().float()
+    moments, lost = _moments(x, row_weights)
+    typical = float(moments.diagonal().mean())
+    if not (math.isfinite(typical) and typical > 0 and bool(torch.isfinite(lost).all())):
+        return plain
+    regular = moments.clone()
+    regular.diagonal().add_(_TIES * typical)
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    if bool(failed):
+        return plain
+    del regular
+    wide = wide + torch.cholesky_solve(lost @ wide.T, factor).T
+    if not bool(torch.isfinite(wide).all()):
+        return plain
+    scale = _clipped_scale(wide, moments.diagonal())
+    upper = _inverse_factor(moments, _DAMPING * typical)
+    if upper is None:
+        return plain
+    return _round_in_order(wide, scale, *upper), scale
+
+
+def _moments(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums over rows of ``r rᵀ`` and ``r (x - r)ᵀ``, each ``[K, K]``, where ``r`` is what int8 makes of ``x``."""
+    width = x.shape[1]
+    moments, lost = torch.zeros(width, width), torch.zeros(width, width)
+    for begin in range(0, len(x), _ROWS):
+        rows = x[begin : begin + _ROWS].float()
+        step = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+        rounded = (rows / step).round_().mul_(step)
+        rows -= rounded
+        weighted = rounded if row_weights is None else rounded * row_weights[begin : begin + _ROWS, None]
+        moments.addmm_(weighted.T, rounded)
+        lost.addmm_(weighted.T, rows)
+    return moments, lost
+
+
+def _clipped_scale(weight: Tensor, importance: Tensor) -> Tensor:
+    """The scale of each row: of its largest weight, or of less where the sum of squared errors is smaller then.
+
+    Args:
+        weight: fp32 ``[N, K]``.
+        importance: fp32 ``[K]``, of errors in each column.
+    """
+    largest = weight.abs().amax(1)
+    best = exact_scale(largest / 127)
+    least = _errors(weight, best, importance)
+    for share in _CLIPPED:
+        scale = exact_scale(largest * (share / 127))
+        errors = _errors(weight, scale, importance)
+        best = torch.where(errors < least, scale, best)
+        least = torch.minimum(errors, least)
+    return best
+
+
+def _errors(weight: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)[:, None]
+    rounded = (weight * inverse).round_().clamp_(-127, 127).mul_(scale[:, None])
+    return rounded.sub_(weight).square_() @ importance
+
+
+def _inverse_factor(moments: Tensor, damping: float) -> tuple[Tensor, Tensor] | None:
+    """The upper factor of the inverse of the moments, and the order of columns it is for; None if there is none."""
+    order = moments.diagonal().argsort(descending=True)
+    # The largest inputs come first, while there are many to make up for them.
+    damped = moments[order][:, order]
+    damped.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed):
+        return None
+    del damped
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if bool(failed) or not bool(torch.isfinite(upper).all()) else (upper, order)
+
+
+def _round_in_order(weight: Tensor, scale: Tensor, upper: Tensor, order: Tensor) -> Tensor:
+    """Round column after column, and let the columns that are left make up for each error.
+
+    Args:
+        weight: fp32 ``[N, K]``.
+        scale: fp32 ``[N]``.
+        upper: fp32 ``[K, K]``, the upper factor of the inverse second moments of the columns in their order.
+        order: i64 ``[K]``, the columns in the order in which they are rounded.
+
+    Returns:
+        i8 ``[N, K]``.
+    """
+    left = weight.T[order].contiguous()  # [K, N]: a column of the weight is one piece of memory.
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    rounded = torch.empty(left.shape, dtype=torch.int8)
+    width = len(left)
+    for begin in range(0, width, _COLUMNS):
+        end = min(begin + _COLUMNS, width)
+        errors = torch.empty(end - begin, left.shape[1])
+        for index in range(begin, end):
+            steps = (left[index] * inverse).round_().clamp_(-127, 127)
+            rounded[index] = steps
+            error = torch.sub(left[index], steps.mul_(scale), out=errors[index - begin])
+            error /= upper[index, index]
+            left[index + 1 : end].addr_(upper[index, index + 1 : end], error, alpha=-1)
+        left[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
+    result = torch.empty_like(rounded)
+    result[order] = rounded
+    return result.T.contiguous()
