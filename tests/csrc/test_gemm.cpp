@@ -348,8 +348,10 @@ void count_stores(const float*, size_t, size_t rows, size_t cols, const Epilogue
   }
 }
 
-/// Runs a plan of a family with kernels that only count: every element of [m, n] must be stored once.
-void check_grid(const GemmPath& path, size_t m, size_t n, size_t k, const GemmPlan& plan) {
+/// Runs a plan of a family with kernels that only count: every element of [m, n] must be stored once, but for columns below
+/// `taken`, which another task has taken.
+void check_grid(const GemmPath& path, size_t m, size_t n, size_t k, const GemmPlan& plan, PanelQueue* queue = nullptr,
+                size_t taken = 0) {
   GemmKernel g = *path.kernel;
   std::vector<UKernel> ukernels(g.ukernels, g.ukernels + g.ukernel_count);
   for (UKernel& u : ukernels) u.run = multiply_nothing;
@@ -367,9 +369,9 @@ void check_grid(const GemmPath& path, size_t m, size_t n, size_t k, const GemmPl
   problem.k = k;
   problem.ld_lhs = k;
   problem.epilogue.ld_out = n;
-  for (size_t task = 0; task < plan.tasks(); ++task) run_gemm_task(g, vec, problem, plan, task);
+  for (size_t task = 0; task < plan.tasks(); ++task) run_gemm_task(g, vec, problem, plan, task, queue);
   for (size_t i = 0; i < m * n; ++i) {
-    EXPECT(stored[i] == 1, "(%zu, %zu) of %zux%zu stored %u times", i / n, i % n, m, n, stored[i]);
+    EXPECT(stored[i] == (i % n >= taken), "(%zu, %zu) of %zux%zu stored %u times", i / n, i % n, m, n, stored[i]);
   }
 }
 
@@ -381,10 +383,30 @@ TORCH_EXT_TEST(every_grid_stores_every_element_once) {
           for (size_t panels = 1; panels <= 6; ++panels) {
             context("%s m %zu n %zu, grid %zux%zu", path.name().c_str(), m, n, rows, panels);
             check_grid(path, m, n, 16, {rows, panels});
+            PanelQueue queue({rows, panels});
+            EXPECT(queue.used() == (panels > 1), "a queue for %zu panel tasks", panels);
+            check_grid(path, m, n, 16, {rows, panels}, &queue);
           }
         }
       }
     }
+  }
+}
+
+TORCH_EXT_TEST(tasks_take_what_others_leave_of_a_row) {
+  for (const GemmPath& path : all_gemm_paths()) {
+    const size_t m = path.kernel->max_mr(), panels = 40, n = panels * path.kernel->nr;
+    const GemmPlan plan{1, 4};
+    PanelQueue queue(plan);
+    context("%s", path.name().c_str());
+    // One is slow: it has the first part, and the others do the rest.
+    size_t first = 1, last = 0;
+    EXPECT(queue.take(3, panels, 1, first, last) && first == 0 && last == panels / 8, "took %zu to %zu", first, last);
+    check_grid(path, m, n, 16, plan, &queue, last * path.kernel->nr);
+    EXPECT(!queue.take(3, panels, 1, first, last), "%zu to %zu were left", first, last);
+    PanelQueue at_least(plan);
+    EXPECT(at_least.take(0, panels, 30, first, last) && last == 30, "took to %zu", last);
+    EXPECT(at_least.take(0, panels, 30, first, last) && first == 30 && last == panels, "took %zu to %zu", first, last);
   }
 }
 
@@ -406,6 +428,13 @@ TORCH_EXT_TEST(plans_use_the_threads_and_store_every_element_once) {
               EXPECT(2 * plan.tasks() >= most, "only %zu tasks", plan.tasks());
             }
             if (!options().quick || threads == 7) check_grid(path, m, n, k, plan);
+            const GemmPlan finer = finer_plan(*path.kernel, m, k, plan);
+            EXPECT(finer.panel_tasks == plan.panel_tasks && finer.row_tasks >= plan.row_tasks, "finer: %zu x %zu tasks",
+                   finer.row_tasks, finer.panel_tasks);
+            EXPECT(plan.tasks() > 1 || finer.tasks() == 1, "one task became %zu", finer.tasks());
+            if (finer.tasks() == 1 || (options().quick && threads != 7)) continue;
+            PanelQueue queue(finer);
+            check_grid(path, m, n, k, finer, &queue);
           }
         }
       }

@@ -22,6 +22,10 @@ size_t group_bytes() { return 4 * second_level_cache_bytes(); }
 // percent of the products that it is used for.
 constexpr size_t kMinShareTokens = 128;
 
+// Tasks that a part of a layer is cut into for each thread, where there are several: threads take them one after the other,
+// so that one on a slow core does fewer, and the others do not wait for it.
+constexpr size_t kTasksPerThread = 4;
+
 // Workspace that a thread keeps for its next call.
 constexpr size_t kKeptWorkspaceBytes = size_t{256} << 20;
 
@@ -92,10 +96,10 @@ class Run {
     if (h_.position_span) take_positions();
     attention_.relative_bias = model.relative_bias;
     attention_.bias_reach = h_.bias_reach;
-    global_heads_ = balance_heads(attention_, host.threads());
+    global_heads_ = balance_heads(attention_, parts());
     if (h_.window) {
       attention_.window = h_.window;
-      local_heads_ = balance_heads(attention_, host.threads());
+      local_heads_ = balance_heads(attention_, parts());
     }
   }
 
@@ -233,6 +237,9 @@ class Run {
     if (rows_ > tokens_) std::memset(part + tokens_ * width, 0, (rows_ - tokens_) * width * sizeof(T));
   }
 
+  // Most tasks of a part of a layer.
+  size_t parts() const { return host_.threads() == 1 ? 1 : kTasksPerThread * host_.threads(); }
+
   template <typename F>
   void parallel(size_t tasks, const F& fn) {
     run_tasks(host_, tasks, fn);
@@ -241,7 +248,7 @@ class Run {
   // fn(begin, end) for parts of the tokens, each worth a thread.
   template <typename F>
   void parallel_rows(size_t width, const F& fn) {
-    const size_t tasks = std::clamp<size_t>(tokens_ * width / kRowGrain, 1, host_.threads());
+    const size_t tasks = std::clamp<size_t>(tokens_ * width / kRowGrain, 1, parts());
     parallel(tasks, [&](size_t i) { fn(tokens_ * i / tasks, tokens_ * (i + 1) / tasks); });
   }
 
@@ -305,11 +312,13 @@ class Run {
     problem.epilogue.out = adds ? static_cast<void*>(stream_) : out;
     problem.epilogue.ld_out = problem.n;
     problem.epilogue.out_type = adds ? DType::kF32 : kType;
-    const GemmPlan plan = plan_gemm(*own, problem.m, problem.n, problem.k, host_.threads());
+    const GemmPlan plan =
+        finer_plan(*own, problem.m, problem.k, plan_gemm(*own, problem.m, problem.n, problem.k, host_.threads()));
     // Where a task computes whole rows, it finishes them while they are in its cache.
     const bool whole_rows = plan.panel_tasks == 1;
+    PanelQueue queue(plan);
     parallel(plan.tasks(), [&](size_t task) {
-      run_gemm_task(*own, vec_, problem, plan, task);
+      run_gemm_task(*own, vec_, problem, plan, task, &queue);
       if (!rest.norm.weight || !whole_rows) return;
       const GemmRows rows = task_rows(*own, tokens_, plan, task);
       for (size_t row = rows.begin; row < rows.end; ++row) finish_row(rest, out, row);

@@ -16,6 +16,12 @@ namespace {
 // stay beside them.
 size_t lhs_chunk_bytes() { return second_level_cache_bytes() / 2; }
 
+// Rows that are worth reading the weights for: see kMinShareTokens in encoder.cpp.
+constexpr size_t kMinFinerRows = 128;
+
+// Products that are worth taking from a queue: some microseconds, against a tenth of one for the taking.
+constexpr size_t kMinTakenMacs = kMinTaskMacs / 4;
+
 using Range = GemmRows;
 
 // Part `index` of `parts` of [0, count), in whole multiples of `unit`.
@@ -23,6 +29,12 @@ Range split(size_t count, size_t unit, size_t parts, size_t index) {
   const size_t units = (count + unit - 1) / unit;
   const size_t begin = units * index / parts * unit, end = units * (index + 1) / parts * unit;
   return {std::min(begin, count), std::min(end, count)};
+}
+
+// Rows that are packed at a time, whole main blocks.
+size_t rows_at_a_time(const GemmKernel& kernel, size_t k) {
+  const size_t main_rows = kernel.max_mr(), row_bytes = kernel.lhs_block_bytes(1, k);
+  return std::max(main_rows, lhs_chunk_bytes() / std::max<size_t>(row_bytes, 1) / main_rows * main_rows);
 }
 
 // Rows of the next block: whole main blocks, then one block for what is left.
@@ -57,25 +69,58 @@ GemmPlan plan_gemm(const GemmKernel& kernel, size_t m, size_t n, size_t k, size_
   return best;
 }
 
+GemmPlan finer_plan(const GemmKernel& kernel, size_t m, size_t k, GemmPlan plan) {
+  if (plan.tasks() <= 1) return plan;
+  if (plan.panel_tasks > 1) {
+    // As many rows as are packed at a time: nothing is packed or read more often.
+    const size_t chunk_rows = rows_at_a_time(kernel, k);
+    plan.row_tasks = std::max(plan.row_tasks, (m + chunk_rows - 1) / chunk_rows);
+  } else {
+    plan.row_tasks = std::clamp(m / kMinFinerRows, plan.row_tasks, 4 * plan.row_tasks);
+  }
+  return plan;
+}
+
 GemmRows task_rows(const GemmKernel& kernel, size_t m, const GemmPlan& plan, size_t task) {
   return split(m, kernel.max_mr(), plan.row_tasks, task / plan.panel_tasks);
 }
 
+bool PanelQueue::take(size_t task, size_t count, size_t least, size_t& first, size_t& last) {
+  std::atomic<size_t>& taken = taken_[task / panel_tasks_];
+  first = taken.load(std::memory_order_relaxed);
+  do {
+    if (first >= count) return false;
+    // Half of an equal share of what is left: large parts first, small ones to even the ends out.
+    last = std::min(count, first + std::max(least, (count - first) / (2 * panel_tasks_)));
+  } while (!taken.compare_exchange_weak(first, last, std::memory_order_relaxed));
+  return true;
+}
+
 void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, const GemmPlan& plan,
-                   size_t task) {
+                   size_t task, PanelQueue* queue) {
   const size_t k = problem.k, nr = kernel.nr, steps = kernel.steps(k);
   const Range rows = task_rows(kernel, problem.m, plan, task);
-  const Range panels = split(kernel.panels(problem.n), 1, plan.panel_tasks, task % plan.panel_tasks);
+  Range panels = split(kernel.panels(problem.n), 1, plan.panel_tasks, task % plan.panel_tasks);
   const PackRowsFn pack = problem.lhs_type == DType::kF32 ? kernel.pack_lhs_f32 : kernel.pack_lhs_bf16;
   const auto store = vec.store_tile[static_cast<size_t>(problem.activation)];
   const size_t row_bytes = kernel.lhs_block_bytes(1, k), panel_bytes = kernel.rhs_panel_bytes(k);
-  const size_t main_rows = kernel.max_mr();
-  const size_t chunk_rows =
-      std::max(main_rows, lhs_chunk_bytes() / std::max<size_t>(row_bytes, 1) / main_rows * main_rows);
+  const size_t main_rows = kernel.max_mr(), chunk_rows = rows_at_a_time(kernel, k);
   const char* const lhs = static_cast<const char*>(problem.lhs);
   const char* const weight = static_cast<const char*>(problem.panels);
   alignas(64) float tile[kMaxMr * kMaxNr];
   const GemmSession session(kernel);
+  // Rows that do not fit into the cache at once come to each panel several times: then a task keeps its own.
+  const bool takes = queue && queue->used() && rows.end - rows.begin <= chunk_rows;
+  const size_t least_panels = kMinTakenMacs / std::max<size_t>(1, (rows.end - rows.begin) * k * nr) + 1;
+  const auto take = [&] { return queue->take(task, kernel.panels(problem.n), least_panels, panels.begin, panels.end); };
+  if (takes && !take()) return;
+  // Whether there is a panel at `panel`, or another one to take, where `panel` goes on then.
+  const auto more = [&](size_t& panel) {
+    if (panel < panels.end) return true;
+    if (!takes || !take()) return false;
+    panel = panels.begin;
+    return true;
+  };
 
   for (size_t chunk = rows.begin; chunk < rows.end; chunk += chunk_rows) {
     const size_t chunk_end = std::min(rows.end, chunk + chunk_rows);
@@ -92,7 +137,7 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
     char* const wide = kernel.wide && chunk_end - chunk >= 2 * main_rows
                            ? static_cast<char*>(thread_scratch(ScratchSlot::kWidePanel, kernel.wide_panel_bytes(k)))
                            : nullptr;
-    for (size_t panel = panels.begin; panel < panels.end; ++panel) {
+    for (size_t panel = panels.begin; more(panel); ++panel) {
       const size_t column = panel * nr, columns = std::min(nr, problem.n - column);
       const char* rhs = weight + panel * panel_bytes;
       if (wide) {

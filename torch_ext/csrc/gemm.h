@@ -1,6 +1,7 @@
 /// The loop nest around a micro-kernel: C = epilogue(A W^T) for packed W, any sizes. Knows nothing of torch.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -32,15 +33,40 @@ GemmPlan plan_gemm(const GemmKernel& kernel, size_t m, size_t n, size_t k, size_
 
 constexpr size_t kMinTaskMacs = 512 * 1024;
 
+/// The plan with its rows cut further, for threads that take task after task: one on a slow core takes fewer. The panels that
+/// tasks share, see PanelQueue, are cut already.
+GemmPlan finer_plan(const GemmKernel& kernel, size_t m, size_t k, GemmPlan plan);
+
 /// The rows of [0, m) that task `task` of the plan computes.
 struct GemmRows {
   size_t begin, end;
 };
 GemmRows task_rows(const GemmKernel& kernel, size_t m, const GemmPlan& plan, size_t task);
 
-/// Runs task `task` of the plan. Tasks are independent of each other.
+/// Panels that the tasks of one row range take from each other, a few at a time: a task whose core is slow, or begins late,
+/// leaves more of them to the others. One for each run of a plan.
+class PanelQueue {
+ public:
+  explicit PanelQueue(const GemmPlan& plan)
+      : panel_tasks_(plan.panel_tasks), used_(plan.panel_tasks > 1 && plan.row_tasks <= kMostRows) {}
+
+  /// Whether panels are taken from here; otherwise each task has panels of its own.
+  bool used() const { return used_; }
+
+  /// Takes panels [first, last) of `count` for a task; false if none are left. `least` of them are worth the taking.
+  bool take(size_t task, size_t count, size_t least, size_t& first, size_t& last);
+
+ private:
+  static constexpr size_t kMostRows = 16;
+  const size_t panel_tasks_;
+  const bool used_;
+  std::atomic<size_t> taken_[kMostRows] = {};
+};
+
+/// Runs task `task` of the plan. Tasks are independent of each other, but for the panels that they take from `queue`, if
+/// there is one.
 void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, const GemmPlan& plan,
-                   size_t task);
+                   size_t task, PanelQueue* queue = nullptr);
 
 /// The panels [first, last) that task `task` of the plan multiplies.
 struct PanelRange {

@@ -25,8 +25,11 @@ void linear(const Matrix& matrix, const void* x, DType type, size_t rows, Activa
   problem.epilogue.out = out;
   problem.epilogue.ld_out = problem.n;
   problem.epilogue.out_type = DType::kF32;
-  const GemmPlan plan = plan_gemm(kernel, rows, problem.n, problem.k, host.threads());
-  run_tasks(host, plan.tasks(), [&](size_t task) { run_gemm_task(kernel, *dispatch.vec, problem, plan, task); });
+  const GemmPlan plan =
+      finer_plan(kernel, rows, problem.k, plan_gemm(kernel, rows, problem.n, problem.k, host.threads()));
+  PanelQueue queue(plan);
+  run_tasks(host, plan.tasks(),
+            [&](size_t task) { run_gemm_task(kernel, *dispatch.vec, problem, plan, task, &queue); });
 }
 
 }  // namespace
