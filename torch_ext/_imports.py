@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ __all__ = ["lazy_names", "when_imported"]
 Action = Callable[[ModuleType], None]
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds modules as the other finders do, and has an action follow the import of those that have one.
 
     It stays in ``sys.meta_path``: if it were removed there, an import in another thread could skip a finder.
@@ -69,7 +68,7 @@ def when_imported(name: str, action: Action) -> None:
     """
     _finder.actions[name] = action
     if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
+        sys.meta_path.insert(0, _finder)  # type: ignore[arg-type] # importlib.abc takes 3 ms to import.
     if sys.modules.get(name) is not None:
         action(importlib.import_module(name))  # Waits where another thread is still importing it.
 

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch_ext.encoder.huggingface.table import HEAD_CLASSES
 from torch_ext.runtime import Encoder
 from torch_ext.runtime import States as HiddenStates
 
@@ -129,6 +128,9 @@ class TorchExtEngine(Engine):
 
 
 def _open_folder(path: Path, dtype: Any, threads: int, task: Task, shared: bool) -> Encoder:
+    # Takes 30 ms to import, which a bundle need not spend.
+    from torch_ext.encoder.huggingface.table import HEAD_CLASSES
+
     head = HEAD_CLASSES[task.architecture] if task.needs.head else None
     stages = [(stage.folder, stage.activation) for stage in task.model.dense if stage.folder is not None]
     try:

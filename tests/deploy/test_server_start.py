@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from deploy.bundle import file_entry, write_manifest
+from deploy.server.service.tokens import count_tokens
 from deploy.server.variants.measurement import Job, Measurement
 from tests.deploy.server_harness import make_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+# What a server of a bundle does without until it is ready: each takes milliseconds to import.
+UNWANTED = {"numpy", "ctypes", "importlib.metadata", "importlib.resources", "http.server", "encodings.idna"}
+UNWANTED |= {"prometheus_client", "torch_ext.encoder", "torch_ext.ops", "deploy.engines.onnx", "deploy.export"}
+UNWANTED |= {"deploy.texts", "deploy.folder", "deploy.server.workers", "deploy.server.tls"}
 
 # Serves a bundle, with an engine in place of the one that torch_ext has, until it is ready.
 PROGRAM = """
@@ -71,9 +78,7 @@ def test_start_needs_neither_torch_nor_exporters(tmp_path: Path) -> None:
     assert "variant=torch_ext-bf16" in serving
     modules = set(names.split())
     assert {"uvicorn", "tokenizers", "torch_ext.machine"} <= modules
-    unwanted = {"numpy", "ctypes"}  # What takes milliseconds to import.
-    unwanted |= {"importlib.metadata", "deploy.engines.onnx", "deploy.export", "deploy.texts", "torch_ext.ops"}
-    assert not unwanted & modules
+    assert not UNWANTED & modules
 
 
 def test_a_changed_file_is_refused_though_it_is_checked_beside_the_imports(tmp_path: Path) -> None:
@@ -88,7 +93,7 @@ def test_a_changed_file_is_refused_though_it_is_checked_beside_the_imports(tmp_p
 # Serves a bundle where numpy, torch and onnxruntime cannot be imported, asks it what it is told and the example of each
 # route, and tells what has been imported.
 SERVED = """
-import asyncio, http.client, json, sys
+import asyncio, json, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("numpy", "torch", "onnxruntime"):
@@ -97,6 +102,7 @@ sys.meta_path.insert(0, Refuse())
 
 import deploy.__main__, deploy.server.lifecycle as lifecycle
 def ask(port):
+    import http.client
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     def send(method, path, body=None):
         connection.request(method, path, None if body is None else json.dumps(body))
@@ -115,6 +121,7 @@ async def listen(self, sockets=None):
     await startup(self, sockets)
 async def load_then_ask(self):
     await load(self)
+    print(json.dumps([*sys.modules]))
     await asyncio.to_thread(ask, self.port)
     print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
     self.should_exit = True
@@ -166,7 +173,8 @@ def test_serving_needs_no_numpy(
     command = [sys.executable, "-c", SERVED, str(tiny_bundle("bert", task)), variant, json.dumps(requests)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    (replies, examples), modules = map(json.loads, done.stdout.splitlines()[1:])
+    ready, (replies, examples), modules = map(json.loads, done.stdout.splitlines()[1:])
+    assert not UNWANTED & {*ready}
     assert [status for _, status, _ in replies] == [200] * len(requests), replies
     assert not {"numpy", "torch", "onnxruntime", "transformers"} & set(modules)
     # Routes of other tasks refuse, as some do for this model; none fails for want of a package.
@@ -187,6 +195,15 @@ def test_serving_needs_no_numpy(
     elif task == "text-classification":
         assert [len(labels) for labels in answers[0]["predictions"]] == [2, 2]
         assert [len(labels) for labels in answers[1]] == [2]
+
+
+def test_tokens_are_counted_as_the_library_counts_them(tmp_path: Path) -> None:
+    """It copies the whole vocabulary for that."""
+    tokenizer = Tokenizer.from_file(str(make_manifest(tmp_path).tokenizer_path))
+    for added in ([], ["two words", "a"], [tokenizer.id_to_token(3)]):
+        tokenizer.add_tokens(added)
+        tokenizer.add_special_tokens(added[:1])
+        assert count_tokens(tokenizer) == tokenizer.get_vocab_size(with_added_tokens=True)
 
 
 def test_measuring_needs_no_numpy(

@@ -26,7 +26,7 @@ from ..errors import ApiError
 if TYPE_CHECKING:
     from ...bundle import Manifest
 
-__all__ = ["TextTokenizer"]
+__all__ = ["TextTokenizer", "count_tokens"]
 
 _SLICE_TEXTS = 16
 
@@ -61,7 +61,7 @@ class TextTokenizer:
         self._cut_left = truncation_side == "left"
         self._pair_tokenizers: dict[bool, Tokenizer] = {}
         self.prompts = Prompts({}) if prompts is None else prompts
-        self.vocab_size = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        self.vocab_size = count_tokens(self._tokenizer)
         # What stands around a text is read off an example, so that cutting needs no second pass over the text.
         whole = self._tokenizer.encode("a")
         mask = whole.special_tokens_mask
@@ -296,6 +296,15 @@ class TextTokenizer:
     def token(self, token_id: int) -> str:
         """How a token id reads."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+def count_tokens(tokenizer: Tokenizer) -> int:
+    """How many tokens there are, added ones included: the library counts them by copying all, which takes 10 ms."""
+    known = tokenizer.model
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    return int(tokenizer.get_vocab_size(with_added_tokens=False)) + sum(
+        known.token_to_id(text) is None for text in added
+    )
 
 
 def _encodings(tokenizer: Tokenizer, inputs: Sequence[str] | Sequence[tuple[str, str]]) -> Iterator[Encoding]:
