@@ -1,5 +1,6 @@
 // Micro-kernels, and the loop nest around them with its epilogue, against sums in double precision.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "bounds.h"
@@ -177,7 +178,7 @@ void check_product(const GemmPath& path, const Case& c, const char* use = "gemm"
   product.run();
   product.expect_right();
   cover_use(path, use);
-  if (path.kernel->wide && c.m >= 2 * path.kernel->max_mr()) cover_use(path, "gemm wide");
+  if (path.kernel->widens(c.m, c.k)) cover_use(path, "gemm wide");
 }
 
 /// Goes through the combinations of types and epilogue one after the other.
@@ -250,6 +251,39 @@ TORCH_EXT_TEST(products_are_right_for_sizes_of_bert) {
       c.threads = 1 + index % 3;
       check_product(path, c);
       ++index;
+    }
+  }
+}
+
+// Whether a panel is widened depends on the number of rows, which results must not.
+TORCH_EXT_TEST(products_with_wide_panels_are_those_with_narrow_ones) {
+  for (const GemmPath& path : gemm_paths()) {
+    if (!path.kernel->wide) continue;
+    Case c{path.kernel->wide->least_rows, path.kernel->nr + 3, 41};
+    EXPECT(path.kernel->widens(c.m, c.k), "%zu rows are not multiplied with wide panels", c.m);
+    c.lhs_type = DType::kF32;
+    check_product(path, c);
+    Product wide(path, c);
+    // Sums of small integers are exact, whether or not the compiler contracts products and sums.
+    for (Matrix* const matrix : {&wide.lhs, &wide.weight}) {
+      float* const x = static_cast<float*>(matrix->data());
+      for (size_t i = 0; i < (matrix == &wide.lhs ? c.m : c.n) * matrix->ld; ++i)
+        x[i] = static_cast<float>(i * 7 % 17) - 8;
+    }
+    wide.run();
+    GemmKernel narrow_kernel = *path.kernel;
+    narrow_kernel.wide = nullptr;
+    GemmPath narrow_path = path;
+    narrow_path.kernel = &narrow_kernel;
+    Product narrow(narrow_path, c);
+    std::memcpy(narrow.lhs.data(), wide.lhs.data(), c.m * wide.lhs.ld * sizeof(float));
+    std::memcpy(narrow.weight.data(), wide.weight.data(), c.n * wide.weight.ld * sizeof(float));
+    narrow.run();
+    for (size_t i = 0; i < c.m; ++i) {
+      for (size_t j = 0; j < c.n; ++j) {
+        EXPECT(wide.out.get(i, j) == narrow.out.get(i, j), "(%zu, %zu): %.9g and %.9g", i, j,
+               static_cast<double>(wide.out.get(i, j)), static_cast<double>(narrow.out.get(i, j)));
+      }
     }
   }
 }

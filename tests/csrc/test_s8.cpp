@@ -239,7 +239,7 @@ void check_product(const GemmPath& path, size_t m, size_t n, size_t k, size_t in
   for (size_t task = plan.tasks(); task-- > 0;) run_gemm_task(g, *path.vec, problem, plan, task);
   out.expect_gaps_untouched();
   cover_use(path, use);
-  if (g.wide && m >= 2 * g.max_mr()) cover_use(path, "gemm wide");
+  if (g.widens(m, k)) cover_use(path, "gemm wide");
 
   // What the rows are quantized to is the packer's affair, tested above.
   for (size_t i = 0; i < m; ++i) {

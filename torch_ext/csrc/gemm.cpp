@@ -133,8 +133,7 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
       block += mr * row_bytes;
       row += valid;
     }
-    // Widening a panel costs about what multiplying one row with it does, and saves a tenth to a fifth of every row.
-    char* const wide = kernel.wide && chunk_end - chunk >= 2 * main_rows
+    char* const wide = kernel.widens(chunk_end - chunk, k)
                            ? static_cast<char*>(thread_scratch(ScratchSlot::kWidePanel, kernel.wide_panel_bytes(k)))
                            : nullptr;
     for (size_t panel = panels.begin; more(panel); ++panel) {

@@ -72,6 +72,8 @@ struct WidePanels {
   DType type;               ///< element type of the panel's products
   const UKernel* ukernels;  ///< for the same numbers of rows as the family's
   void (*widen)(size_t steps, const void* panel, void* wide);
+  size_t least_rows;             ///< fewer are not worth the work
+  size_t most_bytes = SIZE_MAX;  ///< nor are larger panels, which the first-level cache would not hold
 };
 
 struct GemmKernel {
@@ -113,6 +115,10 @@ struct GemmKernel {
     return nr * (steps(k) * k_step * dtype_bytes(wide->type) + column_extra_bytes);
   }
   size_t max_mr() const { return ukernels[ukernel_count - 1].mr; }
+  /// Whether `rows` rows are multiplied with wide panels.
+  bool widens(size_t rows, size_t k) const {
+    return wide && rows >= wide->least_rows && wide_panel_bytes(k) <= wide->most_bytes;
+  }
   size_t panel_index(size_t j, size_t p) const {
     return panel_place ? panel_place(j, p) : ((p / kr) * nr + j) * kr + p % kr;
   }

@@ -177,7 +177,10 @@ static void widen_halves(size_t steps, const void* panel, void* wide) {
   }
 }
 
-static constexpr WidePanels kWideHalves = {.type = DType::kF32, .ukernels = kUKernelsF32, .widen = widen_halves};
+// Micro-kernels that widen lose 2 % (Zen 1) to 8 % (Haswell, by LLVM's model) to shifts and masks. Widening a panel costs what
+// two or three rows do, and more where it has to leave the first-level cache.
+static constexpr WidePanels kWideHalves = {
+    .type = DType::kF32, .ukernels = kUKernelsF32, .widen = widen_halves, .least_rows = 64, .most_bytes = 32 << 10};
 
 static constexpr GemmKernel kFamilyBf16Halves = {
     .name = "bf16p16x1",
