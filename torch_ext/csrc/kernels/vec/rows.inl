@@ -27,6 +27,23 @@ static void store_wide_columns(const float* tile, size_t ld_tile, size_t rows, c
   vf b[kTileVectors];
 #pragma GCC unroll 3
   for (size_t v = 0; v < kTileVectors; ++v) b[v] = bias ? load(bias + v * kWidth) : splat(0.0f);
+#if defined(TORCH_EXT_VEC_AVX2)
+  for (; rows >= 2; rows -= 2) {
+    vf x[4];
+#pragma GCC unroll 4
+    for (size_t v = 0; v < 4; ++v) x[v] = load(tile + v / 2 * ld_tile + v % 2 * kWidth) + b[v % 2];
+    if constexpr (kAct == Activation::kGelu && std::is_same_v<Out, bf16>) {
+      gelu_to_bf16(x);
+    } else {
+#pragma GCC unroll 4
+      for (size_t v = 0; v < 4; ++v) x[v] = activate<kAct, Out>(x[v]);
+    }
+    put_two(out, x[0], x[1]);
+    put_two(out + ld_out, x[2], x[3]);
+    tile += 2 * ld_tile;
+    out += 2 * ld_out;
+  }
+#endif
   for (size_t i = 0; i < rows; ++i) {
     vf x[kTileVectors];
 #pragma GCC unroll 3

@@ -169,6 +169,20 @@ TORCH_EXT_INLINE void put_two(T* p, vf a, vf b) {
     return vst1q_bf16(reinterpret_cast<bfloat16_t*>(p), vcvtq_high_bf16_f32(low, (float32x4_t)b));
   }
 #endif
+#if defined(TORCH_EXT_VEC_AVX2)
+  // NaN is looked for in both at once, and both are packed by one instruction.
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m256 unordered = _mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
+    if (__builtin_expect(_mm256_testz_ps(unordered, unordered), 1)) {
+      const vu x = (vu)a, y = (vu)b;
+      const vu low = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16, high = (y + 0x7fffu + ((y >> 16) & 1u)) >> 16;
+      // Within halves of 128 bits.
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)low, (__m256i)high), 0xd8);
+      __builtin_memcpy(p, &packed, sizeof packed);
+      return;
+    }
+  }
+#endif
   Io<T>::put(p, a);
   Io<T>::put(p + kWidth, b);
 }
@@ -262,6 +276,31 @@ TORCH_EXT_INLINE vf gelu_to_bf16(vf x) {
   p = p * t + 3.988192195e-01f;
   return low * (c * p + 0.5f);
 }
+
+#if defined(TORCH_EXT_VEC_AVX2)
+/// The same of several vectors, step by step for all of them: one after the other they leave little for the CPU to do while
+/// it waits, since its registers hold the intermediate results of two or three.
+template <size_t kCount>
+TORCH_EXT_INLINE void gelu_to_bf16(vf (&x)[kCount]) {
+  constexpr float kTerms[] = {4.547075141e-11f,  -4.515306039e-09f, 1.986159887e-07f,
+                              -5.147515820e-06f, 8.848916424e-05f,  -1.079078130e-03f,
+                              9.718779330e-03f,  -6.619028189e-02f, 3.988192195e-01f};
+  vf c[kCount], t[kCount], p[kCount];
+#pragma GCC unroll 4
+  for (size_t v = 0; v < kCount; ++v) {
+    c[v] = min_nan(splat(4.25f), max_nan(splat(-4.25f), x[v]));
+    t[v] = c[v] * c[v];
+    p[v] = splat(kTerms[0]);
+  }
+#pragma GCC unroll 8
+  for (size_t i = 1; i < sizeof kTerms / sizeof kTerms[0]; ++i) {
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kCount; ++v) p[v] = p[v] * t[v] + kTerms[i];
+  }
+#pragma GCC unroll 4
+  for (size_t v = 0; v < kCount; ++v) x[v] = max_nan(splat(-4.25f), x[v]) * (c[v] * p[v] + 0.5f);
+}
+#endif
 
 /// x / (1 + exp(-x)). Relative error below 1e-6; below -87 it gives silu(-87), which is -1.4e-36.
 TORCH_EXT_INLINE vf silu(vf x) {
