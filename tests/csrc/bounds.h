@@ -112,7 +112,7 @@ inline double probability_bound(double p, double score_bound, size_t n) {
 inline double attention_bound(double weighted, double sum_abs_v, double score_bound, size_t n, DType probabilities,
                               DType out, double y) {
   // Numerators, and the sum of them.
-  const double narrow = probabilities == DType::kBF16 ? kRoundBf16 + 2 * kExp2ToBf16 : 0;
+  const double narrow = (probabilities == DType::kBF16 ? kRoundBf16 : 0) + (out == DType::kBF16 ? 2 * kExp2ToBf16 : 0);
   const double before =
       probability_bound(weighted, score_bound, n) + 2e-38 * sum_abs_v + narrow * weighted + product_bound(weighted, n);
   return before + output_bound(out, std::fabs(y) + before);

@@ -69,7 +69,8 @@ std::vector<std::string> s8_paths_of(const GemmPath& path) {
 }
 
 std::vector<std::string> paths_of(const VecKernels& vec) {
-  std::vector<std::string> names = {row_path(vec, "softmax_row"), row_path(vec, "sum_squares")};
+  std::vector<std::string> names = {row_path(vec, "softmax_row"), row_path(vec, "softmax_row_to_bf16"),
+                                    row_path(vec, "sum_squares")};
   for (const DType t : kTypes) {
     for (const char* const f :
          {"scale_rows", "sum_layer_norm_row", "sum_rms_norm_row", "rotate_row", "accumulate_row", "max_row"}) {
@@ -253,6 +254,11 @@ void store_tile(const VecKernels& vec, Activation a, const float* tile, size_t l
 float softmax_row(const VecKernels& vec, float* s, size_t n, float scale) {
   cover(row_path(vec, "softmax_row"));
   return vec.softmax_row(s, n, scale);
+}
+
+float softmax_row_to_bf16(const VecKernels& vec, float* s, size_t n, float scale) {
+  cover(row_path(vec, "softmax_row_to_bf16"));
+  return vec.softmax_row_to_bf16(s, n, scale);
 }
 
 void scale_rows(const VecKernels& vec, size_t rows, size_t n, const float* s, size_t ld, const float* factors,

@@ -52,6 +52,7 @@ void run_ukernel(const UKernel& ukernel, size_t steps, const void* lhs, const vo
 void store_tile(const VecKernels& vec, Activation a, const float* tile, size_t ld_tile, size_t rows, size_t cols,
                 const Epilogue& ep, size_t row0, size_t col0);
 float softmax_row(const VecKernels& vec, float* s, size_t n, float scale);
+float softmax_row_to_bf16(const VecKernels& vec, float* s, size_t n, float scale);
 void scale_rows(const VecKernels& vec, size_t rows, size_t n, const float* s, size_t ld, const float* factors,
                 void* out, size_t ld_out, DType out_type);
 void softmax_pack(const GemmPath& path, size_t rows, size_t block_rows, size_t n, float scale, float* s, size_t ld,

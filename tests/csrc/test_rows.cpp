@@ -290,14 +290,14 @@ TORCH_EXT_TEST(softmax_pack_is_right_for_every_length) {
 /// Room for n scores as softmax_row documents it: n rounded up to kMaxVecWidth.
 Guarded<float> score_buffer(size_t n) { return Guarded<float>((n + kMaxVecWidth - 1) / kMaxVecWidth * kMaxVecWidth); }
 
-/// Compares softmax_row, normalized, with the reference.
-void check_softmax(const VecKernels& vec, const std::vector<float>& scores, float scale) {
+/// Compares softmax_row or softmax_row_to_bf16, normalized, with the reference.
+void check_softmax(const VecKernels& vec, const std::vector<float>& scores, float scale, bool to_bf16) {
   const size_t n = scores.size();
   const Guarded<float> s = score_buffer(n);
   std::copy(scores.begin(), scores.end(), s.get());
   const std::vector<double> expected =
       reference_softmax(std::vector<double>(scores.begin(), scores.end()), static_cast<double>(scale));
-  const double sum = softmax_row(vec, s.get(), n, scale);
+  const double sum = (to_bf16 ? softmax_row_to_bf16 : softmax_row)(vec, s.get(), n, scale);
   EXPECT(sum >= 0.99, "the sum is %g, though the largest term is 1", sum);
   double largest = 0;
   for (const float x : scores)
@@ -306,9 +306,13 @@ void check_softmax(const VecKernels& vec, const std::vector<float>& scores, floa
   const double score_bound = 2 * kRoundF32 * largest;
   for (size_t j = 0; j < n; ++j) {
     const double got = static_cast<double>(s[j]) / sum;
-    const double bound = probability_bound(expected[j], score_bound, n);
+    const double bound = probability_bound(expected[j], score_bound, n) + (to_bf16 ? 2 * kExp2ToBf16 * expected[j] : 0);
     EXPECT(within(got, expected[j], bound), "%zu: %.9g, expected %.9g +- %.2g", j, got, expected[j], bound);
   }
+}
+
+void check_softmax(const VecKernels& vec, const std::vector<float>& scores, float scale) {
+  for (const bool to_bf16 : {false, true}) check_softmax(vec, scores, scale, to_bf16);
 }
 
 TORCH_EXT_TEST(softmax_is_right_for_every_length) {
@@ -351,11 +355,13 @@ TORCH_EXT_TEST(softmax_of_nan_is_nan) {
       for (size_t at = 0; at < n; ++at) {
         for (const uint32_t bits : {0x7fc00000u, 0x7f800001u, 0xffffffffu}) {
           context("%s n %zu, NaN 0x%08x at %zu", vec->name, n, bits, at);
-          const Guarded<float> s = score_buffer(n);
-          for (size_t j = 0; j < n; ++j) s[j] = random_source().value();
-          std::memcpy(s.get() + at, &bits, sizeof bits);
-          const float sum = softmax_row(*vec, s.get(), n, 1.0f);
-          EXPECT(std::isnan(sum), "the sum is %g", static_cast<double>(sum));
+          for (const auto softmax : {softmax_row, softmax_row_to_bf16}) {
+            const Guarded<float> s = score_buffer(n);
+            for (size_t j = 0; j < n; ++j) s[j] = random_source().value();
+            std::memcpy(s.get() + at, &bits, sizeof bits);
+            const float sum = softmax(*vec, s.get(), n, 1.0f);
+            EXPECT(std::isnan(sum), "the sum is %g", static_cast<double>(sum));
+          }
         }
       }
     }

@@ -152,7 +152,8 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     if (kernel.softmax_pack) {
       kernel.softmax_pack(rows, ukernel.mr, seen, scale, s.scores, ld_scores, factors, s.probabilities);
     } else {
-      for (size_t i = 0; i < rows; ++i) factors[i] = vec.softmax_row(s.scores + i * ld_scores, seen, scale);
+      const auto softmax_row = f32 ? vec.softmax_row : vec.softmax_row_to_bf16;
+      for (size_t i = 0; i < rows; ++i) factors[i] = softmax_row(s.scores + i * ld_scores, seen, scale);
       kernel.pack_lhs_f32(rows, ukernel.mr, seen, s.scores, ld_scores, s.probabilities);
     }
     for (size_t i = 0; i < rows; ++i) factors[i] = 1.0f / factors[i];

@@ -35,6 +35,9 @@ struct VecKernels {
   /// up to kMaxVecWidth elements; those past n hold nothing of use afterwards.
   float (*softmax_row)(float* s, size_t n, float scale);
 
+  /// The same where what is computed from the results is rounded to bf16: relative error below 1e-4.
+  float (*softmax_row_to_bf16)(float* s, size_t n, float scale);
+
   /// out(i, j) = s(i, j) * factors[i]; rows are `ld` and `ld_out` elements apart.
   void (*scale_rows)(size_t rows, size_t n, const float* s, size_t ld, const float* factors, void* out, size_t ld_out,
                      DType out_type);

@@ -144,21 +144,30 @@ static void store_tile(const float* tile, size_t ld_tile, size_t rows, size_t co
 
 // ---- softmax ----------------------------------------------------------------------------------------------------
 
+// `largest` is scaled already, unless results are for bf16: the base is 2 there, by a factor that does not leave the largest
+// score as it was.
+template <bool kToBf16>
+TORCH_EXT_INLINE vf softmax_numerator(vf s, float scale, vf largest) {
+  return kToBf16 ? exp2_to_bf16((s - largest) * scale) : exp_approx(s * scale - largest);
+}
+
+template <bool kToBf16>
 static float softmax_row(float* s, size_t n, float scale) {
+  if constexpr (kToBf16) scale *= 1.44269504f;  // 1 / ln 2
   scale = scale > 1.2e-38f ? scale : 1.2e-38f;  // zero times infinity would be NaN
   const size_t last = (n - 1) / kWidth * kWidth;
   const vf rest = mask_lanes(load(s + last), n - last);
   vf m = rest;
   for (size_t j = 0; j < last; j += kWidth) m = max_nan(m, load(s + j));
-  const vf offset = splat(max_lanes(m) * scale);
+  const vf largest = splat(kToBf16 ? max_lanes(m) : max_lanes(m) * scale);
   vf sum = splat(0.0f);
   for (size_t j = 0; j < last; j += kWidth) {
-    const vf e = exp_approx(load(s + j) * scale - offset);
+    const vf e = softmax_numerator<kToBf16>(load(s + j), scale, largest);
     store(s + j, e);
     sum = sum + e;
   }
   // Lanes past n give exp(-87), which vanishes beside the largest, exp(0).
-  const vf e = exp_approx(rest * scale - offset);
+  const vf e = softmax_numerator<kToBf16>(rest, scale, largest);
   store(s + last, e);
   return sum_lanes(sum + e);
 }
