@@ -39,8 +39,8 @@ LONGEST = (
     "ops/test_registration.py",
     "ops/test_accelerate.py",
 )
-# Files whose tests need not run in one process: their fixtures are cheap, or shared by `shared_folder`.
-DIVISIBLE = ("ops/test_transformers.py", "loadtest/test_locust.py", "ops/test_isa.py")
+# Files, and tests of files, that need not run in one process: their fixtures are cheap, or shared by `shared_folder`.
+DIVISIBLE = ("ops/test_transformers.py::", "loadtest/test_locust.py::", "ops/test_isa.py::test_whole_suite_under")
 # Tests of one file that stay together, by their names: what one of them computes, the others use.
 TOGETHER = {"csrc/test_kernels.py": ("under_emulation[max", "under_emulation", "clang", "gcc")}
 
@@ -81,7 +81,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path, _, test = nodeid.partition("::")
-            if path.endswith(DIVISIBLE):
+            if any(part in nodeid for part in DIVISIBLE):
                 return nodeid
             parts = next((parts for name, parts in TOGETHER.items() if path.endswith(name)), ())
             return path + next((part for part in parts if part in test), "")
