@@ -96,7 +96,7 @@ test-kubernetes: $(VENV)/.kubernetes $(VENV)/.built ## tests of the manifests fo
 	@$(PY) -m pytest tests/kubernetes $(ARGS)
 
 .PHONY: test-emulated
-test-emulated: $(VENV)/.dev ## tests of the aarch64 kernels under QEMU; needs a cross compiler and QEMU (2 minutes)
+test-emulated: $(VENV)/.dev ## tests of the aarch64 kernels under QEMU, and of their code; needs a cross compiler, QEMU, LLVM (4 minutes)
 	@$(PY) -m pytest -n auto -m emulator tests/csrc $(ARGS)
 
 .PHONY: nightly

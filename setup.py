@@ -16,6 +16,7 @@ Cross build, for example for aarch64 on x86-64 (needs only ``g++-aarch64-linux-g
     _PYTHON_HOST_PLATFORM=linux-aarch64 pip wheel . --no-build-isolation --no-deps -w dist
 
 ``CC``, ``CXX``, ``LDSHARED`` and ``LDCXXSHARED`` override the compiler that is derived from the platform.
+With ``TORCH_EXT_WERROR=1`` warnings are errors, as in ``.ci/run``.
 """
 
 from __future__ import annotations
@@ -234,6 +235,7 @@ def extension(name: str, files: list[str], include: list[str]) -> setuptools.Ext
                 *("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"),
                 f"-ffile-prefix-map={ROOT}/=",  # Messages name files relative to the checkout.
                 f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+                *(["-Werror"] if os.environ.get("TORCH_EXT_WERROR") == "1" else []),
             ]
         },
         py_limited_api=True,

@@ -12,7 +12,8 @@ From the command line::
 Arguments after ``--`` go to the program; ``-- --help`` lists them. ``CXX`` is the compiler for this machine;
 ThreadSanitizer follows the tests that fork with clang++ and LLVM's compiler-rt only. If it stops with "unexpected
 memory mapping", run the program that ``--build-only`` prints under ``setarch -R``.
-Objects are kept in ``build/csrc-tests`` under a hash of everything that went into them.
+Objects are kept in ``build/csrc-tests`` under a hash of everything that went into them. The program for this machine is
+linked with the objects of the extension where that was built in place and nothing has changed since.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +56,7 @@ class Variant:
         test_flags: flags of tests/csrc; fast to compile.
         link_flags: flags of the link.
         runner: command that the program is run with, empty for this machine's own.
+        extension: whether objects of the extension that is built in place may be linked instead of compiled ones.
     """
 
     compiler: str
@@ -61,13 +64,14 @@ class Variant:
     test_flags: tuple[str, ...] = ("-O1", "-std=c++20")
     link_flags: tuple[str, ...] = ()
     runner: tuple[str, ...] = ()
+    extension: bool = False
 
 
 _THREAD_SANITIZER = ("-O1", "-g", "-std=c++20", "-fsanitize=thread")
 _SANITIZERS = ("-O1", "-g", "-std=c++20", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 VARIANTS = {
-    "native": Variant(os.environ.get("CXX", "g++")),
+    "native": Variant(os.environ.get("CXX", "g++"), extension="CXX" not in os.environ),
     "aarch64": Variant("aarch64-linux-gnu-g++", link_flags=("-static",), runner=(EMULATOR,)),
     "aarch64-clang": Variant("clang++-19 --target=aarch64-linux-gnu", link_flags=("-static",), runner=(EMULATOR,)),
     "sanitize": Variant(os.environ.get("CXX", "g++"), _SANITIZERS, _SANITIZERS, _SANITIZERS),
@@ -176,10 +180,34 @@ def _locked(variant: str) -> Iterator[Path]:
         yield folder
 
 
+def objects_of_extension() -> dict[Path, Path]:
+    """Objects of the extension that is built in place, by their sources: those newer than all that they are made of."""
+    platform = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    objects = ROOT / "build" / platform / CSRC.relative_to(ROOT)
+    common = [ROOT / "setup.py", *(path for path in CSRC.rglob("*") if path.suffix in {".h", ".inl"})]
+    common += (CSRC.parent / "include").glob("*.h")
+    changed = max(path.stat().st_mtime for path in common)
+    found = {}
+    for source in kernel_sources():
+        made = (objects / source.relative_to(CSRC)).with_suffix(".o")
+        if made.exists() and made.stat().st_mtime > max(changed, source.stat().st_mtime):
+            found[source] = made
+    return found
+
+
 def _compile(v: Variant, folder: Path, sources: Sequence[Path]) -> list[Path]:
     kernel_headers, test_headers = _headers(CSRC, CSRC.parent / "include"), _headers(TESTS)
+    of_extension = objects_of_extension() if v.extension else {}
 
     def compile_one(source: Path) -> Path:
+        if source in of_extension:
+            made = of_extension[source]
+            # A copy, since the next build of the extension writes into the original.
+            copied = folder / f"{source.stem}-{_digest([made.read_bytes()])}.o"
+            if not copied.exists():
+                shutil.copy(made, scratch := copied.with_suffix(".new"))
+                scratch.replace(copied)
+            return copied
         is_test = TESTS in source.parents
         command = [
             *shlex.split(v.compiler),

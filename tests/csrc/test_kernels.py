@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -89,6 +90,38 @@ def test_every_kernel_source_is_compiled() -> None:
         for path in CSRC.rglob("*.cpp")
         if path.parent.name not in {"ops", "compat", "python"} and path.name != "registration.cpp"
     }
+
+
+def test_objects_of_the_extension_are_linked_until_something_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    csrc = tmp_path / "torch_ext" / "csrc"
+    platform = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    objects = tmp_path / "build" / platform / "torch_ext" / "csrc"
+    files = [tmp_path / "setup.py", *(csrc / name for name in ("a.cpp", "kernels/b.cpp", "ops/c.cpp", "kernels/d.h"))]
+    made = [objects / name for name in ("a.o", "kernels/b.o", "ops/c.o")]
+
+    def at(time_s: int, *paths: Path) -> None:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (time_s, time_s))
+
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "CSRC", csrc)
+    at(1000, *files)
+    assert build.objects_of_extension() == {}
+    at(2000, *made)
+    both = {csrc / "a.cpp": made[0], csrc / "kernels" / "b.cpp": made[1]}
+    assert build.objects_of_extension() == both
+    at(3000, csrc / "a.cpp")
+    assert build.objects_of_extension() == {csrc / "kernels" / "b.cpp": made[1]}
+    for path in (csrc / "kernels" / "d.h", tmp_path / "setup.py"):
+        at(3000, path)
+        assert build.objects_of_extension() == {}
+        at(1000, path)
+    at(4000, *made)
+    assert build.objects_of_extension() == both
 
 
 def test_kernels_on_this_machine(seed: int) -> None:
@@ -230,12 +263,14 @@ def test_the_loop_of_every_kernel_is_found(compiler: str) -> None:
     assert {loop.kernel for loop in loops(compiler)} == expected
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_no_inner_loop_spills(compiler: str) -> None:
     spills = {loop.kernel: loop.spills() for loop in loops(compiler)}
     assert {kernel: lines for kernel, lines in spills.items() if lines} == {}
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 @pytest.mark.parametrize("cpu", ["neoverse-n2", "neoverse-v1", "neoverse-v2"])
 def test_the_main_kernel_reaches_the_peak_of_the_model(compiler: str, cpu: str) -> None:
@@ -249,6 +284,7 @@ def test_the_main_kernel_reaches_the_peak_of_the_model(compiler: str, cpu: str) 
     assert 0.97 <= share <= 1.0 + 1e-9
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_the_sve_kernels_are_preferred_where_the_model_says_so(compiler: str) -> None:
     """At no number of rows slower than NEON's on Neoverse V1, at some faster; else the order in dispatch is wrong."""
