@@ -254,6 +254,7 @@ def test_errors_are_those_of_torch(layer: nn.Linear, x: Tensor) -> None:
         assert [message(function) for function in wrong] == expected
 
 
+@pytest.mark.anywhere
 def test_training_is_unchanged(seed: int, x: Tensor) -> None:
     def train() -> list[Tensor]:
         torch.manual_seed(seed)

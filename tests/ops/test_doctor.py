@@ -378,7 +378,8 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_this_machine() -> None:
-    process = run("--json", OMP_NUM_THREADS="1")
+    command = ("-m", "torch_ext.doctor")
+    process = warm.python("torch").run(*command, "--json", complete=False)
     report = json.loads(process.stdout)
     assert process.returncode == (1 if report["status"] == "FAIL" else 0)
     states = {finding["name"]: finding["status"] for finding in report["findings"]}
@@ -387,7 +388,7 @@ def test_this_machine() -> None:
     kernel = torch_ext.isa_report()["int8_kernels"][-1]
     detail = next(finding["detail"] for finding in report["findings"] if finding["name"] == "kernels")
     assert kernel.endswith(re.search(r"int8 with (\w+)", detail)[1])
-    table = run(OMP_NUM_THREADS="1")
+    table = warm.python("torch").run(*command, complete=False)
     assert table.returncode == process.returncode
     assert all(name in table.stdout for name in states)
 

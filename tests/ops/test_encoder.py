@@ -296,9 +296,9 @@ def test_threads_that_share_a_batch_out_give_the_same(
         torch.set_num_threads(1)
         expected = encoder(ids, bounds, types)
         assert expected.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
-        for count in (2, 3, 4):
+        for count, times in ((2, 1), (3, 1), (4, 3)):
             torch.set_num_threads(count)
-            for _ in range(3):
+            for _ in range(times):
                 actual = encoder(ids, bounds, types)
                 # Kernels for few rows may add in another order than those for many.
                 assert cosine(actual, expected) > 0.9999
