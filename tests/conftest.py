@@ -33,6 +33,7 @@ LONGEST = (
     "deploy/test_server_bundles.py",
     "deploy/test_workers.py",
     "ops/test_isa.py",
+    "ops/test_runtime.py",
     "benchmarks/test_encoder_benchmark.py",
     "deploy/test_export_errors.py",
     "deploy/test_load_test.py",
@@ -67,8 +68,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Processes of ``-n auto``: two even on one core, because tests wait for servers and load generators."""
-    return min(8, max(2, len(os.sched_getaffinity(0))))
+    """Processes of ``-n auto``: one more than cores, because tests wait for servers and load generators."""
+    return min(8, len(os.sched_getaffinity(0)) + 1)
 
 
 @pytest.hookimpl(optionalhook=True)
