@@ -16,6 +16,7 @@ __all__ = ["OFFSET_POSITIONS", "check_config"]
 OFFSET_POSITIONS = frozenset(
     {
         *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"),
+        *("esm", "longformer"),
     }
 )
 """Types of models whose positions begin behind the padding index."""

@@ -6,11 +6,15 @@ import pickle
 
 from deploy.folder.errors import FolderError, chain, first_line, is_disk_full
 
-__all__ = ["ExportError", "Interrupted", "first_line", "is_disk_full", "pickle_refused"]
+__all__ = ["ExportError", "Interrupted", "NotSupportedError", "first_line", "is_disk_full", "pickle_refused"]
 
 
 class ExportError(FolderError):
     """The export cannot go on; the message says what was expected, what was found, and what to do."""
+
+
+class NotSupportedError(ExportError):
+    """torch_ext does not run the model; ONNX Runtime may."""
 
 
 def pickle_refused(error: BaseException) -> bool:

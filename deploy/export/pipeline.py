@@ -18,7 +18,7 @@ from deploy.engines.open import open_engine
 from deploy.export.accuracy import Result, Verification
 from deploy.export.calibration import CALIBRATION_TOKENS, calibration_texts
 from deploy.export.dense import DenseStage, read_stages, write_stages
-from deploy.export.errors import ExportError
+from deploy.export.errors import ExportError, NotSupportedError
 from deploy.export.evaluation import Evaluation, read_evaluation
 from deploy.export.needs import check_disk, import_libraries, memory_note, threads
 from deploy.export.options import Options, Texts, read_texts
@@ -158,29 +158,44 @@ def reference(state: Export) -> None:
 
 
 def write_torch_ext(state: Export) -> None:
-    """Writes the encoders of torch_ext; for int8, which layers stay in bf16 is measured on the texts."""
+    """Writes the encoders of torch_ext; for int8, which layers stay in bf16 is measured on the texts.
+
+    A model that torch_ext does not run has the variants of ONNX Runtime alone, unless variants were chosen.
+    """
     for name in state.runs_on("torch_ext"):
         path = state.folder / VARIANTS[name].file
         with state.progress.step(f"write {name}") as said:
-            if VARIANTS[name].dtype == "int8":
-                state.quantized = write_int8_encoder(
-                    name,
-                    path,
-                    state.model,
-                    state.verification,
-                    state.bounds[name],
-                    state.options.accuracy,
-                    state.names,
-                    state.stages,
-                    state.calibration,
-                )
+            try:
+                _write_torch_ext(state, name, path)
+            except NotSupportedError as error:
+                if set(state.names) != set(VARIANTS):
+                    raise
+                said.append("failed")
+                state.left_out.update(dict.fromkeys(state.runs_on("torch_ext"), str(error)))
+                break
+            if state.quantized is not None and VARIANTS[name].dtype == "int8":
                 said.append(str(state.quantized))
-            else:
-                write_encoder(name, path, state.model, state.verification.task, state.stages)
             said.append(megabytes(path.stat().st_size))
     report = None if state.quantized is None else state.quantized.report
     if report is not None and (report.layers or state.options.accuracy is not None):
         state.progress.say(str(report))
+
+
+def _write_torch_ext(state: Export, name: str, path: Path) -> None:
+    if VARIANTS[name].dtype != "int8":
+        write_encoder(name, path, state.model, state.verification.task, state.stages)
+        return
+    state.quantized = write_int8_encoder(
+        name,
+        path,
+        state.model,
+        state.verification,
+        state.bounds[name],
+        state.options.accuracy,
+        state.names,
+        state.stages,
+        state.calibration,
+    )
 
 
 def write_onnx(state: Export) -> None:
@@ -327,7 +342,12 @@ def export(source: Source, target: Path, options: Options, progress: Progress) -
 def _leave_out(state: Export, name: str, error: ExportError) -> None:
     """Goes on without a variant of ONNX Runtime; raises `error` for another one, or if no variant would remain."""
     state.left_out[name] = str(error)
-    if VARIANTS[name].engine != "onnxruntime" or state.left_out.keys() >= set(state.names):
+    if VARIANTS[name].engine != "onnxruntime":
+        raise error
+    if state.left_out.keys() >= set(state.names):
+        reasons = dict.fromkeys(state.left_out[other] for other in state.names if VARIANTS[other].engine == "torch_ext")
+        if reasons:
+            raise ExportError("; ".join([*reasons, str(error)])) from error
         raise error
     for path in files_of(state.folder, name) if name != "onnx-fp32" else ():
         path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from deploy.bundle import VARIANTS
 from deploy.engines.batch import Ids
 from deploy.export.accuracy import Verification
 from deploy.export.dense import DenseStage, head_of
-from deploy.export.errors import ExportError, first_line
+from deploy.export.errors import NotSupportedError, first_line
 from deploy.export.int8 import BoundMissed, choose_encoder
 from deploy.export.verify import refuse
 from deploy.tasks import Task
@@ -51,7 +51,7 @@ def write_encoder(name: str, path: Path, model: Any, task: Task, stages: Sequenc
         stages: Linear stages behind the pooling.
 
     Raises:
-        ExportError: torch_ext does not run the model.
+        NotSupportedError: torch_ext does not run the model.
         OSError: The file cannot be written.
     """
     from torch_ext import Encoder, Head
@@ -88,7 +88,8 @@ def write_int8_encoder(
         calibration: Texts to round the weights for.
 
     Raises:
-        ExportError: torch_ext does not run the model, or all layers in bf16 miss a bound.
+        NotSupportedError: torch_ext does not run the model.
+        ExportError: All layers in bf16 miss a bound.
         OSError: The file cannot be written.
     """
     with _told_as_export_error(name):
@@ -104,9 +105,9 @@ def write_int8_encoder(
 
 @contextlib.contextmanager
 def _told_as_export_error(name: str) -> Iterator[None]:
-    """Turns what torch_ext says of a model that it does not run into an `ExportError`."""
+    """Turns what torch_ext says of a model that it does not run into a `NotSupportedError`."""
     try:
         yield
     except (ValueError, TypeError) as error:
         left = ",".join(other for other in VARIANTS if VARIANTS[other].engine != "torch_ext")
-        raise ExportError(f"{name}: {first_line(error)}; leave it out with --variants {left}") from error
+        raise NotSupportedError(f"{name}: {first_line(error)}; leave it out with --variants {left}") from error

@@ -14,19 +14,10 @@ from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts
 from deploy.folder.errors import FolderError
 from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files
 
-__all__ = ["MODEL_TYPES", "Source", "read_source"]
+__all__ = ["Source", "read_source"]
 
-MODEL_TYPES: Mapping[str, bool] = {
-    "bert": True,
-    "roberta": True,
-    "distilbert": True,
-    "xlm-roberta": True,
-    "camembert": True,
-    "electra": True,
-    "mpnet": True,
-    "albert": True,
-}
-"""Encoders that can be exported, by `model_type`, and whether torch_ext runs them; others have ONNX variants only."""
+_OF_IMAGES = ("clip", "siglip")
+"""How `model_type` begins of models whose texts are compared with images."""
 
 _TASK_OF_SUFFIX = {task.architecture: name for name, task in reversed([*TASKS.items()])}
 _SPARSE = next(name for name, task in TASKS.items() if task.needs.sparse)
@@ -108,8 +99,10 @@ class Source:
 
     @property
     def supported_by_torch_ext(self) -> bool:
-        """Whether torch_ext's encoder runs this kind of model."""
-        return MODEL_TYPES[self.model_type]
+        """Whether torch_ext's encoder runs this kind of model; others have ONNX variants only."""
+        from torch_ext.encoder import ARCHITECTURES
+
+        return self.model_type in ARCHITECTURES
 
     @property
     def prompt(self) -> str:
@@ -125,7 +118,7 @@ def read_source(
     pooling: str | None = None,
     normalize: bool | None = None,
     max_tokens: int | None = None,
-    model_types: Collection[str] = MODEL_TYPES,
+    model_types: Collection[str] | None = None,
 ) -> Source:
     """Reads a model folder.
 
@@ -137,7 +130,7 @@ def read_source(
         pooling: Overrides the pooling mode.
         normalize: Overrides whether embeddings are normalized.
         max_tokens: Overrides the longest input.
-        model_types: Which kinds of models are taken.
+        model_types: Which kinds of models are taken; None: any.
 
     Raises:
         FolderError: It is not a model folder, or of a kind that is not taken, or an override does not fit.
@@ -186,7 +179,7 @@ def read_source(
 # One function per question that a folder answers.
 
 
-def _read_config(where: Path, model_types: Collection[str]) -> tuple[Mapping[str, Any], str]:
+def _read_config(where: Path, model_types: Collection[str] | None) -> tuple[Mapping[str, Any], str]:
     if not where.is_file():
         raise FolderError(
             f"{where.parent}: not a model folder (no {CONFIG_FILE}); pass a folder saved by save_pretrained, or a hub "
@@ -194,12 +187,20 @@ def _read_config(where: Path, model_types: Collection[str]) -> tuple[Mapping[str
         )
     config = read_json(where, dict)
     model_type = config.get("model_type")
-    if model_type not in model_types:
-        kind = ", ".join(map(str, config.get("architectures") or [])) or "no architecture"
+    kind = ", ".join(map(str, config.get("architectures") or [])) or "no architecture"
+    if not isinstance(model_type, str):
+        raise FolderError(f"{where}: unknown architecture {model_type!r} ({kind}); expected model_type, a string")
+    if model_type.startswith(_OF_IMAGES):
         raise FolderError(
-            f"{where}: unknown architecture {model_type!r} ({kind}); supported model types: {', '.join(model_types)}"
+            f"{where}: {model_type} compares texts with images, which is not served; torch_ext.Encoder and "
+            "torch_ext.Head.from_pretrained run its encoder of texts in Python"
         )
-    return config, str(model_type)
+    if model_types is not None and model_type not in model_types:
+        raise FolderError(
+            f"{where}: unknown architecture {model_type!r} ({kind}): python -m deploy export it, which writes ONNX "
+            f"variants; served from a folder are {', '.join(model_types)}"
+        )
+    return config, model_type
 
 
 def _infer_task(config: Mapping[str, Any], sentence: SentenceFiles, where: Path) -> tuple[str, str]:

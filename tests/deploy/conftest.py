@@ -31,6 +31,7 @@ CLASSES = {
     "distilbert": ("DistilBertConfig", "DistilBert"),
     "electra": ("ElectraConfig", "Electra"),
     "albert": ("AlbertConfig", "Albert"),
+    "convbert": ("ConvBertConfig", "ConvBert"),
 }
 SUFFIXES = {
     "feature-extraction": "Model",
@@ -74,6 +75,7 @@ def save_tokenizer(folder: Path, model_type: str) -> int:
             "bert": "BertTokenizerFast",
             "distilbert": "DistilBertTokenizerFast",
             "electra": "ElectraTokenizerFast",
+            "convbert": "ConvBertTokenizerFast",
             "albert": "BertTokenizerFast",  # Its own kind needs a sentencepiece model; the exporter takes either.
         }
         made = getattr(transformers, names[model_type])(str(folder / "vocab.txt"))
@@ -109,6 +111,8 @@ def make_tiny_model(folder: Path, model_type: str, task: str, **settings: Any) -
                 "intermediate_size": 128,
                 "pad_token_id": 1 if model_type == "roberta" else 0,
             }
+        if model_type == "convbert":
+            fields |= {"embedding_size": 64}
         if model_type in ("electra", "albert"):
             fields |= {"embedding_size": 32}
         config = getattr(transformers, config_name)(**{**fields, **settings})

@@ -24,7 +24,6 @@ from deploy.bundle import VARIANTS, Machine, load_manifest
 from deploy.engines.open import load_engine
 from deploy.export.calibration import calibration_texts
 from deploy.export.cli import main
-from deploy.folder import source
 from deploy.machine import cpu_name, machine, usable_cpus
 from deploy.onnx_session import kernels, session_options
 from deploy.server.service.tokens import TextTokenizer
@@ -440,18 +439,29 @@ def test_chosen_variants_only(tiny_model: Callable[..., Path], tmp_path: Path) -
 
 
 def test_architectures_that_only_onnx_runs(
-    tiny_model: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(source, "MODEL_TYPES", {**source.MODEL_TYPES, "albert": False})
-    model = tiny_model("albert")
+    model = tiny_model("convbert")
     manifest = load_manifest_of(model, tmp_path / "a")
     assert list(manifest.variants) == ["onnx-int8", "onnx-fp32"]
-    assert "note: torch_ext does not run albert models" in capsys.readouterr().err
+    assert manifest.variant("onnx-fp32").accuracy.mean > 0.9999
+    assert "note: torch_ext does not run convbert models" in capsys.readouterr().err
     assert main([str(model), "-o", str(tmp_path / "b"), "--variants", "torch_ext-bf16", *QUICK]) == 2
-    assert "torch_ext does not run albert models yet; pass --variants onnx-int8,onnx-fp32" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "torch_ext does not run convbert models yet; pass --variants onnx-int8,onnx-fp32" in error
+
+
+def test_options_that_only_onnx_runs(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An architecture that torch_ext knows, with an option that it does not."""
+    manifest = load_manifest_of(tiny_model("bert", position_embedding_type="relative_key"), tmp_path / "a")
+    assert list(manifest.variants) == ["onnx-int8", "onnx-fp32"]
+    assert (
+        "expected position_embedding_type='absolute', got 'relative_key'"
+        in manifest.verification["left_out"]["torch_ext-bf16"]
+    )
+    assert "torch_ext-bf16 is left out of the bundle" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from deploy.bundle import Pooling, Prompts
 from deploy.folder import source as sources
 from deploy.folder.errors import FolderError
 from deploy.folder.hub import find_model
-from deploy.folder.source import MODEL_TYPES, read_source
+from deploy.folder.source import read_source
 from deploy.tasks import TASKS, TaskError
 
 CONFIG = {
@@ -386,10 +386,8 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     ):
         with pytest.raises(FolderError, match=message):
             read(write(tmp_path, config=content))
-    with pytest.raises(
-        FolderError, match=r"unknown architecture 'gpt2' \(GPT2Model\); supported model types: bert, roberta"
-    ):
-        read(write(tmp_path, config={**CONFIG, "model_type": "gpt2", "architectures": ["GPT2Model"]}))
+    with pytest.raises(FolderError, match="clip compares texts with images, which is not served"):
+        read(write(tmp_path, config={**CONFIG, "model_type": "clip", "architectures": ["CLIPModel"]}))
     with pytest.raises(FolderError, match=r"unknown architecture None \(no architecture\)"):
         read(write(tmp_path, config={}))
     with pytest.raises(FolderError, match="max_position_embeddings: expected a whole number, got None"):
@@ -494,9 +492,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
 
 
-def test_supported_models_are_those_of_torch_ext() -> None:
-    from torch_ext.encoder import ARCHITECTURES
-
-    supported = {name for name, runs in MODEL_TYPES.items() if runs}
-    # What cannot be exported at all, torch_ext may know nevertheless.
-    assert supported == set(ARCHITECTURES) & MODEL_TYPES.keys()
+@pytest.mark.parametrize(("model_type", "runs"), [("bert", True), ("modernbert", True), ("funnel", False)])
+def test_any_architecture_is_read(model_type: str, runs: bool, tmp_path: Path) -> None:
+    source = read(write(tmp_path, config={**CONFIG, "model_type": model_type}))
+    assert source.supported_by_torch_ext is runs
