@@ -19,6 +19,7 @@ from deploy.bundle import TASKS, VARIANTS
 from deploy.engines.batch import Batch
 from deploy.engines.padded import padded
 from deploy.export.errors import ExportError, first_line, is_disk_full
+from deploy.export.onnx_copies import one_copy
 from deploy.onnx_session import session_options
 from deploy.tasks import Task
 
@@ -100,11 +101,18 @@ def _products(path: Path) -> tuple[list[Any], list[Any]]:
         for node in graph.node
         if node.op_type in {"Transpose", "Identity", "Cast"} and all(name in constant for name in node.input)
     }
-    products = [node for node in graph.node if node.op_type in {"MatMul", "Gemm"}]
+    # Copies: a part of a message keeps all of it in memory, the weights included.
+    products = [_copied(node) for node in graph.node if node.op_type in {"MatMul", "Gemm"}]
     return (
         [node for node in products if any(name in constant for name in node.input[:2])],
         [node for node in products if not any(name in constant for name in node.input[:2])],
     )
+
+
+def _copied(node: Any) -> Any:
+    result = type(node)()
+    result.CopyFrom(node)
+    return result
 
 
 def quantize_int8(source: Path, target: Path, work: Path, config: Any, keep_fp32: Collection[str] = ()) -> int:
@@ -129,7 +137,8 @@ def quantize_int8(source: Path, target: Path, work: Path, config: Any, keep_fp32
     )
     external = _weight_bytes(source) > 4 * _EXTERNAL_FROM_BYTES
     quantizer = ORTQuantizer(source, config=config)
-    quantizer.quantize(settings, save_dir=work, file_suffix="int8", use_external_data_format=external)
+    with one_copy():
+        quantizer.quantize(settings, save_dir=work, file_suffix="int8", use_external_data_format=external)
     written = work / f"{source.stem}_int8.onnx"
     data = work / f"{written.name}.data"
     if data.exists():

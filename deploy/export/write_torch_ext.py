@@ -54,13 +54,16 @@ def write_encoder(name: str, path: Path, model: Any, task: Task, stages: Sequenc
         NotSupportedError: torch_ext does not run the model.
         OSError: The file cannot be written.
     """
-    from torch_ext import Encoder, Head
+    from torch_ext import Head
+    from torch_ext.encoder.files import save_unpacked
+    from torch_ext.encoder.huggingface.models import read_encoder
 
     dtype: Any = VARIANTS[name].dtype
     with _told_as_export_error(name):
-        encoder = Encoder.from_transformers(model, dtype=dtype)
-        linear = head_of(stages, encoder.spec.hidden_size, dtype)
-        encoder.save(str(path), head=Head.from_transformers(model, dtype=dtype) if task.needs.head else linear)
+        spec, weights = read_encoder(model)
+        linear = head_of(stages, spec.hidden_size, dtype)
+        head = Head.from_transformers(model, dtype=dtype) if task.needs.head else linear
+        save_unpacked(path, spec, weights, dtype, head)
 
 
 def write_int8_encoder(

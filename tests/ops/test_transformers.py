@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_ext
 from tests.ops import reference
 from torch_ext import Encoder, Head
+from torch_ext.encoder.files import save_unpacked
+from torch_ext.encoder.huggingface.models import read_encoder
 
 # Imported by a fixture, so that a run without these tests needs no transformers.
 transformers: Any = None
@@ -712,3 +717,33 @@ def test_real_model_on_real_text(minilm: tuple[nn.Module, Any], seed: int) -> No
         similarity = cosines(torch.cat(parts), expected)
         assert similarity.min() >= least, f"{dtype}: {similarity.min()}"
         assert similarity.mean() >= mean, f"{dtype}: {similarity.mean()}"
+
+
+@pytest.mark.anywhere
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["Bert", "Albert", "Mpnet"])
+def test_files_are_the_same_without_packing(kind: str, dtype: Any, tmp_path: Path) -> None:
+    """Also of layers that share their weights, and with a head."""
+    names = {"Bert": ("BertConfig", "BertForSequenceClassification"), "Albert": ("AlbertConfig", "AlbertModel")}
+    config_name, class_name = names.get(kind, ("MPNetConfig", "MPNetModel"))
+    config = getattr(transformers, config_name)(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56,
+        max_position_embeddings=24, **({"embedding_size": 16} if kind == "Albert" else {}),
+    )  # fmt: skip
+    model = getattr(transformers, class_name)(config).eval()
+    head = Head.from_transformers(model, dtype) if kind == "Bert" else None
+    Encoder.from_transformers(model, dtype).save(tmp_path / "packed", head)
+    spec, weights = read_encoder(model)
+    save_unpacked(tmp_path / "unpacked", spec, weights, dtype, head)
+    # Metadata has no order.
+    (first, seen), (second, found) = (
+        (load_file(tmp_path / name), safe_open(tmp_path / name, "pt").metadata()) for name in ("packed", "unpacked")
+    )
+    assert seen == found
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype, name
+        assert torch.equal(tensor, second[name]), name
+    if head is not None:
+        with pytest.raises(ValueError, match="expected a head of hidden_size=32, "):
+            save_unpacked(tmp_path / "other", spec, weights, "bf16" if dtype == "fp32" else "fp32", head)

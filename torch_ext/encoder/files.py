@@ -7,15 +7,20 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from torch_ext.encoder.spec import EncoderSpec, HeadSpec, check_dtype
-from torch_ext.encoder.weights import check_weights
+from torch_ext.encoder.spec import Dtype, EncoderSpec, HeadSpec, check_dtype, is_matrix, is_table
+from torch_ext.encoder.weights import TABLE_DTYPES, check_weights
 
-__all__ = ["has_part", "read", "stored_dtype", "write"]
+if TYPE_CHECKING:
+    from torch_ext.encoder.model import Head
+
+__all__ = ["has_part", "read", "save_unpacked", "stored_dtype", "write"]
 
 FORMAT = "torch-ext-encoder"
 FORMAT_VERSION = 1
@@ -66,6 +71,47 @@ def write(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> N
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def save_unpacked(
+    path: Path, spec: EncoderSpec, weights: Mapping[str, Tensor], dtype: Dtype, head: Head | None = None
+) -> None:
+    """Write the file that ``Encoder(spec, weights, dtype).save(path, head)`` writes, without packing the weights first.
+
+    That takes a copy of them in memory; packed and unpacked again they are there three times.
+
+    Args:
+        path: the file; replaced if it exists.
+        spec: what the encoder computes.
+        weights: fp32 or bf16, by the names of ``spec.shapes()``.
+        dtype: ``"bf16"`` or ``"fp32"``.
+        head: a task head to go with it.
+
+    Raises:
+        ValueError: a name, shape or dtype is wrong, or ``head`` does not fit the encoder.
+        OSError: the file cannot be written.
+    """
+    check_weights(spec, weights)
+    if dtype not in ("bf16", "fp32"):
+        raise ValueError(f"save_unpacked: expected dtype 'bf16' or 'fp32', got {dtype!r}")
+    if head is not None and (head.spec.hidden_size != spec.hidden_size or head.dtype != dtype):
+        raise ValueError(
+            f"save_unpacked: expected a head of hidden_size={spec.hidden_size}, {dtype}, got "
+            f"{head.spec.hidden_size}, {head.dtype}"
+        )
+    converted: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in weights.items():
+        kind = TABLE_DTYPES[dtype] if is_matrix(name) or is_table(name) else torch.float32
+        tensor = tensor.detach().to(kind).contiguous()
+        # The format has no two names for one weight, and layers may share theirs.
+        converted[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    metadata = {"encoder": json.dumps(dataclasses.asdict(spec))}
+    if head is not None:
+        converted.update(head.weights())
+        metadata["head"] = json.dumps(dataclasses.asdict(head.spec))
+    write(path, converted, {**metadata, "dtype": dtype})
 
 
 def _open(path: Path) -> tuple[dict[str, str], Any]:
