@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import CONFIG_FILE, TASKS
+from deploy.bundle import CONFIG_FILE, TASKS, TOKENIZER_FILE
 from deploy.export.errors import ExportError, first_line, is_disk_full, pickle_refused
 from deploy.folder.sentence import read_json
 from deploy.folder.source import Source
+from deploy.folder.tokenizer import unigram_tokenizer
 
 __all__ = ["load_model", "older_config", "older_tokenizer_config", "readable_folder"]
 
@@ -90,6 +91,8 @@ def readable_folder(source: Source, work: Path) -> Iterator[Path]:
                 settings = read_json(source.folder / name, dict)
                 if (new := older(settings)) != settings:
                     changed[name] = new
+    if (made := unigram_tokenizer(source)) is not None:
+        changed[TOKENIZER_FILE] = made
     if not changed:
         yield source.folder
         return

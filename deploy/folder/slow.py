@@ -4,8 +4,7 @@
 |---|---|
 | `vocab.txt` | WordPiece: BERT, ELECTRA, DistilBERT, MPNet and relatives |
 | `vocab.json`, `merges.txt` | BPE of bytes: RoBERTa and relatives |
-
-Vocabularies of sentencepiece take that library, and transformers.
+| `sentencepiece.bpe.model`, `spiece.model`, `spm.model` | unigrams: XLM-R, CamemBERT, ALBERT, DeBERTa v2 and v3, T5 |
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 from deploy.folder.errors import FolderError
 from deploy.folder.sentence import read_json
+from deploy.folder.sentencepiece import FILES, KINDS, read_unigrams
 
 __all__ = ["made_of_slow_files"]
 
@@ -34,6 +34,11 @@ def made_of_slow_files(
     Raises:
         FolderError: A file is damaged, or lacks a special token.
     """
+    unigrams = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if kind in KINDS and unigrams is not None:
+        parts = read_unigrams(unigrams, kind, settings)
+        numbers = {token: number for number, (token, _) in reversed([*enumerate(parts["model"]["vocab"])])}
+        return _tokenizer(unigrams, numbers, special, mask_takes_space=kind != "DebertaV2", **parts)
     for kinds, names, make in _MAKERS:
         paths = [folder / name for name in names]
         if kind in kinds and all(path.is_file() for path in paths):
@@ -130,6 +135,7 @@ def _tokenizer(
     added = {
         _id(path, vocabulary, token): {"content": token, "lstrip": mask_takes_space and name == "mask", **flags}
         for name, token in special.items()
+        if token in vocabulary
     }
     return {
         "version": "1.0",

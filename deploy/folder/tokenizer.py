@@ -5,7 +5,7 @@
 | `tokenizer.json` | the tokenizer |
 | `tokenizer_config.json` | what transformers changes in it: lower case, accents, a space in front, more tokens |
 | `special_tokens_map.json` | special tokens, in older folders |
-| `vocab.txt`, `vocab.json`, `merges.txt` | the tokenizer, where there is no `tokenizer.json`; see `slow.py` |
+| `vocab.txt`, `spiece.model` and others | the tokenizer, where there is no `tokenizer.json`; see `slow.py` |
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 from deploy.bundle import TOKENIZER_FILE, TRUNCATION_SIDES, SpecialToken
 from deploy.folder.errors import FolderError
 from deploy.folder.sentence import read_json
+from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
 
-__all__ = ["FolderTokenizer", "read_tokenizer"]
+__all__ = ["FolderTokenizer", "read_tokenizer", "unigram_tokenizer"]
 
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
@@ -65,6 +66,9 @@ _KINDS: Mapping[str, _Kind] = {
     "Roberta": _Kind(_ANGLES, False, {}, space=True),
     "XLMRoberta": _Kind(_ANGLES, False, {}),
     "Camembert": _Kind(_ANGLES, False, {}),
+    "Albert": _Kind({**_BRACKETS, "pad": "<pad>", "unk": "<unk>"}, True, {}),
+    "DebertaV2": _Kind(_BRACKETS, True, {}),
+    "T5": _Kind({"pad": "<pad>", "unk": "<unk>", "eos": "</s>"}, False, {}),
 }
 """By the name of the class, without what it ends in; others have nothing of their own."""
 
@@ -76,6 +80,10 @@ _KIND_OF_MODEL: Mapping[str, str] = {
     "roberta": "Roberta",
     "xlm-roberta": "XLMRoberta",
     "camembert": "Camembert",
+    "albert": "Albert",
+    "deberta-v2": "DebertaV2",
+    "t5": "T5",
+    "mt5": "T5",
 }
 """Which class transformers takes where no file names one."""
 
@@ -159,15 +167,35 @@ def _tokenizer(source: Source, settings: Mapping[str, Any], name: str, kind: _Ki
     path = source.folder / TOKENIZER_FILE
     if path.is_file():
         return dict(read_json(path, dict))
-    older = _optional(source, _SPECIAL_FILE)
-    tokens = {key: _given(key, settings, older, kind) or usual for key, usual in kind.special.items()}
-    made = made_of_slow_files(source.folder, name, tokens, settings)
+    made = _made(source, settings, name, kind)
     if made is None:
         raise FolderError(
             f"{source.folder}: no {TOKENIZER_FILE}, only files of a slow tokenizer, which takes transformers: save a "
             "fast one there with AutoTokenizer.from_pretrained(...).save_pretrained, or export the model"
         )
     return made
+
+
+def _made(source: Source, settings: Mapping[str, Any], name: str, kind: _Kind) -> dict[str, Any] | None:
+    older = _optional(source, _SPECIAL_FILE)
+    tokens = {key: _given(key, settings, older, kind) or usual for key, usual in kind.special.items()}
+    return made_of_slow_files(source.folder, name, tokens, settings)
+
+
+def unigram_tokenizer(source: Source) -> dict[str, Any] | None:
+    """What `tokenizer.json` would say where there is only a model of sentencepiece, which transformers cannot read.
+
+    Args:
+        source: What the folder says.
+
+    Raises:
+        FolderError: A file is damaged.
+    """
+    settings = _optional(source, _SETTINGS_FILE)
+    name, kind = _kind(source, settings)
+    if name not in UNIGRAM_KINDS or (source.folder / TOKENIZER_FILE).is_file():
+        return None
+    return _made(source, settings, name, kind)
 
 
 def _given(name: str, settings: Mapping[str, Any], older: Mapping[str, Any], kind: _Kind) -> str | None:
