@@ -170,7 +170,7 @@ def _read(data: memoryview) -> tuple[list[tuple[str, float]], int, bytes]:
             given = dict(_fields(value)).get(3, _UNIGRAM)
             model_type = given if isinstance(given, int) else 0
         elif number == 3:
-            given = dict(_fields(value)).get(2, b"")
+            given = dict(_fields(value)).get(2, 0)
             table = bytes(given) if isinstance(given, memoryview) else b""
     return pieces, model_type, table
 

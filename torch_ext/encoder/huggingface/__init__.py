@@ -7,6 +7,7 @@
 | ``table`` | all rows, by ``model_type`` |
 | ``describe`` | from a configuration and the shapes of weights to a specification, and which weights become which |
 | ``safetensors`` | files of weights, mapped |
+| ``stages`` | linear stages behind the pooling, from the folders of sentence-transformers' Dense modules |
 | ``folder`` | all of it from a folder, without torch |
 | ``models`` | all of it from models of the transformers package, and folders as tensors; needs torch |
 """
