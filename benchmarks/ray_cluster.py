@@ -7,11 +7,13 @@
    a few seconds each, with one thread each and the same number of connections. The ratio is that of pairs of turns,
    since other work on the machine changes both. The CPU time of the serving process for each text says the same
    without the machine's other work.
-2. **A node dies.** Two replicas on two nodes; requests arrive at random times (Poisson) at 70 % of what both can do.
-   Raylet and replica of the second node are killed (SIGKILL) at once; the first node has a spare core, where Ray starts
-   another replica. Engines sleep for as long as their tokens take at a fixed speed, so that what the fleet can do is
-   known, and is not that of a machine which two replicas, Ray and the clients share. Lost is a request without an
-   answer of 200; it was in flight if it had been sent before the kill.
+2. **A node dies.** Two replicas on two nodes; a closed loop finds what both can do, then requests arrive at random
+   times (Poisson) at 70 % of it. Raylet and replica of the second node are killed (SIGKILL) at once; the first node has
+   a spare core, where Ray starts another replica. Engines sleep for as long as their tokens take at a fixed speed, so
+   that what the fleet can do is not that of a machine which two replicas, Ray and the clients share. Clients do what
+   the server asks them to: after 429 and 503 they send the request again, once `Retry-After` has passed. So they do
+   after 500 and after a connection that broke, which is how a request ends that the dead replica had: to compute it
+   twice does no harm. Lost is a request without an answer of 200 after a minute.
 
 Load goes to 127.0.0.1 only. The last line of the output is a JSON object with all figures.
 """
@@ -30,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +43,12 @@ from deploy.server.sockets import listen  # noqa: E402
 from deploy.texts import sample  # noqa: E402
 
 CONNECTIONS = 8
-TOKENS_PER_S = 3000.0
-"""Of engines that sleep."""
+TOKENS_PER_S = 400.0
+"""Of engines that sleep: so few that what Ray itself computes for each request does not count."""
+PATIENCE_S = 60.0
+"""How long a client sends a refused request again."""
+WINDOW_S = 5.0
+"""Latencies are compared by windows of so many seconds."""
 DETECTION = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
 """A node that is silent for so long is dead to Ray; its own settings take about 30 s."""
 PATIENCE = {
@@ -51,14 +57,23 @@ PATIENCE = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
 }
 """For machines that are slow or busy: Ray's processes give up on each other after 15 s."""
+ROUTING = {"RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
+"""With one proxy for the cluster, replicas on its own node would get all requests (docs/ray-serve.md)."""
 
 
 class Answer(NamedTuple):
-    """How one request went; times by `time.monotonic`."""
+    """How one request went, with all its tries; times by `time.monotonic`."""
 
     sent_s: float
     ended_s: float
     status: int | str
+    refused: int = 0
+    broken: int = 0
+
+    @property
+    def took_s(self) -> float:
+        """From the first try to the last answer."""
+        return self.ended_s - self.sent_s
 
 
 class Client:
@@ -66,6 +81,7 @@ class Client:
 
     def __init__(self, port: int, body: bytes) -> None:
         self.body = b""
+        self.retry_after_s = 1.0
         self._port = port
         self._request = (
             b"POST /api/embed HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: "
@@ -81,15 +97,37 @@ class Client:
                 self._streams = await asyncio.open_connection("127.0.0.1", self._port)
             reader, writer = self._streams
             writer.write(self._request)
-            status: int | str = await self._read(reader)
-        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            status: int | str = await asyncio.wait_for(self._read(reader), PATIENCE_S)
+        except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, ValueError) as error:
             status = type(error).__name__
-            self._streams = None
+            self._streams, self.retry_after_s = None, 1.0
         return Answer(sent_s, time.monotonic(), status)
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        if self._streams is not None:
+            self._streams[1].close()
+            await self._streams[1].wait_closed()
+
+    async def insist(self) -> Answer:
+        """Sends the request until it is answered."""
+        first = answer = await self.ask()
+        refused = broken = 0
+        while answer.status != 200 and answer.ended_s - first.sent_s < PATIENCE_S:
+            if answer.status in (429, 503):
+                refused += 1
+            else:
+                broken += 1
+            # Spread, or all that were refused in one second would come back in one.
+            await asyncio.sleep(self.retry_after_s * random.uniform(1, 1.5))
+            answer = await self.ask()
+        return Answer(first.sent_s, answer.ended_s, answer.status, refused, broken)
 
     async def _read(self, reader: asyncio.StreamReader) -> int:
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         length = re.search(rb"content-length: (\d+)", head)
+        retry_after = re.search(rb"retry-after: (\d+)", head)
+        self.retry_after_s = float(retry_after[1]) if retry_after else 1.0
         if length is not None:
             self.body = await reader.readexactly(int(length[1]))
         else:  # Chunked, as Ray's proxy may send it.
@@ -100,14 +138,7 @@ class Client:
         return int(head.split(b" ", 2)[1])
 
 
-async def tokens_of(port: int, body: bytes) -> int:
-    """How many tokens a request has, by its answer."""
-    client = Client(port, body)
-    await client.ask()
-    return int(json.loads(client.body)["usage"]["tokens"])
-
-
-async def closed_loop(port: int, body: bytes, seconds: float) -> list[Answer]:
+async def closed_loop(port: int, body: bytes, seconds: float, connections: int = CONNECTIONS) -> list[Answer]:
     """Each connection sends its next request after its answer."""
     end_s = time.monotonic() + seconds
 
@@ -117,7 +148,7 @@ async def closed_loop(port: int, body: bytes, seconds: float) -> list[Answer]:
             answers.append(await client.ask())
         return answers
 
-    return [answer for of in await asyncio.gather(*(user() for _ in range(CONNECTIONS))) for answer in of]
+    return [answer for of in await asyncio.gather(*(user() for _ in range(connections))) for answer in of]
 
 
 async def open_loop(port: int, body: bytes, rate: float, stop: asyncio.Event, seed: int) -> list[Answer]:
@@ -126,7 +157,7 @@ async def open_loop(port: int, body: bytes, rate: float, stop: asyncio.Event, se
 
     async def one() -> Answer:
         client = free.pop() if free else Client(port, body)
-        answer = await client.ask()
+        answer = await client.insist()
         free.append(client)
         return answer
 
@@ -241,8 +272,8 @@ async def kill_one(port: int, body: bytes, rate: float, kill: Any, replicas: Any
     stop = asyncio.Event()
     load = asyncio.create_task(open_loop(port, body, rate, stop, arguments.seed))
     await asyncio.sleep(arguments.before)
-    killed_s = time.monotonic()
     kill()
+    killed_s = time.monotonic()
     running_s = None
     while time.monotonic() - killed_s < arguments.after:
         await asyncio.sleep(0.25)
@@ -250,22 +281,41 @@ async def kill_one(port: int, body: bytes, rate: float, kill: Any, replicas: Any
             running_s = time.monotonic() - killed_s
     stop.set()
     answers = await load
-    before = sorted(answer.ended_s - answer.sent_s for answer in answers if answer.ended_s < killed_s)
-    bound_s = before[-1]
+    return {"rate_per_s": rate, "second_replica_after_s": running_s, **judge(answers, killed_s)}
+
+
+def judge(answers: Sequence[Answer], killed_s: float) -> dict[str, Any]:
+    """What a kill did to requests.
+
+    Args:
+        answers: All of them, from before the kill to long after it.
+        killed_s: When it was.
+
+    Returns:
+        Counts; and when requests took no longer than before again: the end of the last window of which more than 5 %
+        was lost or took longer than the longest request before the kill.
+    """
+    bound_s = max(answer.took_s for answer in answers if answer.ended_s < killed_s)
     lost = [answer for answer in answers if answer.status != 200]
-    after = sorted(answer for answer in answers if answer.sent_s > killed_s)
-    late = [answer for answer in after if answer.status != 200 or answer.ended_s - answer.sent_s > bound_s]
+    after = [answer for answer in answers if answer.sent_s > killed_s]
+    windows: dict[int, list[bool]] = {}
+    for answer in after:
+        slow = answer.status != 200 or answer.took_s > bound_s
+        windows.setdefault(int((answer.sent_s - killed_s) / WINDOW_S), []).append(slow)
+    bad = [number for number, of in windows.items() if sum(of) > 0.05 * len(of)]
     return {
         "requests": len(answers),
-        "rate_per_s": rate,
         "in_flight_at_kill": sum(answer.sent_s <= killed_s < answer.ended_s for answer in answers),
-        "lost_in_flight": sum(answer.sent_s <= killed_s for answer in lost),
-        "lost_later": sum(answer.sent_s > killed_s for answer in lost),
+        "lost": len(lost),
+        "broken_in_flight": sum(answer.broken > 0 and answer.sent_s <= killed_s for answer in answers),
+        "broken_later": sum(answer.broken > 0 for answer in after),
+        "last_broken_sent_after_s": max((answer.sent_s - killed_s for answer in after if answer.broken), default=0.0),
         "lost_statuses": sorted({str(answer.status) for answer in lost}),
-        "second_replica_after_s": running_s,
+        "refused_at_first": sum(answer.refused > 0 for answer in after),
+        "refused_most_often": max((answer.refused for answer in after), default=0),
         "longest_before_s": bound_s,
-        "last_longer_one_after_s": max((answer.sent_s - killed_s for answer in late), default=0.0),
-        "longest_after_s": max(answer.ended_s - answer.sent_s for answer in after),
+        "longest_after_s": max((answer.took_s for answer in after), default=0.0),
+        "as_before_after_s": WINDOW_S * (max(bad) + 1) if bad else 0.0,
     }
 
 
@@ -280,13 +330,15 @@ def main() -> None:
     parser.add_argument("--before", type=float, default=15, help="seconds of load before the kill")
     parser.add_argument("--after", type=float, default=60, help="seconds of load after the kill")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--options", default="", help="more options of both servers, in one text")
     parser.add_argument("--only-kill", action="store_true", help="leave the throughput out")
     arguments = parser.parse_args()
-    # The survivor queues what comes until the other is replaced: it shall not refuse what it could still answer.
-    options = ["--variant", "torch_ext-bf16", "--max-queue-ms", "60000"]
+    options = ["--variant", "torch_ext-bf16", *arguments.options.split()]
+    # A closed loop's queue is as long as there are connections, however slow the machine: nothing is refused for it.
+    patient = [*options, "--max-queue-ms", "60000"]
     body = json.dumps({"inputs": sample(arguments.texts)}).encode()
 
-    os.environ.update({name: os.environ.get(name, value) for name, value in PATIENCE.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in (PATIENCE | ROUTING).items()})
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
@@ -311,7 +363,7 @@ def main() -> None:
             ray.shutdown()
             cluster.shutdown()
 
-    def run(replicas: int) -> None:
+    def run(replicas: int, options: list[str]) -> None:
         count = {"min_replicas": replicas, "max_replicas": replicas}
         serve.run(app({"bundle": str(Path(arguments.bundle).resolve()), "options": " ".join(options), **count}))
 
@@ -321,13 +373,13 @@ def main() -> None:
 
     result: dict[str, Any] = {}
     if not arguments.only_kill:
-        with cluster_of(1), plain_server(arguments.bundle, 1, options) as plain:
-            run(1)
+        with cluster_of(1), plain_server(arguments.bundle, 1, patient) as plain:
+            run(1, patient)
             (replica,) = running()
             result["throughput"] = throughput(plain, port, replica, body, arguments)
         print(json.dumps(result), flush=True)
     with cluster_of(2, runtime_env={"worker_process_setup_hook": sleep_in_engines}) as cluster:
-        run(2)
+        run(2, options)
         while len(running()) != 2:
             time.sleep(0.2)
         (second,) = cluster.worker_nodes
@@ -335,14 +387,23 @@ def main() -> None:
         if len(replicas_of(raylet)) != 1:
             raise SystemExit("expected one replica on each node; run again")
 
+        victims = (*replicas_of(raylet), raylet)
+
         def kill() -> None:
-            for pid in (*replicas_of(raylet), raylet):
+            for pid in victims:
                 os.kill(pid, signal.SIGKILL)
 
         one = json.dumps({"inputs": sample(1)}).encode()
-        tokens = asyncio.run(tokens_of(port, one))
-        rate = arguments.load * 2 * TOKENS_PER_S / tokens
-        result["node_killed"] = asyncio.run(kill_one(port, one, rate, kill, running, arguments))
+        asyncio.run(closed_loop(port, one, 3, 2 * CONNECTIONS))
+        both = running()
+        before = [cpu_s(pid) for pid in both]
+        answers = asyncio.run(closed_loop(port, one, 2 * arguments.seconds, 2 * CONNECTIONS))
+        most = sum(answer.status == 200 for answer in answers) / (2 * arguments.seconds)
+        shares = [cpu_s(pid) - used for pid, used in zip(both, before, strict=True)]
+        if min(shares) < 0.5 * max(shares):
+            raise SystemExit(f"expected both replicas to compute, got CPU times of {shares} s")
+        killed = asyncio.run(kill_one(port, one, arguments.load * most, kill, running, arguments))
+        result["node_killed"] = {"most_per_s": most, **killed}
     print(json.dumps(result))
 
 

@@ -58,7 +58,8 @@ class Options:
         max_replicas: Most replicas.
         target_ongoing_requests: How many requests each replica should have, by which Ray decides how many there are.
         max_ongoing_requests: How many Ray gives to a replica at once; more wait at Ray's proxy. So many that the
-            replica's own queue decides: it knows tokens and time.
+            replica's own queue decides: it knows tokens and time. A proxy that prefers its own node, which is Ray's
+            default, asks other nodes only beyond it (docs/ray-serve.md).
         models_per_replica: Bundles that a replica keeps loaded.
     """
 
