@@ -16,7 +16,9 @@ import math
 import os
 import re
 import shlex
+import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ import pytest
 
 from deploy.texts import sample
 
-from .engine import Container, docker, serving
+from .engine import HARDENED, Container, docker, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -244,16 +246,155 @@ def test_hardened_it_takes_one_thread(arch: str) -> None:
         assert exit_code == 0, container.logs()
 
 
-@pytest.mark.parametrize("delay_s", [0, 0.02, 0.1, 0.3, 0.6, 1, 2])
-def test_it_can_be_stopped_in_any_state(delay_s: float) -> None:
+def until_printed(container: Container, text: str) -> None:
+    """Waits for a line of the container's log."""
+    wait_for(lambda: text in container.logs(), 300)
+
+
+# How a start goes on, by what it has printed.
+STARTS: dict[str, Callable[[Container], None]] = {
+    "created": lambda container: None,
+    "python": lambda container: time.sleep(0.3),
+    "imports": lambda container: until_printed(container, "entry point: "),
+    "serves": lambda container: until_printed(container, " on http://"),
+}
+BAR_S = 2.0
+"""How long a stop may take beside the drain and the engine's own time."""
+IDLE_S = 1.0
+"""A drain keeps connections open for so long: a request may be on its way."""
+HALF_S = 2.0
+"""How long a drain waits for the rest of a request."""
+ANSWER_S = 25.0
+"""How long a drain waits for answers."""
+
+
+@pytest.fixture(scope="module")
+def engine_s() -> float:
+    """How long the engine itself takes to stop a container whose program ends at once: on a busy machine, seconds."""
+    name = f"torch-ext-test-{uuid.uuid4().hex[:12]}"
+    docker("run", "--detach", f"--name={name}", *HARDENED, "--entrypoint=/app/init", image("amd64"), "sleep", "1000")
+    try:
+        times = []
+        for _ in range(3):
+            times.append(Container(name, "").stop(40)[1])
+            docker("start", name)
+    finally:
+        docker("rm", "--force", name)
+    print(f"the engine takes {max(times):.1f} s")
+    return max(times)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("start", STARTS)
+def test_it_can_be_stopped_while_it_starts(arch: str, start: str, engine_s: float) -> None:
     """From its first instruction on; at first Python has no handler, then it loads, then it serves."""
     variant = ("--variant", "torch_ext-bf16")
-    with serving(image("amd64"), "amd64", setting("TORCH_EXT_BUNDLE"), *variant, options=BAR) as container:
-        time.sleep(delay_s)
-        exit_code, seconds = container.stop(20)
-        print(f"after {delay_s} s: stopped in {seconds:.1f} s")
+    with serving(image(arch), arch, setting("TORCH_EXT_BUNDLE"), *variant, options=BAR) as container:
+        STARTS[start](container)
+        exit_code, seconds = container.stop(40)
+        print(f"{arch}, {start}: stopped in {seconds:.1f} s")
         assert exit_code == 0, container.logs()
-        assert seconds < 10, "SIGTERM was lost"
+        assert seconds < engine_s + BAR_S + IDLE_S, "SIGTERM was lost"
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_it_can_be_stopped_while_it_loads(arch: str, engine_s: float) -> None:
+    """At moments that no line of the log tells: each after a part of the time that a start takes here."""
+    variant = ("--variant", "torch_ext-bf16")
+    with serving(image(arch), arch, setting("TORCH_EXT_BUNDLE"), *variant, options=BAR) as container:
+        started_s = time.monotonic()
+        until_printed(container, " on http://")
+        start_s = time.monotonic() - started_s
+        container.stop(40)
+        for part in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95):
+            docker("start", container.name)
+            time.sleep(part * start_s)
+            exit_code, seconds = container.stop(40)
+            print(f"{arch}, {part:.0%} of {start_s:.1f} s: stopped in {seconds:.1f} s")
+            assert exit_code == 0, container.logs()
+            assert seconds < engine_s + BAR_S + IDLE_S
+
+
+class Clients:
+    """What clients do while a server is stopped.
+
+    Attributes:
+        answers: Of the requests that are sent whole: vectors, or the name of an error.
+    """
+
+    def __init__(self, container: Container) -> None:
+        self.answers: list[int | str] = []
+        host, port = container.url.removeprefix("http://").split(":")
+        self._address = (host, int(port))
+        self._container = container
+        self._threads: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = []
+
+    def connect(self, data: bytes = b"") -> None:
+        """Opens a connection and sends something."""
+        sock = socket.create_connection(self._address)
+        sock.sendall(data)
+        self._sockets.append(sock)
+
+    def send_parts(self) -> None:
+        """Requests that stop in the first line, in the headers, before the body, in the body."""
+        request = b'POST /api/embed HTTP/1.1\r\nhost: x\r\ncontent-length: 17\r\n\r\n{"inputs": "abc"}'
+        for end in (9, 40, request.index(b"{"), len(request) - 5):
+            self.connect(request[:end])
+
+    def ask(self) -> None:
+        """Four requests: one is computed, the others wait. Short ones: emulation takes half a second a token."""
+
+        def one() -> None:
+            try:
+                self.answers.append(len(self._container.post("/api/embed", {"inputs": "ok"})["embeddings"]))
+            except OSError as error:
+                self.answers.append(type(error).__name__)
+
+        self._threads = [threading.Thread(target=one) for _ in range(4)]
+        for thread in self._threads:
+            thread.start()
+        time.sleep(0.5)
+
+    def end(self) -> None:
+        """Waits for answers, and closes connections."""
+        for thread in self._threads:
+            thread.join(60)
+        for sock in self._sockets:
+            sock.close()
+
+
+# What clients do, and how long the drain may then take.
+STATES: dict[str, tuple[Callable[[Clients], None], float]] = {
+    "idle": (Clients.connect, IDLE_S),
+    "half-sent": (Clients.send_parts, HALF_S),
+    "loaded": (Clients.ask, ANSWER_S),
+    "told twice": (Clients.send_parts, HALF_S),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_it_can_be_stopped_in_any_state(arch: str, engine_s: float) -> None:
+    """One container, started again after each stop: an engine keeps its name, but not its port."""
+    variant = ("--variant", "torch_ext-bf16", "--max-queue-ms", "60000")
+    with serving(image(arch), arch, setting("TORCH_EXT_BUNDLE"), *variant, options=BAR) as first:
+        for number, (state, (begin, drain_s)) in enumerate(STATES.items()):
+            if number:
+                docker("start", first.name)
+            port = docker("port", first.name, "8000/tcp").splitlines()[0].rsplit(":", 1)[1]
+            container = Container(first.name, f"http://127.0.0.1:{port}")
+            container.wait_until_healthy(300)
+            clients = Clients(container)
+            begin(clients)
+            if state == "told twice":
+                docker("kill", "--signal=TERM", container.name)
+            exit_code, seconds = container.stop(40)
+            clients.end()
+            print(f"{arch}, {state}: stopped in {seconds:.1f} s, answers {clients.answers}")
+            assert exit_code == 0, container.logs()
+            assert seconds < engine_s + BAR_S + drain_s
+            if state == "loaded":
+                assert clients.answers == [1] * 4, "what was accepted is answered"
 
 
 def test_bill_of_materials() -> None:
