@@ -27,7 +27,7 @@ from ..machine import available_memory_bytes
 from .app import App
 from .http.protocol import HttpProtocol
 from .limits.bounds import Settings
-from .limits.budget import CONNECTION_BYTES, give_back
+from .limits.budget import CONNECTION_BYTES, give_back, settle_malloc
 from .models import Model
 from .sockets import refuse_new
 from .variants import LoadCancelled
@@ -106,8 +106,10 @@ class Server(uvicorn.Server):
         self.on_listening()
 
     async def _load(self) -> None:
+        settled = asyncio.get_running_loop().run_in_executor(None, settle_malloc)  # While the engine thread loads.
         try:
             await self.start(self._app.models)
+            await settled
         except LoadCancelled:
             return
         except BaseException as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -19,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import WIDTH, Client, LiveServer, make_manifest, raw, running, wait_until
 
 from deploy.bundle import Manifest
+from deploy.server import lifecycle
 from deploy.server.errors import ApiError
 from deploy.server.http import bodies
 from deploy.server.limits import budget
@@ -28,6 +32,7 @@ from deploy.server.limits.callers import Caller
 from deploy.tasks.fill_mask import Filled
 
 MB = 1 << 20
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +193,57 @@ def test_memory_is_returned_after_large_requests_only() -> None:
         made.hold(Caller(), 201 * MB)
     assert made.held_bytes == 0
     budget.give_back()
+
+
+_BURST = """
+import os, threading
+
+from deploy.server.limits.budget import give_back, settle_malloc
+
+def resident_kb():
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 10
+
+def burst():
+    blocks = [bytes([1]) * (100 << 10) for _ in range(200)]  # 20 MB; none is large enough to be mapped by itself.
+    blocks.clear()
+    done.set()
+    ended.wait()
+
+settle_malloc()
+done, ended = threading.Event(), threading.Event()
+large = bytes([1]) * (24 << 20)  # From now on, the allocator keeps what is smaller.
+del large
+give_back()
+before = resident_kb()
+thread = threading.Thread(target=burst)
+thread.start()
+done.wait()
+give_back()
+print(resident_kb() - before)
+ended.set()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps memory in this way")
+def test_a_burst_on_another_thread_leaves_no_memory_behind() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+
+    def left_kb(**more: str) -> int:
+        command = [sys.executable, "-c", _BURST]
+        return int(subprocess.check_output(command, cwd=ROOT, env={**environment, **more}, text=True))
+
+    assert left_kb() < 3 << 10
+    assert left_kb(MALLOC_TRIM_THRESHOLD_=str(64 << 20)) > 6 << 10  # Who sets it wants it.
+
+
+def test_a_server_settles_its_allocator(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[str] = []
+    monkeypatch.setattr(lifecycle, "settle_malloc", lambda: settled.append(threading.current_thread().name))
+    with running(manifest, Settings(port=0)):
+        assert len(settled) == 1
+        assert settled != [threading.main_thread().name]  # It takes some ms, while the model is loaded.
 
 
 # Large answers.

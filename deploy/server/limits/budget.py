@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 from collections.abc import Callable
+from typing import Any
 
 from ..errors import ApiError
 from .bounds import BOUNDS, exceeded
 from .callers import Caller
 
-__all__ = ["BODY_FACTOR", "CONNECTION_BYTES", "SMALL_BODY_BYTES", "TEXT_BYTES", "MemoryBudget", "give_back"]
+__all__ = [
+    "BODY_FACTOR",
+    "CONNECTION_BYTES",
+    "SMALL_BODY_BYTES",
+    "TEXT_BYTES",
+    "MemoryBudget",
+    "give_back",
+    "settle_malloc",
+]
 
 BODY_FACTOR = 5
 """Bytes that a byte of a body may hold: itself, and up to 4 when decoded, where a character of the text needs them."""
@@ -40,7 +50,13 @@ TRIM_BYTES = 128 << 20
 LEAST_BYTES = 64 << 20
 """Where hardly any memory is left, the server still serves."""
 
+MALLOC_KEEPS_BYTES = 256 << 10
+"""glibc returns freed blocks of this size at once, and keeps less than this free at the end of an arena."""
+
 _UNKNOWN_BYTES = 1 << 62
+
+_MALLOC_SETTINGS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}
+"""Variables of glibc, and the same for mallopt: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD."""
 
 
 class MemoryBudget:
@@ -135,19 +151,38 @@ class MemoryBudget:
 
 
 @functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    import ctypes  # Takes 6 ms, which a start need not spend.
+def _of_malloc(name: str, *arguments: str) -> Callable[..., int] | None:
+    """A function of glibc's allocator; None: the C library is another one."""
+    import ctypes  # Takes 4 to 6 ms.
 
     try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):  # Another C library.
+        function: Any = getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):
         return None
-    trim.argtypes = [ctypes.c_size_t]
-    return trim
+    function.argtypes = [getattr(ctypes, kind) for kind in arguments]
+    found: Callable[..., int] = function
+    return found
+
+
+def settle_malloc() -> None:
+    """Lets glibc return memory when it is freed, on whatever thread.
+
+    Its thresholds grow with each large block that is freed, to 32 MB for a block that is returned at once and 64 MB
+    at the end of an arena. Each thread that allocates has an arena, and `malloc_trim` looks at the end of the main one
+    alone: after a burst of large requests every helper thread kept several MB. Thresholds that are set stay. The number
+    of arenas is left as it is, so threads do not wait for each other.
+
+    Whoever has set glibc's own variables keeps them.
+    """
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(map(os.environ.get, _MALLOC_SETTINGS)):
+        return
+    if (mallopt := _of_malloc("mallopt", "c_int", "c_int")) is not None:
+        for setting in _MALLOC_SETTINGS.values():
+            mallopt(setting, MALLOC_KEEPS_BYTES)
 
 
 def give_back() -> None:
     """Returns memory that was freed to the system: Python and glibc keep it. Takes milliseconds."""
     gc.collect()  # What connections and tasks that have ended refer to each other by.
-    if (trim := _malloc_trim()) is not None:
+    if (trim := _of_malloc("malloc_trim", "c_size_t")) is not None:
         trim(0)
