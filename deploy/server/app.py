@@ -220,8 +220,9 @@ class App:
         headers: Headers = scope["deploy.headers"]
         if self._cors is not None and await self._cors.answer(scope, send):
             return
-        turn = Turn(self.models[0])
-        observed = self._observer.begin(headers, turn.metrics)
+        first = self.models[0]
+        observed = self._observer.begin(headers, first.metrics)
+        turn = Turn(first, observed)
         try:
             await self._answer(scope, receive, send, observed, turn)
         finally:
@@ -243,7 +244,6 @@ class App:
                 allowed = ", ".join(methods)
                 raise ApiError("method_not_allowed", f"{path}: expected {allowed}, got {method}", {"Allow": allowed})
             turn.to(endpoint.model)
-            observed.metrics = turn.metrics
             observed.dialect = endpoint.route.dialect.name
             endpoint.admit(headers, caller)
             if (wanted := headers.get(b"x-request-timeout-ms")) is not None:
@@ -263,7 +263,6 @@ class App:
                 if endpoint.others is not None:
                     endpoint = endpoint.named(request)
                     turn.to(endpoint.model)
-                    observed.metrics = turn.metrics
                 if split is not None:
                     request = Binary(request, tail)
                 caller.values_each = endpoint.route.values(turn.service.manifest, request)
@@ -281,7 +280,6 @@ class App:
         except ApiError as error:
             self._observer.error(observed, error)
             response, data = self._error(error, scope, observed)
-            caller.refund()
         except CallerLeft:
             observed.metrics.abandoned()
             return
@@ -289,7 +287,6 @@ class App:
             self._observer.exception(observed)
             failure = ApiError("internal", "unexpected failure; the server's log says more")
             response, data = self._error(failure, scope, observed)
-            caller.refund()
         finally:
             if rest is None and caller.held_bytes:
                 self.budget.release(caller)
@@ -352,7 +349,8 @@ class App:
         return ApiError("not_found", f"no such path: {path[:200]}; GET {self._root_path}/docs lists what there is")
 
     def _error(self, error: ApiError, scope: Scope, observed: Observed) -> tuple[Response, bytes]:
-        """The answer that tells of an error, and its body."""
+        """The answer that tells of an error, and its body; what was charged for it is given back."""
+        scope["deploy.caller"].refund()
         dialect = error.dialect or self._dialect(scope["path"], scope["method"])
         observed.dialect = dialect.name
         body = dialect.error(error)

@@ -103,6 +103,7 @@ class Metrics:
         self._child = functools.cache(lambda endpoint, status: self._requests.labels(endpoint, str(status)))
         self._timer = functools.cache(self._seconds.labels)
         self._dialect = functools.cache(self._dialects.labels)
+        self._refusal = functools.cache(self._refused.labels)
 
     def gauges(
         self,
@@ -142,7 +143,7 @@ class Metrics:
 
     def refused(self, reason: str) -> None:
         """Counts a request that is answered with an error of this kind."""
-        self._refused.labels(reason).inc()
+        self._refusal(reason).inc()
 
     def stages(self, tokenize_s: float, queue_s: float, infer_s: float) -> None:
         """Adds the times of an inference request."""

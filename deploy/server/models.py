@@ -8,6 +8,7 @@ from ..bundle import Manifest
 from .limits.bounds import Settings
 from .limits.budget import MemoryBudget
 from .metrics import Metrics
+from .observe import Observed
 from .service import Batcher, Service, TextTokenizer
 from .variants import Choice
 
@@ -80,17 +81,18 @@ class Model:
 
 
 class Turn:
-    """A request that is answered: the model that it asks does not end before."""
+    """A request that is answered: the model that it asks does not end before, and counts it."""
 
-    __slots__ = ("metrics", "model", "service")
+    __slots__ = ("_observed", "model", "service")
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, observed: Observed) -> None:
+        self._observed = observed
         self._begin(model)
 
     def _begin(self, model: Model) -> None:
         self.model = model
         self.service = model.service
-        self.metrics = model.metrics
+        self._observed.metrics = model.metrics
         model.requests += 1
 
     def to(self, model: Model) -> None:

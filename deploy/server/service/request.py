@@ -60,8 +60,7 @@ class Served:
         return versions()
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a client asks about.
 
     Attributes:
@@ -120,10 +119,12 @@ def sizes_of(request: Request, prompt_chars: int) -> list[int]:
         raise ApiError("no_inputs", "expected at least one input, got an empty list")
     sizes = []
     for index, given in enumerate(inputs):
-        where = f"input {index}"
         if isinstance(given, str):
-            sizes.append(prompt_chars + check_text(given, where))
+            if "\0" in given:
+                check_text(given, f"input {index}")
+            sizes.append(prompt_chars + len(given))
         else:
+            where = f"input {index}"
             sizes.append(sum(check_text(text, where) for text in given))
     return sizes
 

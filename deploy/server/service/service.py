@@ -333,10 +333,10 @@ class Service:
         finally:
             self._running -= 1
         queue_s = work.started_s - work.submitted_s
-        result = Result(values, work.tokens, work.submitted_s - started_s, queue_s, work.infer_s, started_s)
-        caller.result = result._replace(values=[])
-        self._metrics.stages(result.tokenize_s, result.queue_s, result.infer_s)
-        return result
+        tokenize_s = work.submitted_s - started_s
+        self._metrics.stages(tokenize_s, queue_s, work.infer_s)
+        caller.result = Result([], work.tokens, tokenize_s, queue_s, work.infer_s, started_s)
+        return Result(values, work.tokens, tokenize_s, queue_s, work.infer_s, started_s)
 
     # How it is done.
 
