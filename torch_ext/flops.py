@@ -23,7 +23,7 @@ _ops = torch.ops.torch_ext
 # EncoderHeader of csrc/packing/packed_encoder.h, up to causal; the size of all of it; and which sections after it are
 # the first layer's tables of relative positions.
 _HEADER = struct.Struct("=8sIIQ12IfBBBBi5IffB")
-_HEADER_BYTES = 128
+_HEADER_BYTES = 136
 _SECTION = struct.Struct("=QQ")
 _POSITION_TABLES = (12 + 14, 12 + 15)
 

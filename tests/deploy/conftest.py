@@ -31,7 +31,7 @@ CLASSES = {
     "distilbert": ("DistilBertConfig", "DistilBert"),
     "electra": ("ElectraConfig", "Electra"),
     "albert": ("AlbertConfig", "Albert"),
-    "convbert": ("ConvBertConfig", "ConvBert"),
+    "squeezebert": ("SqueezeBertConfig", "SqueezeBert"),
 }
 SUFFIXES = {
     "feature-extraction": "Model",
@@ -75,7 +75,7 @@ def save_tokenizer(folder: Path, model_type: str) -> int:
             "bert": "BertTokenizerFast",
             "distilbert": "DistilBertTokenizerFast",
             "electra": "ElectraTokenizerFast",
-            "convbert": "ConvBertTokenizerFast",
+            "squeezebert": "SqueezeBertTokenizerFast",
             "albert": "BertTokenizerFast",  # Its own kind needs a sentencepiece model; the exporter takes either.
         }
         made = getattr(transformers, names[model_type])(str(folder / "vocab.txt"))
@@ -111,7 +111,7 @@ def make_tiny_model(folder: Path, model_type: str, task: str, **settings: Any) -
                 "intermediate_size": 128,
                 "pad_token_id": 1 if model_type == "roberta" else 0,
             }
-        if model_type == "convbert":
+        if model_type == "squeezebert":
             fields |= {"embedding_size": 64}
         if model_type in ("electra", "albert"):
             fields |= {"embedding_size": 32}

@@ -441,14 +441,14 @@ def test_chosen_variants_only(tiny_model: Callable[..., Path], tmp_path: Path) -
 def test_architectures_that_only_onnx_runs(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_model("convbert")
+    model = tiny_model("squeezebert")
     manifest = load_manifest_of(model, tmp_path / "a")
     assert list(manifest.variants) == ["onnx-int8", "onnx-fp32"]
     assert manifest.variant("onnx-fp32").accuracy.mean > 0.9999
-    assert "note: torch_ext does not run convbert models" in capsys.readouterr().err
+    assert "note: torch_ext does not run squeezebert models" in capsys.readouterr().err
     assert main([str(model), "-o", str(tmp_path / "b"), "--variants", "torch_ext-bf16", *QUICK]) == 2
     error = capsys.readouterr().err
-    assert "torch_ext does not run convbert models yet; pass --variants onnx-int8,onnx-fp32" in error
+    assert "torch_ext does not run squeezebert models yet; pass --variants onnx-int8,onnx-fp32" in error
 
 
 def test_options_that_only_onnx_runs(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import torch_ext
 from tests.ops.test_encoder import HEAD, SPEC, SPECS, batch, cosine, make_weights
-from tests.ops.test_isa import run_forked, supported
+from tests.ops.test_isa import run_all, supported
 from torch_ext import Encoder, EncoderSpec, Head, HeadSpec, runtime
 from torch_ext.encoder.positions import relative_bias_table, relative_buckets, rotary_table
 
@@ -291,14 +291,14 @@ def test_every_instruction_set_gives_the_same_bits(generator: torch.Generator, t
     for dtype in DTYPES:
         write(tmp_path / dtype, generator, dtype)
     names = [name for name in supported() if name not in FOREIGN]
-    for process in run_forked(ISA_PROGRAM, names, f"{tmp_path}/"):
+    for process in run_all(ISA_PROGRAM, names, f"{tmp_path}/"):
         assert process.stdout == "equal\n", f"{process.args}: {process.stdout}{process.stderr}"
 
 
 def test_instruction_sets_that_need_torch_are_refused(file: Path) -> None:
     names = [name for name in supported() if name in FOREIGN - {"amx"}]
     program = f"from torch_ext import runtime; runtime.Encoder.open({str(file)!r})"
-    for process in run_forked(program, [*names, "avx1024"]):
+    for process in run_all(program, [*names, "avx1024"]):
         assert process.returncode == 1
         assert "TORCH_EXT_ISA" in process.stderr
 

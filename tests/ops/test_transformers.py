@@ -448,7 +448,7 @@ def test_refusals() -> None:
     for match, options in (
         ("expected is_decoder=False, got True", {"is_decoder": True}),
         ("expected position_embedding_type='absolute'", {"position_embedding_type": "relative_key"}),
-        ("unsupported activation 'quick_gelu'", {"hidden_act": "quick_gelu"}),
+        ("unsupported activation 'mish'", {"hidden_act": "mish"}),
     ):
         model = transformers.BertModel(transformers.BertConfig(**BERT, **options))
         with pytest.raises(ValueError, match=match):
