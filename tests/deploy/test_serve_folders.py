@@ -382,7 +382,7 @@ def test_a_model_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, tiny_model
 
 
 def test_positions_begin_where_the_encoder_has_them() -> None:
-    texts = set(ARCHITECTURES) - {"clip", "siglip", "siglip2"}  # of images, too: a part of the configuration is for texts
+    texts = set(ARCHITECTURES) - {"clip", "siglip", "siglip2"}  # a part of theirs is for texts
     counted = {name for name in texts if find_architecture(SimpleNamespace(model_type=name)).padding_index}
     assert counted == OFFSET_POSITIONS
 
