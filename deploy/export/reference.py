@@ -111,6 +111,10 @@ def readable_folder(source: Source, work: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+_ENCODERS_OF_TWO = ("t5", "mt5", "umt5")
+"""How `model_type` is called where AutoModel has a decoder, too, which does not embed texts."""
+
+
 def load_model(source: Source, folder: Path) -> Any:
     """The model in fp32, with every weight that its task needs.
 
@@ -125,10 +129,13 @@ def load_model(source: Source, folder: Path) -> Any:
     import transformers
 
     task = TASKS[source.task]
+    auto_class = task.auto_class
+    if auto_class == "AutoModel" and source.config.get("model_type") in _ENCODERS_OF_TWO:
+        auto_class = "AutoModelForTextEncoding"
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()  # Of its own, since 5.
     try:
-        model, info = getattr(transformers, task.auto_class).from_pretrained(
+        model, info = getattr(transformers, auto_class).from_pretrained(
             folder,
             dtype=torch.float32,
             trust_remote_code=False,

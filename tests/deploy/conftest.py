@@ -32,6 +32,8 @@ CLASSES = {
     "electra": ("ElectraConfig", "Electra"),
     "albert": ("AlbertConfig", "Albert"),
     "squeezebert": ("SqueezeBertConfig", "SqueezeBert"),
+    "deberta-v2": ("DebertaV2Config", "DebertaV2"),
+    "t5": ("T5Config", "T5Encoder"),
 }
 SUFFIXES = {
     "feature-extraction": "Model",
@@ -76,9 +78,8 @@ def save_tokenizer(folder: Path, model_type: str) -> int:
             "distilbert": "DistilBertTokenizerFast",
             "electra": "ElectraTokenizerFast",
             "squeezebert": "SqueezeBertTokenizerFast",
-            "albert": "BertTokenizerFast",  # Its own kind needs a sentencepiece model; the exporter takes either.
-        }
-        made = getattr(transformers, names[model_type])(str(folder / "vocab.txt"))
+        }  # The others' own kinds need a sentencepiece model; the exporter takes any.
+        made = getattr(transformers, names.get(model_type, "BertTokenizerFast"))(str(folder / "vocab.txt"))
     made.save_pretrained(folder)
     return len(made)
 

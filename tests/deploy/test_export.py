@@ -438,6 +438,23 @@ def test_chosen_variants_only(tiny_model: Callable[..., Path], tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        # AutoModel would have the decoder, too.
+        ("t5", {"d_kv": 16, "d_ff": 128}),
+        ("deberta-v2", {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]}),
+    ],
+)
+def test_other_architectures(
+    model_type: str, settings: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model(model_type, **settings)
+    manifest = load_manifest_of(model, tmp_path / "a", "--variants", "torch_ext-bf16,torch_ext-fp32")
+    assert manifest.variant("torch_ext-fp32").accuracy.min > 0.99999
+    assert manifest.variant("torch_ext-bf16").accuracy.mean > 0.999
+
+
 def test_architectures_that_only_onnx_runs(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
