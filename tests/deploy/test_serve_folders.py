@@ -384,7 +384,8 @@ def test_a_model_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, tiny_model
 def test_positions_begin_where_the_encoder_has_them() -> None:
     texts = set(ARCHITECTURES) - {"clip", "siglip", "siglip2"}  # a part of theirs is for texts
     counted = {name for name in texts if find_architecture(SimpleNamespace(model_type=name)).padding_index}
-    assert counted == OFFSET_POSITIONS
+    # ESM's usual positions are rotary, which nothing counts; its tables of others begin behind the padding, too.
+    assert counted == (OFFSET_POSITIONS & texts) - {"esm"}
 
 
 def test_quantities_in_config_are_checked(tiny_model: ModelMaker, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ _TIES = 1.0
 rows would decide about directions that they hardly show."""
 _CLIPPED = (0.95, 0.9, 0.85, 0.8)
 """Shares of a row's largest weight that may be the largest number of int8, where that is better on the whole."""
+_WRONG = 1e-3
+"""Of the largest number of a matrix: by how much the product of its factors may miss it."""
 _ROWS = 1024
 """Rows of inputs that are in memory in fp32 at a time."""
 _COLUMNS = 64
@@ -159,8 +161,8 @@ def round_to_inputs(weight: Tensor, x: Tensor, row_weights: Tensor | None = None
         return plain
     regular = moments.clone()
     regular.diagonal().add_(_TIES * typical)
-    factor, failed = torch.linalg.cholesky_ex(regular)
-    if bool(failed):
+    factor = _cholesky(regular)
+    if factor is None:
         return plain
     del regular
     wide = wide + torch.cholesky_solve(lost @ wide.T, factor).T
@@ -212,18 +214,32 @@ def _errors(weight: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
     return rounded.sub_(weight).square_() @ importance
 
 
+def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor | None:
+    """The factor of a matrix ``[K, K]``; None if there is none, or if the library that computes it is wrong.
+
+    OpenBLAS is wrong with SVE vectors of 512 bits, without a word: so the factor is multiplied out.
+    """
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
+    if bool(failed):
+        return None
+    product = factor.T @ factor if upper else factor @ factor.T
+    right = (product - matrix).abs_().max() <= _WRONG * matrix.abs().max()
+    return factor if bool(right) else None
+
+
 def _inverse_factor(moments: Tensor, damping: float) -> tuple[Tensor, Tensor] | None:
     """The upper factor of the inverse of the moments, and the order of columns it is for; None if there is none."""
     order = moments.diagonal().argsort(descending=True)
     # The largest inputs come first, while there are many to make up for them.
     damped = moments[order][:, order]
     damped.diagonal().add_(damping)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed):
+    lower = _cholesky(damped)
+    if lower is None:
         return None
     del damped
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if bool(failed) or not bool(torch.isfinite(upper).all()) else (upper, order)
+    upper = _cholesky(torch.cholesky_inverse(lower), upper=True)
+    return None if upper is None else (upper, order)
 
 
 def _round_in_order(weight: Tensor, scale: Tensor, upper: Tensor, order: Tensor) -> Tensor:
