@@ -86,7 +86,7 @@ doctor: $(VENV)/.demo $(VENV)/.built ## what this machine can do, and what is se
 # --- For developers ---
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (9 minutes on 2 slow cores); .ci/run has those of images and of arm64 too
+test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (8 minutes on 2 slow cores); .ci/run has those of images and of arm64 too
 	@tests="not engine and not browser and not emulator"; case "$$PWD" in *' '*) tests="$$tests and not compile"; \
 	  echo "note: torch.compile cannot link in a folder with a space in its name; its tests are left out" >&2;; esac; \
 	$(PY) -m pytest -n auto --dist loadfile -m "$$tests" --ignore=tests/kubernetes $(ARGS)
