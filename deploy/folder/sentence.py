@@ -321,8 +321,14 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
     if not any(texts.values()):
         return
     files.prompts = Prompts(texts, default)
-    if files.prompts.default_text and not files.include_prompt:
+    if files.include_prompt:
+        return
+    if files.prompts.default_text:
         files.problem = files.problem or (
             f"{files.pooling_file}: the pooling leaves out the prompt {files.prompts.default_text!r} "
             "(include_prompt false), which is not supported"
+        )
+    else:
+        files.prompts = (
+            None  # A request that names one is refused; with the prompt pooled, its answer would be another.
         )

@@ -282,7 +282,9 @@ def test_prompt_that_pooling_leaves_out(tmp_path: Path) -> None:
         read(write(tmp_path, **files))
     assert read(tmp_path, pooling="mean").prompt == "query: "
     del files["prompts"]["default_prompt_name"]
-    assert read(write(tmp_path, **files)).pooling == Pooling("mean", False, "1_Pooling/config.json")
+    source = read(write(tmp_path, **files))
+    assert source.pooling == Pooling("mean", False, "1_Pooling/config.json")
+    assert source.prompts is None  # Those that requests may name would be pooled.
 
 
 def test_dropout_is_nothing(tmp_path: Path) -> None:
