@@ -329,6 +329,5 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
             "(include_prompt false), which is not supported"
         )
     else:
-        files.prompts = (
-            None  # A request that names one is refused; with the prompt pooled, its answer would be another.
-        )
+        # A request that names one is refused; with the prompt pooled, its answer would be another.
+        files.prompts = None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-__all__ = ["Architecture", "HeadNames", "activation", "get", "number", "padding_id", "whole"]
+__all__ = ["Architecture", "HeadNames", "activation", "get", "number", "padding_id", "rotary_base", "whole"]
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -207,6 +207,24 @@ def number(config: Any, name: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"unsupported configuration: expected {name} to be a number, got {value!r:.80}")
     return float(value)
+
+
+def rotary_base(config: Any) -> float:
+    """The base of rotary positions: transformers 5 has ``rope_parameters``, the model's own code a field.
+
+    Raises:
+        ValueError: it is missing, or angles are scaled.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        return number(config, "rotary_emb_base")
+    theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
+    if not isinstance(theta, int | float) or parameters.get("rope_type", "default") != "default":
+        raise ValueError(
+            "unsupported configuration: expected rope_parameters with rope_type='default' and rope_theta, got "
+            f"{parameters!r:.200}"
+        )
+    return float(theta)
 
 
 def padding_id(config: Any) -> int:

@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from torch_ext.encoder.huggingface.architecture import number, whole
+from torch_ext.encoder.huggingface.architecture import rotary_base, whole
 from torch_ext.encoder.huggingface.bert import ROBERTA
 
 __all__ = ["JINA_V3", "XLM_ROBERTA_FLASH"]
-
-
-def _theta(config: Any) -> float:
-    """The base of rotary positions: transformers 5 has ``rope_parameters``, the model's own code a field."""
-    parameters = getattr(config, "rope_parameters", None)
-    if parameters is None:
-        return number(config, "rotary_emb_base")
-    theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
-    if not isinstance(theta, int | float) or parameters.get("rope_type", "default") != "default":
-        raise ValueError(
-            "unsupported configuration: expected rope_parameters with rope_type='default' and rope_theta, got "
-            f"{parameters!r:.200}"
-        )
-    return float(theta)
 
 
 # As transformers 5 has them in memory; files have the names of the model's own code.
@@ -47,7 +32,7 @@ _IN_MEMORY = dataclasses.replace(
     more=lambda config: {
         "absolute_positions": False,
         "max_positions": whole(config, "max_position_embeddings"),
-        "rotary_theta": _theta(config),
+        "rotary_theta": rotary_base(config),
     },
 )
 
