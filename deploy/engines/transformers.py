@@ -12,7 +12,16 @@ from ..tasks import Task
 from .padded import PaddedEngine, PaddedIds
 from .pooling import Floats
 
-__all__ = ["TransformersEngine"]
+__all__ = ["TransformersEngine", "outputs_of"]
+
+
+def outputs_of(model: Any, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Any:
+    """What a model makes of a padded batch; all arguments i64 [texts, longest]. Not all models take token types."""
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["token_type_ids"] = torch.from_numpy(types)
+    with torch.inference_mode():
+        return model(**inputs)
 
 
 class TransformersEngine(PaddedEngine):
@@ -21,15 +30,10 @@ class TransformersEngine(PaddedEngine):
     def __init__(self, model: Any, task: Task) -> None:
         super().__init__(task)
         self._model = model
-        self._inputs = set(inspect.signature(model.forward).parameters)
         self.isa = f"torch-{torch.__version__}"
 
     def _forward(self, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Floats:
-        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if "token_type_ids" in self._inputs:
-            inputs["token_type_ids"] = torch.from_numpy(types)
-        with torch.inference_mode():
-            outputs = self._model(**inputs)[: len(self.task.onnx_outputs)]
+        outputs = outputs_of(self._model, ids, mask, types)[: len(self.task.onnx_outputs)]
         # Hidden states of a bare encoder, logits where there is a head; those of starts and ends side by side.
         output = outputs[0] if len(outputs) == 1 else torch.stack(outputs, dim=-1)
         return np.asarray(output.numpy(), np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -111,16 +110,14 @@ def _exact_rows(model: Any, work: Sequence[Batch], mode: str, pad_id: int) -> li
     """A row per text, of the model itself: an encoder in fp32 would be in memory beside it."""
     import torch
 
-    base = model.base_model
-    names = inspect.signature(base.forward).parameters
+    from deploy.engines.transformers import outputs_of
+
     rows: list[torch.Tensor] = []
     for batch in work:
-        ids, mask, types = map(torch.from_numpy, padded(batch, pad_id))
-        inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        with torch.inference_mode():
-            hidden = base(**{name: tensor for name, tensor in inputs.items() if name in names})[0]
+        ids, mask, types = padded(batch, pad_id)
+        hidden = outputs_of(model.base_model, ids, mask, types)[0]
         # A copy: some are views of all hidden states.
-        rows.append(torch.from_numpy(pool_padded(hidden.numpy(), mask.sum(1).numpy(), mode)).clone())
+        rows.append(torch.from_numpy(pool_padded(hidden.numpy(), mask.sum(1), mode)).clone())
     return rows
 
 
