@@ -37,9 +37,23 @@ class Load:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of a process and its children that have ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) * TICK_S
+    """User and system time of a process and of those that it has started, ended ones included."""
+    parents: dict[int, list[int]] = {}
+    ticks: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # It has ended.
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+            ticks[int(entry.name)] = sum(map(int, fields[11:15]))
+    total, left = 0, [pid]
+    while left:
+        process = left.pop()
+        total += ticks.get(process, 0)
+        left += parents.get(process, [])
+    return total * TICK_S
 
 
 class Connection(asyncio.Protocol):

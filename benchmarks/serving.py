@@ -10,6 +10,9 @@ Two ratios are what the project promises: requests/s against Flask and transform
 of the server process per text against the cheapest way of calling its encoder directly on the same tokens (at most
 1.3). CPU time is user and system time of the process by the kernel, over the measured interval only.
 
+`--peers` adds the servers of `benchmarks/peers`, each in an environment of its own that is made once (it fetches
+packages of some gigabytes), and checks one vector of each against ours.
+
 `--frameworks` compares HTTP frameworks instead: the same request and answer, and no model behind.
 """
 
@@ -17,9 +20,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import http.client
 import json
+import operator
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,26 +35,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.closed_loop import Client, Load  # noqa: E402
+from benchmarks.peers import PEERS, http_request  # noqa: E402
 from benchmarks.report import cpu_name  # noqa: E402
 from deploy.texts import sample  # noqa: E402
 
 READY_S = 120.0
+Result = TypeVar("Result")
 
 
-def with_server(command: Sequence[str], action: Callable[[int, int], Load]) -> Load:
+def with_server(command: Sequence[str], action: Callable[[int, int], Result]) -> Result:
     """Starts a server that prints where it listens, runs the action with its port and process id, and stops it."""
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        # In a session of its own: some servers are several processes, and not all end with the first.
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
         try:
             assert process.stdout is not None
-            line = process.stdout.readline()
-            match = re.search(r" on http://127\.0\.0\.1:(\d+)", line)
+            match = None
+            for line in process.stdout:  # Some servers write other things before.
+                if (match := re.search(r"serving .* on http://127\.0\.0\.1:(\d+)", line)) is not None:
+                    break
             if match is None:
                 process.wait(READY_S)
                 errors.seek(0)
@@ -55,11 +69,11 @@ def with_server(command: Sequence[str], action: Callable[[int, int], Load]) -> L
             return action(int(match[1]), process.pid)
         finally:
             process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def measure(name: str, command: Sequence[str], requests: Sequence[bytes], connections: int, seconds: float) -> Load:
@@ -77,17 +91,31 @@ def measure(name: str, command: Sequence[str], requests: Sequence[bytes], connec
     return with_server(command, action)
 
 
+def one_vector(
+    command: Sequence[str],
+    path: str = "/api/embed",
+    body: Callable[[str], Any] = lambda text: {"inputs": text},
+    vector: Callable[[Any], list[float]] = lambda answer: list(answer["embeddings"][0]),
+) -> list[float]:
+    """What a server answers for one text, to compare servers with each other."""
+
+    def action(port: int, pid: int) -> list[float]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        content = json.dumps(body("Servers of encoders, compared."))
+        connection.request("POST", path, content, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+        connection.close()
+        if response.status != 200:
+            raise SystemExit(f"{' '.join(command)}: expected 200, got {response.status}: {answer[:300]!r}")
+        return vector(json.loads(answer))
+
+    return with_server(command, action)
+
+
 def requests_of(texts: Sequence[str]) -> list[bytes]:
     """HTTP requests, one text each."""
-    result = []
-    for text in texts:
-        body = json.dumps({"inputs": text}).encode()
-        head = (
-            b"POST /api/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n"
-        )
-        result.append(head % len(body) + body)
-    return result
+    return [http_request("/api/embed", {"inputs": text}) for text in texts]
 
 
 # The encoder, called directly. Runs in a process of its own: `--direct`.
@@ -239,6 +267,7 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "serving.json")
+    parser.add_argument("--peers", action="store_true", help="other servers, too; needs --model and packages")
     parser.add_argument("--frameworks", action="store_true", help="compare HTTP frameworks instead")
     parser.add_argument("--framework", choices=FRAMEWORKS, help=argparse.SUPPRESS)
     parser.add_argument("--direct", metavar="VARIANT", help=argparse.SUPPRESS)
@@ -268,11 +297,22 @@ def main() -> int:
             name: [*command, "--port", "0", "--threads", str(arguments.threads)] for name, command in commands.items()
         }
 
-    requests = requests_of(texts)
+    requests = dict.fromkeys(commands, requests_of(texts))
+    if arguments.peers:
+        if not arguments.model or arguments.bundle is None:
+            parser.error("--peers needs BUNDLE and --model MODEL_DIR")
+        expected = one_vector(next(reversed(commands.values())))
+        for peer in PEERS:
+            command = peer.command(arguments.model, arguments.bundle)
+            commands[peer.name] = [*command, "--port", "0", "--threads", str(arguments.threads)]
+            requests[peer.name] = peer.requests(texts)
+            found = one_vector(commands[peer.name], peer.path, peer.body, peer.vector)
+            if (cosine := sum(map(operator.mul, found, expected))) < 0.999:
+                raise SystemExit(f"{peer.name}: expected the vector of deploy serve, got one with cosine {cosine:.4f}")
     rounds: dict[str, list[Load]] = {name: [] for name in commands}
     for number in range(arguments.rounds):
         for name, command in commands.items():
-            load = measure(name, command, requests, arguments.connections, arguments.seconds)
+            load = measure(name, command, requests[name], arguments.connections, arguments.seconds)
             rounds[name].append(load)
             print(f"round {number + 1}: {name}: {load.requests_per_s:.1f} requests/s", file=sys.stderr)
     loads = {name: median(found) for name, found in rounds.items()}
@@ -296,6 +336,10 @@ def main() -> int:
             print(f"{variant}: {speedup:.1f}x the requests/s of Flask (promised for torch_ext-bf16: at least 5)")
             report[f"{variant} speedup over Flask"] = speedup
             broken |= variant == "torch_ext-bf16" and speedup < 5
+        if arguments.peers:
+            best = max((loads[peer.name] for peer in PEERS), key=lambda load: load.requests_per_s)
+            report[f"{variant} speedup over {best.name}"] = speedup = ours.requests_per_s / best.requests_per_s
+            print(f"{variant}: {speedup:.2f}x the requests/s of the best peer, {best.name}")
         if variant in ("torch_ext-bf16", "torch_ext-fp32"):
             command = [*own, arguments.bundle, "--direct", variant, "--threads", str(arguments.threads)]
             command += ["--texts", str(arguments.texts), "--seed", str(arguments.seed), "--seconds", "4"]
