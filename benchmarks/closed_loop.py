@@ -81,13 +81,15 @@ class Connection(asyncio.Protocol):
         end = self.buffer.find(b"\r\n\r\n")
         if end < 0:
             return
-        match = re.search(rb"(?i)content-length: *(\d+)", self.buffer[: end + 2])
-        if match is None or not self.buffer.startswith((b"HTTP/1.1 200", b"HTTP/1.0 200")):
+        head = self.buffer[:end].lower()
+        match = re.search(rb"content-length: *(\d+)", head)
+        chunked = b"transfer-encoding: chunked" in head
+        if (match is None and not chunked) or not self.buffer.startswith((b"HTTP/1.1 200", b"HTTP/1.0 200")):
             self.client.fail(f"unexpected answer: {self.buffer[:300]!r}")
             return
-        if len(self.buffer) >= end + 4 + int(match[1]):
+        if self.buffer.endswith(b"\r\n0\r\n\r\n") if match is None else len(self.buffer) >= end + 4 + int(match[1]):
             self.client.latencies_s.append(time.perf_counter() - self.sent_s)
-            head, self.buffer = self.buffer[:end].lower(), b""
+            self.buffer = b""
             self.client.done(self, head.startswith(b"http/1.1") and b"connection: close" not in head)
 
     def connection_lost(self, error: Exception | None) -> None:

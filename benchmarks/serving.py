@@ -11,7 +11,7 @@ of the server process per text against the cheapest way of calling its encoder d
 1.3). CPU time is user and system time of the process by the kernel, over the measured interval only.
 
 `--peers` adds the servers of `benchmarks/peers`, each in an environment of its own that is made once (it fetches
-packages of some gigabytes), and checks one vector of each against ours.
+packages of some gigabytes), and checks one vector of each against that of transformers.
 
 `--frameworks` compares HTTP frameworks instead: the same request and answer, and no model behind.
 """
@@ -301,14 +301,14 @@ def main() -> int:
     if arguments.peers:
         if not arguments.model or arguments.bundle is None:
             parser.error("--peers needs BUNDLE and --model MODEL_DIR")
-        expected = one_vector(next(reversed(commands.values())))
+        expected = one_vector(commands["Flask, transformers fp32"])
         for peer in PEERS:
             command = peer.command(arguments.model, arguments.bundle)
             commands[peer.name] = [*command, "--port", "0", "--threads", str(arguments.threads)]
             requests[peer.name] = peer.requests(texts)
             found = one_vector(commands[peer.name], peer.path, peer.body, peer.vector)
             if (cosine := sum(map(operator.mul, found, expected))) < 0.999:
-                raise SystemExit(f"{peer.name}: expected the vector of deploy serve, got one with cosine {cosine:.4f}")
+                raise SystemExit(f"{peer.name}: expected the vector of transformers, got one with cosine {cosine:.4f}")
     rounds: dict[str, list[Load]] = {name: [] for name in commands}
     for number in range(arguments.rounds):
         for name, command in commands.items():

@@ -22,8 +22,8 @@ class Embedder(litserve.LitAPI):
         torch.set_num_threads(options.threads)
         self.model = SentenceTransformer(options.model, device="cpu")
 
-    def decode_request(self, request: dict[str, Any]) -> str:
-        """The text."""
+    def decode_request(self, request):
+        """The text. LitServe reads annotations of this method, so it has none."""
         return str(request["inputs"])
 
     def predict(self, texts: list[str]) -> Any:

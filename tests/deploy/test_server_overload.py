@@ -191,6 +191,25 @@ def test_one_text_beside_requests_of_every_size(loop: asyncio.AbstractEventLoop)
     assert {2, 5, 20, 100} <= set(server.waits_s)  # The others have their turns, too.
 
 
+def test_connections_of_one_text_each_are_answered_in_turn(loop: asyncio.AbstractEventLoop) -> None:
+    """Long texts wait no longer than short ones, and none is refused while the queue holds less than it may."""
+    server = Simulated(loop)
+    rng = random.Random(4)
+
+    def send() -> Work | None:
+        return server.send([rng.choice((8, 20, 40, 60, 90, 150, 256, 256))])
+
+    server.send([58])
+    server.step()
+    for _ in range(32):
+        assert send()
+    for _ in range(300):
+        for _ in server.step():
+            assert send()
+    assert server.refused == []
+    assert max(server.waits_s[1]) <= 32 * 256 / TOKENS_PER_S  # What 32 long ones would take; half of it on average.
+
+
 def test_retry_after_is_true(loop: asyncio.AbstractEventLoop) -> None:
     server = Simulated(loop, max_queue_s=0.5)
     server.send([60])

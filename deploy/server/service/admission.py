@@ -5,8 +5,8 @@ not be answered within `max_queue_s` is refused at once, and told when to come a
 may take longer: `PATIENCE` times as long as it computes.
 
 Requests stand in four lines, by their size: tiny ones, of which four fit in what runs at a time (`batch_cost`, at most
-`max_batch_s`), small ones, of which four fit in the largest batch (`max_batch_cost`), those that fit in it, and larger
-ones. The lines take turns batch by batch: every second one is of the first line, every second one of the others is of
+`max_batch_s`), or that are one text of usual length; small ones, of which four fit in the largest batch
+(`max_batch_cost`), those that fit in it, and larger ones. The lines take turns batch by batch: every second one is of the first line, every second one of the others is of
 the next line, and so on, as long as something waits there. So a tiny request waits for the batch that runs and for
 other tiny ones, whatever else there is. In a line it is first come, first served, since requests that share the engine
 would all be late where more comes than can be done; of larger ones, `max_batch_cost` runs before it is the next one's
@@ -26,7 +26,7 @@ from ..errors import ApiError
 from ..limits.bounds import exceeded
 from .work import Work
 
-__all__ = ["PATIENCE", "LINES", "RESERVED_PART", "SMALL_PART", "Admission", "Speed"]
+__all__ = ["PATIENCE", "LINES", "RESERVED_PART", "SMALL_PART", "TEXT_COST", "Admission", "Speed"]
 
 PATIENCE = (2, 5)
 """A request may take so many times as long as it computes, where that is more than `max_queue_s`: one that fits in a
@@ -37,6 +37,10 @@ SMALL_PART = 4
 
 LINES = 4
 """Tiny requests, small ones, those that fit in a batch, larger ones."""
+
+TEXT_COST = 512
+"""One text of at most that is tiny, however slow the machine is: what most models take at a time. Clients of one text each
+would otherwise be told apart by its length, and the longer ones refused beside a queue that is nearly empty."""
 
 RESERVED_PART = 8
 """This part of the queue is for tiny and small requests, while anything waits."""
@@ -150,8 +154,10 @@ class Admission:
         """The token budget of the next batch."""
         return self.speed.batch_cost(self.max_batch_cost, self.max_batch_s)
 
-    def line_of(self, cost: int) -> int:
-        """In which line a request stands that takes so much of the token budget."""
+    def line_of(self, cost: int, texts: int) -> int:
+        """In which line a request stands that takes so much of the token budget, for so many texts."""
+        if texts == 1 and cost <= TEXT_COST:
+            return 0
         most = (self.batch_cost // SMALL_PART, self.max_batch_cost // SMALL_PART, self.max_batch_cost)
         return sum(cost > bound for bound in most)
 
@@ -163,7 +169,7 @@ class Admission:
                 client does not want to wait as long (504).
         """
         work.turn_cost = self.max_batch_cost
-        work.line = self.line_of(work.waiting)
+        work.line = self.line_of(work.waiting, len(work.ids))
         reserved = 0 if work.line <= 1 or not self.queued_cost else self.max_queue_cost // RESERVED_PART
         if self.queued_cost + work.waiting > self.max_queue_cost - reserved:
             if work.waiting > self.max_queue_cost:

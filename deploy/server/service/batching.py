@@ -139,7 +139,10 @@ class Batcher:
 
     def line_of(self, ids: Iterable[Ids]) -> int:
         """In which line texts would stand that make a request; see `admission`."""
-        return 0 if self._engine is None else self.admission.line_of(sum(map(self._engine.cost, ids)))
+        if self._engine is None:
+            return 0
+        costs = [self._engine.cost(text) for text in ids]
+        return self.admission.line_of(sum(costs), len(costs))
 
     def submit(self, work: Work) -> None:
         """Queues the texts of a request; `work.future` will be done with its results.
