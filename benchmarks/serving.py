@@ -6,7 +6,8 @@
 the same number of threads; rounds alternate. The client is one asyncio process on raw sockets: 15 to 30 us of CPU a
 request, measured and printed, since it shares the machine.
 
-Two ratios are what the project promises: requests/s against Flask and transformers in fp32 (at least 5), and CPU time
+Two ratios are what the project promises: requests/s against Flask and transformers in fp32 (at least 5, for bf16 where
+the CPU multiplies bf16), and CPU time
 of the server process per text against the cheapest way of calling its encoder directly on the same tokens (at most
 1.3). CPU time is user and system time of the process by the kernel, over the measured interval only.
 
@@ -235,6 +236,13 @@ def serve_framework(name: str) -> None:
 # The report.
 
 
+def multiplies_bf16() -> bool:
+    """Whether products on this CPU take bf16 on both sides; else weights are widened to fp32, as with AVX2."""
+    from torch_ext.runtime import isa_report
+
+    return not isa_report()["linear_kernels"][0].startswith("gemm_f32_f32_")
+
+
 def median(rounds: Sequence[Load]) -> Load:
     """Medians over the rounds of one server."""
     values = {
@@ -333,9 +341,10 @@ def main() -> int:
         ours = loads[f"deploy serve {variant}"]
         if (flask := loads.get("Flask, transformers fp32")) is not None:
             speedup = ours.requests_per_s / flask.requests_per_s
-            print(f"{variant}: {speedup:.1f}x the requests/s of Flask (promised for torch_ext-bf16: at least 5)")
+            promised = variant == "torch_ext-bf16" and multiplies_bf16()
+            print(f"{variant}: {speedup:.1f}x the requests/s of Flask{' (promised: at least 5)' if promised else ''}")
             report[f"{variant} speedup over Flask"] = speedup
-            broken |= variant == "torch_ext-bf16" and speedup < 5
+            broken |= promised and speedup < 5
         if arguments.peers:
             best = max((loads[peer.name] for peer in PEERS), key=lambda load: load.requests_per_s)
             report[f"{variant} speedup over {best.name}"] = speedup = ours.requests_per_s / best.requests_per_s
