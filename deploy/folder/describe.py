@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.bundle import CONFIG_FILE, TASKS, VARIANTS, Dense, Manifest, ModelInfo, Variant
-from deploy.folder.errors import FolderError
+from deploy.folder.errors import FolderError, at_least_one
 from deploy.folder.hub import find_model
 from deploy.folder.sentence import read_json
 from deploy.folder.source import Source, read_source
@@ -83,9 +83,7 @@ def _dense(source: Source) -> tuple[Dense, ...]:
     stages = []
     for module in source.dense:
         path = module.folder / CONFIG_FILE
-        outputs = read_json(path, dict).get("out_features")
-        if not isinstance(outputs, int) or isinstance(outputs, bool) or outputs < 1:
-            raise FolderError(f"{path}: out_features: expected at least 1, got {outputs!r:.80}")
+        outputs = at_least_one(read_json(path, dict).get("out_features"), f"{path}: out_features")
         stages.append(Dense(outputs, module.activation, str(module.folder)))
     return tuple(stages)
 
@@ -98,6 +96,4 @@ def _variant(name: str, source: Source) -> Variant:
 
 def _hidden_size(source: Source) -> int:
     size = next((source.config[name] for name in _HIDDEN_SIZE if name in source.config), None)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise FolderError(f"{source.folder / CONFIG_FILE}: hidden_size: expected at least 1, got {size!r:.80}")
-    return size
+    return at_least_one(size, f"{source.folder / CONFIG_FILE}: hidden_size")

@@ -6,11 +6,26 @@ import errno
 import re
 from collections.abc import Iterator
 
-__all__ = ["FolderError", "chain", "first_line", "is_disk_full"]
+__all__ = ["FolderError", "at_least_one", "chain", "first_line", "is_disk_full"]
 
 
 class FolderError(Exception):
     """A model cannot be used as it is; the message says what was expected, what was found, and what to do."""
+
+
+def at_least_one(value: object, where: str) -> int:
+    """A count that a file of the folder holds.
+
+    Args:
+        value: What the file holds.
+        where: The file and the name of the value, for the error.
+
+    Raises:
+        FolderError: It is no whole number, or below 1.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise FolderError(f"{where}: expected at least 1, got {value!r:.80}")
+    return value
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

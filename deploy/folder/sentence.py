@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
-from deploy.folder.errors import FolderError, first_line
+from deploy.folder.errors import FolderError, at_least_one, first_line
 
 __all__ = ["DenseModule", "SentenceFiles", "read_json", "read_sentence_files"]
 
@@ -302,9 +302,7 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
         files.activation = settings["activation_fn"]
     kept = settings.get("truncate_dim")
     if files.embeds and kept is not None:
-        if not isinstance(kept, int) or isinstance(kept, bool) or kept < 1:
-            raise FolderError(f"{path}: truncate_dim: expected at least 1, got {kept!r:.80}")
-        files.dimensions = kept
+        files.dimensions = at_least_one(kept, f"{path}: truncate_dim")
     declared = settings.get("prompts") or {}
     if not isinstance(declared, dict) or not all(isinstance(text, str | None) for text in declared.values()):
         raise FolderError(f"{path}: prompts: expected an object of strings, got {declared!r:.80}")
