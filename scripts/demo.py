@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
-import math
 import os
-import platform
 import re
 import shlex
 import signal
@@ -27,11 +24,11 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from deploy.bundle import BundleError, Manifest, load_manifest
-from deploy.machine import cpu_name, usable_cpus
+from deploy.bundle import BundleError, load_manifest
+from deploy.machine import usable_cpus
+from scripts.demo_table import BASELINE, Neighbours, Row, accuracy_of, faster_than_chosen, machine, table, weights_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-BASELINE = "transformers fp32"
 TASKS = {
     "feature-extraction": "embed",
     "text-classification": "predict",
@@ -42,31 +39,10 @@ TASKS = {
 START_TIMEOUT_S = 120
 ACCURACY_TEXTS = 128
 """Half of what an export compares by default, which takes longer than all load tests on 2 slow cores."""
-NOISE = 0.05
-"""Served speeds of the same variant on a quiet machine differ by as much."""
 
 
 class DemoError(Exception):
     """Something did not work; the message says what, and where to look."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table.
-
-    Attributes:
-        name: Variant of the bundle, or `BASELINE`.
-        size_bytes: Of its weights.
-        accuracy: Against transformers in fp32, in words.
-        load: What the load test measured.
-        chosen: Whether the server took this variant by itself.
-    """
-
-    name: str
-    size_bytes: int
-    accuracy: str
-    load: dict[str, Any]
-    chosen: bool = False
 
 
 def default_model() -> str:
@@ -221,93 +197,6 @@ def load_test(host: str, prefix: Path, task: str, users: int, seconds: int) -> d
         raise DemoError(f"the load test ended with exit code {code}; {log}:\n{tail(log)}")
     measured: dict[str, Any] = json.loads(Path(f"{prefix}_summary.json").read_text(encoding="utf-8"))
     return measured
-
-
-class Neighbours:
-    """Measures how much of the CPUs others use within a block: on a busy machine, speeds are not what it can do.
-
-    Attributes:
-        share: Between 0 and 1, of all CPUs; set when the block ends.
-    """
-
-    share = 0.0
-
-    def __enter__(self) -> Neighbours:
-        """Starts."""
-        self._before = self._read()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Ends. Processes started within have ended by now, or they count as others."""
-        busy_s, own_s, wall_s = (after - before for after, before in zip(self._read(), self._before, strict=True))
-        self.share = max(0.0, busy_s - own_s) / (wall_s * (os.cpu_count() or 1))
-
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        """CPU seconds of all, CPU seconds of this process and the children it waited for, and time."""
-        cpu, *numbers = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
-        assert cpu == "cpu"
-        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, numbers[:8])
-        ticks = user + nice + system + irq + softirq + steal
-        own_s = sum(os.times()[:4])
-        return ticks / os.sysconf("SC_CLK_TCK"), own_s, time.monotonic()
-
-
-def machine(threads: int) -> str:
-    """One paragraph on what the numbers were measured with."""
-    packages = ("torch", "transformers", "onnxruntime", "locust")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return (
-        f"{cpu_name()} ({platform.machine()}), {os.cpu_count()} cores, {threads} threads for each server, "
-        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {versions}"
-    )
-
-
-def table(rows: Sequence[Row]) -> list[str]:
-    """The rows as text with aligned columns."""
-    lines = [("variant", "size", "accuracy against fp32", "texts/s", "gain", "p50", "p95")]
-    baseline = next((row.load["texts_per_s"] for row in rows if row.name == BASELINE), None)
-    for row in rows:
-        speed, latency = row.load["texts_per_s"], row.load["latency_ms"]
-        lines.append(
-            (
-                f"{row.name} *" if row.chosen else row.name,
-                f"{row.size_bytes / 1e6:.1f} MB",
-                row.accuracy,
-                f"{speed:.1f}",
-                f"{speed / baseline:.1f}x" if baseline else "-",
-                f"{latency['p50']:.0f} ms",
-                f"{latency['p95']:.0f} ms",
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    left = (0, 2)
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-
-
-def faster_than_chosen(rows: Sequence[Row]) -> str:
-    """Name of the fastest row, if it is another one than the server took, beyond noise; else an empty text."""
-    best = max(rows, key=lambda row: float(row.load["texts_per_s"]))
-    speed = next((row.load["texts_per_s"] for row in rows if row.chosen), math.inf)
-    return best.name if best.load["texts_per_s"] * (1 - NOISE) > speed else ""
-
-
-def accuracy_of(manifest: Manifest, name: str) -> str:
-    """What the export measured of a variant."""
-    accuracy = manifest.variants[name].accuracy
-    return f"{accuracy.metric} {accuracy.mean:.6f} (min {accuracy.min:.6f})"
-
-
-def weights_bytes(model: Path) -> int:
-    """Size of a model folder's weights."""
-    safetensors = list(model.glob("*.safetensors"))
-    return sum(path.stat().st_size for path in safetensors or model.glob("*.bin"))
 
 
 def demo(arguments: argparse.Namespace) -> None:
