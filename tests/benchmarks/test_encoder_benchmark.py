@@ -270,7 +270,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.needs_transformers
-@pytest.mark.slow
+@pytest.mark.long
 def test_short_run(tiny_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/encoder.py", "--quick", "--model", str(tiny_model), "--threads", "1"]
     # Time enough, so that a busy machine leaves nothing out.

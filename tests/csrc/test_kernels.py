@@ -124,8 +124,10 @@ def test_objects_of_the_extension_are_linked_until_something_changes(
     assert build.objects_of_extension() == both
 
 
-def test_kernels_on_this_machine(seed: int) -> None:
-    expect_passed(run("native", "--seed", str(seed)), seed)
+@pytest.mark.parametrize("options", [("--quick",), pytest.param((), marks=pytest.mark.long, id="all")])
+def test_kernels_on_this_machine(options: tuple[str, ...], seed: int) -> None:
+    """Every path and every kind of shape; all of them with more sizes and random shapes."""
+    expect_passed(run("native", *options, "--seed", str(seed)), seed)
 
 
 @pytest.mark.emulator

@@ -203,6 +203,7 @@ def torch_server(minilm_bundle: Path) -> Iterator[ServeProcess]:
         yield server
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_variety_of_batches(torch_server: ServeProcess) -> None:
     def resident_mb() -> float:
         text = Path(f"/proc/{torch_server.process.pid}/status").read_text()

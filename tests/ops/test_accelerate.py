@@ -196,9 +196,9 @@ def left_alone(layer: nn.Linear, x: Tensor) -> dict[str, Callable[[], Any]]:
 INNER = {"dispatch mode", "vmap", "gradient transform", "forward transform"}
 
 
-# Transforms are Python of torch, which takes minutes to import under emulation.
+# Transforms and dispatch modes are Python of torch, which takes minutes to import under emulation.
 LEFT_ALONE = [
-    pytest.param(name, marks=[pytest.mark.anywhere] if name == "gradient transform" else [])
+    pytest.param(name, marks=[pytest.mark.anywhere] if name in {"gradient transform", "dispatch mode"} else [])
     for name in left_alone(nn.Linear(24, 13, dtype=BF16), torch.ones(5, 24, dtype=BF16))
 ]
 
@@ -417,6 +417,7 @@ def test_threads(layer: nn.Linear, x: Tensor, monkeypatch: pytest.MonkeyPatch) -
     assert not errors
 
 
+@pytest.mark.anywhere
 def test_switching_beside_threads_that_compute(layer: nn.Linear, x: Tensor) -> None:
     """Not even a thread that has nothing to do with it is disturbed, once the kernels are there."""
     expected = reference.linear(x, layer.weight.detach(), layer.bias.detach())

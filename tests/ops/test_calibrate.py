@@ -92,6 +92,7 @@ def test_few_inputs_and_rows_of_zeros(generator: torch.Generator) -> None:
         round_to_inputs(weight, inputs(3, 64, generator))
 
 
+@pytest.mark.anywhere
 def test_every_kind_of_encoder_is_nearer(generator: torch.Generator) -> None:
     """Most are, and none is much farther: tiny random models are far from anything that rounding could be fitted to."""
     ratios = []
@@ -120,6 +121,7 @@ def test_every_kind_of_encoder_is_nearer(generator: torch.Generator) -> None:
     assert math.exp(sum(map(math.log, ratios)) / len(ratios)) < 0.9
 
 
+@pytest.mark.anywhere
 def test_fitted_channels_cost_less_than_those_by_range(generator: torch.Generator) -> None:
     """As `_fit` counts it, on rows that it did not see."""
     x = torch.randn(3000, 40, generator=generator) * torch.logspace(-1, 1, 40) + torch.linspace(-3, 3, 40)

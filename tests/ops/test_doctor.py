@@ -438,6 +438,7 @@ def test_runs_where_the_extension_does_not_load(tmp_path: Path) -> None:
     assert "cannot load" in process.stdout
 
 
+@pytest.mark.anywhere
 def test_runs_without_torch(tmp_path: Path) -> None:
     # As where it is not installed: neither found nor imported.
     (tmp_path / "sitecustomize.py").write_text(

@@ -125,7 +125,7 @@ def test_other_architectures_names_raise() -> None:
 PARTS = ("linear", "matmul", "attention", "rows", "encoder", "int8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(set(supported()) - {torch_ext.isa_report()["isa"]}))
 def test_whole_suite_under(name: str) -> None:
     """The tests of the ops, in a process of their own, on every instruction set that the CPU has."""

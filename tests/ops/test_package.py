@@ -92,6 +92,7 @@ def test_import_needs_torch_only() -> None:
     assert run_after_torch(program) == ["[]"]
 
 
+@pytest.mark.anywhere
 def test_import_of_the_package_needs_nothing() -> None:
     program = (
         "import sys; before = set(sys.modules)\n"
@@ -141,6 +142,7 @@ def test_accelerate_is_the_function(first: str) -> None:
     assert run_after_torch(f"{first}; {program}") == run_after_torch(program) == ["right"]
 
 
+@pytest.mark.anywhere
 def test_names_say_what_is_missing_without_torch() -> None:
     program = without("torch") + (
         "import torch_ext, torch_ext.encoder\n"
@@ -176,6 +178,7 @@ def test_import_of_torch_survives_a_library_that_does_not_load(tmp_path: Path, w
     assert all(line.startswith(f"torch_ext: cannot load {library}") for line in lines)
 
 
+@pytest.mark.anywhere
 def test_pickles_of_specifications_need_no_torch() -> None:
     spec = torch_ext.HeadSpec("fill-mask", 8, "gelu", True, 1e-5, 16)
     data = pickle.dumps(spec)
@@ -227,6 +230,7 @@ def test_schemas_are_wrapped() -> None:
         assert code.co_varnames[: code.co_argcount] == tuple(argument.name for argument in schema.arguments)
 
 
+@pytest.mark.anywhere
 def test_files_need_safetensors_and_say_so(tmp_path: Path) -> None:
     program = without("safetensors") + (
         "import pathlib, torch_ext\n"

@@ -228,6 +228,7 @@ def test_compiled_gradients_are_refused() -> None:
         compiled(torch.ones(5, 24, requires_grad=True))
 
 
+@pytest.mark.anywhere
 def test_export() -> None:
     packed = torch_ext.pack_linear_weight(torch.eye(24))
 
@@ -245,6 +246,7 @@ def test_export() -> None:
     assert torch.equal(program.module()(x), torch.zeros(7, 24))
 
 
+@pytest.mark.anywhere
 def test_derivatives_of_torch_func_and_forward_mode_are_refused() -> None:
     x, ones, bounds = torch.randn(6, 8), torch.ones(8), torch.tensor([0, 2, 6], dtype=torch.int32)
     packed = torch_ext.pack_linear_weight(torch.randn(8, 8))

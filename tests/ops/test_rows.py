@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import torch_ext
 from tests.ops import reference
 
 FLOATS = (torch.float32, torch.bfloat16)
-WIDTHS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64, 127, 384, 768)
+# Under emulation, fewer: tests/csrc runs the same kernels there with every width.
+EMULATED = "QEMU_CPU" in os.environ
+WIDTHS = (1, 3, 8, 17, 127, 384) if EMULATED else (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64, 127, 384, 768)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -141,7 +144,7 @@ def test_rotary_embedding_errors() -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", torch_ext.ops.ACTIVATIONS)
 def test_gate(generator: torch.Generator, dtype: torch.dtype, activation: torch_ext.ops.Activation) -> None:
-    for rows, width in [*((3, width) for width in WIDTHS), (0, 8), (70, 1152)]:
+    for rows, width in [*((3, width) for width in WIDTHS), (0, 8), (7 if EMULATED else 70, 1152)]:
         x = (4 * torch.randn(rows, 2 * width, generator=generator)).to(dtype)
         actual = torch_ext.gate(x, activation)
         assert actual.dtype == dtype
