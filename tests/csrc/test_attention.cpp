@@ -309,6 +309,13 @@ TORCH_EXT_TEST(heads_are_balanced_over_threads) {
   problem.sequences = 2;
   EXPECT(balance_heads(problem, 8).size() == 2, "five tokens went to %zu threads",
          balance_heads(problem, 8).size() - 1);
+  // Twelve heads of 32 elements, as in MiniLM: one text of 16 tokens is worth more than one thread.
+  const int32_t one_text[] = {0, 16};
+  problem.cu_seqlens = one_text;
+  problem.sequences = 1;
+  problem.head_size = 32;
+  const size_t runs = balance_heads(problem, 8).size() - 1;
+  EXPECT(runs == 4, "sixteen tokens went to %zu threads", runs);
 }
 
 }  // namespace
