@@ -407,7 +407,7 @@ def embed_layer_norm(
     )
 
 
-def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode = "mean", normalize: bool = False) -> Tensor:
+def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode | str = "mean", normalize: bool = False) -> Tensor:
     """One vector per sequence.
 
     Args:
@@ -415,16 +415,20 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode = "mean", normali
         cu_seqlens: i32 ``[B + 1]``; every sequence has at least one token.
         mode: as sentence-transformers names them: ``mean`` over the tokens, ``cls`` for the first one, ``max`` per
             component, ``lasttoken``, ``weightedmean`` where token i of n counts ``i / (1 + ... + n)``,
-            ``mean_sqrt_len_tokens`` for the sum divided by the square root of the number of tokens.
+            ``mean_sqrt_len_tokens`` for the sum divided by the square root of the number of tokens. Of several, such as
+            ``cls+mean``, the vectors stand side by side.
         normalize: divide each vector by its Euclidean length.
 
     Returns:
-        fp32 ``[B, H]``.
+        fp32 ``[B, H]``, of n modes ``[B, n * H]``.
 
     Raises:
         RuntimeError: a shape, dtype or mode does not fit, a sequence is empty, or ``hidden`` requires grad.
     """
     refuse_derivatives("pool", hidden)
+    if "+" in mode:
+        vectors = torch.cat([torch.ops.torch_ext.pool(hidden, cu_seqlens, part, False) for part in mode.split("+")], 1)
+        return torch.nn.functional.normalize(vectors) if normalize else vectors
     return cast(Tensor, torch.ops.torch_ext.pool(hidden, cu_seqlens, mode, normalize))
 
 

@@ -44,19 +44,38 @@ class States:
         result: Array = self._states.hidden()
         return result
 
-    def pool(self, mode: Pooling = "mean", normalize: bool = False, dimensions: int | None = None) -> Array:
+    def pool(
+        self, mode: Pooling | str = "mean", normalize: bool = False, dimensions: int | None = None, skipped: int = 0
+    ) -> Array:
         """One vector for each text, ``[texts, dimensions]``; a head for feature-extraction comes after the pooling.
 
         Args:
-            mode: How the states of its tokens become one; as sentence-transformers names it.
+            mode: How the states of its tokens become one; as sentence-transformers names it. Of several, such as
+                ``cls+mean``, the vectors stand side by side.
             normalize: Divide each vector by its Euclidean length.
             dimensions: Leading dimensions to keep, before normalizing; None: all. For models that were trained for it
                 (Matryoshka).
+            skipped: Leading tokens of each text that do not count, such as those of a prompt; a text without others
+                becomes 0.
 
         Raises:
-            ValueError: ``mode`` is not known, or there are not as many dimensions.
+            ValueError: ``mode`` is not known or not what the head was made for, there are not as many dimensions, or
+                ``skipped`` is negative.
         """
-        result: Array = self._states.pool(mode, normalize, 0 if dimensions is None else at_least_1(dimensions))
+        kept = 0 if dimensions is None else at_least_1(dimensions)
+        result: Array = self._states.pool(mode, normalize, kept, skipped)
+        return result
+
+    def token_vectors(self, normalize: bool = False) -> Array:
+        """One vector for each token, ``[tokens, embedding_size]``, behind a head for feature-extraction, if any.
+
+        Args:
+            normalize: Divide each vector by its Euclidean length.
+
+        Raises:
+            ValueError: The head takes the vectors of several poolings.
+        """
+        result: Array = self._states.token_vectors(normalize)
         return result
 
     def text_logits(self) -> Array:

@@ -41,7 +41,7 @@ from deploy.bundle.fields import (
 from deploy.bundle.files import FileEntry, file_entry, owned_files
 from deploy.bundle.manifest import Manifest, load_manifest, write_manifest
 from deploy.bundle.measured import Accuracy, Speed, Variant
-from deploy.bundle.stages import DENSE_ACTIVATIONS, DENSE_FILE, Dense, Sparse
+from deploy.bundle.stages import DENSE_ACTIVATIONS, DENSE_FILE, Dense, Role, Sparse, TokenVectors
 
 __all__ = [
     "ACTIVATIONS",
@@ -69,7 +69,9 @@ __all__ = [
     "Pooling",
     "Prompts",
     "Reader",
+    "Role",
     "Sparse",
+    "TokenVectors",
     "SpecialToken",
     "Speed",
     "Variant",

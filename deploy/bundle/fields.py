@@ -184,25 +184,36 @@ class Pooling:
     """How hidden states become one embedding per text.
 
     Attributes:
-        mode: One of `POOLING_MODES`.
+        mode: One of `POOLING_MODES`, or several joined by `+`, whose vectors stand side by side.
         normalize: Whether embeddings are divided by their L2 norm.
         source: What decided that: a file of the model, an option, or the default.
         dimensions: Leading dimensions that embeddings keep, before they are normalized; None: all.
+        include_prompt: Whether the tokens of a prompt count.
     """
 
     mode: str
     normalize: bool
     source: str | None = None
     dimensions: int | None = None
+    include_prompt: bool = True
+
+    @property
+    def modes(self) -> list[str]:
+        """Each of its modes."""
+        return self.mode.split("+")
 
     @classmethod
     def read(cls, reader: Reader) -> Pooling:
         """Reads its JSON object."""
+        mode = reader.string("mode")
+        if not set(mode.split("+")) <= set(POOLING_MODES):
+            reader.choice("mode", POOLING_MODES)
         return cls(
-            reader.choice("mode", POOLING_MODES),
+            mode,
             reader.get("normalize", bool),
             reader.get("source", str, optional=True),
             None if reader.value.get("dimensions") is None else reader.count("dimensions", 1),
+            reader.get("include_prompt", bool, optional=True) is not False,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -210,6 +221,8 @@ class Pooling:
         result = asdict(self)
         if self.dimensions is None:
             del result["dimensions"]
+        if self.include_prompt:
+            del result["include_prompt"]
         return result
 
 

@@ -31,7 +31,7 @@ from deploy.bundle.fields import (
 )
 from deploy.bundle.files import FileEntry, check_file, check_file_name, check_format, read_json
 from deploy.bundle.measured import Variant
-from deploy.bundle.stages import Dense, Sparse
+from deploy.bundle.stages import Dense, Sparse, TokenVectors
 
 __all__ = ["Manifest", "load_manifest", "write_manifest"]
 
@@ -65,6 +65,7 @@ class Manifest:
         vocab_size: Number of token ids; None in bundles that were written before this field existed.
         dense: Linear stages between pooling and norm of embeddings.
         sparse: How sparse vectors are made; None unless the task needs it.
+        token_vectors: Which tokens have a vector; None unless the task needs it.
         token_types: Whether the model is given the token types of pairs of texts; else all are 0.
         tokenizer_json: Content of the tokenizer of a folder that was not exported, which lists no files; None: it is in
             `tokenizer_path`.
@@ -92,11 +93,13 @@ class Manifest:
     sparse: Sparse | None = None
     tokenizer_json: str | None = None
     dense: tuple[Dense, ...] = ()
+    token_vectors: TokenVectors | None = None
 
     @property
     def width(self) -> int:
         """Of embeddings."""
-        width = self.dense[-1].outputs if self.dense else self.hidden_size
+        parts = 1 if self.pooling is None else len(self.pooling.modes)
+        width = self.dense[-1].outputs if self.dense else self.hidden_size * parts
         kept = None if self.pooling is None else self.pooling.dimensions
         return width if kept is None else min(width, kept)
 
@@ -155,6 +158,8 @@ class Manifest:
             result["dense"] = [stage.to_json() for stage in self.dense]
         if self.sparse is not None:
             result["sparse"] = self.sparse.to_json()
+        if self.token_vectors is not None:
+            result["token_vectors"] = self.token_vectors.to_json()
         if not self.token_types:
             result["token_types"] = False
         if self.prompts is not None:
@@ -249,8 +254,9 @@ def _parse(root: Path, value: Any) -> Manifest:
         verification=top.child("verification", optional=True).value,
         machine=Machine.read(top.child("machine")) if top.value.get("machine") is not None else None,
         vocab_size=None if top.value.get("vocab_size") is None else top.count("vocab_size", 1),
-        dense=_read_dense(top) if needs.pooling else (),
+        dense=_read_dense(top) if needs.pooling or needs.token_vectors else (),
         sparse=Sparse.read(top.child("sparse")) if needs.sparse else None,
+        token_vectors=TokenVectors.read(top.child("token_vectors")) if needs.token_vectors else None,
         token_types=top.get("token_types", bool, optional=True) is not False,
     )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from deploy.bundle.fields import Reader
 
-__all__ = ["DENSE_ACTIVATIONS", "DENSE_FILE", "Dense", "Sparse"]
+__all__ = ["DENSE_ACTIVATIONS", "DENSE_FILE", "Dense", "Role", "Sparse", "TokenVectors"]
 
 DENSE_FILE = "dense.npz"
 """Weights of the linear stages, for the ONNX variants; those of torch_ext have them in their own files."""
@@ -72,3 +73,78 @@ class Sparse:
     def to_json(self) -> dict[str, Any]:
         """The JSON object."""
         return {"strategy": self.strategy, "activation": self.activation}
+
+
+@dataclass(frozen=True)
+class Role:
+    """What texts of one kind, queries or documents, have a vector for.
+
+    Attributes:
+        max_tokens: Longest text, if it is less than the model takes; None: what the model takes.
+        skipped: Ids of tokens that have none.
+        kept: Ids of the only tokens that have one; none: all.
+        pad_to: Shorter texts are filled up to so many tokens; 0: they are not.
+        pad_id: With which token.
+    """
+
+    max_tokens: int | None = None
+    skipped: Collection[int] = frozenset()
+    kept: Collection[int] = frozenset()
+    pad_to: int = 0
+    pad_id: int = 0
+
+    def keeps(self, token: int) -> bool:
+        """Whether a token has a vector."""
+        return token not in self.skipped and (not self.kept or token in self.kept)
+
+    @classmethod
+    def read(cls, reader: Reader) -> Role:
+        """Reads its JSON object."""
+
+        def ids(name: str) -> frozenset[int]:
+            values = reader.get(name, list, optional=True) or []
+            return frozenset(Reader(f"{reader.where}.{name}", {"0": value}).count("0") for value in values)
+
+        return cls(
+            None if reader.value.get("max_tokens") is None else reader.count("max_tokens", 1),
+            ids("skipped"),
+            ids("kept"),
+            reader.count("pad_to") if "pad_to" in reader.value else 0,
+            reader.count("pad_id") if "pad_id" in reader.value else 0,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        result: dict[str, Any] = {"skipped": sorted(self.skipped), "kept": sorted(self.kept)}
+        if self.max_tokens is not None:
+            result["max_tokens"] = self.max_tokens
+        if self.pad_to:
+            result |= {"pad_to": self.pad_to, "pad_id": self.pad_id}
+        return result
+
+
+@dataclass(frozen=True)
+class TokenVectors:
+    """Which tokens of a text have a vector, for late interaction.
+
+    Attributes:
+        normalize: Whether vectors are divided by their L2 norm.
+        document: Of texts that are looked for.
+        query: Of what is looked for; None: the model fills queries up with tokens that others do not see, which is not
+            supported.
+    """
+
+    normalize: bool
+    document: Role
+    query: Role | None
+
+    @classmethod
+    def read(cls, reader: Reader) -> TokenVectors:
+        """Reads its JSON object."""
+        query = None if reader.value.get("query") is None else Role.read(reader.child("query"))
+        return cls(reader.get("normalize", bool), Role.read(reader.child("document")), query)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        query = None if self.query is None else self.query.to_json()
+        return {"normalize": self.normalize, "document": self.document.to_json(), "query": query}

@@ -67,9 +67,9 @@ class PaddedStates:
         self._output = output
         self._project = project
 
-    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
+    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None, skipped: int = 0) -> Rows:
         """See `States.pooled`."""
-        vectors = pool_padded(self._output, np.array([len(text) for text in self.ids]), mode)
+        vectors = pool_padded(self._output, np.array([len(text) for text in self.ids]), mode, skipped)
         return Rows(shortened(self._project(vectors), normalize, dimensions))
 
     def text_logits(self) -> Rows:
@@ -87,6 +87,12 @@ class PaddedStates:
     def token_vectors(self) -> list[tuple[Rows, bool]]:
         """See `States.token_vectors`."""
         texts = [Rows(np.ascontiguousarray(self._output[row, : len(ids)])) for row, ids in enumerate(self.ids)]
+        return [(rows, all(rows.finite)) for rows in texts]
+
+    def projected(self, normalize: bool) -> list[tuple[Rows, bool]]:
+        """See `States.projected`."""
+        outputs = [self._project(self._output[row, : len(ids)]) for row, ids in enumerate(self.ids)]
+        texts = [Rows(shortened(output, normalize, None)) for output in outputs]
         return [(rows, all(rows.finite)) for rows in texts]
 
     def sparse(self, total: bool, twice: bool) -> list[tuple[memoryview, memoryview]]:

@@ -10,36 +10,45 @@ __all__ = ["Floats", "pool_padded", "shortened"]
 Floats = npt.NDArray[np.float32]
 
 
-def _shares(mode: str, lengths: npt.NDArray[np.int64], longest: int) -> Floats:
+def _shares(mode: str, lengths: npt.NDArray[np.int64], longest: int, skipped: int) -> Floats:
     """What each token counts for in the vector of its text, f32 [texts, longest]; padding counts for nothing."""
     places = np.arange(longest)
-    sizes = lengths[:, None].astype(np.float64)
+    here = (places >= skipped) & (places < lengths[:, None])
+    sizes = np.maximum(lengths[:, None] - skipped, 1).astype(np.float64)
     if mode == "weightedmean":
         # Later tokens have seen more of the text in a model that reads from left to right.
-        shares = (places + 1) / (sizes * (sizes + 1) / 2)
+        shares = (places + 1) / (sizes * (skipped + 1 + lengths[:, None]) / 2)
     elif mode == "mean_sqrt_len_tokens":
         shares = 1 / np.sqrt(sizes)
     else:
         shares = 1 / sizes
-    return np.where(places < sizes, shares, 0.0).astype(np.float32)
+    return np.where(here, shares, 0.0).astype(np.float32)
 
 
-def pool_padded(hidden: Floats, lengths: npt.NDArray[np.int64], mode: str) -> Floats:
+def pool_padded(hidden: Floats, lengths: npt.NDArray[np.int64], mode: str, skipped: int = 0) -> Floats:
     """Vectors of padded texts, not normalised, f32 [texts, width].
 
     Args:
         hidden: Hidden states f32 [texts, longest, width]; padding follows the tokens.
         lengths: Tokens of each text, i64 [texts], at least 1.
-        mode: One of the bundle's pooling modes.
+        mode: One of the bundle's pooling modes, or several joined by `+`: their vectors stand side by side.
+        skipped: Leading tokens of each text that do not count; a text without others becomes 0.
     """
+    parts = [_pooled(hidden, lengths, part, skipped) for part in mode.split("+")]
+    vectors = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return np.where((lengths > skipped)[:, None], vectors, np.float32(0)) if skipped else vectors
+
+
+def _pooled(hidden: Floats, lengths: npt.NDArray[np.int64], mode: str, skipped: int) -> Floats:
     if mode == "cls":
-        return hidden[:, 0]
+        return hidden[:, min(skipped, hidden.shape[1] - 1)]
     if mode == "lasttoken":
         return hidden[np.arange(len(lengths)), lengths - 1]
     if mode == "max":
-        here = np.arange(hidden.shape[1]) < lengths[:, None]
+        places = np.arange(hidden.shape[1])
+        here = (places >= skipped) & (places < lengths[:, None])
         return np.asarray(np.where(here[..., None], hidden, -np.inf).max(axis=1), np.float32)
-    shares = _shares(mode, lengths, hidden.shape[1])
+    shares = _shares(mode, lengths, hidden.shape[1], skipped)
     return np.asarray(np.matmul(shares[:, None], hidden)[:, 0])
 
 

@@ -32,10 +32,9 @@ class _PackedStates:
         self._bounds = bounds
         self._outputs = outputs
 
-    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
+    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None, skipped: int = 0) -> Rows:
         """See `States.pooled`."""
-        pooling: Any = mode
-        return Rows(self._states.pool(pooling, normalize, dimensions))
+        return Rows(self._states.pool(mode, normalize, dimensions, skipped))
 
     def text_logits(self) -> Rows:
         """See `States.text_logits`."""
@@ -52,7 +51,13 @@ class _PackedStates:
 
     def token_vectors(self) -> list[tuple[Sequence[memoryview], bool]]:
         """See `States.token_vectors`."""
-        rows = Rows(self._states.hidden())
+        return self._per_text(Rows(self._states.hidden()))
+
+    def projected(self, normalize: bool) -> list[tuple[Sequence[memoryview], bool]]:
+        """See `States.projected`."""
+        return self._per_text(Rows(self._states.token_vectors(normalize)))
+
+    def _per_text(self, rows: Rows) -> list[tuple[Sequence[memoryview], bool]]:
         finite = rows.finite
         return [(rows[first:last], all(finite[first:last])) for first, last in pairwise(self._bounds)]
 

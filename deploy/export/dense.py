@@ -44,7 +44,7 @@ def read_stages(modules: Sequence[DenseModule], width: int) -> list[DenseStage]:
 
     Args:
         modules: What the model's files say.
-        width: Of the hidden states.
+        width: Of the pooled vectors.
 
     Raises:
         ExportError: A file is missing, damaged, holds code, or does not fit.
@@ -106,7 +106,7 @@ def write_stages(folder: Path, stages: Sequence[DenseStage]) -> None:
         np.savez(folder / DENSE_FILE, **arrays)
 
 
-def head_of(stages: Sequence[DenseStage], hidden_size: int, dtype: Any) -> Head | None:
+def head_of(stages: Sequence[DenseStage], dtype: Any) -> Head | None:
     """The stages as the head of an encoder; None where there are none."""
     if not stages:
         return None
@@ -115,6 +115,7 @@ def head_of(stages: Sequence[DenseStage], hidden_size: int, dtype: Any) -> Head 
     from torch_ext import Head, HeadSpec
 
     last = stages[-1]
+    hidden_size = stages[0].weight.shape[1]
     first = stages[0] if len(stages) == 2 else None
     width = hidden_size if first is None else len(first.bias)
     spec = HeadSpec(

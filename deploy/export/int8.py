@@ -149,19 +149,18 @@ class _EncoderStates:
         self.hidden = encoder(torch.frombuffer(joined(batch.ids), dtype=torch.int64), self.cu_seqlens, types)
         self._head = head
 
-    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
+    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None, skipped: int = 0) -> Rows:
         """See `States.pooled`."""
         import torch
 
         from torch_ext import pool
 
-        assert dimensions is None  # Variants are compared as they are served by default.
-        kind: Any = mode
-        if self._head is None:
-            return Rows(pool(self.hidden, self.cu_seqlens, kind, normalize).numpy())
-        # Linear stages come between the two.
-        vectors = self._head(pool(self.hidden, self.cu_seqlens, kind))
-        return Rows((torch.nn.functional.normalize(vectors) if normalize else vectors).numpy())
+        assert not skipped  # Variants are compared as they are served by default.
+        vectors = pool(self.hidden, self.cu_seqlens, mode)
+        if self._head is not None:  # Linear stages.
+            vectors = self._head(vectors)
+        vectors = vectors[:, :dimensions]
+        return Rows((torch.nn.functional.normalize(vectors) if normalize else vectors).contiguous().numpy())
 
     def text_logits(self) -> Rows:
         """See `States.text_logits`."""
@@ -180,8 +179,17 @@ class _EncoderStates:
 
     def token_vectors(self) -> list[tuple[Rows, bool]]:
         """See `States.token_vectors`."""
-        bounds = self.cu_seqlens.tolist()
-        texts = [Rows(self.hidden[first:last].float().numpy()) for first, last in pairwise(bounds)]
+        return self._per_text(self.hidden.float())
+
+    def projected(self, normalize: bool) -> list[tuple[Rows, bool]]:
+        """See `States.projected`."""
+        import torch
+
+        vectors = self.hidden.float() if self._head is None else self._head(self.hidden)
+        return self._per_text(torch.nn.functional.normalize(vectors) if normalize else vectors)
+
+    def _per_text(self, vectors: torch.Tensor) -> list[tuple[Rows, bool]]:
+        texts = [Rows(vectors[first:last].numpy()) for first, last in pairwise(self.cu_seqlens.tolist())]
         return [(rows, all(rows.finite)) for rows in texts]
 
     def sparse(self, total: bool, twice: bool) -> list[tuple[memoryview, memoryview]]:

@@ -117,7 +117,8 @@ def load(state: Export) -> None:
         # With tied ones counted twice, as every file but the model's own has them.
         state.parameters = sum(tensor.numel() for tensor in state.model.state_dict().values())
         check_disk(source, state.parameters, state.names, state.staging.target, state.staging.free_bytes())
-        state.stages = read_stages(source.dense, int(state.config.hidden_size))
+        parts = 1 if source.pooling is None else len(source.pooling.modes)
+        state.stages = read_stages(source.dense, parts * int(state.config.hidden_size))
         write_stages(state.folder, state.stages)
         dense = tuple(stage.described() for stage in state.stages)
         state.draft = replace(describe_model(state.folder, source, tokens, state.config), dense=dense)

@@ -30,6 +30,7 @@ from deploy.export.progress import megabytes
 from deploy.export.tokenizer import Tokens
 from deploy.export.write_onnx import files_of
 from deploy.folder.source import Source
+from deploy.folder.tokens import read_token_vectors
 from deploy.machine import machine
 from deploy.onnx_session import kernels
 from deploy.tasks import TaskError
@@ -84,6 +85,7 @@ def describe_model(folder: Path, source: Source, tokens: Tokens, config: Any) ->
         token_types=tokens.token_types,
         pooling=source.pooling,
         sparse=source.sparse,
+        token_vectors=read_token_vectors(source, tokens.token_id, tokens.special),
         prompts=source.prompts,
         special_tokens=tokens.special,
         vocab_size=int(config.vocab_size),

@@ -10,7 +10,9 @@ from typing import Any
 from deploy.bundle import TASKS, TRUNCATION_SIDES, SpecialToken
 from deploy.engines.batch import Ids, PairIds
 from deploy.export.errors import ExportError, first_line
+from deploy.folder.chat import with_suffix
 from deploy.folder.source import Source
+from deploy.tasks import prompted
 
 __all__ = ["Tokens"]
 
@@ -56,6 +58,10 @@ class Tokens:
         if source.lowercase:
             lower = normalizers.Lowercase()
             backend.normalizer = normalizers.Sequence([lower, backend.normalizer]) if backend.normalizer else lower
+        self._suffix: list[int] | None = None
+        if source.suffix is not None:
+            backend = Tokenizer.from_str(with_suffix(backend.to_str(), source.suffix, source.folder))
+            self._suffix = backend.encode("").ids
         backend.save(str(target), pretty=False)
         self._lowercase, self._prompt, self._backend = source.lowercase, source.prompt, backend
         self._task, self._source = TASKS[source.task], source
@@ -80,13 +86,18 @@ class Tokens:
         token, index = getattr(self._reference, f"{name}_token"), getattr(self._reference, f"{name}_token_id")
         return None if token is None or index is None else SpecialToken(int(index), str(token))
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, or None."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def encode(self, texts: Sequence[str]) -> list[Ids | PairIds]:
         """Token ids of what the task makes of texts, with the model's default prompt before them, truncated.
 
         Raises:
             ExportError: The bundle's tokenizer gives other ids than transformers.
         """
-        inputs = self._task.inputs([self._prompt + text for text in texts], self._source)
+        inputs = prompted(self._task.inputs(texts, self._source), self._prompt)
         pairs = self._task.takes_pairs(self._source)
         self._backend.enable_truncation(self.max_tokens, direction=self.truncation_side)
         encodings = self._backend.encode_batch(inputs)
@@ -98,9 +109,7 @@ class Tokens:
             checked = [[text.lower() for text in given] for given in checked]
         # One list of texts, or two for pairs.
         columns = [list(column) for column in zip(*checked, strict=True)]
-        expected = (
-            self._reference(*columns, truncation=True, max_length=self.max_tokens)["input_ids"] if checked else []
-        )
+        expected = self._expected(columns) if checked else []
         for index, row in zip(same, expected, strict=True):
             if encodings[index].ids != row:
                 raise ExportError(
@@ -116,6 +125,14 @@ class Tokens:
         if not rows:
             raise ExportError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
         return rows
+
+    def _expected(self, columns: Sequence[list[str]]) -> Any:
+        """Token ids that transformers gives."""
+        if self._suffix is None:
+            return self._reference(*columns, truncation=True, max_length=self.max_tokens)["input_ids"]
+        most = self.max_tokens - len(self._suffix)
+        cut: Any = {"truncation": True, "max_length": most, "add_special_tokens": False}
+        return [[*row, *self._suffix] for row in self._reference(*columns, **cut)["input_ids"]]
 
     def encode_inputs(self, inputs: Sequence[Any], words: bool) -> list[tuple[Ids | PairIds, Sequence[int | None]]]:
         """Token ids of any inputs, truncated, and the index of each token's word; see `evaluation.Encode`."""

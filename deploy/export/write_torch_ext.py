@@ -61,7 +61,7 @@ def write_encoder(name: str, path: Path, model: Any, task: Task, stages: Sequenc
     dtype: Any = VARIANTS[name].dtype
     with _told_as_export_error(name):
         spec, weights = read_encoder(model)
-        linear = head_of(stages, spec.hidden_size, dtype)
+        linear = head_of(stages, dtype)
         head = Head.from_transformers(model, dtype=dtype) if task.needs.head else linear
         save_unpacked(path, spec, weights, dtype, head)
 
@@ -97,7 +97,7 @@ def write_int8_encoder(
     """
     with _told_as_export_error(name):
         try:
-            linear = head_of(stages, verification.task.model.hidden_size, "int8")
+            linear = head_of(stages, "int8")
             encoder, head, report = choose_encoder(model, verification, bounds, accuracy, linear, calibration)
         except BoundMissed as missed:
             refuse(name, missed.result, names, " even with all layers in bf16")

@@ -8,6 +8,7 @@ from deploy.folder.hub import find_model
 from deploy.folder.sentence import read_json
 from deploy.folder.source import Source, read_source
 from deploy.folder.tokenizer import read_tokenizer
+from deploy.folder.tokens import read_token_vectors
 from deploy.tasks import TaskError
 
 __all__ = ["describe_folder"]
@@ -63,6 +64,7 @@ def describe_folder(model: str, task: str | None) -> Manifest:
         token_types=tokenizer.token_types,
         pooling=source.pooling,
         sparse=source.sparse,
+        token_vectors=read_token_vectors(source, tokenizer.ids.get, tokenizer.special),
         prompts=source.prompts,
         special_tokens=tokenizer.special,
         vocab_size=vocabulary if isinstance(vocabulary, int) else None,

@@ -18,6 +18,7 @@ from typing import Any
 
 from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
 from deploy.folder.errors import FolderError, at_least_one, first_line
+from deploy.folder.token_files import TokenFiles
 
 __all__ = ["DenseModule", "SentenceFiles", "read_json", "read_sentence_files"]
 
@@ -88,15 +89,18 @@ class SentenceFiles:
         folder: Where the transformer is.
         embeds: Whether they describe a model that makes embeddings.
         cross_encoder: Whether they describe one that scores pairs of texts.
-        mode: Pooling, or None where nothing is said or it is not supported.
+        mode: Pooling, several joined by `+`, or None where nothing is said or it is not supported.
+        include_prompt: Whether the tokens of prompts are pooled, too.
         normalize: Whether embeddings are normalized.
         dimensions: Leading dimensions that embeddings keep, or None.
         max_tokens: Longest input, or None.
         lowercase: Whether texts are lower-cased.
         prompts: None where there are none.
         dense: Linear stages between pooling and norm.
+        tokens: What becomes of vectors of tokens, of a MultiVectorEncoder; None of other models.
         sparse: How logits of a masked-LM head become one sparse vector, or None.
         activation: Name of the class in torch that makes scores of a cross-encoder's logits, or None.
+        chat: How messages of the tokenizer's chat template look that texts go through, or None.
         where: The file that decides.
         problem: Why embeddings of ours would differ, or None.
     """
@@ -112,6 +116,8 @@ class SentenceFiles:
     prompts: Prompts | None = None
     activation: str | None = None
     sparse: Sparse | None = None
+    tokens: TokenFiles | None = None
+    chat: str | None = None
     dense: list[DenseModule] = field(default_factory=list)
     where: str = ""
     problem: str | None = None
@@ -126,6 +132,9 @@ def read_sentence_files(root: Path) -> SentenceFiles:
         FolderError: A file is damaged, or leads out of the folder.
     """
     files = SentenceFiles(root)
+    path = root / "config_sentence_transformers.json"
+    if path.is_file() and read_json(path, dict).get("model_type") == "MultiVectorEncoder":
+        files.tokens = TokenFiles()
     _read_modules(root, files)
     _read_pooling(root, files)
     _read_settings(root, files)
@@ -138,6 +147,9 @@ def read_sentence_files(root: Path) -> SentenceFiles:
 
 
 # One function per module: what it means for us.
+
+_NAMES_OF_STREAMS = ("module_input_name", "module_output_name")
+"""What newer modules call what they take and what they give."""
 
 
 def _transformer(files: SentenceFiles, place: Path, index: int) -> None:
@@ -159,10 +171,14 @@ def _dense(files: SentenceFiles, place: Path, index: int) -> None:
     settings = read_json(path, dict) if path.is_file() else {}
     given = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = _DENSE_ACTIVATIONS.get(given.rpartition(".")[2]) if given.startswith("torch.") else None
-    inputs = {settings.get(name) for name in ("module_input_name", "module_output_name")}
-    if activation is None:
+    inputs = {settings.get(name) for name in _NAMES_OF_STREAMS} - {None}
+    if settings.get("use_residual"):
+        files.problem = files.problem or f"{path}: a Dense module with use_residual is not supported"
+    elif files.tokens is not None and inputs <= {"token_embeddings"} and not files.tokens.normalize and activation:
+        files.dense.append(DenseModule(place, activation))
+    elif activation is None:
         files.problem = files.problem or f"{path}: a Dense module with {given} is not supported"
-    elif files.pooling_file is None or files.normalize or not inputs <= {None, "sentence_embedding"}:
+    elif files.pooling_file is None or files.normalize or not inputs <= {"sentence_embedding"}:
         files.problem = files.problem or f"{path}: a Dense module elsewhere than between Pooling and Normalize"
     else:
         files.dense.append(DenseModule(place, activation))
@@ -179,7 +195,30 @@ def _splade_pooling(files: SentenceFiles, place: Path, index: int) -> None:
 
 
 def _normalize(files: SentenceFiles, place: Path, index: int) -> None:
-    files.normalize = True
+    path = place / "config.json"
+    settings = read_json(path, dict) if path.is_file() else {}
+    inputs = {settings.get(name) for name in _NAMES_OF_STREAMS} - {None}
+    if files.tokens is not None and inputs == {"token_embeddings"}:
+        files.tokens.normalize = True
+    elif inputs <= {"sentence_embedding"}:
+        files.normalize = True
+    else:
+        files.problem = files.problem or f"{path}: a Normalize module of {', '.join(map(str, inputs))}: not supported"
+
+
+def _mask(files: SentenceFiles, place: Path, index: int) -> None:
+    path = place / "config.json"
+    settings = read_json(path, dict) if path.is_file() else {}
+    words, tasks = settings.get("skiplist_words") or [], settings.get("skiplist_tasks")
+    tasks = ["document"] if tasks is None else [tasks] if isinstance(tasks, str) else tasks
+    kept = settings.get("keep_only_token_ids") or []
+    if files.tokens is None:
+        files.problem = files.problem or f"{path}: a MultiVectorMask in a model of another kind is not supported"
+        return
+    for value, kind in ((words, str), (tasks, str), (kept, int)):
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            raise FolderError(f"{path}: expected arrays of words, of tasks and of token ids, got {value!r:.80}")
+    files.tokens.skiplist_words, files.tokens.skiplist_tasks, files.tokens.kept = words, tasks, kept
 
 
 def _dropout(files: SentenceFiles, place: Path, index: int) -> None:
@@ -192,6 +231,7 @@ _MODULES: Mapping[str, Callable[[SentenceFiles, Path, int], None]] = {
     "SpladePooling": _splade_pooling,
     "Pooling": _pooling,
     "Dense": _dense,
+    "MultiVectorMask": _mask,
     "Normalize": _normalize,
     "Dropout": _dropout,
 }
@@ -243,14 +283,13 @@ def _read_pooling(root: Path, files: SentenceFiles) -> None:
     files.include_prompt = settings.get("include_prompt") is not False
     declared = settings.get("pooling_mode")
     if declared is None:
-        declared = [
-            _POOLING_KEYS.get(key, key.removeprefix("pooling_mode_"))
-            for key, value in settings.items()
-            if key.startswith("pooling_mode_") and value
-        ] or ["mean"]
+        wanted = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+        # Several stand side by side in this order, whatever that of the file.
+        order = sorted(wanted, key=[*_POOLING_KEYS, *wanted].index)
+        declared = [_POOLING_KEYS.get(key, key.removeprefix("pooling_mode_")) for key in order] or ["mean"]
     modes = declared if isinstance(declared, list) else [declared]
-    if len(modes) == 1 and modes[0] in POOLING_MODES:
-        files.mode = modes[0]
+    if modes and all(mode in POOLING_MODES for mode in modes):
+        files.mode = "+".join(modes)
     else:
         files.problem = files.problem or (
             f"{path}: pooling {' + '.join(map(str, modes))} is not supported (only {', '.join(POOLING_MODES)})"
@@ -268,12 +307,12 @@ def _read_settings(root: Path, files: SentenceFiles) -> None:
     value = settings.get("max_seq_length")
     files.max_tokens = value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
     files.lowercase = settings.get("do_lower_case") is True
+    if files.tokens is not None:
+        files.tokens.read_lengths(settings)
     kinds = settings.get("modality_config")
     if isinstance(kinds, dict) and "message" in kinds:
-        files.problem = files.problem or (
-            f"{files.folder}: texts go through the tokenizer's chat template (modality_config: message), which is not "
-            "supported"
-        )
+        message = kinds["message"]
+        files.chat = str(message.get("format")) if isinstance(message, dict) else "flat"
 
 
 def _read_model_settings(root: Path, files: SentenceFiles) -> None:
@@ -296,6 +335,14 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
                 f"{root / 'modules.json'}: expected a sparse encoder of a masked-LM Transformer and a SpladePooling; "
                 "others are not supported"
             )
+    elif kind == "MultiVectorEncoder":
+        files.embeds = False
+        if files.problem is not None or files.pooling_file is not None or files.normalize or files.sparse is not None:
+            raise FolderError(
+                files.problem
+                or f"{root / 'modules.json'}: expected a multi-vector encoder of Transformer, Dense, MultiVectorMask "
+                "and Normalize of token_embeddings; others are not supported"
+            )
     elif kind != "SentenceTransformer":
         files.problem = files.problem or f"{path}: a {kind!s:.40} makes other embeddings than one per text"
     if isinstance(settings.get("activation_fn"), str):
@@ -314,18 +361,12 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
             f"{path}: default_prompt_name: expected one of the prompts ({', '.join(texts) or 'there are none'}), got "
             f"{default!r:.80}"
         )
-    if default is not None:
+    if files.tokens is not None:
+        # Both kinds of texts are asked for by name; who names none has documents.
+        texts = {"query": "", "document": "", **texts}
+        default = default or "document"
+    elif default is not None:
         texts.setdefault(default, "")
-    if not any(texts.values()):
+    if files.tokens is None and not any(texts.values()):
         return
     files.prompts = Prompts(texts, default)
-    if files.include_prompt:
-        return
-    if files.prompts.default_text:
-        files.problem = files.problem or (
-            f"{files.pooling_file}: the pooling leaves out the prompt {files.prompts.default_text!r} "
-            "(include_prompt false), which is not supported"
-        )
-    else:
-        # A request that names one is refused; with the prompt pooled, its answer would be another.
-        files.prompts = None

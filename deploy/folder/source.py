@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts, Sparse
+from deploy.folder.chat import Chat, read_chat
 from deploy.folder.errors import FolderError
 from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files
+from deploy.folder.token_files import TokenFiles
 
 __all__ = ["Source", "read_source"]
 
@@ -22,6 +24,8 @@ _OF_IMAGES = ("clip", "siglip")
 _TASK_OF_SUFFIX = {task.architecture: name for name, task in reversed([*TASKS.items()])}
 _SPARSE = next(name for name, task in TASKS.items() if task.needs.sparse)
 """The task of a folder that it makes sparse vectors with."""
+_TOKENS = next(name for name, task in TASKS.items() if task.needs.token_vectors)
+"""The task of a folder that makes vectors of tokens."""
 _EMBEDS = next(name for name, task in TASKS.items() if task.needs.pooling)
 """The task of a folder that sentence-transformers makes embeddings with."""
 
@@ -60,7 +64,10 @@ class Source:
         pooling: None unless the task needs it.
         dense: Linear stages between pooling and norm, unless the task has no pooling.
         sparse: How sparse vectors are made; None unless the task needs it.
-        prompts: None unless the task makes embeddings and the model has some.
+        tokens: What becomes of vectors of tokens; None unless the task needs it.
+        prompts: None unless the task makes embeddings or the model is a cross-encoder, and it has some.
+        suffix: What a chat template puts behind texts that go through one: the tokenizer adds nothing else. None: there
+            is no template.
         max_tokens: Longest input, or None: what the tokenizer says, within `max_positions`.
         max_positions: Longest input that the position table allows.
         lowercase: Whether sentence-transformers lower-cases texts before the tokenizer.
@@ -82,7 +89,9 @@ class Source:
     pooling: Pooling | None
     dense: tuple[DenseModule, ...]
     sparse: Sparse | None
+    tokens: TokenFiles | None
     prompts: Prompts | None
+    suffix: str | None
     max_tokens: int | None
     max_positions: int
     lowercase: bool
@@ -144,7 +153,10 @@ def read_source(
     if not embeds and (pooling is not None or normalize is not None):
         raise FolderError(f"--pooling and --normalize are for {_EMBEDS}; the task is {task} ({task_source})")
     chosen, note = _choose_pooling(sentence, pooling, normalize) if embeds else (None, None)
-    prompts = sentence.prompts if embeds or TASKS[task].needs.sparse else None
+    needs = TASKS[task].needs
+    prompted = embeds or needs.sparse or needs.token_vectors or (sentence.cross_encoder and needs.labels)
+    chat = _read_chat(sentence) if prompted else None
+    prompts = (sentence.prompts if chat is None else chat.prompts) if prompted else None
     positions = _max_positions(config, model_type, where)
     longest = _longest(max_tokens, sentence.max_tokens, positions)
     _check_tokenizer(folder)
@@ -160,9 +172,11 @@ def read_source(
         task=task,
         task_source=task_source,
         pooling=chosen,
-        dense=tuple(sentence.dense) if embeds else (),
-        sparse=(sentence.sparse or Sparse()) if TASKS[task].needs.sparse else None,
+        dense=tuple(sentence.dense) if embeds or needs.token_vectors else (),
+        sparse=(sentence.sparse or Sparse()) if needs.sparse else None,
+        tokens=(sentence.tokens or TokenFiles()) if needs.token_vectors else None,
         prompts=prompts,
+        suffix=None if chat is None else chat.suffix,
         max_tokens=longest,
         max_positions=positions,
         lowercase=sentence.lowercase,
@@ -170,9 +184,7 @@ def read_source(
         named_activation=named,
         weights=weights,
         weights_bytes=weights_bytes,
-        notes=tuple(
-            item for item in (_prompt_note(sentence.prompts, embeds or TASKS[task].needs.sparse), note) if item
-        ),
+        notes=tuple(item for item in (_prompt_note(prompts or sentence.prompts, prompted), note) if item),
     )
 
 
@@ -206,6 +218,8 @@ def _read_config(where: Path, model_types: Collection[str] | None) -> tuple[Mapp
 def _infer_task(config: Mapping[str, Any], sentence: SentenceFiles, where: Path) -> tuple[str, str]:
     if sentence.sparse is not None:
         return _SPARSE, sentence.where
+    if sentence.tokens is not None:
+        return _TOKENS, sentence.where
     if sentence.embeds:
         return _EMBEDS, sentence.where
     architectures = config.get("architectures") or []
@@ -250,13 +264,22 @@ def _choose_pooling(sentence: SentenceFiles, mode: str | None, normalize: bool |
         sentence.normalize if normalize is None else normalize,
         source,
         sentence.dimensions,
+        sentence.include_prompt or sentence.chat is not None,
     ), note
 
 
-def _prompt_note(prompts: Prompts | None, embeds: bool) -> str | None:
+def _read_chat(sentence: SentenceFiles) -> Chat | None:
+    if sentence.chat is None:
+        return None
+    path = sentence.folder / "tokenizer_config.json"
+    settings = read_json(path, dict) if path.is_file() else {}
+    return read_chat(sentence.folder, settings, sentence.prompts, sentence.chat == "structured")
+
+
+def _prompt_note(prompts: Prompts | None, applied: bool) -> str | None:
     if prompts is None:
         return None
-    if embeds and prompts.default_text:
+    if applied and prompts.default_text:
         return f"the model's default prompt goes before every text: {prompts.default_text!r} ({prompts.default})"
     texts = ", ".join(f"{name}: {text!r}" for name, text in prompts.texts.items() if text)
     return f"the model was trained with prompts; put them before your texts: {texts}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.bundle import TOKENIZER_FILE, TRUNCATION_SIDES, SpecialToken
+from deploy.folder.chat import with_suffix
 from deploy.folder.errors import FolderError
 from deploy.folder.sentence import read_json
 from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
@@ -98,6 +99,7 @@ class FolderTokenizer:
         truncation_side: From which side longer texts are cut.
         token_types: Whether the model is given the token types of pairs.
         special: `pad`, `mask`, `cls`, `sep`, `unk`; None for one that there is not.
+        ids: Token ids by their tokens.
     """
 
     text: str
@@ -105,6 +107,7 @@ class FolderTokenizer:
     truncation_side: str
     token_types: bool
     special: Mapping[str, SpecialToken | None]
+    ids: Mapping[str, int]
 
 
 def read_tokenizer(source: Source) -> FolderTokenizer:
@@ -138,12 +141,14 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     declared = settings.get("model_max_length")
     known = isinstance(declared, int | float) and 3 <= declared <= source.max_positions
     inputs = settings.get("model_input_names")
+    text = json.dumps(tokenizer, ensure_ascii=False)
     return FolderTokenizer(
-        text=json.dumps(tokenizer, ensure_ascii=False),
+        text=text if source.suffix is None else with_suffix(text, source.suffix, source.folder),
         max_tokens=source.max_tokens or (int(declared) if known else source.max_positions),  # type: ignore[arg-type]
         truncation_side=side,
         token_types="token_type_ids" in inputs if isinstance(inputs, list) else kind.token_types,
         special=_special_tokens(source, settings, kind, ids),
+        ids=ids,
     )
 
 

@@ -17,11 +17,24 @@ from .fill_mask import FillMask
 from .question_answering import QuestionAnswering
 from .rows import Ids, Rows
 from .sparse_embedding import SparseEmbedding
-from .task import RAW, Described, Needs, States, Task, TaskError
+from .task import RAW, Described, Needs, States, Task, TaskError, prompted
 from .text_classification import TextClassification
 from .token_classification import TokenClassification
+from .token_embedding import TokenEmbedding
 
-__all__ = ["RAW", "TASKS", "Described", "Ids", "Needs", "Rows", "States", "Task", "TaskError", "open_task"]
+__all__ = [
+    "RAW",
+    "TASKS",
+    "Described",
+    "Ids",
+    "Needs",
+    "Rows",
+    "States",
+    "Task",
+    "TaskError",
+    "open_task",
+    "prompted",
+]
 
 TASKS: Mapping[str, type[Task]] = {
     task.name: task
@@ -32,6 +45,7 @@ TASKS: Mapping[str, type[Task]] = {
         QuestionAnswering,
         FillMask,
         SparseEmbedding,
+        TokenEmbedding,
     )
 }
 """Every task, by the name that a manifest has for it. Where two fit a model, the first is taken."""

@@ -23,15 +23,23 @@ class EmbedOptions:
         normalize: Divide by the L2 norm.
         dimensions: Leading dimensions to keep, before the norm is taken; None: all. For models that were trained for it
             (Matryoshka).
+        skipped: Leading tokens of the text that are not pooled: those of its prompt, where the model leaves them out.
     """
 
     normalize: bool
     dimensions: int | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
 class TokenVectorOptions:
-    """A request for a vector of each token, as the model computes it: there is nothing to choose."""
+    """A request for a vector of each token.
+
+    Attributes:
+        query: Of a query, not of a document, where the model tells them apart.
+    """
+
+    query: bool = False
 
 
 class FeatureExtraction(Task):
@@ -66,7 +74,8 @@ class FeatureExtraction(Task):
             if isinstance(kind, TokenVectorOptions):
                 rows, finite = zip(*states.token_vectors(), strict=True)
             else:
-                pooled = states.pooled(self._pooling.mode, kind.normalize, kind.dimensions or self._pooling.dimensions)
+                kept = kind.dimensions or self._pooling.dimensions
+                pooled = states.pooled(self._pooling.mode, kind.normalize, kept, kind.skipped)
                 rows, finite = pooled, pooled.finite
             for index, option in enumerate(options):
                 if option == kind:

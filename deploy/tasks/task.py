@@ -7,18 +7,29 @@ the `States`, which compute in C++ or, in engines that have it anyway, with nump
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .bounds import LOGIT_BOUNDS
+from .described import Described, ModelFolder
 from .rows import Ids, Rows
 
 if TYPE_CHECKING:
     from .comparison import Comparison
 
-__all__ = ["LOGITS_BYTES", "RAW", "Described", "ModelFolder", "Needs", "States", "Task", "TaskError", "not_finite"]
+__all__ = [
+    "LOGITS_BYTES",
+    "RAW",
+    "Described",
+    "ModelFolder",
+    "Needs",
+    "States",
+    "Task",
+    "TaskError",
+    "not_finite",
+    "prompted",
+]
 
 
 class TaskError(ValueError):
@@ -51,6 +62,7 @@ class Needs:
         mask_token: A mask token.
         pairs: Each input is a pair of texts.
         sparse: How logits of tokens become one sparse vector per text.
+        token_vectors: Which tokens of a text have a vector.
     """
 
     head: bool = False
@@ -59,106 +71,7 @@ class Needs:
     mask_token: bool = False
     pairs: bool = False
     sparse: bool = False
-
-
-class _Pooling(Protocol):
-    @property
-    def mode(self) -> str: ...
-
-    @property
-    def normalize(self) -> bool: ...
-
-    @property
-    def dimensions(self) -> int | None: ...
-
-
-class _Dense(Protocol):
-    @property
-    def activation(self) -> str: ...
-
-    @property
-    def folder(self) -> str | None: ...
-
-
-class _Sparse(Protocol):
-    @property
-    def total(self) -> bool: ...
-
-    @property
-    def twice(self) -> bool: ...
-
-
-class _Token(Protocol):
-    @property
-    def id(self) -> int: ...
-
-
-class ModelFolder(Protocol):
-    """What a task reads of a model's folder; `export.source.Source` describes the fields."""
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """Content of `config.json`."""
-
-    @property
-    def cross_encoder(self) -> bool:
-        """Whether sentence-transformers calls it one."""
-
-    @property
-    def named_activation(self) -> str | None:
-        """Class that the files name for scores."""
-
-
-class Described(Protocol):
-    """What a task reads of a manifest; `bundle.Manifest` describes the fields."""
-
-    @property
-    def root(self) -> Path:
-        """Folder of the bundle."""
-
-    @property
-    def task(self) -> str:
-        """Name of the task."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the hidden states."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest input."""
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Number of token ids."""
-
-    @property
-    def pooling(self) -> _Pooling | None:
-        """How embeddings are made."""
-
-    @property
-    def dense(self) -> Sequence[_Dense]:
-        """Linear stages between pooling and norm."""
-
-    @property
-    def sparse(self) -> _Sparse | None:
-        """How sparse vectors are made."""
-
-    @property
-    def labels(self) -> tuple[str, ...] | None:
-        """Names of classes."""
-
-    @property
-    def problem_type(self) -> str | None:
-        """What the classes are."""
-
-    @property
-    def activation(self) -> str | None:
-        """What makes scores of logits."""
-
-    @property
-    def special_tokens(self) -> Mapping[str, _Token | None]:
-        """`pad`, `mask`, `cls`, `sep`, `unk`."""
+    token_vectors: bool = False
 
 
 class States(Protocol):
@@ -172,13 +85,15 @@ class States(Protocol):
     def ids(self) -> Sequence[Ids]:
         """Token ids of each text."""
 
-    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
+    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None, skipped: int = 0) -> Rows:
         """One vector per text, f32 [texts, dimensions], behind the model's linear stages.
 
         Args:
-            mode: One of the bundle's pooling modes.
+            mode: One of the bundle's pooling modes, or several joined by `+`: their vectors stand side by side.
             normalize: Divide each vector by its L2 norm, after `dimensions`.
             dimensions: Leading dimensions to keep; None: all.
+            skipped: Leading tokens of each text that do not count, such as those of a prompt; a text without others
+                becomes 0.
         """
 
     def text_logits(self) -> Rows:
@@ -208,6 +123,13 @@ class States(Protocol):
     def token_vectors(self) -> Sequence[tuple[Sequence[memoryview], bool]]:
         """Per text the vectors of its tokens, each f32 [hidden], and whether all are finite."""
 
+    def projected(self, normalize: bool) -> Sequence[tuple[Sequence[memoryview], bool]]:
+        """The same behind the model's linear stages, each f32 [width].
+
+        Args:
+            normalize: Divide each vector by its L2 norm.
+        """
+
     def sparse(self, total: bool, twice: bool) -> Sequence[tuple[Sequence[int], Sequence[float]]]:
         """Per text a sparse vector over the head's outputs: indices, rising, and values of the entries that are not 0.
 
@@ -217,6 +139,11 @@ class States(Protocol):
             total: The sum over the text's tokens of log(1 + max(x, 0)), instead of the largest.
             twice: log(1 + x) of that again.
         """
+
+
+def prompted(inputs: Sequence[Any], prompt: str) -> list[Any]:
+    """Texts and pairs of texts with a prompt, which sentence-transformers puts before the first text of a pair."""
+    return [prompt + given if isinstance(given, str) else (prompt + given[0], given[1]) for given in inputs]
 
 
 def not_finite(what: str) -> FloatingPointError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from deploy.bundle import VARIANTS, BundleError, Manifest
 from deploy.engines.batch import Ids, PairIds
 from deploy.folder.errors import FolderError
-from deploy.tasks import TASKS, TaskError, open_task
+from deploy.tasks import TASKS, TaskError, open_task, prompted
 from deploy.texts import TextsError, load_texts, sample
 
 __all__ = ["ToolError", "chosen_variants", "make_parser", "read_items", "run", "table", "texts_of", "usable_threads"]
@@ -77,9 +77,9 @@ def read_items(manifest: Manifest, texts: Sequence[str]) -> list[Ids | PairIds]:
     prompt = "" if manifest.prompts is None else manifest.prompts.default_text
     task = TASKS[manifest.task]
     pairs = bool(manifest.verification.get("pairs", task.needs.pairs))
-    inputs = [prompt + text for text in texts]
+    inputs = prompted(task.pairs_of(texts) if pairs else texts, prompt)
     rows: list[Ids | PairIds] = []
-    for encoding in tokenizer.encode_batch(task.pairs_of(inputs) if pairs else inputs):
+    for encoding in tokenizer.encode_batch(inputs):
         ids = array("q", encoding.ids)
         if len(ids):
             types = encoding.type_ids if manifest.token_types else [0] * len(ids)

@@ -707,7 +707,7 @@ std::vector<float> answers(const Engine& engine, const Batch& batch) {
     for (const Pooling mode : kModes) {
       const size_t whole = states->embedding_size(), kept = text ? (whole + 1) / 2 : whole;
       std::vector<float> pooled(states->texts() * kept);
-      states->pool(mode, text == 1, text ? kept : 0, pooled.data());
+      states->pool({.modes = {mode}, .normalize = text == 1, .dimensions = text ? kept : 0}, pooled.data());
       all.insert(all.end(), pooled.begin(), pooled.end());
     }
   }
@@ -1137,7 +1137,7 @@ TORCH_EXT_TEST(runtime_bad_input_is_refused_and_the_next_batch_is_right) {
     const std::unique_ptr<States> states = encode(*engine, good);
     std::vector<float> out(1000);
     std::vector<int64_t> indices(1000);
-    expect_error([&] { states->pool(Pooling::kMean, false, states->embedding_size() + 1, out.data()); },
+    expect_error([&] { states->pool({.dimensions = states->embedding_size() + 1}, out.data()); },
                  "expected dimensions of at most");
     const int64_t rows[] = {0, static_cast<int64_t>(good.ids.size())};
     if (!engine->image().head()) {
@@ -1191,7 +1191,7 @@ TORCH_EXT_TEST(runtime_states_outlive_their_engine) {
   engine.reset();
   std::vector<float> hidden(expected.size()), pooled(states->texts() * 8);
   states->copy_hidden(hidden.data());
-  states->pool(Pooling::kMean, true, 0, pooled.data());
+  states->pool({.normalize = true}, pooled.data());
   EXPECT(same_bits(hidden, expected), "other results");
 }
 
@@ -1312,9 +1312,26 @@ TORCH_EXT_TEST(runtime_c_interface_runs_a_batch) {
   float hidden[40], pooled[16], narrow[6], logits[15];
   EXPECT(txr_hidden(states, hidden, 40, &error) == TXR_OK, "%s", error.message);
   EXPECT(txr_pool(states, nullptr, pooled, 16, &error) == TXR_OK, "the mean is the default: %s", error.message);
-  const txr_pooling first = {sizeof first, "cls", 0, 3};
+  const txr_pooling first = {sizeof first, "cls", 0, 3, 0};
   EXPECT(txr_pool(states, &first, narrow, 6, &error) == TXR_OK, "%s", error.message);
   EXPECT(std::memcmp(narrow, hidden, 12) == 0 && std::memcmp(narrow + 3, hidden + 16, 12) == 0, "the first tokens");
+  float wide[32], vectors[40];
+  const txr_pooling both = {sizeof both, "lasttoken+cls", 0, 0, 1};
+  EXPECT(txr_pool(states, &both, wide, 32, &error) == TXR_OK, "%s", error.message);
+  EXPECT(std::memcmp(wide, hidden + 8, 32) == 0 && std::memcmp(wide + 8, hidden + 8, 32) == 0, "two of one text");
+  EXPECT(std::memcmp(wide + 16, hidden + 32, 32) == 0 && std::memcmp(wide + 24, hidden + 24, 32) == 0, "and the next");
+  const txr_pooling none = {sizeof none, "max+mean", 1, 0, 2};
+  EXPECT(txr_pool(states, &none, wide, 32, &error) == TXR_OK, "%s", error.message);
+  EXPECT(std::count(wide, wide + 16, 0.0f) == 16, "a text that is skipped as a whole is 0");
+  EXPECT(std::memcmp(wide + 16, wide + 24, 32) == 0, "of one token, the largest is the mean");
+  EXPECT(txr_token_vectors(states, 0, vectors, 40, &error) == TXR_OK, "%s", error.message);
+  EXPECT(std::memcmp(vectors, hidden, sizeof hidden) == 0, "vectors of tokens are hidden states here");
+  EXPECT(txr_token_vectors(states, 1, vectors, 40, &error) == TXR_OK, "%s", error.message);
+  for (size_t token = 0; token < 5; ++token) {
+    float squares = 0.0f;
+    for (size_t j = 0; j < 8; ++j) squares += vectors[8 * token + j] * vectors[8 * token + j];
+    EXPECT(std::fabs(squares - 1.0f) < 1e-5f, "token %zu has length 1", token);
+  }
   EXPECT(txr_token_logits(states, nullptr, 0, logits, 15, &error) == TXR_OK, "%s", error.message);
   const int64_t rows[] = {4};
   int64_t indices[3];
@@ -1349,7 +1366,7 @@ TORCH_EXT_TEST(runtime_c_interface_runs_a_batch) {
   struct {
     txr_pooling pooling;
     char more[64];
-  } longer = {{sizeof longer, "cls", 0, 3}, {}};
+  } longer = {{sizeof longer, "cls", 0, 3, 0}, {}};
   EXPECT(txr_pool(states, &longer.pooling, narrow, 6, &error) == TXR_OK, "%s", error.message);
   txr_close(encoder);
   EXPECT(txr_hidden(states, hidden, 40, &error) == TXR_OK, "states outlive the encoder: %s", error.message);
@@ -1421,7 +1438,7 @@ TORCH_EXT_TEST(runtime_c_interface_says_what_is_wrong) {
   expect_value(txr_hidden(states, out, 15, &error), "expected room for 2 x 8 elements, got 15");
   expect_value(txr_hidden(states, nullptr, 16, &error), "expected a place for the result, got NULL");
   expect_value(txr_hidden(nullptr, out, 16, &error), "expected states, got NULL");
-  const txr_pooling pooling = {sizeof pooling, "median", 0, 0}, wide = {sizeof wide, "cls", 0, 9};
+  const txr_pooling pooling = {sizeof pooling, "median", 0, 0, 0}, wide = {sizeof wide, "cls", 0, 9, 0};
   expect_value(txr_pool(states, &pooling, out, 8, &error), "expected a pooling of mean, cls, max, lasttoken");
   expect_value(txr_pool(states, &wide, out, 9, &error), "expected dimensions of at most 8, got 9");
   expect_value(txr_text_logits(states, out, 3, &error), "expected a head for text-classification");

@@ -42,6 +42,7 @@ SUFFIXES = {
     "question-answering": "ForQuestionAnswering",
     "fill-mask": "ForMaskedLM",
     "sparse-embedding": "ForMaskedLM",
+    "token-embedding": "Model",
 }
 
 ModelMaker = Callable[..., Path]
@@ -127,6 +128,8 @@ def make_tiny_model(folder: Path, model_type: str, task: str, **settings: Any) -
         model.save_pretrained(folder)
     if task == "sparse-embedding":
         write_splade_files(folder)
+    if task == "token-embedding":
+        write_multi_vector_files(folder)
     return folder
 
 
@@ -142,6 +145,18 @@ def write_splade_files(folder: Path, **pooling: str) -> None:
         (folder / "modules.json", modules),
         (folder / "1_SpladePooling" / "config.json", {"pooling_strategy": "max", **pooling}),
         (folder / "config_sentence_transformers.json", {"model_type": "SparseEncoder"}),
+    ):
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_multi_vector_files(folder: Path) -> None:
+    """What sentence-transformers writes beside a model that makes vectors of tokens."""
+    (folder / "1_Normalize").mkdir(exist_ok=True)
+    modules = [{"path": "", "type": "Transformer"}, {"path": "1_Normalize", "type": "Normalize"}]
+    for path, content in (
+        (folder / "modules.json", modules),
+        (folder / "1_Normalize" / "config.json", {"module_input_name": "token_embeddings"}),
+        (folder / "config_sentence_transformers.json", {"model_type": "MultiVectorEncoder"}),
     ):
         path.write_text(json.dumps(content), encoding="utf-8")
 

@@ -17,7 +17,18 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from deploy.bundle import Accuracy, FileEntry, Manifest, ModelInfo, Pooling, Sparse, SpecialToken, Variant
+from deploy.bundle import (
+    Accuracy,
+    FileEntry,
+    Manifest,
+    ModelInfo,
+    Pooling,
+    Role,
+    Sparse,
+    SpecialToken,
+    TokenVectors,
+    Variant,
+)
 from deploy.engines.open import load_engine
 from deploy.server.api import ROUTES
 from deploy.server.api.route import Route
@@ -63,6 +74,7 @@ def make_manifest(folder: Path, task: str = "feature-extraction", max_tokens: in
         labels=("no", "yes") if TASKS[task].needs.labels else None,
         problem_type="single_label_classification" if TASKS[task].needs.labels else None,
         sparse=Sparse() if TASKS[task].needs.sparse else None,
+        token_vectors=TokenVectors(True, Role(), Role()) if TASKS[task].needs.token_vectors else None,
         special_tokens={
             "pad": SpecialToken(0, "[PAD]"),
             "cls": SpecialToken(2, "[CLS]"),

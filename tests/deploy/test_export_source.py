@@ -79,6 +79,8 @@ def read(folder: Path, **options: Any) -> sources.Source:
         ({"pooling_mode": "mean_sqrt_len_tokens"}, True, "mean_sqrt_len_tokens"),
         ({"pooling_mode": "weightedmean"}, False, "weightedmean"),
         ({"pooling_mode": ["lasttoken"]}, False, "lasttoken"),
+        ({"pooling_mode": ["max", "cls"]}, False, "max+cls"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, True, "cls+mean"),
     ],
 )
 def test_pooling_is_read(tmp_path: Path, pooling: dict[str, Any], normalize: bool, mode: str) -> None:
@@ -110,14 +112,11 @@ def test_pooling_of_models_without_the_files_is_stated(tmp_path: Path) -> None:
     [
         ({"pooling": {"pooling_mode_first_and_last": True}}, "pooling first_and_last is not supported"),
         ({"pooling": {"pooling_mode": 3}}, "pooling 3 is not supported"),
-        ({"pooling": {"pooling_mode": ["mean", "max"]}}, r"pooling mean \+ max is not supported"),
+        ({"pooling": {"pooling_mode": ["mean", "min"]}}, r"pooling mean \+ min is not supported"),
+        ({"pooling": {"pooling_mode": []}}, r"pooling  is not supported"),
         ({"pooling": {}, "modules": modules(*MODULES, "sentence_transformers.models.LSTM")}, "module LSTM changes"),
         ({"modules": modules(*MODULES)}, "1_Pooling/config.json: missing, though modules.json names it"),
-        (
-            {"pooling": {}, "prompts": {"model_type": "MultiVectorEncoder"}},
-            "a MultiVectorEncoder makes other embeddings",
-        ),
-        ({"pooling": {}, "settings": {"modality_config": {"message": {}}}}, "texts go through the tokenizer's chat"),
+        ({"pooling": {}, "prompts": {"model_type": "ColBERT"}}, "a ColBERT makes other embeddings"),
     ],
 )
 def test_what_would_give_other_embeddings_is_refused(tmp_path: Path, files: dict[str, Any], message: str) -> None:
@@ -278,13 +277,14 @@ def test_prompt_that_pooling_leaves_out(tmp_path: Path) -> None:
         "pooling": {"pooling_mode": "mean", "include_prompt": False},
         "prompts": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
     }
-    with pytest.raises(FolderError, match=r"leaves out the prompt .query: . .*include_prompt false.*pass --pooling"):
-        read(write(tmp_path, **files))
-    assert read(tmp_path, pooling="mean").prompt == "query: "
-    del files["prompts"]["default_prompt_name"]
     source = read(write(tmp_path, **files))
-    assert source.pooling == Pooling("mean", False, "1_Pooling/config.json")
-    assert source.prompts is None  # Those that requests may name would be pooled.
+    assert source.pooling == Pooling("mean", False, "1_Pooling/config.json", include_prompt=False)
+    assert source.prompt == "query: "
+
+
+def test_chat_template_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match=r"a chat template \(modality_config: message\), and there is none"):
+        read(write(tmp_path, settings={"modality_config": {"message": {}}}))
 
 
 def test_dropout_is_nothing(tmp_path: Path) -> None:

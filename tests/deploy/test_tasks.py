@@ -40,7 +40,7 @@ class FakeStates:
         self.ids = [token_ids(text) for text in ids]
         self.asked: list[tuple[Any, ...]] = []
 
-    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None) -> Rows:
+    def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None, skipped: int = 0) -> Rows:
         self.asked.append((mode, normalize, dimensions))
         return Rows(shortened(self.output, normalize, dimensions))
 

@@ -29,6 +29,18 @@ std::optional<Pooling> find_pooling(std::string_view name) {
   return std::nullopt;
 }
 
+std::vector<Pooling> find_poolings(std::string_view names) {
+  std::vector<Pooling> found;
+  for (size_t begin = 0; begin <= names.size();) {
+    const size_t end = std::min(names.find('+', begin), names.size());
+    const std::optional<Pooling> known = find_pooling(names.substr(begin, end - begin));
+    if (!known) return {};
+    found.push_back(*known);
+    begin = end + 1;
+  }
+  return found;
+}
+
 std::string pooling_names() {
   std::string names;
   for (const Named& known : kPoolings) names += (names.empty() ? "" : ", ") + std::string(known.name);
@@ -39,8 +51,13 @@ void pool_texts(const PoolProblem& p, const VecKernels& vec, size_t begin, size_
   const size_t n = p.kept;
   std::vector<float> weighted(p.mode == Pooling::kWeightedMean ? n : 0);
   for (size_t s = begin; s < end; ++s) {
-    float* const acc = p.out + s * n;
-    auto first = static_cast<size_t>(p.cu_seqlens[s]), last = static_cast<size_t>(p.cu_seqlens[s + 1]);
+    float* const acc = p.out + s * (p.stride ? p.stride : n);
+    const auto begins = static_cast<size_t>(p.cu_seqlens[s]);
+    auto last = static_cast<size_t>(p.cu_seqlens[s + 1]), first = std::min(begins + p.skipped, last);
+    if (first == last) {
+      std::fill(acc, acc + n, 0.0f);
+      continue;
+    }
     if (p.mode == Pooling::kCls) last = first + 1;
     if (p.mode == Pooling::kLastToken) first = last - 1;
     const auto count = static_cast<float>(last - first);
@@ -52,7 +69,8 @@ void pool_texts(const PoolProblem& p, const VecKernels& vec, size_t begin, size_
         fold(n, row(t), p.type, acc);
         continue;
       }
-      const float share = 2.0f * static_cast<float>(t - first + 1) / (count + 1.0f);
+      // Skipped tokens keep their places: the shares of the others are 1 on average all the same.
+      const float share = 2.0f * static_cast<float>(t - begins + 1) / static_cast<float>(first + last - 2 * begins + 1);
       std::fill(weighted.begin(), weighted.end(), 0.0f);
       vec.accumulate_row(n, row(t), p.type, weighted.data());
       vec.scale_rows(1, n, weighted.data(), n, &share, weighted.data(), n, DType::kF32);

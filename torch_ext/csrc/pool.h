@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "kernels/vec_kernels.h"
 
@@ -23,6 +24,9 @@ enum class Pooling : uint8_t {
 
 std::optional<Pooling> find_pooling(std::string_view name);
 
+/// Those of "cls+mean", whose vectors stand side by side; none where one is unknown.
+std::vector<Pooling> find_poolings(std::string_view names);
+
 /// "mean, cls, max, ...": what `find_pooling` knows.
 std::string pooling_names();
 
@@ -34,6 +38,8 @@ struct PoolProblem {
   Pooling mode = Pooling::kMean;
   bool normalize = false;  ///< to length 1, where it is at least 1e-12; NaN where fp32 cannot hold it
   size_t kept = 0;         ///< leading dimensions that are kept, before normalization; at most `width`
+  size_t skipped = 0;      ///< leading tokens that do not count; a text without others becomes 0
+  size_t stride = 0;       ///< from one text to the next in `out`; 0: `kept`
   float* out = nullptr;    ///< [sequences, kept]
 };
 

@@ -94,7 +94,7 @@ def save_unpacked(
     check_weights(spec, weights)
     if dtype not in ("bf16", "fp32"):
         raise ValueError(f"save_unpacked: expected dtype 'bf16' or 'fp32', got {dtype!r}")
-    if head is not None and (head.spec.hidden_size != spec.hidden_size or head.dtype != dtype):
+    if head is not None and (not head.spec.fits(spec.hidden_size) or head.dtype != dtype):
         raise ValueError(
             f"save_unpacked: expected a head of hidden_size={spec.hidden_size}, {dtype}, got "
             f"{head.spec.hidden_size}, {head.dtype}"

@@ -277,7 +277,7 @@ class Encoder(Reference):
         metadata = {"encoder": json.dumps(dataclasses.asdict(self.spec))}
         if head is not None:
             kind = "bf16" if self.dtype == "int8" else self.dtype
-            if head.spec.hidden_size != self.spec.hidden_size or head.dtype != kind:
+            if not head.spec.fits(self.spec.hidden_size) or head.dtype != kind:
                 raise ValueError(
                     f"Encoder.save: expected a head of hidden_size={self.spec.hidden_size}, {kind}, got "
                     f"{head.spec.hidden_size}, {head.dtype}"

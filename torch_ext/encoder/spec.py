@@ -292,7 +292,7 @@ class HeadSpec:
     Attributes:
         task: ``text-classification``, ``token-classification``, ``question-answering`` (two outputs: where an answer
             begins and ends), ``fill-mask``, or ``feature-extraction``: linear stages behind the pooling.
-        hidden_size: H.
+        hidden_size: H; of linear stages behind several poolings side by side, as many times that of the encoder.
         activation: after the dense layer; one of :data:`ACTIVATIONS`.
         norm: whether a layer norm follows.
         layer_norm_eps: added to its variances.
@@ -327,6 +327,11 @@ class HeadSpec:
             raise ValueError("HeadSpec: activation, norm and dense_size mean nothing without a dense layer")
         _check_activation(self.activation)
         _check_activation(self.out_activation)
+
+    def fits(self, hidden_size: int) -> bool:
+        """Whether it can follow an encoder of this width: linear stages may take several poolings side by side."""
+        several = self.task == "feature-extraction" and self.hidden_size % hidden_size == 0
+        return several or self.hidden_size == hidden_size
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The name and shape of every weight."""

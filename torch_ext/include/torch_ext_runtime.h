@@ -116,9 +116,12 @@ typedef struct txr_batch {
 
 typedef struct txr_pooling {
   size_t struct_size;
-  const char* mode;  /* "mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens" */
+  const char*
+      mode; /* "mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"; of several, "cls+mean",
+                        the vectors stand side by side: embedding_size for each, unless a head comes after them */
   int32_t normalize; /* not 0: to length 1 */
   size_t dimensions; /* leading dimensions to keep; 0: all */
+  size_t skipped;    /* leading tokens of each text that do not count, such as those of a prompt */
 } txr_pooling;
 
 /* How a head's outputs for the tokens of a text become one sparse vector, as in SPLADE: log(1 + max(x, 0)) of each, and the
@@ -182,6 +185,10 @@ TXR_API txr_status txr_hidden(const txr_states* states, float* out, size_t count
 /* A vector for each text, fp32 [texts, dimensions]; after a head for feature-extraction, if there is one. */
 TXR_API txr_status txr_pool(const txr_states* states, const txr_pooling* pooling, float* out, size_t count,
                             txr_error* error);
+/* A vector for each token, fp32 [tokens, embedding_size]; after a head for feature-extraction, if there is one. normalize not
+   0: to length 1. */
+TXR_API txr_status txr_token_vectors(const txr_states* states, int32_t normalize, float* out, size_t count,
+                                     txr_error* error);
 /* What a head for text classification says of each text, fp32 [texts, outputs]. */
 TXR_API txr_status txr_text_logits(const txr_states* states, float* out, size_t count, txr_error* error);
 /* What a head for tokens says of some of them, fp32 [row_count, outputs]: of the batch's tokens rows [row_count]; NULL: of

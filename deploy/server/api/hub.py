@@ -45,7 +45,15 @@ from .tei_schemas import (
     TeiSimilarityRequest,
     cut_left,
 )
-from .tei_vectors import TeiSparseResponse, TeiVectorsRequest, embed_sparse, sparse_values
+from .tei_vectors import (
+    TeiEmbedAllResponse,
+    TeiSparseResponse,
+    TeiVectorsRequest,
+    embed_all,
+    embed_sparse,
+    sparse_values,
+    vector_values,
+)
 
 __all__ = ["ROUTES"]
 
@@ -355,6 +363,15 @@ ROUTES = (
         limits=Limits.of_texts,
         values=sparse_values,
         value_bytes=8,
+    ),
+    *_rows(
+        "token-embedding",
+        embed_all,
+        TeiVectorsRequest,
+        {"inputs": "A server answers."},
+        TeiEmbedAllResponse,
+        limits=Limits.of_texts,
+        values=vector_values,
     ),
     *_rows(
         "token-classification",

@@ -14,7 +14,16 @@ from .schemas import Inputs, texts_of
 from .tei import measured, row
 from .tei_schemas import Cut, Direction, Prompt, cut_left
 
-__all__ = ["ROUTES", "TeiSparseResponse", "TeiVectorsRequest", "embed_sparse", "sparse_values"]
+__all__ = [
+    "ROUTES",
+    "TeiEmbedAllResponse",
+    "TeiSparseResponse",
+    "TeiVectorsRequest",
+    "embed_all",
+    "embed_sparse",
+    "sparse_values",
+    "vector_values",
+]
 
 
 class TeiVectorsRequest(Struct):
@@ -61,7 +70,13 @@ async def embed_all(context: Context, request: TeiVectorsRequest, caller: Caller
     texts = texts_of(request.inputs)
     result = await structured.embed_all(service, texts, caller, context.limits, **_options(context, request))
     headers = measured(result, sum(map(len, texts)), started_s)
-    return Response(encode_rows(result.values, service.manifest.hidden_size * max(map(len, result.values))), headers)
+    width = vector_values(service.manifest, request)
+    return Response(encode_rows(result.values, width * max(map(len, result.values))), headers)
+
+
+def vector_values(manifest: Manifest, request: TeiVectorsRequest) -> int:
+    """Numbers in the vector of a token: behind linear stages only if they are for tokens."""
+    return manifest.hidden_size if manifest.token_vectors is None else manifest.width
 
 
 def sparse_values(manifest: Manifest, request: TeiVectorsRequest) -> int:
@@ -83,16 +98,22 @@ ROUTES = (
         values=sparse_values,
         value_bytes=8,
     ),
-    row(
-        "/embed_all",
-        "feature-extraction",
-        summary="A vector for each token of texts",
-        handler=embed_all,
-        request=TeiVectorsRequest,
-        example={"inputs": "A server answers."},
-        answer=TeiEmbedAllResponse,
-        answered="Per text, per token its vector, special tokens included.",
-        limits=Limits.of_texts,
-        values=lambda manifest, request: manifest.hidden_size,
+    *(
+        row(
+            "/embed_all",
+            task,
+            summary="A vector for each token of texts",
+            handler=embed_all,
+            request=TeiVectorsRequest,
+            example={"inputs": "A server answers."},
+            answer=TeiEmbedAllResponse,
+            answered=answered,
+            limits=Limits.of_texts,
+            values=vector_values,
+        )
+        for task, answered in (
+            ("feature-extraction", "Per text, per token its vector, special tokens included."),
+            ("token-embedding", "Per text, per token its vector, but for tokens that the model gives none."),
+        )
     ),
 )

@@ -166,19 +166,20 @@ def widths_of(manifest: Manifest, any_width: bool) -> Sequence[int]:
     return sorted({width, *(item for item in given if isinstance(item, int) and 0 < item < width)})
 
 
-def embed_options(normalize: bool, dimensions: int | None, width: int) -> EmbedOptions:
+def embed_options(normalize: bool, dimensions: int | None, width: int, skipped: int = 0) -> EmbedOptions:
     """Options of an embedding request.
 
     Args:
         normalize: Divide by the L2 norm.
         dimensions: Keep so many leading numbers; None: all.
         width: How many there are.
+        skipped: Leading tokens that are not pooled.
 
     Raises:
         ApiError: There are not as many.
     """
     if dimensions is None or dimensions == width:
-        return _EMBED_OPTIONS[normalize]
+        return EmbedOptions(normalize, skipped=skipped) if skipped else _EMBED_OPTIONS[normalize]
     if not 1 <= dimensions <= width:
         raise ApiError("invalid_request", f"dimensions: expected 1 to {width}, the model's width, got {dimensions}")
-    return EmbedOptions(normalize, dimensions)
+    return EmbedOptions(normalize, dimensions, skipped)

@@ -69,6 +69,7 @@ class Service:
         self._batcher = batcher
         self._metrics = metrics
         self._normalize = manifest.pooling is not None and manifest.pooling.normalize
+        self._skips_prompts = manifest.pooling is not None and not manifest.pooling.include_prompt
         mask = manifest.special_tokens["mask"]
         self._mask_id = -1 if mask is None else mask.id
         self._mask_token = "" if mask is None else mask.token
@@ -164,7 +165,9 @@ class Service:
             ApiError: See `errors`.
             CallerLeft: The client has left.
         """
-        options = embed_options(self._normalize if normalize is None else normalize, dimensions, self.width)
+        skipped = self._tokenizer.prompt_tokens(prompt_name) if self._skips_prompts else 0
+        normalize = self._normalize if normalize is None else normalize
+        options = embed_options(normalize, dimensions, self.width, skipped)
         encode = self.encoder(cut_left, prompt_name)
         return self.ask(Request(texts, caller, limits, truncate, encode, options))
 

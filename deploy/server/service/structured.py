@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...tasks import RAW
+from ...bundle import Role
+from ...tasks import RAW, Ids
 from ...tasks.answers import AnswerOptions, best_answers
 from ...tasks.entities import entities
 from ...tasks.feature_extraction import TokenVectorOptions
@@ -185,6 +186,9 @@ async def embed_all(
 ) -> Result:
     """A vector of each token of texts, special tokens and prompts included; see `embed_sparse`.
 
+    A model that tells queries from documents has those of documents, and with the prompt `query` those of queries: as
+    long, filled up, and without the tokens that have no vector, as it was trained.
+
     Returns:
         Per text rows of f32 [width].
 
@@ -193,7 +197,28 @@ async def embed_all(
         CallerLeft: The client has left.
     """
     encode = service.encoder(cut_left, prompt_name)
-    return await service.ask(Request(texts, caller, limits, truncate, encode, TokenVectorOptions(), _count_tokens))
+    query = False
+    if (vectors := service.manifest.token_vectors) is not None:
+        query = prompt_name == "query"
+        role = vectors.query if query else vectors.document
+        if role is None:
+            raise ApiError(
+                "invalid_request",
+                "prompt_name: this model fills queries up with tokens that others do not attend to (query_expansion "
+                "without attend), which is not supported; documents are",
+            )
+        encode = functools.partial(_encode_role, encode, role)
+    options = TokenVectorOptions(query)
+    return await service.ask(Request(texts, caller, limits, truncate, encode, options, _count_tokens))
+
+
+def _encode_role(
+    encode: Callable[..., list[Ids]], role: Role, texts: Sequence[str], truncate: bool, first: int = 0
+) -> list[Ids]:
+    rows = encode(texts, truncate, first, limit=role.max_tokens)
+    for ids in rows:
+        ids.extend([role.pad_id] * (role.pad_to - len(ids)))
+    return rows
 
 
 def _count_tokens(ids: Sequence[Any], limits: Limits) -> int:

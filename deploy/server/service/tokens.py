@@ -60,6 +60,7 @@ class TextTokenizer:
         self.read_chars = 32_768
         self._cut_left = truncation_side == "left"
         self._pair_tokenizers: dict[bool, Tokenizer] = {}
+        self._prompt_tokens: dict[str, int] = {}
         self.prompts = Prompts({}) if prompts is None else prompts
         self.vocab_size = count_tokens(self._tokenizer)
         # What stands around a text is read off an example, so that cutting needs no second pass over the text.
@@ -98,6 +99,7 @@ class TextTokenizer:
         first: int = 0,
         prompt: str | None = None,
         cut_left: bool | None = None,
+        limit: int | None = None,
     ) -> list[Ids]:
         """Token ids of texts, special tokens and the prompt included.
 
@@ -107,6 +109,7 @@ class TextTokenizer:
             first: Index of the first of them in its request, for messages.
             prompt: What to put before each text; None: the model's default prompt.
             cut_left: Cut off the beginning, or the end; None: on the side that the model cuts.
+            limit: Instead of `max_tokens`, if it is less.
 
         Returns:
             Per text its ids, 1 <= tokens <= `max_tokens`.
@@ -115,7 +118,7 @@ class TextTokenizer:
             ApiError: A text is too long and `truncate` is false, or has no tokens at all (a tokenizer without special
                 tokens and an empty text).
         """
-        limit = self.max_tokens
+        limit = self.max_tokens if limit is None else min(limit, self.max_tokens)
         if prompt is None:
             prompt = self.prompts.default_text
         if prompt:
@@ -196,7 +199,7 @@ class TextTokenizer:
     def encode_pairs(
         self, pairs: Sequence[tuple[str, str]], truncate: bool, first: int = 0, cut_left: bool | None = None
     ) -> list[PairIds]:
-        """Token ids of pairs of texts; prompts are for single ones.
+        """Token ids of pairs of texts; the model's default prompt goes before the first of each.
 
         Args:
             pairs: At least one; no lone surrogates.
@@ -209,6 +212,8 @@ class TextTokenizer:
         """
         cut_left = self._cut_left if cut_left is None else cut_left
         tokenizer = self._pair_tokenizer(cut_left) if truncate else self._tokenizer
+        if prompt := self.prompts.default_text:
+            pairs = [(prompt + one, two) for one, two in pairs]
         if any(len(text) > self.read_chars for pair in pairs for text in pair):
             pairs = [(self._enough(one, cut_left), self._enough(two, cut_left)) for one, two in pairs]
         result = []
@@ -259,6 +264,25 @@ class TextTokenizer:
                 f"{name[:80]!r}",
             )
         return self.prompts.texts[name]
+
+    def prompt_tokens(self, name: str | None) -> int:
+        """How many tokens of a text are those of its prompt and the special tokens in front of it.
+
+        As sentence-transformers counts: tokens of the prompt alone, even if its last one would merge with the text's.
+
+        Args:
+            name: Of the prompt; None: the model's default prompt.
+
+        Raises:
+            ApiError: The model has no such prompt.
+        """
+        text = self.prompts.default_text if name is None else self.prompt(name)
+        if text not in self._prompt_tokens:
+            ids = self._tokenizer.encode(text).ids[: self.max_tokens] if text else []
+            added = self._tokenizer.get_added_tokens_decoder()
+            ends = bool(ids) and ids[-1] in added and added[ids[-1]].special
+            self._prompt_tokens[text] = len(ids) - ends
+        return self._prompt_tokens[text]
 
     def describe(self, text: str, special: bool, prompt: str | None = None) -> list[dict[str, Any]]:
         """The tokens of a text, uncut: id, text, whether it is a special one, and where it is in the text.

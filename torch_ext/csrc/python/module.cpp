@@ -1,5 +1,6 @@
 // torch_ext._runtime: the C interface of torch_ext_runtime.h for Python, on the limited API of Python 3.10. What users see
 // is torch_ext/runtime.py.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -360,6 +361,7 @@ PyType_Spec array_spec = {"torch_ext._runtime.Array", sizeof(Array), 0,
 struct StatesObject {
   PyObject_HEAD txr_states* states;
   size_t tokens, texts, hidden_size, embedding_size, outputs;
+  bool projects;  // A head for feature-extraction comes after the pooling.
 };
 
 void states_dealloc(PyObject* self) {
@@ -388,16 +390,31 @@ PyObject* states_pool(PyObject* object, PyObject* args) {
   const auto& s = *reinterpret_cast<StatesObject*>(object);
   const char* mode;
   int normalize;
-  Py_ssize_t dimensions;
-  if (!PyArg_ParseTuple(args, "spn", &mode, &normalize, &dimensions)) return nullptr;
-  if (dimensions < 0 || static_cast<size_t>(dimensions) > s.embedding_size) {
-    return PyErr_Format(PyExc_ValueError, "Encoder: expected dimensions from 0 to %zu, got %zd", s.embedding_size,
-                        dimensions);
+  Py_ssize_t dimensions, skipped = 0;
+  if (!PyArg_ParseTuple(args, "spn|n", &mode, &normalize, &dimensions, &skipped)) return nullptr;
+  // Vectors of several poolings stand side by side.
+  const auto joins = static_cast<size_t>(std::count(mode, mode + std::strlen(mode), '+'));
+  const size_t width = s.projects ? s.embedding_size : s.embedding_size * (1 + joins);
+  if (dimensions < 0 || static_cast<size_t>(dimensions) > width) {
+    return PyErr_Format(PyExc_ValueError, "Encoder: expected dimensions from 0 to %zu, got %zd", width, dimensions);
   }
-  const txr_pooling pooling = {sizeof pooling, mode, normalize, static_cast<size_t>(dimensions)};
+  if (skipped < 0) {
+    return PyErr_Format(PyExc_ValueError, "Encoder: expected skipped tokens of at least 0, got %zd", skipped);
+  }
+  const txr_pooling pooling = {sizeof pooling, mode, normalize, static_cast<size_t>(dimensions),
+                               static_cast<size_t>(skipped)};
   return filled(
-      s.texts, dimensions ? static_cast<size_t>(dimensions) : s.embedding_size,
+      s.texts, dimensions ? static_cast<size_t>(dimensions) : width,
       [&](float* out, size_t count, txr_error* error) { return txr_pool(s.states, &pooling, out, count, error); });
+}
+
+PyObject* states_token_vectors(PyObject* object, PyObject* args) {
+  const auto& s = *reinterpret_cast<StatesObject*>(object);
+  int normalize;
+  if (!PyArg_ParseTuple(args, "p", &normalize)) return nullptr;
+  return filled(s.tokens, s.embedding_size, [&](float* out, size_t count, txr_error* error) {
+    return txr_token_vectors(s.states, normalize, out, count, error);
+  });
 }
 
 PyObject* states_text_logits(PyObject* object, PyObject*) {
@@ -469,7 +486,8 @@ PyObject* states_sparse(PyObject* object, PyObject* args) {
 
 PyMethodDef states_methods[] = {
     {"hidden", states_hidden, METH_NOARGS, "fp32 [tokens, hidden_size]."},
-    {"pool", states_pool, METH_VARARGS, "pool(mode, normalize, dimensions) -> fp32 [texts, dimensions]."},
+    {"pool", states_pool, METH_VARARGS, "pool(mode, normalize, dimensions, skipped=0) -> fp32 [texts, dimensions]."},
+    {"token_vectors", states_token_vectors, METH_VARARGS, "token_vectors(normalize) -> fp32 [tokens, embedding_size]."},
     {"text_logits", states_text_logits, METH_NOARGS, "fp32 [texts, outputs]."},
     {"token_logits", states_token_logits, METH_O, "token_logits(rows or None) -> fp32 [rows, outputs]."},
     {"top_k", states_top_k, METH_VARARGS, "top_k(rows, k) -> int64 and fp32 [rows, k]."},
@@ -488,6 +506,7 @@ PyType_Spec states_spec = {"torch_ext._runtime.States", sizeof(StatesObject), 0,
 struct EncoderObject {
   PyObject_HEAD txr_encoder* encoder;
   size_t hidden_size, embedding_size, outputs;
+  bool projects;
 };
 
 void encoder_dealloc(PyObject* self) {
@@ -521,6 +540,7 @@ PyObject* new_encoder(const F& open) {
   self->hidden_size = static_cast<size_t>(info.hidden_size);
   self->embedding_size = static_cast<size_t>(info.embedding_size);
   self->outputs = static_cast<size_t>(info.outputs);
+  self->projects = info.task && std::strcmp(info.task, "feature-extraction") == 0;
   return reinterpret_cast<PyObject*>(self);
 }
 
@@ -554,6 +574,7 @@ PyObject* encoder_encode(PyObject* object, PyObject* args) {
   states->hidden_size = self.hidden_size;
   states->embedding_size = self.embedding_size;
   states->outputs = self.outputs;
+  states->projects = self.projects;
   return reinterpret_cast<PyObject*>(states);
 }
 

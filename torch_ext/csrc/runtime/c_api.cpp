@@ -281,12 +281,24 @@ txr_status txr_pool(const txr_states* states, const txr_pooling* pooling, float*
     const States& s = states_of(states);
     const txr_pooling p = completed(pooling, "txr_pooling");
     const std::string mode = p.mode ? p.mode : "mean";
-    const auto known = torch_ext::find_pooling(mode);
-    expect(known.has_value(), "expected a pooling of ", torch_ext::pooling_names(), "; got '", mode, "'");
-    const size_t width = s.embedding_size();
+    const TextPooling wanted{.modes = torch_ext::find_poolings(mode),
+                             .normalize = p.normalize != 0,
+                             .dimensions = p.dimensions,
+                             .skipped = p.skipped};
+    expect(!wanted.modes.empty(), "expected a pooling of ", torch_ext::pooling_names(),
+           ", or several joined by +; got '", mode, "'");
+    const size_t width = s.embedding_size(wanted.modes.size());
     expect(p.dimensions <= width, "expected dimensions of at most ", width, ", got ", p.dimensions);
     expect_room(out, count, s.texts(), p.dimensions ? p.dimensions : width);
-    s.pool(*known, p.normalize != 0, p.dimensions, out);
+    s.pool(wanted, out);
+  });
+}
+
+txr_status txr_token_vectors(const txr_states* states, int32_t normalize, float* out, size_t count, txr_error* error) {
+  return guarded(error, [&] {
+    const States& s = states_of(states);
+    expect_room(out, count, s.tokens(), s.embedding_size());
+    s.token_vectors(normalize != 0, out);
   });
 }
 

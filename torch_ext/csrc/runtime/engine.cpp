@@ -137,8 +137,8 @@ bool States::has_embedding_head() const {
   return spec && spec->task == "feature-extraction";
 }
 
-size_t States::embedding_size() const {
-  return has_embedding_head() ? outputs() : static_cast<size_t>(engine_->image().encoder().header.hidden_size);
+size_t States::embedding_size(size_t modes) const {
+  return has_embedding_head() ? outputs() : modes * engine_->image().encoder().header.hidden_size;
 }
 
 void States::copy_hidden(float* out) const {
@@ -153,29 +153,60 @@ void States::copy_hidden(float* out) const {
   for (size_t i = 0; i < tokens_ * n; ++i) out[i] = widened(from[i]);
 }
 
-void States::pool(Pooling mode, bool normalize, size_t dimensions, float* out) const {
+void States::check_head_width(size_t width) const {
+  const HeadSpec& spec = *engine_->image().specs().head;
+  expect(static_cast<size_t>(spec.hidden_size) == width, "Encoder: expected vectors of ", spec.hidden_size,
+         " for the head, got ", width, ": ask for as many poolings as it was made for");
+}
+
+void States::pool(const TextPooling& p, float* out) const {
+  const size_t hidden = engine_->image().encoder().header.hidden_size, count = p.modes.size();
+  const size_t width = embedding_size(count), kept = p.dimensions ? p.dimensions : width;
+  expect(count > 0, "Encoder: expected at least one pooling");
+  expect(kept <= width, "Encoder: expected dimensions of at most ", width, ", got ", p.dimensions);
+  const bool projects = has_embedding_head();
+  if (!projects && count == 1) return pool_hidden(p.modes[0], p.normalize, kept, p.skipped, kept, out);
+  if (projects) check_head_width(count * hidden);
+  std::vector<float> pooled(texts() * count * hidden);
+  for (size_t i = 0; i < count; ++i) {
+    pool_hidden(p.modes[i], false, hidden, p.skipped, count * hidden, pooled.data() + i * hidden);
+  }
+  if (!projects) return cut_rows(pooled.data(), texts(), width, kept, p.normalize, out);
+  std::vector<float> vectors(texts() * width);
+  run_head(head(), pooled.data(), DType::kF32, texts(), engine_->dispatch(), engine_->host(), vectors.data());
+  cut_rows(vectors.data(), texts(), width, kept, p.normalize, out);
+}
+
+void States::token_vectors(bool normalize, float* out) const {
   const EncoderHeader& h = engine_->image().encoder().header;
   const size_t width = embedding_size();
-  expect(dimensions <= width, "Encoder: expected dimensions of at most ", width, ", got ", dimensions);
-  if (!has_embedding_head()) return pool_hidden(mode, normalize, dimensions ? dimensions : width, out);
-  std::vector<float> pooled(texts() * h.hidden_size), vectors(texts() * width);
-  pool_hidden(mode, false, h.hidden_size, pooled.data());
-  run_head(head(), pooled.data(), DType::kF32, texts(), engine_->dispatch(), engine_->host(), vectors.data());
-  // Each vector is a text of one token now: cut, and of length 1.
-  std::vector<int32_t> one_each(texts() + 1);
+  if (!has_embedding_head() && !normalize) return copy_hidden(out);
+  std::vector<float> vectors(tokens_ * width);
+  if (has_embedding_head()) {
+    check_head_width(h.hidden_size);
+    run_head(head(), hidden_.get(), DType{h.type}, tokens_, engine_->dispatch(), engine_->host(), vectors.data());
+  } else {
+    copy_hidden(vectors.data());
+  }
+  cut_rows(vectors.data(), tokens_, width, width, normalize, out);
+}
+
+// Rows [count, width], each a text of one token now: cut to [count, kept], and of length 1.
+void States::cut_rows(const float* rows, size_t count, size_t width, size_t kept, bool normalize, float* out) const {
+  std::vector<int32_t> one_each(count + 1);
   std::iota(one_each.begin(), one_each.end(), 0);
-  const PoolProblem problem{.hidden = vectors.data(),
+  const PoolProblem problem{.hidden = rows,
                             .type = DType::kF32,
                             .width = width,
                             .cu_seqlens = one_each.data(),
                             .mode = Pooling::kCls,
                             .normalize = normalize,
-                            .kept = dimensions ? dimensions : width,
+                            .kept = kept,
                             .out = out};
-  pool_texts(problem, *engine_->dispatch().vec, 0, texts());
+  pool_texts(problem, *engine_->dispatch().vec, 0, count);
 }
 
-void States::pool_hidden(Pooling mode, bool normalize, size_t kept, float* out) const {
+void States::pool_hidden(Pooling mode, bool normalize, size_t kept, size_t skipped, size_t stride, float* out) const {
   const EncoderHeader& h = engine_->image().encoder().header;
   const PoolProblem problem{.hidden = hidden_.get(),
                             .type = DType{h.type},
@@ -184,6 +215,8 @@ void States::pool_hidden(Pooling mode, bool normalize, size_t kept, float* out) 
                             .mode = mode,
                             .normalize = normalize,
                             .kept = kept,
+                            .skipped = skipped,
+                            .stride = stride,
                             .out = out};
   const size_t count = texts();
   const size_t tasks = std::clamp<size_t>(tokens_ * h.hidden_size / kRowGrain, 1, std::min(count, engine_->threads()));
@@ -197,8 +230,9 @@ void States::text_logits(float* out) const {
   const HeadSpec& spec = *engine_->image().specs().head;
   expect(spec.task == "text-classification", "Encoder: expected a head for text-classification, this one is for ",
          spec.task);
-  std::vector<float> pooled(texts() * static_cast<size_t>(spec.hidden_size));
-  pool_hidden(*find_pooling(spec.pooling), false, static_cast<size_t>(spec.hidden_size), pooled.data());
+  const auto width = static_cast<size_t>(spec.hidden_size);
+  std::vector<float> pooled(texts() * width);
+  pool_hidden(*find_pooling(spec.pooling), false, width, 0, width, pooled.data());
   run_head(model, pooled.data(), DType::kF32, texts(), engine_->dispatch(), engine_->host(), out);
 }
 
@@ -216,6 +250,7 @@ void States::token_logits(const int64_t* rows, size_t count, float* out) const {
          ": ask for text_logits");
   const EncoderHeader& h = engine_->image().encoder().header;
   const DType type{h.type};
+  check_head_width(h.hidden_size);
   if (!rows) {
     run_head(model, hidden_.get(), type, tokens_, engine_->dispatch(), engine_->host(), out);
     return;

@@ -66,6 +66,14 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Image image_;
 };
 
+/// How embeddings are made of hidden states.
+struct TextPooling {
+  std::vector<Pooling> modes = {Pooling::kMean};  ///< of several, the vectors stand side by side
+  bool normalize = false;
+  size_t dimensions = 0;  ///< leading dimensions to keep; 0: all
+  size_t skipped = 0;     ///< leading tokens of each text that do not count
+};
+
 /// Hidden states of a batch, and what a model makes of them.
 class States {
  public:
@@ -81,9 +89,11 @@ class States {
 
   /// out fp32 [tokens, hidden_size].
   void copy_hidden(float* out) const;
-  /// out fp32 [texts, dimensions or, if that is 0, embedding_size]. A head for feature-extraction comes after the pooling
-  /// and before the norm.
-  void pool(Pooling mode, bool normalize, size_t dimensions, float* out) const;
+  /// out fp32 [texts, dimensions or, if that is 0, embedding_size(modes)]. A head for feature-extraction comes after the
+  /// pooling and before the norm.
+  void pool(const TextPooling& pooling, float* out) const;
+  /// A vector of each token: out fp32 [tokens, embedding_size(1)]. A head for feature-extraction comes before the norm.
+  void token_vectors(bool normalize, float* out) const;
   /// What the head says of each text, out fp32 [texts, outputs].
   void text_logits(float* out) const;
   /// What the head says of some tokens: out fp32 [count, outputs] for rows [count] of the batch; null: all tokens.
@@ -94,8 +104,8 @@ class States {
   /// A vector over the head's outputs for each text: the entries that are not 0. What is NaN or infinite is kept.
   SparseVectors sparse(const SparsePooling& pooling) const;
 
-  /// Width of embeddings: that of hidden states, or the outputs of a head for feature-extraction.
-  size_t embedding_size() const;
+  /// Width of embeddings: that of hidden states for each way of pooling, or the outputs of a head for feature-extraction.
+  size_t embedding_size(size_t modes = 1) const;
   /// Outputs of the head. Throws kValue where there is none.
   size_t outputs() const;
 
@@ -103,7 +113,9 @@ class States {
   const HeadModel& head() const;
   void check_rows(const int64_t* rows, size_t count) const;
   bool has_embedding_head() const;
-  void pool_hidden(Pooling mode, bool normalize, size_t kept, float* out) const;
+  void check_head_width(size_t width) const;
+  void pool_hidden(Pooling mode, bool normalize, size_t kept, size_t skipped, size_t stride, float* out) const;
+  void cut_rows(const float* rows, size_t count, size_t width, size_t kept, bool normalize, float* out) const;
 
   struct Free {
     void operator()(void* p) const;

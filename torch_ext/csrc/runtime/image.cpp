@@ -429,7 +429,10 @@ Specs parse_specs(const std::string& name, const std::string& encoder_json, cons
   };
   parse("encoder", [&] { specs.encoder = parse_encoder_spec(encoder_json); });
   if (!head_json.empty()) parse("head", [&] { specs.head = parse_head_spec(head_json); });
-  expect(!specs.head || specs.head->hidden_size == specs.encoder.hidden_size, name,
+  // Linear stages may follow several poolings side by side.
+  const bool several = specs.head && specs.head->task == "feature-extraction" && specs.encoder.hidden_size > 0 &&
+                       specs.head->hidden_size % specs.encoder.hidden_size == 0;
+  expect(!specs.head || several || specs.head->hidden_size == specs.encoder.hidden_size, name,
          ": expected a head of hidden_size=", specs.encoder.hidden_size, ", got ",
          specs.head ? specs.head->hidden_size : 0);
   return specs;

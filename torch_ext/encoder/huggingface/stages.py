@@ -19,7 +19,7 @@ def read_stages(
 
     Args:
         stages: their folders, and their activations.
-        hidden_size: of the encoder.
+        hidden_size: of the encoder; the first stage may take several poolings side by side.
 
     Returns:
         What the head computes, and its mapped weights by the names of ``HeadSpec.shapes()``; a bias that is missing is
@@ -32,13 +32,17 @@ def read_stages(
     if not 1 <= len(stages) <= 2:
         raise ValueError(f"expected 1 or 2 linear stages behind the pooling, got {len(stages)}")
     tensors: dict[str, list[StoredTensor]] = {}
-    width, widths = hidden_size, []
+    width = hidden_size
+    widths: list[int] = []
     for (folder, _), part in zip(stages, ("head.dense", "head.out")[-len(stages) :], strict=True):
         path = find_weights(Path(folder))
         stored = map_weights(path)
         weight = stored.get("linear.weight")
-        if weight is None or len(weight.shape) != 2 or weight.shape[1] != width:
-            found = "none" if weight is None else list(weight.shape)
+        shape = () if weight is None else weight.shape
+        if len(shape) == 2 and not widths and shape[1] > 0 and shape[1] % hidden_size == 0:
+            hidden_size = width = shape[1]
+        if weight is None or len(shape) != 2 or shape[1] != width:
+            found = "none" if weight is None else list(shape)
             raise ValueError(f"{path}: expected linear.weight [outputs, {width}], got {found}")
         width = weight.shape[0]
         widths.append(width)
