@@ -36,8 +36,8 @@ class Load:
     client_cpu_us: float
 
 
-def cpu_s(pid: int) -> float:
-    """User and system time of a process and of those that it has started, ended ones included."""
+def processes(pid: int) -> dict[int, int]:
+    """CPU time of a process and of those that it has started, by their ids, in ticks, with what has ended in them."""
     parents: dict[int, list[int]] = {}
     ticks: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
@@ -48,12 +48,18 @@ def cpu_s(pid: int) -> float:
                 continue
             parents.setdefault(int(fields[1]), []).append(int(entry.name))
             ticks[int(entry.name)] = sum(map(int, fields[11:15]))
-    total, left = 0, [pid]
+    found: dict[int, int] = {}
+    left = [pid]
     while left:
         process = left.pop()
-        total += ticks.get(process, 0)
+        found[process] = ticks.get(process, 0)
         left += parents.get(process, [])
-    return total * TICK_S
+    return found
+
+
+def cpu_s(pid: int) -> float:
+    """User and system time of a process and of those that it has started."""
+    return sum(processes(pid).values()) * TICK_S
 
 
 class Connection(asyncio.Protocol):

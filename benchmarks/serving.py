@@ -41,7 +41,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.closed_loop import Client, Load  # noqa: E402
+from benchmarks.closed_loop import Client, Load, processes  # noqa: E402
 from benchmarks.peers import PEERS, http_request  # noqa: E402
 from benchmarks.report import cpu_name  # noqa: E402
 from deploy.texts import sample  # noqa: E402
@@ -53,10 +53,7 @@ Result = TypeVar("Result")
 def with_server(command: Sequence[str], action: Callable[[int, int], Result]) -> Result:
     """Starts a server that prints where it listens, runs the action with its port and process id, and stops it."""
     with tempfile.TemporaryFile("w+") as errors:
-        # In a session of its own: some servers are several processes, and not all end with the first.
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             assert process.stdout is not None
             match = None
@@ -69,11 +66,13 @@ def with_server(command: Sequence[str], action: Callable[[int, int], Result]) ->
                 raise SystemExit(f"{' '.join(command)}: no start-up line\n{errors.read()[-2000:]}")
             return action(int(match[1]), process.pid)
         finally:
+            started = [] if process.poll() is not None else list(processes(process.pid))
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for pid in started:  # Some servers are several processes, and not all end with the first.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
 
 

@@ -6,12 +6,12 @@ may take longer: `PATIENCE` times as long as it computes.
 
 Requests stand in four lines, by their size: tiny ones, of which four fit in what runs at a time (`batch_cost`, at most
 `max_batch_s`), or that are one text of usual length; small ones, of which four fit in the largest batch
-(`max_batch_cost`), those that fit in it, and larger ones. The lines take turns batch by batch: every second one is of the first line, every second one of the others is of
-the next line, and so on, as long as something waits there. So a tiny request waits for the batch that runs and for
-other tiny ones, whatever else there is. In a line it is first come, first served, since requests that share the engine
-would all be late where more comes than can be done; of larger ones, `max_batch_cost` runs before it is the next one's
-turn. How long a request waits follows from what is before it in its line, and from how much of its line has run lately
-in a second.
+(`max_batch_cost`), those that fit in it, and larger ones. The lines take turns batch by batch: every second one is of
+the first line, every second one of the others is of the next line, and so on, as long as something waits there. So a
+tiny request waits for the batch that runs and for other tiny ones, whatever else there is. In a line it is first come,
+first served, since requests that share the engine would all be late where more comes than can be done; of larger ones,
+`max_batch_cost` runs before it is the next one's turn. How long a request waits follows from what is before it in its
+line, and from how much of its line has run lately in a second.
 
 All sizes are costs, in the unit of the token budget (`Engine.cost`). What waits is known on the event loop alone.
 """
@@ -39,8 +39,8 @@ LINES = 4
 """Tiny requests, small ones, those that fit in a batch, larger ones."""
 
 TEXT_COST = 512
-"""One text of at most that is tiny, however slow the machine is: what most models take at a time. Clients of one text each
-would otherwise be told apart by its length, and the longer ones refused beside a queue that is nearly empty."""
+"""One text of at most that is tiny, however slow the machine is: what most models take at a time. Clients of one text
+each would otherwise be told apart by its length, and the longer ones refused beside a queue that is nearly empty."""
 
 RESERVED_PART = 8
 """This part of the queue is for tiny and small requests, while anything waits."""
