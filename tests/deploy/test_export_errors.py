@@ -566,6 +566,7 @@ def exports(model: Path, texts: Path, *targets: Path) -> Iterator[tuple[subproce
         launcher.communicate(timeout=60)
 
 
+@pytest.mark.long
 def test_terminated_and_killed_exports(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     terminated, killed = tmp_path / "terminated" / "out", tmp_path / "killed" / "out"
     old = old_bundle(terminated, old=b"old bundle")

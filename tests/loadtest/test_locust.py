@@ -303,6 +303,7 @@ def losing_at_the_end(stub: Stub) -> None:
         assert output.count("VOID       worker ") == 1, output
 
 
+@pytest.mark.long
 def test_a_lost_worker_makes_the_run_void(stubs: list[Stub]) -> None:
     together(
         lambda: losing(stubs[0], signal.SIGKILL, "was not heard of for 10 s"),

@@ -93,6 +93,7 @@ def test_few_inputs_and_rows_of_zeros(generator: torch.Generator) -> None:
 
 
 @pytest.mark.anywhere
+@pytest.mark.long
 def test_every_kind_of_encoder_is_nearer(generator: torch.Generator) -> None:
     """Most are, and none is much farther: tiny random models are far from anything that rounding could be fitted to."""
     ratios = []
