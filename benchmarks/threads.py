@@ -103,17 +103,16 @@ class Part:
 
 
 def norm_part(name: str, tokens: int, hidden: int, threads: int, grain_elements: int) -> Part:
-    """Residual and norm, split by rows as torch's parallel_for does."""
-    grain = max(1, grain_elements // hidden)
-    tasks = max(1, min(threads, math.ceil(tokens / grain)))
+    """Residual and norm, split by rows as the encoder does."""
+    tasks = max(1, min(threads, tokens * hidden // grain_elements))
     return Part(name, tasks, elements=math.ceil(tokens / tasks) * hidden)
 
 
 def row_grain() -> int:
-    """Fewest elements that a thread takes of residual and norm, as rows.h says."""
-    match = re.search(r"kRowGrain = ([^;]+);", (CSRC / "rows.h").read_text())
+    """Elements of residual and norm that are worth a task, as encoder.cpp says."""
+    match = re.search(r"kStepGrain = ([^;]+);", (CSRC / "encoder.cpp").read_text())
     if match is None:
-        raise RuntimeError("rows.h: expected a constant kRowGrain; tell benchmarks/threads.py how rows are split")
+        raise RuntimeError("encoder.cpp: expected a constant kStepGrain; tell benchmarks/threads.py how rows are split")
     return math.prod(int(factor) for factor in match[1].split("*"))
 
 

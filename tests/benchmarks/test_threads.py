@@ -37,7 +37,7 @@ def test_balance() -> None:
     assert threads.Part("p", 4).balance(4) is None
 
 
-def test_rows_are_split_by_the_grain_of_the_ops() -> None:
+def test_rows_are_split_by_the_grain_of_the_encoder() -> None:
     grain = threads.row_grain()
     assert threads.norm_part("n", 1, 384, 64, grain).tasks == 1
     wide = threads.norm_part("n", 8192, 768, 64, grain)
