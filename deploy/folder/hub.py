@@ -57,7 +57,7 @@ def _download(model: str, revision: str | None) -> tuple[Path, str, str | None]:
     except ImportError as error:
         raise FolderError(f"{model}: no such folder, and huggingface_hub is not installed to download it") from error
 
-    description = ["*.json", "*.txt", "*.model"]
+    description = ["*.json", "*.txt", "*.model", "*.jinja"]
     other_formats = ["onnx/*", "openvino/*", "coreml/*", "*.fp16.*", "*.onnx*", "tf_model*", "flax_model*"]
     try:
         for patterns in (["*.safetensors"], ["pytorch_model*.bin"]):

@@ -147,6 +147,8 @@ def read_source(
     sentence = read_sentence_files(root)
     folder = sentence.folder
     where = folder / CONFIG_FILE
+    if sentence.problem is not None and not where.is_file():
+        raise FolderError(sentence.problem)  # Of modules that are no model of transformers.
     config, model_type = _read_config(where, model_types)
     task, task_source = (task, "--task") if task is not None else _infer_task(config, sentence, where)
     embeds = TASKS[task].needs.pooling
@@ -193,6 +195,11 @@ def read_source(
 
 def _read_config(where: Path, model_types: Collection[str] | None) -> tuple[Mapping[str, Any], str]:
     if not where.is_file():
+        if (where.parent / "adapter_config.json").is_file():
+            raise FolderError(
+                f"{where.parent}: an adapter of peft, without its model: merge them, and pass the folder that "
+                "PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(...) writes"
+            )
         raise FolderError(
             f"{where.parent}: not a model folder (no {CONFIG_FILE}); pass a folder saved by save_pretrained, or a hub "
             "id"
@@ -286,7 +293,7 @@ def _prompt_note(prompts: Prompts | None, applied: bool) -> str | None:
 
 
 # Models that take any length: what they were trained with, where their configuration does not say.
-_UNLIMITED: Mapping[str, int] = {"t5": 512, "mt5": 512}
+_UNLIMITED: Mapping[str, int] = {"t5": 512, "mt5": 512, "funnel": 512}
 
 
 def _max_positions(config: Mapping[str, Any], model_type: str, where: Path) -> int:

@@ -89,6 +89,10 @@ _KIND_OF_MODEL: Mapping[str, str] = {
 """Which class transformers takes where no file names one."""
 
 
+_CAUSAL = ("qwen3",)
+"""Models whose classifiers read the last token that is not padding."""
+
+
 @dataclass(frozen=True)
 class FolderTokenizer:
     """What the files say.
@@ -142,14 +146,30 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     known = isinstance(declared, int | float) and 3 <= declared <= source.max_positions
     inputs = settings.get("model_input_names")
     text = json.dumps(tokenizer, ensure_ascii=False)
+    padding = _padding_behind(source, text)
+    suffix = "" if padding else source.suffix
+    longest = source.max_tokens or (int(declared) if known else source.max_positions)  # type: ignore[arg-type]
     return FolderTokenizer(
-        text=text if source.suffix is None else with_suffix(text, source.suffix, source.folder),
-        max_tokens=source.max_tokens or (int(declared) if known else source.max_positions),  # type: ignore[arg-type]
+        text=text if suffix is None else with_suffix(text, suffix, source.folder),
+        max_tokens=longest - padding,
         truncation_side=side,
         token_types="token_type_ids" in inputs if isinstance(inputs, list) else kind.token_types,
         special=_special_tokens(source, settings, kind, ids),
         ids=ids,
     )
+
+
+def _padding_behind(source: Source, text: str) -> int:
+    """How much padding the tokenizer puts behind texts that the model classifies by the token before it.
+
+    Earlier tokens of such a model do not see later ones, so that it may be left out.
+    """
+    if source.model_type not in _CAUSAL or source.task != "text-classification":
+        return 0
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_str(text).encode("").ids
+    return len(ids) if set(ids) == {source.config.get("pad_token_id")} else 0
 
 
 def _optional(source: Source, name: str) -> dict[str, Any]:

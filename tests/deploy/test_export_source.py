@@ -287,6 +287,20 @@ def test_chat_template_that_is_missing(tmp_path: Path) -> None:
         read(write(tmp_path, settings={"modality_config": {"message": {}}}))
 
 
+@pytest.mark.parametrize("kind", ["StaticEmbedding", "Router", "BoW"])
+def test_modules_that_are_no_model_of_transformers(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, modules=[{"path": "", "type": f"sentence_transformers.models.{kind}"}])
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FolderError, match=f"modules.json: module {kind} changes the embeddings and is not supported"):
+        read(tmp_path)
+
+
+def test_an_adapter_without_its_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(FolderError, match=r"an adapter of peft, without its model: .*merge_and_unload"):
+        read(tmp_path)
+
+
 def test_dropout_is_nothing(tmp_path: Path) -> None:
     listed = modules(*MODULES, "sentence_transformers.models.Dropout", NORMALIZE)
     source = read(write(tmp_path, modules=listed, pooling={"pooling_mode": "cls"}))

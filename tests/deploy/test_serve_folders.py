@@ -245,6 +245,36 @@ def test_other_architectures_are_served(kind: str, tiny_model: ModelMaker, tmp_p
     assert len(answers(manifest, manifest.variant("torch_ext-bf16"))[0]) == 48
 
 
+def test_a_classifier_of_qwen3_reads_the_last_token_before_padding(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    pad = {"id": "[PAD]", "type_id": 0}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": pad}],
+        "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"] + [{"SpecialToken": pad}],
+        "special_tokens": {"[PAD]": {"id": "[PAD]", "ids": [0], "tokens": ["[PAD]"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", model_max_length=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        more = {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0}
+        torch.manual_seed(0)
+        config = transformers.Qwen3Config(vocab_size=700, num_labels=3, initializer_range=0.15, **sizes, **more)
+        model = transformers.Qwen3ForSequenceClassification(config).eval()
+        model.save_pretrained(folder)
+    manifest = describe_folder(str(folder), None)
+    found = answers(manifest, manifest.variant("torch_ext-fp32"), exact=True)
+    with torch.inference_mode():
+        rows = transformers_ids(folder)
+        assert max(map(len, rows)) == 8
+        assert all(row[-1] == 0 for row in rows)
+        expected = torch.cat([model(torch.tensor([row])).logits for row in rows])
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_nomic_is_served_though_its_configuration_has_other_names(tiny_model: ModelMaker, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model(), tmp_path / "model")
     weights = nomic_weights(torch.Generator().manual_seed(1))

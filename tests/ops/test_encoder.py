@@ -485,7 +485,7 @@ def test_construction_errors(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="unknown task 'regression'"):
         dataclasses.replace(HEAD, task="regression")
     for match, change in (
-        ("unknown pooling 'max'; known: 'cls', 'mean'", {"pooling": "max"}),
+        ("unknown pooling 'max'; known: 'cls', 'mean', 'lasttoken'", {"pooling": "max"}),
         ("num_outputs of at least 1, got 0", {"num_outputs": 0}),
         ("mean nothing without a dense layer", {"dense": False}),
     ):

@@ -98,6 +98,14 @@ def test_every_architecture_and_head_gives_the_same_bits(name: str, generator: t
         Head.from_pretrained(tmp_path / "Model")
 
 
+def test_a_classifier_of_qwen3(generator: torch.Generator, tmp_path: Path) -> None:
+    model = saved(tmp_path, "ForSequenceClassification", "qwen3")
+    encoder = same_as(model, tmp_path, generator)
+    assert (encoder.task, encoder.outputs) == ("text-classification", 3)
+    with pytest.raises(ValueError, match="unknown head 'fill-mask'; known: text-classification, token-classification"):
+        runtime.Encoder.from_pretrained(tmp_path, head="fill-mask")
+
+
 def test_heads_are_chosen(generator: torch.Generator, tmp_path: Path) -> None:
     saved(tmp_path, "ForMaskedLM", "bert")
     assert runtime.Encoder.from_pretrained(tmp_path, head=None).task is None

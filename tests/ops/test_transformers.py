@@ -390,8 +390,10 @@ def logits_of(output: Any) -> Tensor:
     return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], -1)
 
 
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("kind", TASKS)
+OF_QWEN3 = [("qwen3", "ForSequenceClassification"), ("qwen3", "ForTokenClassification")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*itertools.product(HEADS, TASKS), *OF_QWEN3])
 def test_head(name: str, kind: str, generator: torch.Generator) -> None:
     model = make(kind, name, **outputs(kind))
     ids, bounds = batch(generator)

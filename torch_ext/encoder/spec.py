@@ -299,8 +299,8 @@ class HeadSpec:
         num_outputs: labels, or the size of the vocabulary.
         dense: whether there is a dense layer, with activation and norm.
         dense_size: its width, if it is not H. 0: H.
-        pooling: which vector stands for a text that is to be classified: ``cls``, that of its first token, or
-            ``mean``.
+        pooling: which vector stands for a text that is to be classified: ``cls``, that of its first token, ``mean``, or
+            ``lasttoken``.
         out_activation: after the output layer.
     """
 
@@ -319,8 +319,8 @@ class HeadSpec:
         _check_fields(self)
         if self.task not in TASKS:
             raise ValueError(f"HeadSpec: unknown task {self.task!r}; known: {', '.join(map(repr, TASKS))}")
-        if self.pooling not in ("cls", "mean"):
-            raise ValueError(f"HeadSpec: unknown pooling {self.pooling!r}; known: 'cls', 'mean'")
+        if self.pooling not in ("cls", "mean", "lasttoken"):
+            raise ValueError(f"HeadSpec: unknown pooling {self.pooling!r}; known: 'cls', 'mean', 'lasttoken'")
         _check_least(self, 1, "hidden_size", "num_outputs")
         _check_least(self, 0, "dense_size")
         if not self.dense and (self.activation != "none" or self.norm or self.dense_size):

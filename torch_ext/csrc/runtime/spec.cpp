@@ -215,7 +215,7 @@ HeadSpec parse_head_spec(std::string_view json) {
   HeadSpec s = parse<HeadSpec>(parse_json(json), kHeadFields);
   expect(std::any_of(std::begin(kHeadTasks), std::end(kHeadTasks), [&](const char* name) { return s.task == name; }),
          "unknown task '", s.task, "'");
-  expect(s.pooling == "cls" || s.pooling == "mean", "unknown pooling '", s.pooling, "'");
+  expect(s.pooling == "cls" || s.pooling == "mean" || s.pooling == "lasttoken", "unknown pooling '", s.pooling, "'");
   expect_size(s.hidden_size, 1, "hidden_size");
   expect_size(s.num_outputs, 1, "num_outputs");
   expect_size(s.dense_size, 0, "dense_size");

@@ -41,7 +41,7 @@ class HeadNames:
         dense: the layer before it, if there is one.
         norm: the norm between them, if there is one.
         activation: after the dense layer: what Hugging Face calls it, or ``config.`` and the field that says it.
-        pooling: of texts: ``cls`` or ``mean``, or ``config.`` and the field that says it.
+        pooling: of texts: ``cls``, ``mean`` or ``lasttoken``, or ``config.`` and the field that says it.
         tied: whether the output layer is the word table, unless the configuration says ``tie_word_embeddings: false``.
         bias: another name of the output layer's bias.
     """

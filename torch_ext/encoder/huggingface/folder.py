@@ -188,10 +188,8 @@ def _wanted(config: Mapping[str, Any], architecture: Architecture, head: str | N
         task = next(filter(None, named), None) or head_task(config)
         return task if task in architecture.heads else None
     if head not in architecture.heads:
-        raise ValueError(
-            f"unknown head {head!r:.80}; known: {', '.join(architecture.heads)}, {AUTO!r} for what config.json names, "
-            "and None"
-        )
+        known = ", ".join((*architecture.heads, repr(AUTO)))
+        raise ValueError(f"unknown head {head!r:.80}; known: {known} for what config.json names, and None")
     return head
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch_ext.encoder.huggingface.architecture import Architecture, number, whole
+from torch_ext.encoder.huggingface.architecture import Architecture, HeadNames, number, whole
 
 __all__ = ["EUROBERT", "GEMMA3", "QWEN3"]
 
@@ -91,6 +91,10 @@ EUROBERT = Architecture(
 
 QWEN3 = dataclasses.replace(
     EUROBERT,
+    heads={
+        "text-classification": HeadNames(out="score", pooling="lasttoken"),
+        "token-classification": HeadNames(out="score"),
+    },
     query_norm="self_attn.q_norm",
     key_norm="self_attn.k_norm",
     defaults={
