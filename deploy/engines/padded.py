@@ -20,6 +20,9 @@ __all__ = ["PaddedEngine", "PaddedIds", "PaddedStates", "padded", "ranked", "spl
 
 PaddedIds = npt.NDArray[np.int64]
 
+_MIXING = ("ConvBert", "Funnel")
+"""How architectures are called whose convolutions and poolings mix tokens with the padding beside them."""
+
 
 def padded(batch: Batch, pad_id: int) -> tuple[PaddedIds, PaddedIds, PaddedIds]:
     """Token ids, attention mask and token types of a batch, each i64 [texts, longest]."""
@@ -115,6 +118,8 @@ class PaddedEngine(Engine):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         self._project = open_dense(task.model)
+        if task.model.model.architecture.startswith(_MIXING):
+            self.padding_bound = 1.0  # Only texts of one length run together: what transformers makes of each alone.
         # A graph computes the logits of every token, wanted or not.
         wide = task.logits_per_token
         self._max_padded = LOGITS_BYTES // (4 * wide) if wide else math.inf

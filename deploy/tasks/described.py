@@ -72,12 +72,21 @@ class ModelFolder(Protocol):
         """Class that the files name for scores."""
 
 
+class _Model(Protocol):
+    @property
+    def architecture(self) -> str: ...
+
+
 class Described(Protocol):
     """What a task reads of a manifest; `bundle.Manifest` describes the fields."""
 
     @property
     def root(self) -> Path:
         """Folder of the bundle."""
+
+    @property
+    def model(self) -> _Model:
+        """Where the weights come from."""
 
     @property
     def task(self) -> str:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from server_harness import make_manifest, token_ids
 
-from deploy.engines.padded import ranked
+from deploy.engines.padded import PaddedEngine, ranked
 from deploy.engines.pooling import shortened
 from deploy.tasks import RAW, TASKS, Rows, TaskError, open_task
 from deploy.tasks.bounds import BOUND_NAMES
@@ -170,6 +170,23 @@ def test_cost_counts_the_vocabulary(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
         assert open_task(manifest).cost_tokens(ids) == 5 + 2 * tokens
         assert open_task(manifest).logits_per_token == size
+
+
+def test_texts_that_padding_would_change_run_beside_those_of_their_length(tmp_path: Path) -> None:
+    class Engine(PaddedEngine):
+        alone = False
+
+        def _forward(self, ids: Any, mask: Any, types: Any) -> Any:
+            assert mask.all() or not self.alone
+            return np.ones((*ids.shape, 8), np.float32)
+
+    manifest = make_manifest(tmp_path)
+    for name in ("BertModel", "ConvBertModel"):
+        model = dataclasses.replace(manifest.model, architecture=name)
+        engine = Engine(open_task(dataclasses.replace(manifest, model=model)))
+        engine.alone = name == "ConvBertModel"
+        texts = [token_ids([2, *range(5, 5 + size), 3]) for size in (1, 4, 4, 2)]
+        assert len(engine.run(texts, [EmbedOptions(True)] * 4)) == 4
 
 
 def test_fill_mask_prepares_texts(tmp_path: Path) -> None:
