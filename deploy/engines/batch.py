@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..tasks import Ids
 
 if TYPE_CHECKING:
     Bounds = array[int]
 
-__all__ = ["BATCH_TOKENS", "Batch", "Ids", "PairIds", "batches", "groups", "joined"]
+__all__ = ["BATCH_TOKENS", "Batch", "Ids", "PairIds", "batches", "encoded", "groups", "joined"]
 
 BATCH_TOKENS = 2048
 """Token budget of a batch: what a server takes by default, and so what variants are verified with."""
@@ -68,6 +68,23 @@ class Batch:
     def bounds(self) -> Bounds:
         """Where texts begin in a packed batch, and its end, i32 [texts + 1]."""
         return array("i", accumulate(self.lengths, initial=0))
+
+
+def encoded(encodings: Iterable[Any], token_types: bool, pairs: bool) -> list[Ids | PairIds]:
+    """What engines take of encodings of the tokenizers library; without texts that have no token.
+
+    Args:
+        encodings: Of texts, or of pairs.
+        token_types: Whether the model is given their token types; else all are 0.
+        pairs: Whether they are of pairs.
+    """
+    rows: list[Ids | PairIds] = []
+    for encoding in encodings:
+        ids = array("q", encoding.ids)
+        if len(ids):
+            types = encoding.type_ids if token_types else [0] * len(ids)
+            rows.append(PairIds(ids, array("q", types)) if pairs else ids)
+    return rows
 
 
 def joined(rows: Sequence[Ids]) -> Ids:

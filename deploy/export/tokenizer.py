@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import TASKS, TRUNCATION_SIDES, SpecialToken
-from deploy.engines.batch import Ids, PairIds
+from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
 from deploy.folder.source import Source
@@ -116,12 +116,7 @@ class Tokens:
                     "the tokenizer in the bundle and the one in transformers give different ids for "
                     f"{texts[index][:60]!r}; the files of the tokenizer do not belong together"
                 )
-        rows: list[Ids | PairIds] = []
-        for encoding in encodings:
-            ids = array("q", encoding.ids)
-            if len(ids):
-                types = encoding.type_ids if self.token_types else [0] * len(ids)
-                rows.append(PairIds(ids, array("q", types)) if pairs else ids)
+        rows = encoded(encodings, self.token_types, pairs)
         if not rows:
             raise ExportError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
         return rows

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.bundle import VARIANTS, BundleError, Manifest
-from deploy.engines.batch import Ids, PairIds
+from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.folder.errors import FolderError
 from deploy.tasks import TASKS, TaskError, open_task, prompted
 from deploy.texts import TextsError, load_texts, sample
@@ -78,12 +77,7 @@ def read_items(manifest: Manifest, texts: Sequence[str]) -> list[Ids | PairIds]:
     task = TASKS[manifest.task]
     pairs = bool(manifest.verification.get("pairs", task.needs.pairs))
     inputs = prompted(task.pairs_of(texts) if pairs else texts, prompt)
-    rows: list[Ids | PairIds] = []
-    for encoding in tokenizer.encode_batch(inputs):
-        ids = array("q", encoding.ids)
-        if len(ids):
-            types = encoding.type_ids if manifest.token_types else [0] * len(ids)
-            rows.append(PairIds(ids, array("q", types)) if pairs else ids)
+    rows = encoded(tokenizer.encode_batch(inputs), manifest.token_types, pairs)
     if not rows:
         raise ToolError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
     return open_task(manifest).prepare(rows)

@@ -209,17 +209,26 @@ def number(config: Any, name: str) -> float:
     return float(value)
 
 
-def rotary_base(config: Any) -> float:
-    """The base of rotary positions: transformers 5 has ``rope_parameters``, the model's own code a field.
+def rotary_base(config: Any, name: str = "rotary_emb_base", kind: str = "") -> float:
+    """The base of rotary positions: transformers 5 has ``rope_parameters``, before it and in models' own code a field.
+
+    Args:
+        config: has the configuration's values as attributes.
+        name: of the field.
+        kind: of the layers, where ``rope_parameters`` tell them apart.
 
     Raises:
         ValueError: it is missing, or angles are scaled.
     """
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
-        return number(config, "rotary_emb_base")
-    theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
-    if not isinstance(theta, int | float) or parameters.get("rope_type", "default") != "default":
+        scaling = getattr(config, "rope_scaling", None)
+        if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "default":
+            raise ValueError(f"unsupported configuration: expected no rope_scaling, got {scaling!r:.200}")
+        return number(config, name)
+    own = parameters.get(kind, parameters) if isinstance(parameters, dict) else {}
+    theta = own.get("rope_theta")
+    if not isinstance(theta, int | float) or own.get("rope_type", "default") != "default":
         raise ValueError(
             "unsupported configuration: expected rope_parameters with rope_type='default' and rope_theta, got "
             f"{parameters!r:.200}"

@@ -5,27 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch_ext.encoder.huggingface.architecture import Architecture, HeadNames, number, whole
+from torch_ext.encoder.huggingface.architecture import Architecture, HeadNames, number, rotary_base, whole
 
 __all__ = ["EUROBERT", "GEMMA3", "QWEN3"]
-
-
-def _theta(config: Any, kind: str, name: str) -> float:
-    """The base of rotary positions: transformers 5 has ``rope_parameters``, of all layers or by their kind."""
-    parameters = getattr(config, "rope_parameters", None)
-    if parameters is None:
-        scaling = getattr(config, "rope_scaling", None)
-        if scaling is not None and scaling.get("rope_type", scaling.get("type")) != "default":
-            raise ValueError(f"unsupported configuration: expected no rope_scaling, got {scaling!r:.200}")
-        return number(config, name)
-    own = parameters.get(kind, parameters) if isinstance(parameters, dict) else {}
-    theta = own.get("rope_theta")
-    if not isinstance(theta, int | float) or own.get("rope_type", "default") != "default":
-        raise ValueError(
-            "unsupported configuration: expected rope_parameters with rope_type='default' and rope_theta, got "
-            f"{parameters!r:.200}"
-        )
-    return float(theta)
 
 
 def _heads(config: Any) -> dict[str, Any]:
@@ -45,7 +27,7 @@ def _common(config: Any) -> dict[str, Any]:
         "embedding_norm": False,
         "rms_norm": True,
         "gated_ffn": True,
-        "rotary_theta": _theta(config, "full_attention", "rope_theta"),
+        "rotary_theta": rotary_base(config, "rope_theta", "full_attention"),
         **_heads(config),
     }
 
@@ -143,7 +125,7 @@ def _gemma3_layers(config: Any) -> dict[str, Any]:
         "window": whole(config, "sliding_window") - 1,
         "global_every": every,
         "global_first": first,
-        "rotary_theta_local": _theta(config, "sliding_attention", "rope_local_base_freq"),
+        "rotary_theta_local": rotary_base(config, "rope_local_base_freq", "sliding_attention"),
     }
 
 
