@@ -12,7 +12,10 @@ from ..tasks import Task
 from .padded import PaddedEngine, PaddedIds
 from .pooling import Floats
 
-__all__ = ["TransformersEngine", "outputs_of"]
+__all__ = ["MAX_PADDED", "TransformersEngine", "outputs_of"]
+
+MAX_PADDED = 2048
+"""Tokens that run together, with padding; a single text may have more."""
 
 
 def outputs_of(model: Any, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Any:
@@ -29,6 +32,8 @@ class TransformersEngine(PaddedEngine):
 
     def __init__(self, model: Any, task: Task) -> None:
         super().__init__(task)
+        # What is computed of more tokens at once takes as much memory as the weights of a small model, and more time.
+        self._max_padded = min(self._max_padded, MAX_PADDED)
         self._model = model
         self.isa = f"torch-{torch.__version__}"
 

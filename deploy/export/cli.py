@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail(
             options,
-            "out of memory; use a machine with 8 times the size of the weights, or 4 times without onnx-int8",
+            "out of memory; use a machine with 5 times the size of the weights",
             2,
         )
     except Exception as error:

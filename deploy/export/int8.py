@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from deploy.engines.batch import Batch, Ids, joined
+from deploy.engines.batch import Batch, Ids, groups, joined
 from deploy.engines.padded import padded
 from deploy.engines.pooling import pool_padded
 from deploy.export.accuracy import Result, Verification
@@ -110,14 +110,18 @@ def _exact_rows(model: Any, work: Sequence[Batch], mode: str, pad_id: int) -> li
     """A row per text, of the model itself: an encoder in fp32 would be in memory beside it."""
     import torch
 
-    from deploy.engines.transformers import outputs_of
+    from deploy.engines.transformers import MAX_PADDED, outputs_of
 
     rows: list[torch.Tensor] = []
     for batch in work:
-        ids, mask, types = padded(batch, pad_id)
-        hidden = outputs_of(model.base_model, ids, mask, types)[0]
-        # A copy: some are views of all hidden states.
-        rows.append(torch.from_numpy(pool_padded(hidden.numpy(), mask.sum(1), mode)).clone())
+        found: dict[int, torch.Tensor] = {}
+        for places in groups(batch.lengths, max_padded=MAX_PADDED):
+            ids, mask, types = padded(batch.part(places), pad_id)
+            hidden = outputs_of(model.base_model, ids, mask, types)[0]
+            # A copy: some are views of all hidden states.
+            pooled = torch.from_numpy(pool_padded(hidden.numpy(), mask.sum(1), mode)).clone()
+            found.update(zip(places, pooled, strict=True))
+        rows.append(torch.stack([found[place] for place in range(len(batch))]))
     return rows
 
 

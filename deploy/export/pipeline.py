@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from deploy.export.calibration import CALIBRATION_TOKENS, calibration_texts
 from deploy.export.dense import DenseStage, read_stages, write_stages
 from deploy.export.errors import ExportError, NotSupportedError
 from deploy.export.evaluation import Evaluation, read_evaluation
+from deploy.export.mapped import Mapped, keep_little, map_weights
 from deploy.export.needs import check_disk, import_libraries, memory_note, threads
 from deploy.export.options import Options, Texts, read_texts
 from deploy.export.progress import Progress, megabytes, quiet_libraries
@@ -53,7 +53,7 @@ class Export:
     Attributes:
         source, options, texts, staging, threads, progress: What it starts with.
         names: Variants to write, in the order of `VARIANTS`.
-        ids, model, parameters, verification: After `load`; the model goes once everything is written.
+        ids, model, mapped, parameters, verification: After `load`; the model goes once everything is written.
         draft: The manifest without files and variants; after `load`.
         config: The model's configuration in transformers; after `load`.
         bounds: By variant; after `load`.
@@ -80,6 +80,7 @@ class Export:
     ids: list[Ids | PairIds] = field(init=False)
     model: Any = None
     config: Any = None
+    mapped: Mapped = field(default_factory=Mapped)
     parameters: int = 0
     verification: Verification = field(init=False)
     bounds: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -135,6 +136,7 @@ def load(state: Export) -> None:
         shutil.copyfile(source.folder / CONFIG_FILE, state.folder / CONFIG_FILE)
         pickled = "" if source.safe_format else ", pickle read without running code"
         said.append(f"{state.parameters / 1e6:.1f} M parameters, {megabytes(source.weights_bytes)}{pickled}")
+        state.mapped = map_weights(state.model, state.folder / "weights.tmp")
     state.verification = Verification(batches(state.ids, _BATCH), task)
     state.bounds = {
         name: {**task.default_bounds(name, VARIANTS[name].dtype), **state.options.bounds.get(name, {})}
@@ -177,6 +179,7 @@ def write_torch_ext(state: Export) -> None:
             if state.quantized is not None and VARIANTS[name].dtype == "int8":
                 said.append(str(state.quantized))
             said.append(megabytes(path.stat().st_size))
+        state.mapped.forget()
     report = None if state.quantized is None else state.quantized.report
     if report is not None and (report.layers or state.options.accuracy is not None):
         state.progress.say(str(report))
@@ -205,14 +208,14 @@ def write_onnx(state: Export) -> None:
         with state.progress.step("write onnx-fp32 (optimum)") as said:
             target = state.folder / VARIANTS["onnx-fp32"].file
             try:
-                export_fp32(state.model, state.source.task, state.folder / "onnx.tmp", target)
+                export_fp32(state.model, state.source.task, state.folder / "onnx.tmp", target, state.mapped.forget)
                 said.append(megabytes(variant_bytes(state.folder, "onnx-fp32")))
             except ExportError as error:
                 said.append("failed")
                 for name in state.runs_on("onnxruntime"):
                     _leave_out(state, name, error)
     state.model = None
-    gc.collect()
+    state.mapped.drop()
 
 
 def verify_all(state: Export) -> None:
@@ -240,6 +243,7 @@ def verify_all(state: Export) -> None:
         if name == "onnx-int8" and len(state.tries) > 1:
             quantization = {"tries": state.tries}
         state.findings[name] = Findings(result, speed, quantization)
+        state.mapped.forget()
     for name, reason in state.left_out.items():
         state.progress.warn(f"{name} is left out of the bundle: {reason}")
     if "onnx-fp32" not in state.findings:
@@ -324,18 +328,19 @@ def export(source: Source, target: Path, options: Options, progress: Progress) -
         OSError: The disk is full, or fails; nothing is left.
     """
     texts = read_texts(options)
-    for note in (memory_note(source, options.variants), *source.notes, texts.note):
-        if note:
-            progress.say(f"note: {note}")
+    for note in filter(None, (memory_note(source), *source.notes, texts.note)):
+        progress.say(f"note: {note}")
     names = [name for name in VARIANTS if name in options.variants]
-    with (
-        Staging(target, options.force) as staging,
-        quiet_libraries(),
-        threads(options.threads or usable_cpus()) as count,
-    ):
+    keep_little()
+    count = options.threads or usable_cpus()
+    with Staging(target, options.force) as staging, quiet_libraries(), threads(count):
         state = Export(source, options, texts, staging, count, progress, names)
-        for stage in STAGES:
-            stage.run(state)
+        try:
+            for stage in STAGES:
+                stage.run(state)
+                state.mapped.forget()
+        finally:
+            state.mapped.drop()
         staging.commit(last=MANIFEST_FILE)
     return replace(state.manifest, root=target)
 

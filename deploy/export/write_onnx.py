@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from deploy.bundle import TASKS, VARIANTS
 from deploy.engines.batch import Batch
 from deploy.engines.padded import padded
 from deploy.export.errors import ExportError, first_line, is_disk_full
-from deploy.export.onnx_copies import one_copy
+from deploy.export.mapped import return_memory
+from deploy.export.onnx_copies import load, load_graph, one_copy, streamed_weights
 from deploy.onnx_session import session_options
 from deploy.tasks import Task
 
@@ -45,7 +46,7 @@ def variant_bytes(folder: Path, name: str) -> int:
     return sum(path.stat().st_size for path in files_of(folder, name))
 
 
-def export_fp32(model: Any, task: str, work: Path, target: Path) -> None:
+def export_fp32(model: Any, task: str, work: Path, target: Path, written: Callable[[], object] = return_memory) -> None:
     """Writes a loaded model of transformers as ONNX.
 
     Args:
@@ -53,29 +54,31 @@ def export_fp32(model: Any, task: str, work: Path, target: Path) -> None:
         task: One of the bundle's tasks.
         work: Empty folder for what optimum writes beside it.
         target: Path of the file.
+        written: Called when the weights have been read.
 
     Raises:
         ExportError: optimum does not write this model, or not with the inputs and outputs that the server expects.
     """
     try:
-        _export_fp32(model, TASKS[task], work, target)
+        _export_fp32(model, TASKS[task], work, target, written)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _export_fp32(model: Any, kind: type[Task], work: Path, target: Path) -> None:
-    import onnx
+def _export_fp32(model: Any, kind: type[Task], work: Path, target: Path, written: Callable[[], object]) -> None:
     from optimum.exporters.onnx import onnx_export_from_model
 
     try:
-        onnx_export_from_model(
-            model, output=work, task=kind.optimum_task, do_validation=False, monolith=True, device="cpu"
-        )
+        with streamed_weights(written):
+            onnx_export_from_model(
+                model, output=work, task=kind.optimum_task, do_validation=False, monolith=True, device="cpu"
+            )
     except Exception as error:  # Whatever tracing a model raises.
         if is_disk_full(error) or isinstance(error, (OSError, MemoryError)):
             raise
         raise ExportError(f"optimum cannot write this model as ONNX: {first_line(error)}") from error
-    graph = onnx.load(work / "model.onnx", load_external_data=False).graph
+    return_memory()
+    graph = load_graph(work / "model.onnx")
     inputs = {item.name for item in graph.input}
     if not {"input_ids", "attention_mask"} <= inputs <= {"input_ids", "attention_mask", "token_type_ids"}:
         raise ExportError(f"optimum wrote an ONNX model with inputs {sorted(inputs)}, which the server cannot feed")
@@ -91,9 +94,7 @@ def _export_fp32(model: Any, kind: type[Task], work: Path, target: Path) -> None
 
 def _products(path: Path) -> tuple[list[Any], list[Any]]:
     """Products with weights, and products of activations, of an ONNX model."""
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = load_graph(path)
     constant = {item.name for item in graph.initializer}
     # A tied output layer multiplies by the transposed embedding table.
     constant |= {
@@ -101,18 +102,11 @@ def _products(path: Path) -> tuple[list[Any], list[Any]]:
         for node in graph.node
         if node.op_type in {"Transpose", "Identity", "Cast"} and all(name in constant for name in node.input)
     }
-    # Copies: a part of a message keeps all of it in memory, the weights included.
-    products = [_copied(node) for node in graph.node if node.op_type in {"MatMul", "Gemm"}]
+    products = [node for node in graph.node if node.op_type in {"MatMul", "Gemm"}]
     return (
         [node for node in products if any(name in constant for name in node.input[:2])],
         [node for node in products if not any(name in constant for name in node.input[:2])],
     )
-
-
-def _copied(node: Any) -> Any:
-    result = type(node)()
-    result.CopyFrom(node)
-    return result
 
 
 def quantize_int8(source: Path, target: Path, work: Path, config: Any, keep_fp32: Collection[str] = ()) -> int:
@@ -171,7 +165,7 @@ def sensitive_nodes(path: Path, batch: Batch, pad_id: int, threads: int) -> list
     import onnxruntime
 
     layers, _ = _products(path)
-    model = onnx.load(path)
+    model = load(path)
     constant = {item.name for item in model.graph.initializer}
     known = {item.name for item in model.graph.output}
     recorded = {node.name: next(name for name in node.input[:2] if name not in constant) for node in layers}

@@ -1,19 +1,94 @@
-"""The quantizer with one copy of the model writes what it writes with several."""
+"""With few copies of the model in memory, exporter and quantizer write what they write with several."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 import transformers
 
 from deploy.export import onnx_copies, write_onnx
 from deploy.export.progress import quiet_libraries
+
+
+class _Small(torch.nn.Module):
+    """Has weights of several types and ranks, and one that is transposed, which the exporter does itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.nn.Parameter(torch.randn(300, 40, generator=generator))
+        self.inner = torch.nn.Linear(40, 8)
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("order", torch.arange(8).flip(0))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return (self.inner(self.table[ids]) * self.scale)[..., self.order]
+
+
+def _write(model: torch.nn.Module, path: Path) -> None:
+    names: Any = {"input_names": ["ids"], "dynamic_axes": {"ids": {0: "texts"}}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (torch.arange(6).view(2, 3),), str(path), dynamo=False, **names)
+
+
+def test_weights_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.onnx._internal.torchscript_exporter import onnx_proto_utils
+
+    # Where these names go, the exporter is back at three copies.
+    method, function = onnx_copies.WRITE_FUNCTIONS
+    assert hasattr(torch._C.Graph, method)
+    assert hasattr(onnx_proto_utils, function)
+    model = _Small().eval()
+    _write(model, tmp_path / "usual.onnx")
+    sizes: list[int] = []
+    original = getattr(onnx_proto_utils, function)
+    monkeypatch.setattr(onnx_proto_utils, function, lambda *arguments: sizes.append(-1) or original(*arguments))
+    with onnx_copies.streamed_weights(lambda: sizes.append((tmp_path / "streamed.onnx").stat().st_size)):
+        _write(model, tmp_path / "streamed.onnx")
+    assert len(sizes) == 1
+    assert sizes[0] > model.table.nbytes
+    _assert_same_graph(*(onnx.load(tmp_path / f"{name}.onnx").graph for name in ("streamed", "usual")))
+    # Too large for one message: as without.
+    monkeypatch.setattr(onnx_copies, "_LARGEST_BYTES", 100)
+    with onnx_copies.streamed_weights(lambda: None):
+        _write(model, tmp_path / "large.onnx")
+    assert sizes[1:] == [-1]
+    assert (tmp_path / "large.onnx").read_bytes() == (tmp_path / "usual.onnx").read_bytes()
+
+    ids = np.array([[1, 2, 299]])
+    session = onnxruntime.InferenceSession(str(tmp_path / "streamed.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"ids": ids})
+    np.testing.assert_allclose(found, model(torch.from_numpy(ids)).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_models_are_read_part_by_part(tmp_path: Path) -> None:
+    model = _Small().eval()
+    _write(model, tmp_path / "usual.onnx")
+    with onnx_copies.streamed_weights(lambda: None):
+        _write(model, tmp_path / "streamed.onnx")
+        # What reads models meanwhile reads them so.
+        assert onnx.load(str(tmp_path / "usual.onnx")) == onnx_copies.load(tmp_path / "usual.onnx")
+    for name in ("usual", "streamed"):
+        expected = onnx.load(tmp_path / f"{name}.onnx")
+        assert onnx_copies.load(tmp_path / f"{name}.onnx") == expected
+        graph = onnx_copies.load_graph(tmp_path / f"{name}.onnx")
+        assert list(graph.node) == list(expected.graph.node)
+        assert [item.dims for item in graph.initializer] == [item.dims for item in expected.graph.initializer]
+        assert max(len(item.raw_data) for item in graph.initializer) < model.table.nbytes
+    onnx.save(onnx.load(tmp_path / "usual.onnx"), tmp_path / "parts.onnx", save_as_external_data=True, location="data")
+    weights = {item.name: item for item in onnx_copies.load(tmp_path / "parts.onnx").graph.initializer}
+    table = next(item for item in weights.values() if list(item.dims) == [300, 40])
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(table), model.table.detach().numpy())
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +100,7 @@ def _quiet() -> Iterator[None]:
 def test_one_copy_gives_the_same_model(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onnxruntime.quantization import base_quantizer, onnx_quantizer
+    from onnxruntime.quantization import base_quantizer, onnx_quantizer, quant_utils
 
     folder = tiny_model()
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -43,6 +118,8 @@ def test_one_copy_gives_the_same_model(
 
     monkeypatch.setattr(base_quantizer, onnx_copies.SHAPE_FUNCTION, watched)
     monkeypatch.setattr(onnx_quantizer, onnx_copies.SHAPE_FUNCTION, watched)
+    assert hasattr(quant_utils, onnx_copies.ROUND_FUNCTION)
+    monkeypatch.setattr(onnx_copies, "_PIECE", 100)
     write_onnx.quantize_int8(fp32, tmp_path / "one.onnx", tmp_path / "int8.tmp", config)
     assert not copied
     assert getattr(onnx_quantizer, onnx_copies.SHAPE_FUNCTION) is watched
@@ -50,8 +127,12 @@ def test_one_copy_gives_the_same_model(
     write_onnx.quantize_int8(fp32, tmp_path / "several.onnx", tmp_path / "int8.tmp", config)
     assert copied
 
-    one, several = (onnx.load(tmp_path / name).graph for name in ("one.onnx", "several.onnx"))
-    assert list(one.node) == list(several.node)
+    _assert_same_graph(*(onnx.load(tmp_path / name).graph for name in ("one.onnx", "several.onnx")))
+
+
+def _assert_same_graph(one: Any, several: Any) -> None:
+    for field in ("node", "input", "output"):
+        assert list(getattr(one, field)) == list(getattr(several, field))
     weights = [{item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer} for graph in (one, several)]
     assert weights[0].keys() == weights[1].keys()
     for name, array in weights[0].items():

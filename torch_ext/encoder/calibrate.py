@@ -164,15 +164,20 @@ def round_to_inputs(weight: Tensor, x: Tensor, row_weights: Tensor | None = None
     factor = _cholesky(regular)
     if factor is None:
         return plain
-    del regular
     wide = wide + torch.cholesky_solve(lost @ wide.T, factor).T
+    del regular, lost, factor  # As large as the weight, or larger; more of them follow.
     if not bool(torch.isfinite(wide).all()):
         return plain
     scale = _clipped_scale(wide, moments.diagonal())
-    upper = _inverse_factor(moments, _DAMPING * typical)
+    # The largest inputs come first, while there are many to make up for them.
+    order = moments.diagonal().argsort(descending=True)
+    moments = moments[order][:, order]
+    moments.diagonal().add_(_DAMPING * typical)
+    upper = _inverse_factor(moments)
     if upper is None:
         return plain
-    return _round_in_order(wide, scale, *upper), scale
+    del moments
+    return _round_in_order(wide, scale, upper, order), scale
 
 
 def _moments(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -224,22 +229,18 @@ def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor | None:
     if bool(failed):
         return None
     product = factor.T @ factor if upper else factor @ factor.T
-    right = (product - matrix).abs_().max() <= _WRONG * matrix.abs().max()
+    right = product.sub_(matrix).abs_().max() <= _WRONG * max(matrix.max(), -matrix.min())
     return factor if bool(right) else None
 
 
-def _inverse_factor(moments: Tensor, damping: float) -> tuple[Tensor, Tensor] | None:
-    """The upper factor of the inverse of the moments, and the order of columns it is for; None if there is none."""
-    order = moments.diagonal().argsort(descending=True)
-    # The largest inputs come first, while there are many to make up for them.
-    damped = moments[order][:, order]
-    damped.diagonal().add_(damping)
-    lower = _cholesky(damped)
+def _inverse_factor(moments: Tensor) -> Tensor | None:
+    """The upper factor of the inverse of a matrix ``[K, K]``; None if there is none."""
+    lower = _cholesky(moments)
     if lower is None:
         return None
-    del damped
-    upper = _cholesky(torch.cholesky_inverse(lower), upper=True)
-    return None if upper is None else (upper, order)
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    return _cholesky(inverse, upper=True)
 
 
 def _round_in_order(weight: Tensor, scale: Tensor, upper: Tensor, order: Tensor) -> Tensor:
