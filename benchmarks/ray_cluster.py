@@ -16,6 +16,8 @@
    twice does no harm. Lost is a request without an answer of 200 after a minute.
 
 Load goes to 127.0.0.1 only. The last line of the output is a JSON object with all figures.
+
+The file is longer than others: an experiment that is run as one script is read as one.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ if:
 - the honest client's 99th percentile is above twice that of before plus a batch;
 - 30 s later, memory is more than 10 % (or 32 MB) above where it was before;
 - SIGTERM beside half-sent requests takes more than 5 s, or does not end with 0 and no traceback.
+
+The file is longer than others: what is sent, who measures and what is checked are read together.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// Longer than other files, since it is one forward pass in the order of its steps.
 #include "encoder.h"
 
 #include <algorithm>

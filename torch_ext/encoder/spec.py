@@ -1,4 +1,7 @@
-"""What encoders and heads compute, and which weights that takes: data, not one class per model. Needs no torch."""
+"""What encoders and heads compute, and which weights that takes: data, not one class per model. Needs no torch.
+
+The file is longer than others, since most of its lines say what a field means.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 //
 // fp32 products, and all on engines without kernels of ours, are PyTorch's own. It is called through the dispatcher;
 // torch_ext.accelerate() routes nothing back here, since it routes bf16 alone and products only on engines of ours.
+// Longer than other files, since the three ops share how operands are read in place.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>

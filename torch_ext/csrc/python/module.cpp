@@ -1,5 +1,6 @@
 // torch_ext._runtime: the C interface of torch_ext_runtime.h for Python, on the limited API of Python 3.10. What users see
-// is torch_ext/runtime.py.
+// is torch_ext/runtime.py. Longer than other files, since it is one table of types and methods, each some lines of
+// Python's C API.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>

@@ -1,3 +1,4 @@
+// Longer than other files, since what writes an image, and what reads and checks it, must say the same.
 #include "runtime/image.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Longer than other files, since threads agree by a few atomic variables, and all that touches them is here.
 #include "runtime/thread_pool.h"
 
 #include <algorithm>
