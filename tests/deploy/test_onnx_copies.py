@@ -17,6 +17,7 @@ import transformers
 
 from deploy.export import onnx_copies, write_onnx
 from deploy.export.progress import quiet_libraries
+from deploy.onnx_session import session_options
 
 
 class _Small(torch.nn.Module):
@@ -66,7 +67,8 @@ def test_weights_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "large.onnx").read_bytes() == (tmp_path / "usual.onnx").read_bytes()
 
     ids = np.array([[1, 2, 299]])
-    session = onnxruntime.InferenceSession(str(tmp_path / "streamed.onnx"), providers=["CPUExecutionProvider"])
+    path = str(tmp_path / "streamed.onnx")
+    session = onnxruntime.InferenceSession(path, session_options(1), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"ids": ids})
     np.testing.assert_allclose(found, model(torch.from_numpy(ids)).detach().numpy(), rtol=1e-5, atol=1e-6)
 

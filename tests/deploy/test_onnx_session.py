@@ -78,13 +78,16 @@ def calls(path: Path, name: str) -> Iterator[ast.Call]:
 
 
 def test_every_session_has_these_options() -> None:
-    """Sessions with others may be inexact. What counts instructions runs on aarch64 alone, without `deploy`."""
+    """Sessions with others may be inexact.
+
+    What counts instructions runs on aarch64 alone, without `deploy`; other servers are measured as people run them.
+    """
     opened = 0
     for folder in ("deploy", "benchmarks", "scripts", "loadtest", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
             sessions = list(calls(path, "InferenceSession"))
             opened += len(sessions)
-            if not sessions or path.name == "instructions_target.py":
+            if not sessions or path.name == "instructions_target.py" or path.parent.name == "peers":
                 continue
             assert any(calls(path, "session_options")), path
             assert not any(calls(path, "SessionOptions")), path

@@ -156,7 +156,7 @@ class Admission:
 
     def line_of(self, cost: int, texts: int) -> int:
         """In which line a request stands that takes so much of the token budget, for so many texts."""
-        if texts == 1 and cost <= TEXT_COST:
+        if texts == 1 and cost <= min(TEXT_COST, self.max_batch_cost):
             return 0
         most = (self.batch_cost // SMALL_PART, self.max_batch_cost // SMALL_PART, self.max_batch_cost)
         return sum(cost > bound for bound in most)
