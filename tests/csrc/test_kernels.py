@@ -150,6 +150,7 @@ def test_a_run_without_tests_fails() -> None:
     assert run("native", "--no-such-option").returncode == 2
 
 
+@pytest.mark.long
 def test_a_path_that_no_test_runs_fails() -> None:
     done = run("native", "--quick", "--skip", "attention")
     assert done.returncode == 1

@@ -71,7 +71,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Any], list[Any
     return found
 
 
-@pytest.mark.parametrize("task", TASKS)
+FIRST_TASKS = ("feature-extraction", "sparse-embedding", "token-embedding")
+"""One with pooling, one with a head, one with neither; the others take 12 s each."""
+
+
+@pytest.mark.parametrize("task", [pytest.param(t, marks=() if t in FIRST_TASKS else pytest.mark.long) for t in TASKS])
 def test_verified_bits_are_served(task: str, tiny_model: ModelMaker, tmp_path: Path, runs: list[Any]) -> None:
     """The same bits for the same batch, for every variant: the figures of a manifest are those of what is served."""
     assert main([str(tiny_model("bert", task)), "-o", str(tmp_path / "out"), "--threads", "1", *QUICK]) == 0

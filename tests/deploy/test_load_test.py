@@ -96,7 +96,10 @@ def test_embeddings(minilm_bundle: Path, tmp_path: Path) -> None:
 # The mask tokens of the two families differ.
 @pytest.mark.parametrize(
     ("task", "model_task", "model_type"),
-    [("predict", "text-classification", "bert"), ("fill-mask", "fill-mask", "roberta")],
+    [
+        pytest.param("predict", "text-classification", "bert", marks=pytest.mark.long),
+        ("fill-mask", "fill-mask", "roberta"),
+    ],
 )
 def test_other_tasks(
     tiny_bundle: Callable[[str, str], Path], tmp_path: Path, task: str, model_task: str, model_type: str

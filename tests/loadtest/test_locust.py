@@ -197,6 +197,7 @@ def test_server_is_looked_at_first(locust: Locust, stubs: list[Stub]) -> None:
     assert not other.texts
 
 
+@pytest.mark.long
 def test_master_alone_judges(stubs: list[Stub], tmp_path: Path) -> None:
     for folder in ("kept", "missed"):
         (tmp_path / folder).mkdir()
