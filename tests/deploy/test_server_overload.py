@@ -49,7 +49,10 @@ class Simulated:
         good_tokens: Of requests answered within 2.5 s.
         refused: Every refusal, with its time.
         longest_batch_s: Of all batches.
+        batch_s: What a batch takes beside its tokens.
     """
+
+    batch_s = 0.0
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_queue_s: float = 2.0, max_batch_s: float = 0.1) -> None:
         self.loop = loop
@@ -85,10 +88,10 @@ class Simulated:
         items = self.batcher._take()
         assert items is not None
         cost = sum(work.costs[index] for work, index in items)
-        seconds = cost / TOKENS_PER_S
+        seconds = self.batch_s + cost / TOKENS_PER_S
         self.now_s += seconds
         self.longest_batch_s = max(self.longest_batch_s, seconds)
-        self.batcher.admission.speed.note(by_line(items), self.batcher._stood, seconds)
+        self.batcher.admission.speed.note(by_line(items), self.batcher._stood, seconds, self.batcher._full)
         self.batcher._deliver(items)
         done = [work for work in dict.fromkeys(work for work, _ in items) if not work.left]
         for work in done:
@@ -208,6 +211,30 @@ def test_connections_of_one_text_each_are_answered_in_turn(loop: asyncio.Abstrac
             assert send()
     assert server.refused == []
     assert max(server.waits_s[1]) <= 32 * 256 / TOKENS_PER_S  # What 32 long ones would take; half of it on average.
+
+
+def test_a_burst_after_short_texts_one_by_one(loop: asyncio.AbstractEventLoop) -> None:
+    """One short text is slow for its tokens, which says nothing of full batches: the burst is not refused."""
+    server = Simulated(loop)
+    server.batch_s = 0.01
+    for _ in range(50):
+        server.send([3])
+        server.step()
+    assert server.batcher.admission.speed.cost_per_s < 0.1 * TOKENS_PER_S
+    for _ in range(3):
+        for _ in range(20):
+            assert server.send([60])
+        server.step()
+    while not server.idle:
+        server.step()
+    per_s = server.batcher.admission.speed.cost_per_s
+    assert per_s > 0.7 * TOKENS_PER_S
+    for _ in range(50):
+        server.send([3])
+        server.step()
+    assert server.batcher.admission.speed.cost_per_s == per_s
+    for _ in range(64):
+        assert server.send([60])
 
 
 def test_retry_after_is_true(loop: asyncio.AbstractEventLoop) -> None:

@@ -67,12 +67,20 @@ class _Rate:
         self.per_s = self._cost / self._seconds
 
 
+def _rates() -> tuple[_Rate, list[_Rate]]:
+    return _Rate(_ENGINE_MEMORY_S), [_Rate(_LINE_MEMORY_S) for _ in range(LINES)]
+
+
 class Speed:
-    """What the engine computes in a second, in all and of each line. Written on the engine thread, read on both."""
+    """What the engine computes in a second, in all and of each line. Written on the engine thread, read on both.
+
+    Attributes:
+        known: Whether a full batch has run; before that, it may compute far more in a second.
+    """
 
     def __init__(self) -> None:
-        self._all = _Rate(_ENGINE_MEMORY_S)
-        self._lines = [_Rate(_LINE_MEMORY_S) for _ in range(LINES)]
+        self.known = False
+        self._all, self._lines = _rates()
 
     @property
     def cost_per_s(self) -> float:
@@ -83,23 +91,35 @@ class Speed:
         """What is computed of a line while something waits there; 0.0: nothing has run yet."""
         return self._lines[line].per_s or self._all.per_s
 
-    def note(self, costs: Sequence[int], waiting: Sequence[bool], seconds: float) -> None:
+    def note(self, costs: Sequence[int], waiting: Sequence[bool], seconds: float, full: bool = True) -> None:
         """Takes a batch into account.
+
+        A small batch computes less in a second than a full one does: by what short texts took one by one, a burst of
+        them would be refused. So once a full one has run, a small one counts only if it was faster.
 
         Args:
             costs: What it took of the token budget, by lines.
             waiting: Whether something waited when it was put together, by lines.
             seconds: How long it ran. One batch that took far longer than others (the machine slept) counts as one that
                 was somewhat slower.
+            full: Whether it took at least half of the token budget that it had.
         """
         cost = sum(costs)
         seconds = max(seconds, 1e-9)
+        if not full and self.known and cost <= self._all.per_s * seconds:
+            return
         if self._all.per_s:
             seconds = min(seconds, _MOST_SLOWER * cost / self._all.per_s)
-        self._all.note(cost, seconds)
+        first = full and not self.known
+        every, lines = _rates() if first else (self._all, self._lines)
+        every.note(cost, seconds)
         for line, part in enumerate(costs):
             if waiting[line]:
-                self._lines[line].note(part, seconds)
+                lines[line].note(part, seconds)
+        # The event loop reads them meanwhile: never rates of which nothing is known after some that were.
+        self._lines = lines
+        self._all = every
+        self.known = self.known or full
 
     def batch_cost(self, most: int, seconds: float) -> int:
         """The token budget of a batch that takes about so long.
@@ -180,7 +200,7 @@ class Admission:
                     f"{exceeded('tokens', self.max_queue_cost, work.waiting)}{more}; send fewer texts at a time",
                 )
             raise self.try_later(f"{self.queued_cost} tokens are waiting and the queue holds {self.max_queue_cost}")
-        if self.line_costs[work.line] and self.speed.cost_per_s:
+        if self.line_costs[work.line] and self.speed.known:
             self._check_wait(work)
         self.line_costs[work.line] += work.waiting
         self._waiting.add(work)

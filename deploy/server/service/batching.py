@@ -109,6 +109,7 @@ class Batcher:
         self._inbox: SimpleQueue[Work | None] = SimpleQueue()
         self._lines: tuple[deque[Work], ...] = tuple(deque() for _ in range(LINES))
         self._stood = [False] * LINES
+        self._full = False
         self._had_turn = [False] * LINES
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -273,7 +274,7 @@ class Batcher:
         costs = [0] * LINES
         for work, index in items:
             costs[work.line] += work.costs[index]
-        self.admission.speed.note(costs, self._stood, seconds)
+        self.admission.speed.note(costs, self._stood, seconds, self._full)
         self._loop.call_soon_threadsafe(self._deliver, items)
 
     @staticmethod
@@ -320,6 +321,7 @@ class Batcher:
             if items:
                 for shorter in range(line):
                     spent = self._fill(items, lines[shorter], spent, budget)
+            self._full = 2 * spent >= budget
         return items
 
     def _next_line(self) -> int:
