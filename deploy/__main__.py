@@ -40,6 +40,24 @@ Exit codes: 0 done, 1 a bug or an unexpected failure, 2 something the caller can
 """
 
 
+def _use_malloc() -> None:
+    """Starts this process again with Python's objects in glibc's heap, unless `PYTHONMALLOC` says where to put them.
+
+    After a burst of requests Python's own allocator keeps each MiB in which a single object is left, glibc's only the
+    pages: 15 MB and 4 MB were seen. Requests take the same time. The choice is read from the environment as Python
+    starts, which takes 20 ms; images have it set.
+    """
+    if "PYTHONMALLOC" in os.environ or sys.flags.ignore_environment or sys.flags.dev_mode or not sys.executable:
+        return
+    try:
+        glibc = os.confstr("CS_GNU_LIBC_VERSION")
+    except (ValueError, OSError):  # Another C library, whose heap may be slower.
+        return
+    if glibc:
+        os.environ["PYTHONMALLOC"] = "malloc"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def _leave_on_signals() -> None:
     """Lets SIGTERM and SIGINT end the process at once, with 0, until a server drains on them instead.
 
@@ -90,4 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in (["serve"], ["run"]):
+        _use_malloc()
     sys.exit(main())

@@ -149,6 +149,7 @@ COPY --from=init /app/init init
 ENV PYTHONPATH=/app:/app/extension:/app/site-packages \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    PYTHONMALLOC=malloc \
     HOME=/tmp \
     USER=app \
     PORT=8000

@@ -393,7 +393,13 @@ def check(arguments: argparse.Namespace) -> list[str]:
     group = Group(limit_bytes)
     with tempfile.TemporaryFile("w+") as errors, contextlib.closing(group):
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=group.enter
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONMALLOC": "malloc"},  # As `deploy serve` sets it.
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            preexec_fn=group.enter,
         )
         try:
             assert process.stdout is not None

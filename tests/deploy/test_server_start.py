@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import sys
 from array import array
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+import deploy.__main__
 from deploy.bundle import file_entry, write_manifest
 from deploy.server.service.tokens import count_tokens
 from deploy.server.variants.measurement import Job, Measurement
@@ -216,3 +218,31 @@ def test_measuring_needs_no_numpy(
     outcome = Measurement(Job(str(tiny_bundle("bert", "fill-mask")), names, 1, 500), 60).run()
     assert set(outcome.texts_per_s) == set(names)
     assert not outcome.failed
+
+
+def test_objects_are_in_the_heap_of_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process is started again, once, with the arguments of Python itself; whoever has chosen a heap keeps it."""
+    started: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr("os.execv", lambda path, arguments: started.append((path, arguments)))
+    monkeypatch.setattr("sys.orig_argv", ["python", "-X", "utf8", "-m", "deploy", "serve", "bundle"])
+    monkeypatch.setenv("PYTHONMALLOC", "pymalloc")
+    deploy.__main__._use_malloc()
+    assert started == []
+    monkeypatch.delenv("PYTHONMALLOC")
+    deploy.__main__._use_malloc()
+    assert started == [(sys.executable, [sys.executable, "-X", "utf8", "-m", "deploy", "serve", "bundle"])]
+    assert os.environ["PYTHONMALLOC"] == "malloc"
+    deploy.__main__._use_malloc()
+    assert len(started) == 1
+
+
+def test_a_server_starts_itself_again() -> None:
+    code = "import os, sys; os.execv = lambda *given: os._exit(7); sys.argv[1] = 'serve'; import runpy; "
+    code += "runpy.run_module('deploy', run_name='__main__')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONMALLOC"}
+    for command, code_expected in (("serve", 7), ("--help", 0)):
+        program = code.replace("'serve'", repr(command))
+        done = subprocess.run(
+            [sys.executable, "-c", program, command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        )
+        assert done.returncode == code_expected
