@@ -164,10 +164,11 @@ class Server(uvicorn.Server):
     def _check_connections(self, settings: Settings) -> None:
         now_s = time.monotonic()
         budget = self._app.budget
-        budget.connection_bytes = 0
+        held_bytes = 0
         for connection in self._connections:
             connection.check(now_s, settings)
-            budget.connection_bytes += CONNECTION_BYTES + connection.unsent_bytes
+            held_bytes += CONNECTION_BYTES + connection.unsent_bytes
+        budget.hold_connections(held_bytes)
         if budget.trim_due():
             asyncio.get_running_loop().run_in_executor(None, give_back)
 

@@ -9,7 +9,7 @@ if:
 - the server ends, or more memory is used than allowed;
 - any answer has a 5xx status but 503, or the honest client gets anything but 200 and 429;
 - the honest client's 99th percentile is above twice that of before plus a batch;
-- 30 s later, memory is more than 10 % (or 32 MB) above where it was before;
+- 30 s later, memory is more than 10 % (or 16 MB) above where it was before;
 - SIGTERM beside half-sent requests takes more than 5 s, or does not end with 0 and no traceback.
 
 The file is longer than others: what is sent, who measures and what is checked are read together.
@@ -48,8 +48,8 @@ RESET = struct.pack("ii", 1, 0)
 TOKEN_S = 25e-6
 MAX_REQUEST_S = 20.0
 SETTLE_S = 30.0
-KEPT_BYTES = 32 << 20
-"""What Python's own allocator and glibc's keep after a burst, whatever the size of the model: 24 to 27 MB were seen."""
+KEPT_BYTES = 16 << 20
+"""What may stay without a model, of which a tenth is little: 8 MB were seen."""
 
 
 # One kind of abuse is one function. Each gets a connection of its own, and returns what it has read.

@@ -27,7 +27,7 @@ from deploy.server.errors import ApiError
 from deploy.server.http import bodies
 from deploy.server.limits import budget
 from deploy.server.limits.bounds import Settings
-from deploy.server.limits.budget import BODY_FACTOR, MemoryBudget
+from deploy.server.limits.budget import BODY_FACTOR, CONNECTION_BYTES, MemoryBudget
 from deploy.server.limits.callers import Caller
 from deploy.tasks.fill_mask import Filled
 
@@ -304,3 +304,16 @@ def test_a_large_answer_to_a_client_that_knows_no_chunks(manifest: Manifest) -> 
         head, _, body = answer.partition(b"\r\n\r\n")
         assert b"transfer-encoding" not in head
         assert len(json.loads(body)["embeddings"]) == 20_000
+
+
+def test_connections_that_have_ended_leave_memory_behind() -> None:
+    made = MemoryBudget(1 << 30, lambda: "1")
+    for count in (10, 100, 90, 60, 100):  # Some come and go all the time.
+        made.hold_connections(count * CONNECTION_BYTES)
+        assert made.connection_bytes == count * CONNECTION_BYTES
+        assert not made.trim_due()
+    made.hold_connections(20 * CONNECTION_BYTES)
+    assert made.trim_due()
+    assert not made.trim_due()
+    made.hold_connections(0)
+    assert not made.trim_due()

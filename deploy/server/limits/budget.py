@@ -44,6 +44,9 @@ SMALL_BODY_BYTES = SMALL_BYTES // BODY_FACTOR
 LARGE_BYTES = 256 << 10
 """Requests that held this much leave memory behind that the allocator keeps; smaller ones use it again."""
 
+CONNECTIONS_BYTES = 1 << 20
+"""Connections that held this much, 64 or one that left an answer unread, leave memory behind as large requests do."""
+
 TRIM_BYTES = 128 << 20
 """How much large requests may leave behind while others are at work."""
 
@@ -68,7 +71,14 @@ class MemoryBudget:
         connection_bytes: What connections hold.
     """
 
-    __slots__ = ("_left_bytes", "_retry_after", "connection_bytes", "limit_bytes", "request_bytes")
+    __slots__ = (
+        "_left_bytes",
+        "_most_connection_bytes",
+        "_retry_after",
+        "connection_bytes",
+        "limit_bytes",
+        "request_bytes",
+    )
 
     def __init__(self, limit_bytes: int, retry_after: Callable[[], str]) -> None:
         """An empty budget.
@@ -81,6 +91,7 @@ class MemoryBudget:
         self._retry_after = retry_after
         self.request_bytes = 0
         self.connection_bytes = 0
+        self._most_connection_bytes = 0
         self._left_bytes = 0
 
     @classmethod
@@ -130,6 +141,15 @@ class MemoryBudget:
         self.request_bytes -= size_bytes
         if size_bytes >= LARGE_BYTES:
             self._left_bytes += size_bytes
+
+    def hold_connections(self, size_bytes: int) -> None:
+        """Says what connections hold now. Many that have ended leave memory behind, as large requests do."""
+        self.connection_bytes = size_bytes
+        ended_bytes = self._most_connection_bytes - size_bytes
+        if ended_bytes >= CONNECTIONS_BYTES:
+            self._left_bytes += ended_bytes
+        if ended_bytes < 0 or ended_bytes >= CONNECTIONS_BYTES:
+            self._most_connection_bytes = size_bytes
 
     def _refusal(self, asked_bytes: int) -> ApiError:
         limit_mb, asked_mb = self.limit_mb, -(-asked_bytes >> 20)
