@@ -106,7 +106,7 @@ test-kubernetes: $(VENV)/.kubernetes $(VENV)/.built ## tests of the manifests fo
 
 .PHONY: test-emulated
 test-emulated: $(VENV)/.dev ## tests of the aarch64 kernels under QEMU, and of their code; needs a cross compiler, QEMU, LLVM (4 minutes)
-	@$(PY) -m pytest -n auto -m emulator tests/csrc $(ARGS)
+	@$(PY) -m pytest -n auto -m emulator --timeout=1200 tests/csrc $(ARGS)
 
 .PHONY: nightly
 nightly: $(VENV)/.dev ## kernels and encoders on 10,000 random inputs, with address and thread sanitizers, and emulated (an hour)
