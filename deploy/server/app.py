@@ -44,7 +44,8 @@ from .limits.keys import Keys
 from .limits.meters import Meters
 from .metrics import Metrics, ModelsMetrics
 from .models import Model, Turn
-from .observe import Observed, Observer
+from .observe import Observer
+from .observed import Observed
 from .service import Batcher, Service, TextTokenizer
 
 __all__ = ["App"]

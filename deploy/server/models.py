@@ -8,7 +8,7 @@ from ..bundle import Manifest
 from .limits.bounds import Settings
 from .limits.budget import MemoryBudget
 from .metrics import Metrics
-from .observe import Observed
+from .observed import Observed
 from .service import Batcher, Service, TextTokenizer
 from .variants import Choice
 

@@ -27,7 +27,7 @@ from opentelemetry.trace import (
 
 if TYPE_CHECKING:
     from .limits.callers import Caller
-    from .observe import Observed
+    from .observed import Observed
 
 __all__ = ["Spans"]
 

@@ -18,7 +18,7 @@ from deploy.server.limits.bounds import Settings
 from deploy.server.limits.callers import Caller
 from deploy.server.logs import ACCESS, _JsonFormatter, _TextFormatter
 from deploy.server.metrics import Metrics
-from deploy.server.observe import Observed
+from deploy.server.observed import Observed
 from deploy.server.service.request import Result
 from tests.deploy.server_harness import LiveServer, make_manifest, raw, running
 

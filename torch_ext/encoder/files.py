@@ -9,16 +9,13 @@ import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from torch_ext.encoder.spec import Dtype, EncoderSpec, HeadSpec, check_dtype, is_matrix, is_table
 from torch_ext.encoder.weights import TABLE_DTYPES, check_weights
-
-if TYPE_CHECKING:
-    from torch_ext.encoder.model import Head
 
 __all__ = ["has_part", "read", "save_unpacked", "stored_dtype", "write"]
 
@@ -73,8 +70,18 @@ def write(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> N
         raise
 
 
+class _Head(Protocol):
+    @property
+    def spec(self) -> HeadSpec: ...
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    def weights(self) -> Mapping[str, Tensor]: ...
+
+
 def save_unpacked(
-    path: Path, spec: EncoderSpec, weights: Mapping[str, Tensor], dtype: Dtype, head: Head | None = None
+    path: Path, spec: EncoderSpec, weights: Mapping[str, Tensor], dtype: Dtype, head: _Head | None = None
 ) -> None:
     """Write the file that ``Encoder(spec, weights, dtype).save(path, head)`` writes, without packing the weights first.
 

@@ -16,6 +16,7 @@ engine thread drops what is left of it when its turn comes.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import sys
@@ -28,6 +29,7 @@ from typing import Any, Protocol
 
 from ...tasks import Ids
 from ..errors import ApiError
+from ..limits.callers import Caller, CallerLeft
 from .admission import LINES, Admission, too_late
 from .work import Item, Work
 
@@ -168,6 +170,18 @@ class Batcher:
     def _expire(self, work: Work) -> None:
         """Ends a request that is not answered by its deadline."""
         self._fail(work, too_late("others were before it"))
+
+    async def compute(self, work: Work, caller: Caller) -> list[Any]:
+        """Computes all texts of a request; see `computing.Compute`."""
+        self.submit(work)
+        caller.on_leave = functools.partial(self.abandon, work)
+        try:
+            return await work.future
+        except asyncio.CancelledError:
+            if caller.gone:
+                raise CallerLeft from None
+            self.abandon(work)
+            raise
 
     def try_later(self, reason: str) -> ApiError:
         """See `Admission.try_later`."""

@@ -20,7 +20,6 @@ from ...tasks.rows import Items
 from ..limits.callers import Caller, CallerLeft
 from .admission import too_late
 from .batching import Batcher
-from .computing import compute
 from .work import Work
 
 __all__ = ["Cache"]
@@ -125,7 +124,7 @@ class Cache:
         for key in keys:
             self._flights[key] = flight
         try:
-            results = await compute(self._batcher, part, caller)
+            results = await self._batcher.compute(part, caller)
             flight.results = dict(zip(keys, results, strict=True))
             for key, result in flight.results.items():
                 self._keep(key, result)

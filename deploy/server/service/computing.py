@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 from typing import Any, Protocol
 
-from ..limits.callers import Caller, CallerLeft
+from ..limits.callers import Caller
 from ..metrics import Metrics
 from .batching import Batcher
 from .work import Work
 
-__all__ = ["Compute", "compute", "computing"]
+__all__ = ["Compute", "computing"]
 
 
 class Compute(Protocol):
@@ -31,19 +29,6 @@ class Compute(Protocol):
         ...
 
 
-async def compute(batcher: Batcher, work: Work, caller: Caller) -> list[Any]:
-    """Computes all texts; see `Compute`."""
-    batcher.submit(work)
-    caller.on_leave = functools.partial(batcher.abandon, work)
-    try:
-        return await work.future
-    except asyncio.CancelledError:
-        if caller.gone:
-            raise CallerLeft from None
-        batcher.abandon(work)
-        raise
-
-
 def computing(batcher: Batcher, metrics: Metrics, cache_mb: int | None) -> Compute:
     """What computes the texts of requests.
 
@@ -53,7 +38,7 @@ def computing(batcher: Batcher, metrics: Metrics, cache_mb: int | None) -> Compu
         cache_mb: Memory of the cache; None: there is none.
     """
     if cache_mb is None:
-        return functools.partial(compute, batcher)
+        return batcher.compute
     from .cache import Cache  # For those who ask for it.
 
     cache = Cache(batcher, cache_mb << 20, metrics.cached)
