@@ -93,7 +93,7 @@ PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n auto --dist loadfile -m "$$tests" --
 endef
 
 .PHONY: test
-test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (6 minutes on 2 slow cores); .ci/run has the long ones, those of images and of arm64 too
+test: $(VENV)/.dev $(VENV)/.built ## tests on this machine (8 minutes on 2 slow cores); .ci/run has the long ones, those of images and of arm64 too
 	$(call run_tests,not engine and not browser and not emulator and not long)
 
 .PHONY: test-long
