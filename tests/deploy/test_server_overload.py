@@ -237,6 +237,20 @@ def test_a_burst_after_short_texts_one_by_one(loop: asyncio.AbstractEventLoop) -
         assert server.send([60])
 
 
+def test_a_batch_of_as_many_texts_as_it_may_have_is_full(loop: asyncio.AbstractEventLoop) -> None:
+    """However few their tokens: requests that would wait too long are refused then, too."""
+    server = Simulated(loop)
+    server.batcher.max_batch_texts = 2
+    server.batch_s = 0.1
+    for _ in range(4):
+        server.send([3])
+    server.step()
+    while server.send([3]):
+        assert server.batcher.queued_tokens < 1000
+    assert server.refused[-1][1].kind == "queue_full"
+    assert server.batcher.queued_tokens < 200
+
+
 def test_retry_after_is_true(loop: asyncio.AbstractEventLoop) -> None:
     server = Simulated(loop, max_queue_s=0.5)
     server.send([60])

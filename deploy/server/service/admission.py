@@ -102,7 +102,7 @@ class Speed:
             waiting: Whether something waited when it was put together, by lines.
             seconds: How long it ran. One batch that took far longer than others (the machine slept) counts as one that
                 was somewhat slower.
-            full: Whether it took at least half of the token budget that it had.
+            full: Whether it took at least half of the token budget that it had, or as many texts as it may.
         """
         cost = sum(costs)
         seconds = max(seconds, 1e-9)

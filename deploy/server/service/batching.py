@@ -335,7 +335,7 @@ class Batcher:
             if items:
                 for shorter in range(line):
                     spent = self._fill(items, lines[shorter], spent, budget)
-            self._full = 2 * spent >= budget
+            self._full = 2 * spent >= budget or len(items) >= self.max_batch_texts
         return items
 
     def _next_line(self) -> int:
