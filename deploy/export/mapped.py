@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import mmap
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Mapped", "keep_little", "map_weights", "return_memory"]
+from deploy.heap import M_MMAP_THRESHOLD, give_back, set_thresholds
+
+__all__ = ["Mapped", "keep_little", "map_weights"]
 
 _ALIGNMENT = 64
 _LARGE_BYTES = 1 << 20
-_M_MMAP_THRESHOLD = -3
-"""Of malloc.h."""
 
 
 class Mapped:
@@ -29,7 +26,7 @@ class Mapped:
         if self._pages is not None:
             # The mapping is private, and nobody writes to weights.
             self._pages.madvise(mmap.MADV_DONTNEED)
-        return_memory()
+        give_back()
 
     def drop(self) -> None:
         """Takes the weights from the model, so that the file goes when nobody else reads them."""
@@ -86,17 +83,4 @@ def keep_little() -> None:
     By itself it keeps pieces of up to 32 MiB for later, in a heap that others fill with holes: the weights of a small
     model several times.
     """
-    with _other_libraries():
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-
-
-def return_memory() -> None:
-    """Gives the system what is not used any more."""
-    gc.collect()
-    with _other_libraries():
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _other_libraries() -> contextlib.AbstractContextManager[None]:
-    """Ignores that other C libraries than glibc lack a function."""
-    return contextlib.suppress(AttributeError, OSError)
+    set_thresholds({M_MMAP_THRESHOLD: _LARGE_BYTES})

@@ -19,8 +19,8 @@ from deploy.bundle import TASKS, VARIANTS
 from deploy.engines.batch import Batch
 from deploy.engines.padded import padded
 from deploy.export.errors import ExportError, first_line, is_disk_full
-from deploy.export.mapped import return_memory
 from deploy.export.onnx_copies import load, load_graph, one_copy, streamed_weights
+from deploy.heap import give_back
 from deploy.onnx_session import session_options
 from deploy.tasks import Task
 
@@ -46,7 +46,7 @@ def variant_bytes(folder: Path, name: str) -> int:
     return sum(path.stat().st_size for path in files_of(folder, name))
 
 
-def export_fp32(model: Any, task: str, work: Path, target: Path, written: Callable[[], object] = return_memory) -> None:
+def export_fp32(model: Any, task: str, work: Path, target: Path, written: Callable[[], object] = give_back) -> None:
     """Writes a loaded model of transformers as ONNX.
 
     Args:
@@ -77,7 +77,7 @@ def _export_fp32(model: Any, kind: type[Task], work: Path, target: Path, written
         if is_disk_full(error) or isinstance(error, (OSError, MemoryError)):
             raise
         raise ExportError(f"optimum cannot write this model as ONNX: {first_line(error)}") from error
-    return_memory()
+    give_back()
     graph = load_graph(work / "model.onnx")
     inputs = {item.name for item in graph.input}
     if not {"input_ids", "attention_mask"} <= inputs <= {"input_ids", "attention_mask", "token_type_ids"}:

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from ..heap import give_back
 from ..machine import available_memory_bytes
 from .app import App
 from .http.protocol import HttpProtocol
 from .limits.bounds import Settings
-from .limits.budget import CONNECTION_BYTES, give_back, settle_malloc
+from .limits.budget import CONNECTION_BYTES, settle_malloc
 from .models import Model
 from .sockets import refuse_new
 from .variants import LoadCancelled

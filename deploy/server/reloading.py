@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from ..bundle import BundleError
+from ..heap import give_back
 from .access import read_api_keys, read_tls
 from .app import App
 from .lifecycle import Server
-from .limits.budget import give_back
 from .loading import Loading, begin
 from .models import Model
 from .process import Loaded, Process, UsageError

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from server_harness import WIDTH, Client, LiveServer, make_manifest, raw, running, wait_until
 
 from deploy.bundle import Manifest
+from deploy.heap import give_back
 from deploy.server import lifecycle
 from deploy.server.errors import ApiError
 from deploy.server.http import bodies
@@ -192,13 +193,14 @@ def test_memory_is_returned_after_large_requests_only() -> None:
     with pytest.raises(ApiError, match="--max-memory-mb"):
         made.hold(Caller(), 201 * MB)
     assert made.held_bytes == 0
-    budget.give_back()
+    give_back()
 
 
 _BURST = """
 import os, threading
 
-from deploy.server.limits.budget import give_back, settle_malloc
+from deploy.heap import give_back
+from deploy.server.limits.budget import settle_malloc
 
 def resident_kb():
     with open("/proc/self/statm", encoding="ascii") as file:

@@ -6,12 +6,10 @@ up to four bytes a character), its token ids, the numbers of its answer. What co
 
 from __future__ import annotations
 
-import functools
-import gc
 import os
 from collections.abc import Callable
-from typing import Any
 
+from ...heap import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, set_thresholds
 from ..errors import ApiError
 from .bounds import BOUNDS, exceeded
 from .callers import Caller
@@ -22,7 +20,6 @@ __all__ = [
     "SMALL_BODY_BYTES",
     "TEXT_BYTES",
     "MemoryBudget",
-    "give_back",
     "settle_malloc",
 ]
 
@@ -58,8 +55,8 @@ MALLOC_KEEPS_BYTES = 256 << 10
 
 _UNKNOWN_BYTES = 1 << 62
 
-_MALLOC_SETTINGS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}
-"""Variables of glibc, and the same for mallopt: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD."""
+_MALLOC_SETTINGS = {"MALLOC_TRIM_THRESHOLD_": M_TRIM_THRESHOLD, "MALLOC_MMAP_THRESHOLD_": M_MMAP_THRESHOLD}
+"""Variables of glibc, and the same for `set_thresholds`."""
 
 
 class MemoryBudget:
@@ -170,20 +167,6 @@ class MemoryBudget:
         return True
 
 
-@functools.cache
-def _of_malloc(name: str, *arguments: str) -> Callable[..., int] | None:
-    """A function of glibc's allocator; None: the C library is another one."""
-    import ctypes  # Takes 4 to 6 ms.
-
-    try:
-        function: Any = getattr(ctypes.CDLL(None), name)
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = [getattr(ctypes, kind) for kind in arguments]
-    found: Callable[..., int] = function
-    return found
-
-
 def settle_malloc() -> None:
     """Lets glibc return memory when it is freed, on whatever thread.
 
@@ -196,13 +179,4 @@ def settle_malloc() -> None:
     """
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(map(os.environ.get, _MALLOC_SETTINGS)):
         return
-    if (mallopt := _of_malloc("mallopt", "c_int", "c_int")) is not None:
-        for setting in _MALLOC_SETTINGS.values():
-            mallopt(setting, MALLOC_KEEPS_BYTES)
-
-
-def give_back() -> None:
-    """Returns memory that was freed to the system: Python and glibc keep it. Takes milliseconds."""
-    gc.collect()  # What connections and tasks that have ended refer to each other by.
-    if (trim := _of_malloc("malloc_trim", "c_size_t")) is not None:
-        trim(0)
+    set_thresholds(dict.fromkeys(_MALLOC_SETTINGS.values(), MALLOC_KEEPS_BYTES))
