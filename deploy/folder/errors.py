@@ -6,7 +6,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-__all__ = ["FolderError", "at_least_one", "chain", "first_line", "is_disk_full"]
+__all__ = ["FolderError", "at_least_one", "chain", "count_or_none", "first_line", "is_disk_full"]
 
 
 class FolderError(Exception):
@@ -23,9 +23,15 @@ def at_least_one(value: object, where: str) -> int:
     Raises:
         FolderError: It is no whole number, or below 1.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    count = count_or_none(value)
+    if count is None:
         raise FolderError(f"{where}: expected at least 1, got {value!r:.80}")
-    return value
+    return count
+
+
+def count_or_none(value: object) -> int | None:
+    """A value that is a whole number of at least 1; None for any other."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

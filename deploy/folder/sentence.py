@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
-from deploy.folder.errors import FolderError, at_least_one, first_line
+from deploy.folder.errors import FolderError, at_least_one, count_or_none, first_line
 from deploy.folder.token_files import TokenFiles
 
-__all__ = ["DenseModule", "SentenceFiles", "read_json", "read_sentence_files"]
+__all__ = ["DenseModule", "SentenceFiles", "read_json", "read_sentence_files", "read_settings"]
 
 _SETTINGS_FILES = tuple(
     f"sentence_{name}_config.json"
@@ -56,6 +56,15 @@ def read_json(path: Path, kind: type) -> Any:
             f"{path}: expected a JSON {'object' if kind is dict else 'array'}, got {type(value).__name__}"
         )
     return value
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that a model need not have; empty where there is none.
+
+    Raises:
+        FolderError: See `read_json`.
+    """
+    return dict(read_json(path, dict)) if path.is_file() else {}
 
 
 _DENSE_ACTIVATIONS: Mapping[str, str] = {
@@ -168,7 +177,7 @@ def _pooling(files: SentenceFiles, place: Path, index: int) -> None:
 
 def _dense(files: SentenceFiles, place: Path, index: int) -> None:
     path = place / "config.json"
-    settings = read_json(path, dict) if path.is_file() else {}
+    settings = read_settings(path)
     given = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = _DENSE_ACTIVATIONS.get(given.rpartition(".")[2]) if given.startswith("torch.") else None
     inputs = {settings.get(name) for name in _NAMES_OF_STREAMS} - {None}
@@ -186,7 +195,7 @@ def _dense(files: SentenceFiles, place: Path, index: int) -> None:
 
 def _splade_pooling(files: SentenceFiles, place: Path, index: int) -> None:
     path = place / "config.json"
-    settings = read_json(path, dict) if path.is_file() else {}
+    settings = read_settings(path)
     names = {"strategy": "pooling_strategy", "activation": "activation_function"}
     try:
         files.sparse = Sparse.read(Reader(str(path), {ours: settings.get(name) for ours, name in names.items()}))
@@ -196,7 +205,7 @@ def _splade_pooling(files: SentenceFiles, place: Path, index: int) -> None:
 
 def _normalize(files: SentenceFiles, place: Path, index: int) -> None:
     path = place / "config.json"
-    settings = read_json(path, dict) if path.is_file() else {}
+    settings = read_settings(path)
     inputs = {settings.get(name) for name in _NAMES_OF_STREAMS} - {None}
     if files.tokens is not None and inputs == {"token_embeddings"}:
         files.tokens.normalize = True
@@ -208,7 +217,7 @@ def _normalize(files: SentenceFiles, place: Path, index: int) -> None:
 
 def _mask(files: SentenceFiles, place: Path, index: int) -> None:
     path = place / "config.json"
-    settings = read_json(path, dict) if path.is_file() else {}
+    settings = read_settings(path)
     words, tasks = settings.get("skiplist_words") or [], settings.get("skiplist_tasks")
     tasks = ["document"] if tasks is None else [tasks] if isinstance(tasks, str) else tasks
     kept = settings.get("keep_only_token_ids") or []
@@ -304,8 +313,7 @@ def _read_settings(root: Path, files: SentenceFiles) -> None:
         if (folder / name).is_file()
     )
     settings: Mapping[str, Any] = next((value for value in found if value), {})
-    value = settings.get("max_seq_length")
-    files.max_tokens = value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    files.max_tokens = count_or_none(settings.get("max_seq_length"))
     files.lowercase = settings.get("do_lower_case") is True
     if files.tokens is not None:
         files.tokens.read_lengths(settings)

@@ -13,7 +13,7 @@ from typing import Any
 from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts, Sparse
 from deploy.folder.chat import Chat, read_chat
 from deploy.folder.errors import FolderError
-from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files
+from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files, read_settings
 from deploy.folder.token_files import TokenFiles
 
 __all__ = ["Source", "read_source"]
@@ -278,8 +278,7 @@ def _choose_pooling(sentence: SentenceFiles, mode: str | None, normalize: bool |
 def _read_chat(sentence: SentenceFiles) -> Chat | None:
     if sentence.chat is None:
         return None
-    path = sentence.folder / "tokenizer_config.json"
-    settings = read_json(path, dict) if path.is_file() else {}
+    settings = read_settings(sentence.folder / "tokenizer_config.json")
     return read_chat(sentence.folder, settings, sentence.prompts, sentence.chat == "structured")
 
 

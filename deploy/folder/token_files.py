@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.folder.errors import count_or_none
+
 __all__ = ["TokenFiles"]
 
 
@@ -33,9 +35,7 @@ class TokenFiles:
 
     def read_lengths(self, settings: Mapping[str, Any]) -> None:
         """Takes what the settings of the Transformer module say."""
-        lengths = {name: settings.get(name) for name in ("query_length", "document_length")}
-        for name, value in lengths.items():
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                setattr(self, name, value)
+        self.query_length = count_or_none(settings.get("query_length"))
+        self.document_length = count_or_none(settings.get("document_length"))
         expansion = settings.get("query_expansion")
         self.expansion = expansion if isinstance(expansion, dict) else None

@@ -18,7 +18,7 @@ from typing import Any
 from deploy.bundle import TOKENIZER_FILE, TRUNCATION_SIDES, SpecialToken
 from deploy.folder.chat import with_suffix
 from deploy.folder.errors import FolderError
-from deploy.folder.sentence import read_json
+from deploy.folder.sentence import read_json, read_settings
 from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
@@ -123,7 +123,7 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     Raises:
         FolderError: There is no `tokenizer.json`, a file is damaged, or the tokenizer does not belong to the model.
     """
-    settings = _optional(source, _SETTINGS_FILE)
+    settings = read_settings(source.folder / _SETTINGS_FILE)
     name, kind = _kind(source, settings)
     tokenizer = _tokenizer(source, settings, name, kind)
     _add_tokens(tokenizer, settings)
@@ -172,11 +172,6 @@ def _padding_behind(source: Source, text: str) -> int:
     return len(ids) if set(ids) == {source.config.get("pad_token_id")} else 0
 
 
-def _optional(source: Source, name: str) -> dict[str, Any]:
-    path = source.folder / name
-    return dict(read_json(path, dict)) if path.is_file() else {}
-
-
 def _kind(source: Source, settings: Mapping[str, Any]) -> tuple[str, _Kind]:
     named = settings.get("tokenizer_class") or source.config.get("tokenizer_class")
     name = (
@@ -202,7 +197,7 @@ def _tokenizer(source: Source, settings: Mapping[str, Any], name: str, kind: _Ki
 
 
 def _made(source: Source, settings: Mapping[str, Any], name: str, kind: _Kind) -> dict[str, Any] | None:
-    older = _optional(source, _SPECIAL_FILE)
+    older = read_settings(source.folder / _SPECIAL_FILE)
     tokens = {key: _given(key, settings, older, kind) or usual for key, usual in kind.special.items()}
     return made_of_slow_files(source.folder, name, tokens, settings)
 
@@ -216,7 +211,7 @@ def unigram_tokenizer(source: Source) -> dict[str, Any] | None:
     Raises:
         FolderError: A file is damaged.
     """
-    settings = _optional(source, _SETTINGS_FILE)
+    settings = read_settings(source.folder / _SETTINGS_FILE)
     name, kind = _kind(source, settings)
     if name not in UNIGRAM_KINDS or (source.folder / TOKENIZER_FILE).is_file():
         return None
@@ -279,7 +274,7 @@ def _vocabulary(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def _special_tokens(
     source: Source, settings: Mapping[str, Any], kind: _Kind, ids: Mapping[str, int]
 ) -> dict[str, SpecialToken | None]:
-    older = _optional(source, _SPECIAL_FILE)
+    older = read_settings(source.folder / _SPECIAL_FILE)
     special: dict[str, SpecialToken | None] = {}
     for name in ("pad", "mask", "cls", "sep", "unk"):
         token = _given(name, settings, older, kind)
