@@ -7,9 +7,9 @@ the same number of threads; rounds alternate. The client is one asyncio process 
 request, measured and printed, since it shares the machine.
 
 Two ratios are what the project promises: requests/s against Flask and transformers in fp32 (at least 5, for bf16 where
-the CPU multiplies bf16), and CPU time
-of the server process per text against the cheapest way of calling its encoder directly on the same tokens (at most
-1.3). CPU time is user and system time of the process by the kernel, over the measured interval only.
+the CPU multiplies bf16), and CPU time of the server process per text against the cheapest way of calling its encoder
+directly on the same tokens (at most 1.3). CPU time is user and system time of the process by the kernel, over the
+measured interval only.
 
 `--peers` adds the servers of `benchmarks/peers`, each in an environment of its own that is made once (it fetches
 packages of some gigabytes), and checks one vector of each against that of transformers.
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import http.client
 import json
 import operator
 import os
@@ -42,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.closed_loop import Client, Load, processes  # noqa: E402
-from benchmarks.peers import PEERS, http_request  # noqa: E402
+from benchmarks.peers import NATIVE, PEERS  # noqa: E402
 from benchmarks.report import cpu_name  # noqa: E402
 from deploy.texts import sample  # noqa: E402
 
@@ -89,33 +88,6 @@ def measure(name: str, command: Sequence[str], requests: Sequence[bytes], connec
         return run(Client(port, requests, connections).run(name, pid, seconds))
 
     return with_server(command, action)
-
-
-def one_vector(
-    command: Sequence[str],
-    path: str = "/api/embed",
-    body: Callable[[str], Any] = lambda text: {"inputs": text},
-    vector: Callable[[Any], list[float]] = lambda answer: list(answer["embeddings"][0]),
-) -> list[float]:
-    """What a server answers for one text, to compare servers with each other."""
-
-    def action(port: int, pid: int) -> list[float]:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        content = json.dumps(body("Servers of encoders, compared."))
-        connection.request("POST", path, content, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        answer = response.read()
-        connection.close()
-        if response.status != 200:
-            raise SystemExit(f"{' '.join(command)}: expected 200, got {response.status}: {answer[:300]!r}")
-        return vector(json.loads(answer))
-
-    return with_server(command, action)
-
-
-def requests_of(texts: Sequence[str]) -> list[bytes]:
-    """HTTP requests, one text each."""
-    return [http_request("/api/embed", {"inputs": text}) for text in texts]
 
 
 # The encoder, called directly. Runs in a process of its own: `--direct`.
@@ -304,16 +276,18 @@ def main() -> int:
             name: [*command, "--port", "0", "--threads", str(arguments.threads)] for name, command in commands.items()
         }
 
-    requests = dict.fromkeys(commands, requests_of(texts))
+    requests = dict.fromkeys(commands, NATIVE.requests(texts))
     if arguments.peers:
         if not arguments.model or arguments.bundle is None:
             parser.error("--peers needs BUNDLE and --model MODEL_DIR")
-        expected = one_vector(commands["Flask, transformers fp32"])
+        text = "Servers of encoders, compared."
+        flask_command = commands["Flask, transformers fp32"]
+        expected = with_server(flask_command, lambda port, pid: NATIVE.embed(port, text))
         for peer in PEERS:
             command = peer.command(arguments.model, arguments.bundle)
             commands[peer.name] = [*command, "--port", "0", "--threads", str(arguments.threads)]
-            requests[peer.name] = peer.requests(texts)
-            found = one_vector(commands[peer.name], peer.path, peer.body, peer.vector)
+            requests[peer.name] = peer.api.requests(texts)
+            found = with_server(commands[peer.name], lambda port, pid, api=peer.api: api.embed(port, text))
             if (cosine := sum(map(operator.mul, found, expected))) < 0.999:
                 raise SystemExit(f"{peer.name}: expected the vector of transformers, got one with cosine {cosine:.4f}")
     rounds: dict[str, list[Load]] = {name: [] for name in commands}

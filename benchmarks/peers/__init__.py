@@ -7,6 +7,7 @@ below `.venv/peers`, made when it is first needed, since peers pin versions that
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import json
 import subprocess
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PEERS", "Peer"]
+__all__ = ["NATIVE", "PEERS", "Api", "Peer"]
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ROOT / ".venv" / "peers"
@@ -27,6 +28,44 @@ def _embeddings(answer: Any) -> list[float]:
 
 
 @dataclass(frozen=True)
+class Api:
+    """How a server is asked for the vector of a text.
+
+    Attributes:
+        path: Of the route.
+        body: The request for one text.
+        vector: The text's vector, from the answer.
+    """
+
+    path: str = "/api/embed"
+    body: Callable[[str], Any] = lambda text: {"inputs": text}
+    vector: Callable[[Any], list[float]] = _embeddings
+
+    def embed(self, port: int, text: str) -> list[float]:
+        """The vector of a text, from a server that listens.
+
+        Raises:
+            SystemExit: It answers anything but 200.
+        """
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", self.path, json.dumps(self.body(text)), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+        connection.close()
+        if response.status != 200:
+            raise SystemExit(f"POST {self.path}: expected 200, got {response.status}: {answer[:300]!r}")
+        return self.vector(json.loads(answer))
+
+    def requests(self, texts: Sequence[str]) -> list[bytes]:
+        """HTTP requests, one text each."""
+        return [_post(self.path, self.body(text)) for text in texts]
+
+
+NATIVE = Api()
+"""How this project's servers are asked, and those whose script is free to choose."""
+
+
+@dataclass(frozen=True)
 class Peer:
     """A server to compare with.
 
@@ -34,19 +73,15 @@ class Peer:
         name: As in the table.
         script: In this folder.
         requirements: What its environment has beside torch; None: the script runs in this project's own.
+        api: How it is asked.
         onnx: Whether the script gets a folder with `model.onnx` instead of the model's.
-        path: Of the route that embeds.
-        body: The request for one text.
-        vector: The text's vector, from the answer.
     """
 
     name: str
     script: str
     requirements: tuple[str, ...] | None
+    api: Api = NATIVE
     onnx: bool = False
-    path: str = "/api/embed"
-    body: Callable[[str], Any] = lambda text: {"inputs": text}
-    vector: Callable[[Any], list[float]] = _embeddings
 
     def command(self, model: str, bundle: str) -> list[str]:
         """What starts it; `--threads` and `--port` are still to be added.
@@ -78,12 +113,8 @@ class Peer:
             complete.write_text(wanted, encoding="utf-8")
         return python
 
-    def requests(self, texts: Sequence[str]) -> list[bytes]:
-        """HTTP requests, one text each."""
-        return [http_request(self.path, self.body(text)) for text in texts]
 
-
-def http_request(path: str, body: Any) -> bytes:
+def _post(path: str, body: Any) -> bytes:
     """A POST request with a JSON body, as bytes."""
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -102,18 +133,20 @@ PEERS = (
         "Infinity",
         "infinity.py",
         ("infinity-emb[server,torch]==0.0.78", "transformers<4.58", "click<8.2"),
-        path="/embeddings",
-        body=lambda text: {"model": "model", "input": text},
-        vector=lambda answer: list(answer["data"][0]["embedding"]),
+        Api(
+            "/embeddings",
+            lambda text: {"model": "model", "input": text},
+            lambda answer: list(answer["data"][0]["embedding"]),
+        ),
     ),
     Peer("LitServe", "litserve_server.py", ("litserve>=0.2.16,<0.3", "sentence-transformers>=5,<7")),
     Peer(
         "BentoML",
         "bentoml_server.py",
         ("bentoml>=1.4,<2", "sentence-transformers>=5,<7"),
-        body=lambda text: {"texts": [text]},
-        vector=lambda answer: list(answer[0]),
+        Api(body=lambda text: {"texts": [text]}, vector=lambda answer: list(answer[0])),
     ),
     Peer("Ray Serve", "ray_serve.py", ("ray[serve]>=2.50,<3", "sentence-transformers>=5,<7")),
 )
-"""In the order of the table. Where a peer makes batches by itself, that is on: of at most 32 texts, within 5 ms."""
+"""In the order of the table. Where a peer makes batches by itself, that is on: of at most 32 texts, within 5 ms if that
+can be set."""

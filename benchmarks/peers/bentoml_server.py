@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.exit(subprocess.call(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
 else:
     import bentoml
+    from common import BATCH
 
     @bentoml.service(workers=1, traffic={"timeout": 60}, metrics={"enabled": False})
     class Embedder:
@@ -33,8 +34,8 @@ else:
             torch.set_num_threads(int(os.environ["PEER_THREADS"]))
             self.model = SentenceTransformer(os.environ["PEER_MODEL"], device="cpu")
 
-        @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=60_000, route="/api/embed")
+        @bentoml.api(batchable=True, max_batch_size=BATCH, max_latency_ms=60_000, route="/api/embed")
         def embed(self, texts: list[str]) -> list[list[float]]:
             """Unit vectors."""
-            found: list[list[float]] = self.model.encode(texts, batch_size=32, normalize_embeddings=True).tolist()
+            found: list[list[float]] = self.model.encode(texts, batch_size=BATCH, normalize_embeddings=True).tolist()
             return found

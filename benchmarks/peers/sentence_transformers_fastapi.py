@@ -1,42 +1,24 @@
-"""FastAPI and sentence-transformers: a function of the thread pool for each request, no batches across requests."""
+"""FastAPI and sentence-transformers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from common import announce_when_ready, arguments
+from common import arguments
 
 options = arguments()
 
-import fastapi  # noqa: E402
-import pydantic  # noqa: E402
 import torch  # noqa: E402
-import uvicorn  # noqa: E402
+from fastapi_app import serve  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 
 torch.set_num_threads(options.threads)
 model = SentenceTransformer(options.model, device="cpu")
-app = fastapi.FastAPI()
 
 
-class Body(pydantic.BaseModel):
-    """A request."""
-
-    inputs: str | list[str]
-
-
-@app.get("/health")
-def health() -> dict[str, str]:
-    """Ready."""
-    return {"status": "ok"}
-
-
-@app.post("/api/embed")
-def embed(body: Body) -> dict[str, Any]:
+def vectors(texts: list[str]) -> Any:
     """Unit vectors."""
-    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    return {"embeddings": model.encode(texts, normalize_embeddings=True).tolist()}
+    return model.encode(texts, normalize_embeddings=True)
 
 
-announce_when_ready("FastAPI and sentence-transformers", options.port)
-uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning", access_log=False)
+serve("FastAPI and sentence-transformers", options.port, vectors)
