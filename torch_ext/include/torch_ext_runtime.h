@@ -116,9 +116,9 @@ typedef struct txr_batch {
 
 typedef struct txr_pooling {
   size_t struct_size;
-  const char*
-      mode; /* "mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"; of several, "cls+mean",
-                        the vectors stand side by side: embedding_size for each, unless a head comes after them */
+  /* "mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"; of several, "cls+mean", the vectors stand
+     side by side: embedding_size for each, unless a head comes after them */
+  const char* mode;
   int32_t normalize; /* not 0: to length 1 */
   size_t dimensions; /* leading dimensions to keep; 0: all */
   size_t skipped;    /* leading tokens of each text that do not count, such as those of a prompt */
