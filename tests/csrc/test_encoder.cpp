@@ -120,7 +120,8 @@ TORCH_EXT_TEST(batches_that_do_not_divide_are_not_shared_out) {
   std::vector<int32_t> lopsided(20, 8);
   lopsided.push_back(512);
   EXPECT(shares(lopsided, 2) == 0, "one text is most of the batch");
-  EXPECT(shares(std::vector<int32_t>(32, 58), 2) >= 4, "32 texts of 58 tokens divide well");
+  // Two halves where the cache holds one, more where it does not.
+  EXPECT(shares(std::vector<int32_t>(32, 58), 2) >= 2, "32 texts of 58 tokens divide well");
 }
 
 }  // namespace

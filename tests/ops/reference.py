@@ -105,6 +105,8 @@ def linear(
     if bias is not None:
         exact = exact + bias.double()
         bound = bound + EPS32 * exact.abs()
+    if rounds_product() and activation == "quick_gelu":  # the one that PyTorch does not fuse
+        bound = bound + EPS16 * (exact.abs() + bound)
     exact = ACTIVATIONS[activation](exact)
     if activation != "none":
         eps = activation_eps(activation, out_dtype or x.dtype)

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "gemm.h"
-#include "ops/onednn.h"
 #include "ops/ops.h"
 #include "ops/packed.h"
 #include "packing/encoder_sections.h"
@@ -55,11 +54,7 @@ class TorchHost : public EncoderHost {
     const Tensor bias = view_of(matrix.bias, {n}, ScalarType::Float);
     const Packed packed = {matrix.header, const_cast<char*>(matrix.packed)};
     next_ = 1 - next_;
-    if (matrix.header.layout == Layout::kOnednn) {
-      held_[next_] = onednn_linear(input, opaque_view(packed), &bias, activation, nullptr);
-    } else {
-      held_[next_] = linear_plain(input, packed, bias, activation);
-    }
+    held_[next_] = linear_by_torch(input, packed, bias, activation);
     return static_cast<const bf16*>(held_[next_]->const_data_ptr());
   }
 

@@ -114,9 +114,10 @@ Tensor linear_onednn(const LinearCall& call, const Packed& packed) {
                              call.out_type == DType::kBF16 && call.residual->scalar_type() == ScalarType::BFloat16 &&
                              (!bias || bias->scalar_type() == ScalarType::BFloat16);
   if (fuse_residual) return onednn_linear(x, weight, bias, Activation::kNone, &*call.residual);
-  Tensor product = onednn_linear(x, weight, bias, call.activation, nullptr);
+  const bool fused = onednn_fuses(call.activation);
+  Tensor product = onednn_linear(x, weight, bias, fused ? call.activation : Activation::kNone, nullptr);
   if (rows != call.m) product = stable::narrow(product, 0, 0, call.m);
-  return finish(call, product, true, call.x);
+  return finish(call, product, fused, call.x);
 }
 
 Tensor linear_torch(const LinearCall& call, const Packed& packed) {
@@ -184,7 +185,7 @@ Tensor unpack_from(const char* op, const GemmKernel& kernel, const Packed& packe
 
 }  // namespace
 
-Tensor linear_plain(const Tensor& x, const Packed& packed, const Tensor& bias, Activation activation) {
+Tensor linear_by_torch(const Tensor& x, const Packed& packed, const Tensor& bias, Activation activation) {
   const auto n = static_cast<int64_t>(packed.header.n), k = static_cast<int64_t>(packed.header.k);
   const LinearCall call{.x = x,
                         .m = x.size(0),
@@ -195,7 +196,7 @@ Tensor linear_plain(const Tensor& x, const Packed& packed, const Tensor& bias, A
                         .residual = std::nullopt,
                         .activation = activation,
                         .out_type = DType::kBF16};
-  return linear_torch(call, packed);
+  return packed.header.layout == Layout::kOnednn ? linear_onednn(call, packed) : linear_torch(call, packed);
 }
 
 int64_t preferred_rows(int64_t rows) {

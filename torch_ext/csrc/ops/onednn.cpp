@@ -23,14 +23,22 @@ namespace {
 namespace stable = torch::stable;
 
 struct FusedActivation {
-  const char* attribute;
-  const char* algorithm;
+  const char* attribute = nullptr;
+  const char* algorithm = nullptr;
 };
 
-// PyTorch's names of the activations it fuses, in the order of Activation.
-constexpr FusedActivation kFused[kActivationCount] = {
-    {"none", nullptr}, {"gelu", "none"}, {"gelu", "tanh"}, {"relu", nullptr}, {"tanh", nullptr}, {"swish", nullptr},
-};
+// PyTorch's names of the activations it fuses; without an attribute it does not.
+constexpr FusedActivation fused_activation(Activation activation) {
+  switch (activation) {
+    case Activation::kNone: return {.attribute = "none"};
+    case Activation::kGelu: return {.attribute = "gelu", .algorithm = "none"};
+    case Activation::kGeluTanh: return {.attribute = "gelu", .algorithm = "tanh"};
+    case Activation::kRelu: return {.attribute = "relu"};
+    case Activation::kTanh: return {.attribute = "tanh"};
+    case Activation::kSilu: return {.attribute = "swish"};
+    default: return {};
+  }
+}
 
 bool query_available() {
   if (!aoti_torch_cpu__linear_pointwise || !aoti_torch_cpu__linear_pointwise_binary) return false;
@@ -47,6 +55,8 @@ bool onednn_available() {
   static const bool available = query_available();
   return available;
 }
+
+bool onednn_fuses(Activation activation) { return fused_activation(activation).attribute != nullptr; }
 
 int64_t onednn_preferred_rows(int64_t rows) {
   int64_t power = 1;
@@ -101,7 +111,8 @@ Tensor onednn_linear(const Tensor& x, const Tensor& opaque, const Tensor* bias, 
     TORCH_ERROR_CODE_CHECK(
         aoti_torch_cpu__linear_pointwise_binary(x.get(), residual->get(), opaque.get(), bias_argument, "add", &out));
   } else {
-    const FusedActivation& fused = kFused[static_cast<size_t>(activation)];
+    const FusedActivation fused = fused_activation(activation);
+    STD_TORCH_CHECK(fused.attribute, "linear: PyTorch does not fuse ", kActivationNames[static_cast<size_t>(activation)]);
     const char* algorithm = fused.algorithm;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), opaque.get(), bias_argument, fused.attribute,
                                                             nullptr, 0, algorithm ? &algorithm : nullptr, &out));

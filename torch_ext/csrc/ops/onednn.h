@@ -32,9 +32,12 @@ Tensor onednn_view(void* data, int64_t n, int64_t k, const uint8_t* metadata, si
 /// Row-major bf16 [n, k].
 Tensor onednn_to_dense(const Tensor& opaque);
 
+/// Whether onednn_linear takes this activation.
+bool onednn_fuses(Activation activation);
+
 /// Rows of `x` as given are multiplied, whatever onednn_preferred_rows says.
 /// act(x W^T + bias), or x W^T + bias + residual where `residual` is given (then without activation). x bf16 [m, k],
-/// residual bf16 [m, n] -> bf16 [m, n].
+/// residual bf16 [m, n] -> bf16 [m, n]. Raises on an activation that is not fused.
 Tensor onednn_linear(const Tensor& x, const Tensor& opaque, const Tensor* bias, Activation activation,
                      const Tensor* residual);
 

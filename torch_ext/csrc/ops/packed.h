@@ -29,8 +29,8 @@ Tensor new_packed(const Tensor& like, const PackedHeader& h, const uint8_t* meta
 /// oneDNN's view of a weight in layout kOnednn, valid as long as its bytes are.
 Tensor opaque_view(const Packed& p);
 
-/// act(x W^T + bias) for a weight in layout kPlain, by PyTorch's own linear: x bf16 [m, k] -> bf16 [m, n].
-Tensor linear_plain(const Tensor& x, const Packed& packed, const Tensor& bias, Activation activation);
+/// act(x W^T + bias) for a weight in layout kOnednn or kPlain, by PyTorch's own linear: x bf16 [m, k] -> bf16 [m, n].
+Tensor linear_by_torch(const Tensor& x, const Packed& packed, const Tensor& bias, Activation activation);
 
 /// The kernels of ours for weights of the kind that lie in `layout` (s8, fp32 or bf16); null where PyTorch multiplies.
 const GemmKernel* own_kernel(Layout layout);
