@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-import random
+import re
 import subprocess
 import sys
 import threading
@@ -16,21 +16,14 @@ from statistics import median
 from typing import Any
 
 from deploy.bundle import Manifest
+from deploy.server.api import ROUTES
 from deploy.tools.command import ToolError
-from loadtest.measure import parse_server_timing
-from loadtest.tasks import TASKS, Traits, insert_mask
 
-__all__ = ["Answered", "serve_and_ask"]
+__all__ = ["Answered", "serve_and_ask", "usual_request"]
 
 _START_S = 120.0
-_TASKS: Mapping[str, str] = {
-    "feature-extraction": "embed",
-    "text-classification": "predict",
-    "token-classification": "token-classify",
-    "question-answering": "answer",
-    "fill-mask": "fill-mask",
-}
-"""What the load test calls the task of a bundle; sparse vectors have a route that it does not know."""
+_DURATION = re.compile(r";\s*dur=([0-9.]+)")
+"""A stage's milliseconds in a `Server-Timing` header."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ def serve_and_ask(manifest: Manifest, variant: str, text: str, workers: int, thr
         ToolError: The server does not start, or answers with an error.
     """
     with _server(manifest, variant, workers, threads) as port:
-        path, body = _request(manifest, text)
+        path, body = usual_request(manifest, text)
         alone = _ask(port, path, body, seconds, least=5)
         clients = 4 * workers
         together: list[list[tuple[float, float]]] = []
@@ -125,16 +118,20 @@ def _digits(text: str) -> Iterator[str]:
         yield character
 
 
-def _request(manifest: Manifest, text: str) -> tuple[str, bytes]:
-    """Path and body of an ordinary request."""
-    if manifest.task not in _TASKS:
-        return "/embed_sparse", json.dumps({"inputs": text}).encode()
-    task = TASKS[_TASKS[manifest.task]]
+def usual_request(manifest: Manifest, text: str) -> tuple[str, bytes]:
+    """Path and body of an ordinary request: the example of the first route of the task, with the text in it.
+
+    Args:
+        manifest: The bundle.
+        text: What is asked for.
+    """
+    route = next(route for route in ROUTES if route.method == "POST" and route.task == manifest.task)
     mask = manifest.special_tokens.get("mask")
-    traits = Traits(mask_token=None if mask is None else mask.token)
-    if task.needs_mask:
-        text = insert_mask(text, traits.mask_token or "", random.Random(0))
-    return task.path, task.body([text], traits)
+    if mask is not None and "{mask}" in json.dumps(route.example):
+        text = f"{mask.token} {text}"
+    given = route.example["inputs"]
+    inputs: Any = {**given, "context": text} if isinstance(given, Mapping) else text
+    return route.path, json.dumps({**route.example, "inputs": inputs}).encode()
 
 
 def _ask(port: int, path: str, body: bytes, seconds: float, least: int = 1) -> list[tuple[float, float]]:
@@ -153,8 +150,8 @@ def _ask(port: int, path: str, body: bytes, seconds: float, least: int = 1) -> l
                 raise ToolError(
                     f"the server answered {response.status} to {path}: {answer[:200].decode(errors='replace')}"
                 )
-            stages: Any = parse_server_timing(response.getheader("server-timing"))
-            found.append((total, max(0.0, total - sum(stages.values()))))
+            stages = _DURATION.findall(response.getheader("server-timing") or "")
+            found.append((total, max(0.0, total - sum(map(float, stages)))))
     finally:
         connection.close()
     return found

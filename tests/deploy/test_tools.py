@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deploy.__main__ import main
 from deploy.bundle import load_manifest
+from deploy.server.api import ROUTES
+from deploy.tasks import TASKS
 from deploy.tools.ops import HOT
 from deploy.tools.profile import amdahl
+from deploy.tools.requests import usual_request
 
 Capture = pytest.CaptureFixture[str]
 BundleMaker = Callable[..., Path]
@@ -101,6 +106,15 @@ def test_amdahl() -> None:
     assert amdahl(0.5, 2) == pytest.approx(4 / 3)
     assert amdahl(0, 10) == 1
     assert amdahl(1, 3) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_profile_asks_a_route_of_every_task(tiny_bundle: BundleMaker, task: str) -> None:
+    manifest = load_manifest(tiny_bundle("bert", "feature-extraction"))
+    path, body = usual_request(replace(manifest, task=task), "a text")
+    route = next(route for route in ROUTES if (route.path, route.task) == (path, task))
+    assert route.request is not None
+    assert "a text" in str(msgspec.json.decode(body, type=route.request))
 
 
 def test_profile(tiny_bundle: BundleMaker, capsys: Capture) -> None:

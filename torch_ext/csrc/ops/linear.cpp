@@ -193,7 +193,6 @@ Tensor linear_by_torch(const Tensor& x, const Packed& packed, const Tensor& bias
                         .k = k,
                         .ld = k,
                         .bias = bias,
-                        .residual = std::nullopt,
                         .activation = activation,
                         .out_type = DType::kBF16};
   return packed.header.layout == Layout::kOnednn ? linear_onednn(call, packed) : linear_torch(call, packed);
@@ -357,7 +356,6 @@ Tensor linear(const Tensor& x, const Tensor& packed_tensor, const std::optional<
                   .k = k,
                   .ld = k,
                   .bias = bias,
-                  .residual = std::nullopt,
                   .activation = parse_activation("linear", activation),
                   .out_type = x_type};
   if (out_dtype) call.out_type = *out_dtype == ScalarType::Float ? DType::kF32 : DType::kBF16;
