@@ -280,6 +280,7 @@ class Mixtures:
             for name, tensor in balanced.items()
             if is_matrix(name)
         }
+        self._biases = {name: tensor for name, tensor in balanced.items() if name.endswith(".bias")}
 
     def __call__(self, kept: Iterable[str]) -> Encoder:
         """The encoder with the named layers in bf16.
@@ -294,6 +295,7 @@ class Mixtures:
             if matrix in self._wide:
                 weights[matrix] = self._wide[matrix]
                 del weights[scale_name(matrix)]
+                weights[f"{name}.bias"] = self._biases[f"{name}.bias"]
         return Encoder(self.spec, weights, "int8", names)
 
 

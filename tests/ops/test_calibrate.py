@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.ops.test_encoder import SPEC, SPECS, batch, make_weights
 from tests.ops.test_int8 import LAYERS, with_outliers
 from torch_ext import Encoder
-from torch_ext.encoder.balance import _by_range, _fit, random_texts
+from torch_ext.encoder.balance import _by_range, _fit, _shift, random_texts
 from torch_ext.encoder.calibrate import balanced_weights, calibrated_weights, round_to_inputs, with_random_texts
 from torch_ext.encoder.spec import is_matrix, scale_name
 from torch_ext.quantize import dequantize_weight, quantize_weight
@@ -41,8 +41,9 @@ def test_errors_make_up_for_one_another(generator: torch.Generator) -> None:
     weight = torch.randn(70, 150, generator=generator)  # More than one block of columns, and not whole ones.
     x = inputs(2000, 150, generator)
     seen, unseen = x[:1500], x[1500:]
-    q, scale = round_to_inputs(weight, seen, torch.rand(1500, generator=generator) + 0.5)
+    q, scale, left = round_to_inputs(weight, seen, torch.rand(1500, generator=generator) + 0.5)
     assert (q.dtype, q.shape, scale.dtype, scale.shape) == (torch.int8, (70, 150), torch.float32, (70,))
+    assert left.shape == (70,)
     assert int(q.min()) >= -127
 
     def error(q: Tensor, scale: Tensor) -> float:
@@ -63,10 +64,11 @@ def test_errors_make_up_for_one_another(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("x", [torch.zeros(5, 33), torch.full((5, 33), torch.nan), torch.full((5, 33), 3e38)], ids=str)
 def test_inputs_that_say_nothing_round_to_the_nearest(x: Tensor, generator: torch.Generator) -> None:
     weight = torch.randn(7, 33, generator=generator)
-    q, scale = round_to_inputs(weight, x)
+    q, scale, left = round_to_inputs(weight, x)
     expected = quantize_weight(weight)
     assert torch.equal(q, expected[0])
     assert torch.equal(scale, expected[1])
+    assert not left.any()
 
 
 def test_a_wrong_factor_is_not_used(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +83,54 @@ def test_a_wrong_factor_is_not_used(generator: torch.Generator, monkeypatch: pyt
     assert torch.equal(round_to_inputs(weight, x)[0], quantize_weight(weight)[0])
 
 
+def test_the_bias_makes_up_for_the_mean(generator: torch.Generator) -> None:
+    """All inputs lie about -1, as those after a shift: what rounding does to their mean is known, and taken out."""
+    weight = torch.randn(9, 64, generator=generator)
+    x = 0.05 * torch.randn(500, 64, generator=generator) - 1
+    q, scale, left = round_to_inputs(weight, x)
+    errors = rounded(x) @ dequantize_weight(q, scale).T + left - x @ weight.T
+    assert float(errors.mean(0).abs().max()) < 1e-4
+    assert float(left.abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "tanh"])
+def test_a_shift_centers_what_activations_give(activation: str, generator: torch.Generator) -> None:
+    x = torch.randn(200, 64, generator=generator)
+    x = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "tanh": torch.tanh}[activation](2 * x)
+    weight = torch.randn(16, 64, generator=generator)
+    shift = _shift(x, weight, None)
+    assert float(torch.tensor(shift).bfloat16()) == shift
+
+    def lost(shift: float) -> float:
+        return float(((rounded(x + shift) - (x + shift)) @ weight.T).square().mean())
+
+    assert lost(shift) < (1.01 if activation == "tanh" else 0.5) * lost(0)
+    assert _shift(x * torch.nan, weight, None) == _shift(x * 0, weight, None) == 0
+
+
+def test_a_shift_is_taken_out_with_the_weights_that_are_used(generator: torch.Generator) -> None:
+    """Else a layer would lack the product of its weights' rounding errors and the shift, the same in every row."""
+    weights = make_weights(SPEC, generator)
+    ids, bounds, types = batch(generator)
+    for index in range(SPEC.num_layers):
+        name = f"layers.{index}.ffn"
+        weights[f"{name}.shift"] = torch.full((SPEC.intermediate_size,), -1.0)
+        weights[f"{name}.down.bias"] = weights[f"{name}.down.bias"] + weights[f"{name}.down.weight"].sum(1)
+    encoder = Encoder(SPEC, weights, "int8")
+    found = encoder.weights()
+    for index in range(SPEC.num_layers):
+        name = f"layers.{index}.ffn.down"
+        used = dequantize_weight(found[f"{name}.weight"], found[scale_name(f"{name}.weight")])
+        lost = (weights[f"{name}.weight"] - used).sum(1)
+        torch.testing.assert_close(found[f"{name}.bias"], weights[f"{name}.bias"] - lost)
+    assert torch.equal(Encoder(SPEC, found, "int8")(ids, bounds, types), encoder(ids, bounds, types))
+    assert torch.equal(encoder.run_reference(ids, bounds, types), encoder(ids, bounds, types))
+
+
 def test_few_inputs_and_rows_of_zeros(generator: torch.Generator) -> None:
     weight = torch.randn(9, 64, generator=generator)
     weight[4] = 0
-    q, scale = round_to_inputs(weight, inputs(3, 64, generator))
+    q, scale, _ = round_to_inputs(weight, inputs(3, 64, generator))
     assert bool(torch.isfinite(scale).all())
     assert not dequantize_weight(q, scale)[4].any()
     weight[2, 5] = torch.inf

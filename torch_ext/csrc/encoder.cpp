@@ -276,12 +276,14 @@ class Run {
     });
   }
 
-  // act(x W^T + bias) into `out`, or where else the host puts it; then `step` on its rows, if there is one.
-  const T* linear(const Matrix& matrix, const T* x, Activation activation, T* out, const RowStep* step) {
+  // act(x W^T + bias) + shift into `out`, or where else the host puts it; then `step` on its rows, if there is one.
+  const T* linear(const Matrix& matrix, const T* x, Activation activation, T* out, const RowStep* step,
+                  const float* shift = nullptr) {
     const GemmKernel* const own = dispatch_.gemm_for(matrix.header.layout);
     if constexpr (kType == DType::kBF16) {
       if (!own) {
-        const T* const product = host_.foreign_linear(matrix, x, rows_, activation);
+        const T* product = host_.foreign_linear(matrix, x, rows_, activation);
+        if (shift) product = shifted(product, matrix.n(), shift, out);
         if (step) stream_ ? finish_stream(*step, product) : norm_rows(*step, product);
         return product;
       }
@@ -296,6 +298,7 @@ class Run {
     problem.panels = matrix.payload();
     problem.activation = activation;
     problem.epilogue.bias = matrix.bias;
+    problem.epilogue.residual = shift;  // The same for every row.
     RowStep rest = step ? *step : RowStep{};
     const bool in_stream = step && stream_;
     if (in_stream) {
@@ -313,7 +316,7 @@ class Run {
       out = rest.sum;
       rest = {.norm = rest.norm, .normed = rest.normed};
     }
-    const bool adds = problem.epilogue.residual && in_stream;
+    const bool adds = problem.epilogue.residual && in_stream;  // `step` and `shift` are never both given.
     problem.epilogue.out = adds ? static_cast<void*>(stream_) : out;
     problem.epilogue.ld_out = problem.n;
     problem.epilogue.out_type = adds ? DType::kF32 : kType;
@@ -330,6 +333,18 @@ class Run {
     });
     if (rest.norm.weight && !whole_rows) norm_rows(rest, out);
     if (in_stream) finish_stream(*step, adds ? nullptr : out);
+    return out;
+  }
+
+  const T* shifted(const T* product, size_t n, const float* shift, T* out) {
+    parallel_rows(n, [&](size_t begin, size_t end) {
+      std::vector<float> sum(n);
+      constexpr float kOne = 1.0f;
+      for (size_t t = begin; t < end; ++t) {
+        for (size_t j = 0; j < n; ++j) sum[j] = widened(product[t * n + j]) + shift[j];
+        vec_.scale_rows(1, n, sum.data(), n, &kOne, out + t * n, n, kType);
+      }
+    });
     return out;
   }
 
@@ -421,7 +436,8 @@ class Run {
   void feed_forward(const EncoderLayer& layer, const T* x, const RowStep& after) {
     const size_t n = h_.intermediate_size;
     const auto activation = static_cast<Activation>(h_.activation);
-    const T* wide = linear(layer.up, x, h_.gated_ffn ? Activation::kNone : activation, shared_, nullptr);
+    const T* wide = linear(layer.up, x, h_.gated_ffn ? Activation::kNone : activation, shared_, nullptr,
+                           layer.ffn_shift);
     if (h_.gated_ffn) {
       T* const gated = shared_ + rows_ * 2 * n;
       clear_tail(gated, n);

@@ -34,6 +34,7 @@ struct EncoderLayer {
   Norm attention_norm, ffn_norm;
   Norm query_norm, key_norm;                ///< of each head
   Norm attention_post_norm, ffn_post_norm;  ///< of what each part adds to the residual
+  const float* ffn_shift = nullptr;         ///< [intermediate_size], added after the activation; null: 0
   bool local = false;                       ///< attention within the window
   const void* position_keys = nullptr;      ///< [2 * position_span, hidden_size] of `header.type`, or null: see
   const void* position_queries = nullptr;   ///< PositionTables

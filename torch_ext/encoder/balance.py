@@ -8,6 +8,9 @@ quantized per output, and have precision to spare. The residual that is added af
 becomes ``residual_scale``, which the next norm multiplies with while it adds, and ``c`` goes into the bias that is
 added anyway.
 
+What an activation such as GELU gives is hardly ever below 0, so that half of int8's steps would be left unused. A constant
+is subtracted after it, ``ffn.shift``, and its product with the weight goes into the bias of the layer that reads it.
+
 ``c`` is the mean of a channel and ``s`` the 0.75th power of its range, over texts of random tokens: what the channels
 look like is a matter of the model far more than of the text, so no texts are asked for. With texts, :func:`_fit` goes
 on from there to what makes the errors least that int8 is expected to cause.
@@ -31,6 +34,10 @@ Observe = Callable[[str, Tensor], None]
 _EXPONENT = 0.75
 _LEAST_RANGE = 0.05
 """Of the mean range: channels that hardly move are not blown up."""
+
+_SHIFTS = 16
+"""Constants that are tried, from 0 to twice the middle of a usual row."""
+_SHIFTED_ROWS = 256
 
 _FITTED_ROWS = 1024
 _STEPS = 60
@@ -69,7 +76,7 @@ def balance(
         spec: of the encoder.
         weights: fp32 or bf16, by the names of ``spec.shapes()``; not balanced yet.
         run: runs the encoder with ``weights`` on some texts, and calls what it is given with the input of every linear
-            layer that reads a norm.
+            layer that reads a norm or an activation.
         row_weights: fp32 ``[T]``, how much each token of the texts counts; None: ranges alone decide, which takes no
             time.
 
@@ -77,8 +84,13 @@ def balance(
         The weights, those that changed in fp32; with ``residual_scale`` of every layer if norms come after residuals.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # center and scale of every channel
+    shifts: dict[str, float] = {}  # by layer
 
     def observe(name: str, x: Tensor) -> None:
+        if name.endswith("ffn.down"):
+            if not spec.gated_ffn:
+                shifts[name.removesuffix(".down")] = _shift(x, weights[f"{name}.weight"], row_weights)
+            return
         if _source(spec, name) is None:
             return
         center, scale = _by_range(x.float(), centered=not spec.rms_norm)
@@ -106,6 +118,11 @@ def balance(
         if after is not None:
             result[f"{after}.bias"] = result[f"{after}.bias"].float() + center
             result[f"{after.rpartition('.')[0]}.residual_scale"] = scale
+    for name, shift in shifts.items():
+        if shift:
+            weight, bias = (result[f"{name}.down.{kind}"].float() for kind in ("weight", "bias"))
+            result[f"{name}.shift"] = torch.full((spec.intermediate_size,), shift)
+            result[f"{name}.down.bias"] = bias - shift * weight.sum(1)
     return result
 
 
@@ -180,6 +197,39 @@ def _fit(
         second.mul_(0.999).addcmul_(slope, slope, value=0.001)
         rate = _RATE * (1 - 0.9 * step / _STEPS)
         place -= rate * (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    return best
+
+
+def _shift(x: Tensor, weight: Tensor, row_weights: Tensor | None) -> float:
+    """What to add to all that a layer reads, so that its outputs change least when rows are rounded to int8.
+
+    Each row's error is relative to its output, since a norm follows. Rows with one huge number, which others follow in steps
+    as large as they are, are why errors are computed and not estimated from ranges: all small numbers of such a row are
+    rounded the same way.
+
+    Args:
+        x: fp32 or bf16 ``[T, K]``, what the layer reads.
+        weight: fp32 or bf16 ``[N, K]``.
+        row_weights: fp32 ``[T]``, how much each row counts; None: all the same.
+
+    Returns:
+        A number that bf16 has exactly; 0 where nothing is better, or a number is not finite.
+    """
+    picked = slice(None, None, -(-len(x) // _SHIFTED_ROWS))
+    rows, wide = x[picked].float(), weight.float()
+    counts = torch.ones(len(rows)) if row_weights is None else row_weights[picked]
+    powers = (rows @ wide.T).square().sum(1)
+    counts = counts / (powers + powers.median()).clamp_min(1e-30)
+    middle = float((rows.amax(1) + rows.amin(1)).median()) / 2
+    best, least = 0.0, math.inf
+    for step in range(_SHIFTS + 1):
+        shift = float(torch.tensor(-2 * middle * step / _SHIFTS).bfloat16())
+        moved = (rows + shift).bfloat16().float()
+        unit = (moved.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+        lost = (moved / unit).round_().mul_(unit).sub_(rows).sub_(shift)
+        error = float((lost @ wide.T).square().sum(1) @ counts)
+        if error < least:
+            best, least = shift, error
     return best
 
 

@@ -4,8 +4,8 @@ The outputs of a layer are what has to be right, and its inputs are known well e
 weight up by half a step can be made good by the weights that are rounded after it, as far as their inputs move
 together: optimal brain quantization, in the form of GPTQ (https://arxiv.org/abs/2210.17323), with one factorization of
 the inputs' second moments for all outputs. Inputs are rounded to int8, too, and that has a part which depends on them:
-a least-squares step moves the weights to make up for it. Layers are quantized in the order in which they run, so each
-one sees the inputs that those before it will give it.
+a least-squares step moves the weights to make up for it. What outputs lack on the mean goes into the bias. Layers are
+quantized in the order in which they run, so each one sees the inputs that those before it will give it.
 
 All of this happens once, when weights are made: an encoder runs as fast as with weights rounded one by one.
 """
@@ -13,7 +13,7 @@ All of this happens once, when weights are made: an encoder runs as fast as with
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_ext.encoder.balance import balance, random_texts
 from torch_ext.encoder.model import Encoder
 from torch_ext.encoder.spec import EncoderSpec, is_matrix, scale_name
-from torch_ext.quantize import exact_scale, quantize_weight
+from torch_ext.quantize import dequantize_weight, exact_scale, quantize_weight
 
 __all__ = ["balanced_weights", "calibrated_weights", "round_to_inputs", "with_random_texts"]
 
@@ -120,6 +120,7 @@ class _Calibrating(Encoder):
         super().__init__(spec, weights, "int8")
         self.found = {}
         self._given = {name: tensor for name, tensor in weights.items() if is_matrix(name)}
+        self._biases = {name: tensor for name, tensor in weights.items() if name.endswith(".bias")}
         self._names = {self._tensors[name].data_ptr(): name for name in self._given}
 
     def _linear(
@@ -132,13 +133,15 @@ class _Calibrating(Encoder):
         residual: Tensor | None = None,
     ) -> Tensor:
         name = self._names[weight.data_ptr()]
-        quantized, scale = round_to_inputs(self._given[name], x, self.row_weights)
-        self.found[name], self.found[scale_name(name)] = quantized, scale
+        quantized, scale, left = round_to_inputs(self._given[name], x, self.row_weights)
+        bias_name = f"{name.removesuffix('.weight')}.bias"
+        bias = self._biases[bias_name].float() + left
+        self.found[name], self.found[scale_name(name)], self.found[bias_name] = quantized, scale, bias
         packed = torch.ops.torch_ext.pack_linear_weight_int8.default(quantized, scale)
         return super()._linear(x, packed, bias, activation, out_dtype, residual)
 
 
-def round_to_inputs(weight: Tensor, x: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def round_to_inputs(weight: Tensor, x: Tensor, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize a weight so that the layer's outputs change least, with its inputs in int8, too.
 
     Args:
@@ -148,14 +151,22 @@ def round_to_inputs(weight: Tensor, x: Tensor, row_weights: Tensor | None = None
 
     Returns:
         ``q``, i8 ``[N, K]``, and ``scale``, fp32 ``[N]``, as :func:`torch_ext.quantize.quantize_weight` returns them;
-        the very same where the inputs are all zero or not finite.
+        the very same where the inputs are all the same or not finite. And fp32 ``[N]``, to be added to the bias: what
+        outputs lack on the mean.
 
     Raises:
         ValueError: as for :func:`torch_ext.quantize.quantize_weight`.
     """
-    plain = quantize_weight(weight)
     wide = weight.detach().float()
-    moments, lost = _moments(x, row_weights)
+    mean, lost_mean = _means(x, row_weights)
+
+    def completed(quantized: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        exact = weight.detach().float() @ (mean + lost_mean)
+        left = exact - dequantize_weight(quantized, scale) @ mean
+        return quantized, scale, left if bool(torch.isfinite(left).all()) else torch.zeros(len(weight))
+
+    plain = completed(*quantize_weight(weight))
+    moments, lost = _moments(x, row_weights, mean, lost_mean)
     typical = float(moments.diagonal().mean())
     if not (math.isfinite(typical) and typical > 0 and bool(torch.isfinite(lost).all())):
         return plain
@@ -177,21 +188,38 @@ def round_to_inputs(weight: Tensor, x: Tensor, row_weights: Tensor | None = None
     if upper is None:
         return plain
     del moments
-    return _round_in_order(wide, scale, upper, order), scale
+    return completed(_round_in_order(wide, scale, upper, order), scale)
 
 
-def _moments(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over rows of ``r rᵀ`` and ``r (x - r)ᵀ``, each ``[K, K]``, where ``r`` is what int8 makes of ``x``."""
-    width = x.shape[1]
-    moments, lost = torch.zeros(width, width), torch.zeros(width, width)
+def _rounded(x: Tensor, row_weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What int8 makes of some rows at a time, ``r``; the rest ``x - r``; and how much each row counts, ``[rows, 1]``."""
     for begin in range(0, len(x), _ROWS):
         rows = x[begin : begin + _ROWS].float()
         step = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
         rounded = (rows / step).round_().mul_(step)
-        rows -= rounded
-        weighted = rounded if row_weights is None else rounded * row_weights[begin : begin + _ROWS, None]
+        counts = torch.ones(len(rows)) if row_weights is None else row_weights[begin : begin + _ROWS]
+        yield rounded, rows - rounded, counts[:, None]
+
+
+def _means(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means over rows of ``r`` and ``x - r``, each ``[K]``, where ``r`` is what int8 makes of ``x``."""
+    mean, lost = torch.zeros(x.shape[1]), torch.zeros(x.shape[1])
+    for rounded, rest, counts in _rounded(x, row_weights):
+        mean += (rounded * counts).sum(0)
+        lost += (rest * counts).sum(0)
+    total = len(x) if row_weights is None else float(row_weights.sum())
+    return mean / total, lost / total
+
+
+def _moments(x: Tensor, row_weights: Tensor | None, mean: Tensor, lost_mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over rows of ``r rᵀ`` and ``r (x - r)ᵀ``, each ``[K, K]``, about the means of ``r`` and ``x - r``."""
+    width = x.shape[1]
+    moments, lost = torch.zeros(width, width), torch.zeros(width, width)
+    for rounded, rest, counts in _rounded(x, row_weights):
+        rounded -= mean
+        weighted = rounded * counts
         moments.addmm_(weighted.T, rounded)
-        lost.addmm_(weighted.T, rows)
+        lost.addmm_(weighted.T, rest - lost_mean)
     return moments, lost
 
 

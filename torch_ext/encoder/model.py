@@ -23,10 +23,12 @@ from torch_ext.encoder.positions import relative_bias_table, rotary_table
 from torch_ext.encoder.reference import LayerWeights, Reference
 from torch_ext.encoder.spec import Dtype, EncoderSpec, is_matrix
 from torch_ext.encoder.weighted import Inference
+from torch_ext.quantize import dequantize_weight
 
 __all__ = ["Encoder", "Head", "LayerWeights"]
 
 _encoder_forward = torch.ops.torch_ext.encoder_forward.default
+_unpack_int8 = torch.ops.torch_ext.unpack_linear_weight_int8.default
 
 
 class _View(NamedTuple):
@@ -68,10 +70,20 @@ class Encoder(Reference):
         self._relative_bias = None
         if spec.relative_attention_buckets:
             self._relative_bias = relative_bias_table(spec, self._tensors["relative_attention_bias"])
+        self._correct_shifts(weights)
         self._packed, self._tensors = pack_encoder(
             spec, self._tensors, self._relative_bias, self._rotary, self._rotary_local
         )
         self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(spec.num_layers))
+
+    def _correct_shifts(self, weights: Mapping[str, Tensor]) -> None:
+        """Take what is added after activations out again with the weights that were quantized here, not the given ones."""
+        for index in range(self.spec.num_layers):
+            shift, name = weights.get(f"layers.{index}.ffn.shift"), f"layers.{index}.ffn.down"
+            given = weights[f"{name}.weight"]
+            if shift is not None and given.dtype != torch.int8 and self._is_int8(f"{name}.weight"):
+                lost = given.detach().float() - dequantize_weight(*_unpack_int8(self._tensors[f"{name}.weight"]))
+                self._tensors[f"{name}.bias"] += lost @ shift.detach().float()
 
     def _flatten(self) -> dict[str, Any]:
         attributes = super()._flatten()

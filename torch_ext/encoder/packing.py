@@ -35,6 +35,7 @@ LAYER_PARTS = (
     "attention.key_norm.weight",
     "attention.post_norm.weight",
     "ffn.post_norm.weight",
+    "ffn.shift",
 )
 
 _NONE = torch.empty(0)

@@ -49,6 +49,7 @@ class LayerWeights(NamedTuple):
     key_norm_weight: Tensor | None
     attention_post_norm_weight: Tensor | None
     ffn_post_norm_weight: Tensor | None
+    ffn_shift: Tensor | None
 
 
 class Reference(Weighted[EncoderSpec]):
@@ -79,7 +80,7 @@ class Reference(Weighted[EncoderSpec]):
             input_ids: as when the encoder is called, which checks its arguments first.
             cu_seqlens: likewise.
             token_type_ids: likewise.
-            observe: is told the name and input of every linear layer that reads a norm.
+            observe: is told the name and input of every linear layer that reads a norm or an activation.
 
         Returns:
             The last hidden state, ``[T, H]``.
@@ -98,7 +99,9 @@ class Reference(Weighted[EncoderSpec]):
                 hidden = self._linear(attended, w.out_weight, w.out_bias, residual=hidden)
                 normed = self._norm(hidden, None, *ffn_norm)
                 observe(f"layers.{index}.ffn.up", normed)
-                hidden = self._linear(self._widen(w, normed), w.down_weight, w.down_bias, residual=hidden)
+                wide = self._widen(w, normed)
+                observe(f"layers.{index}.ffn.down", wide)
+                hidden = self._linear(wide, w.down_weight, w.down_bias, residual=hidden)
             else:
                 # The residual is added in the norm, which reads it from the cache, on every instruction set in one
                 # pass.
@@ -106,7 +109,9 @@ class Reference(Weighted[EncoderSpec]):
                 attended = self._linear(self._attend(index, hidden, cu_seqlens), w.out_weight, w.out_bias)
                 hidden = self._norm(attended, hidden, *attention_norm, w.attention_residual_scale)
                 observe(f"layers.{index}.ffn.up", hidden)
-                narrow = self._linear(self._widen(w, hidden), w.down_weight, w.down_bias)
+                wide = self._widen(w, hidden)
+                observe(f"layers.{index}.ffn.down", wide)
+                narrow = self._linear(wide, w.down_weight, w.down_bias)
                 hidden = self._norm(narrow, hidden, *ffn_norm, w.ffn_residual_scale)
         if self.spec.norm_first:
             hidden = self._norm(hidden, None, self._tensors["final_norm.weight"], self._tensors["final_norm.bias"])
@@ -137,7 +142,9 @@ class Reference(Weighted[EncoderSpec]):
             stream = added(attended, w.out_weight, w.out_bias, w.attention_post_norm_weight)
             normed = norm(stream, w.ffn_norm_weight, w.ffn_norm_bias)
             observe(f"layers.{index}.ffn.up", normed)
-            stream = added(self._widen(w, normed), w.down_weight, w.down_bias, w.ffn_post_norm_weight)
+            wide = self._widen(w, normed)
+            observe(f"layers.{index}.ffn.down", wide)
+            stream = added(wide, w.down_weight, w.down_bias, w.ffn_post_norm_weight)
         return norm(stream, self._tensors["final_norm.weight"], self._tensors.get("final_norm.bias"))
 
     def _embed_stream(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
@@ -202,7 +209,8 @@ class Reference(Weighted[EncoderSpec]):
     def _widen(self, w: LayerWeights, x: Tensor) -> Tensor:
         """The feed-forward part of a layer, without its last linear layer."""
         if not self.spec.gated_ffn:
-            return self._linear(x, w.up_weight, w.up_bias, self.spec.activation)
+            shift = None if w.ffn_shift is None else w.ffn_shift.expand(len(x), -1)
+            return self._linear(x, w.up_weight, w.up_bias, self.spec.activation, residual=shift)
         result: Tensor = _gate(self._linear(x, w.up_weight, w.up_bias), self.spec.activation)
         return result
 

@@ -277,15 +277,18 @@ class EncoderSpec:
         return shapes
 
     def optional_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The name and shape of weights that may be missing: factors of residuals, 1 without them."""
-        if self.norm_first:
-            return {}
-        layers = range(self.num_layers)
-        return {
-            f"layers.{index}.{part}.residual_scale": (self.hidden_size,)
-            for index in layers
-            for part in ("attention", "ffn")
-        }
+        """The name and shape of weights that may be missing.
+
+        Factors of residuals are 1 without them; what is added after the activation of the feed-forward part is 0.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index in range(self.num_layers):
+            if not self.gated_ffn:
+                shapes[f"layers.{index}.ffn.shift"] = (self.intermediate_size,)
+            if not self.norm_first:
+                for part in ("attention", "ffn"):
+                    shapes[f"layers.{index}.{part}.residual_scale"] = (self.hidden_size,)
+        return shapes
 
 
 @dataclasses.dataclass(frozen=True)

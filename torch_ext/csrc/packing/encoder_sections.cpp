@@ -161,6 +161,9 @@ EncoderModel read_encoder(const char* op, const void* data, size_t bytes, const 
     layer.down = s.matrix(first + kDownWeight, width, wide);
     layer.ffn_norm = s.norm(first + kFfnNormWeight, width);
     layer.ffn_norm.residual_scale = s.floats(first + kFfnResidualScale, width);
+    layer.ffn_shift = s.floats(first + kFfnShift, wide);
+    check(!layer.ffn_shift || !h.gated_ffn, op, ": the packed encoder is damaged: layer ", i,
+          " has a shift after a gate");
     layer.local = h.window && i % h.global_every != h.global_first;
     if (!h.embedding_norm) {
       layer.query_norm = s.rms_norm(first + kQueryNormWeight, h.head_size);

@@ -48,6 +48,7 @@ enum LayerSection : uint32_t {
   kKeyNormWeight,
   kAttentionPostNormWeight,  ///< [hidden] of the norm of what attention adds
   kFfnPostNormWeight,
+  kFfnShift,  ///< [intermediate_size]: added to what the activation gives; empty: 0
   kLayerSections,
 };
 
@@ -83,6 +84,6 @@ struct Section {
 };
 
 constexpr char kEncoderMagic[8] = {'T', 'X', 'E', 'N', 'C', 'O', 'D', 'R'};
-constexpr uint32_t kEncoderVersion = 5;
+constexpr uint32_t kEncoderVersion = 6;
 
 }  // namespace torch_ext

@@ -288,7 +288,8 @@ std::vector<std::string> section_names(const EncoderSpec& spec) {
                                    "attention.query_norm.weight",
                                    "attention.key_norm.weight",
                                    "attention.post_norm.weight",
-                                   "ffn.post_norm.weight"}) {
+                                   "ffn.post_norm.weight",
+                                   "ffn.shift"}) {
       names.push_back(joined("layers.", i, ".", part));
     }
   }

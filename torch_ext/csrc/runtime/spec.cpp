@@ -274,8 +274,9 @@ Shapes weight_shapes(const EncoderSpec& s) {
 
 Shapes optional_shapes(const EncoderSpec& s) {
   Shapes shapes;
-  if (s.norm_first) return shapes;
   for (int64_t i = 0; i < s.num_layers; ++i) {
+    if (!s.gated_ffn) shapes[joined("layers.", i, ".ffn.shift")] = {static_cast<uint64_t>(s.intermediate_size)};
+    if (s.norm_first) continue;
     for (const char* const part : {"attention", "ffn"}) {
       shapes[joined("layers.", i, ".", part, ".residual_scale")] = {static_cast<uint64_t>(s.hidden_size)};
     }
