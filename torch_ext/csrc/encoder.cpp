@@ -436,8 +436,8 @@ class Run {
   void feed_forward(const EncoderLayer& layer, const T* x, const RowStep& after) {
     const size_t n = h_.intermediate_size;
     const auto activation = static_cast<Activation>(h_.activation);
-    const T* wide = linear(layer.up, x, h_.gated_ffn ? Activation::kNone : activation, shared_, nullptr,
-                           layer.ffn_shift);
+    const T* wide =
+        linear(layer.up, x, h_.gated_ffn ? Activation::kNone : activation, shared_, nullptr, layer.ffn_shift);
     if (h_.gated_ffn) {
       T* const gated = shared_ + rows_ * 2 * n;
       clear_tail(gated, n);
