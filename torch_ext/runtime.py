@@ -42,6 +42,8 @@ __all__ = [
     "json_row",
 ]
 
+_Options = tuple[str | None, int, tuple[int, ...], bool, bool]
+
 _ELEMENT_TYPES = {"F32": 0, "F16": 1, "BF16": 2, "I8": 3}  # As torch_ext_runtime.h numbers them.
 
 
@@ -176,19 +178,14 @@ class Encoder:
         from torch_ext.encoder.huggingface.folder import read_folder
 
         model = read_folder(folder, head, adapter, stages)
-        tensors = {name: [Tensor(*part) for part in parts] for name, parts in model.tensors.items()}
+        tensors = [
+            (name, Tensor(part.dtype, part.shape, part.data), part.mapped)
+            for name, parts in model.tensors.items()
+            for part in parts
+        ]
         head_spec = None if model.head is None else vars(model.head)
-        return cls.pack(
-            vars(model.spec),
-            tensors,
-            head_spec,
-            dtype,
-            name=os.fspath(folder),
-            threads=threads,
-            cpus=cpus,
-            pin=pin,
-            shared=shared,
-        )
+        options = _options(dtype, threads, cpus, pin, shared)
+        return cls._pack(os.fspath(folder), vars(model.spec), head_spec, tensors, options)
 
     @classmethod
     def open_image(
@@ -245,14 +242,27 @@ class Encoder:
         Raises:
             ValueError: A specification is not valid, or the weights do not fit it.
         """
-        parts: list[tuple[str, int, tuple[int, ...], Any]] = []
+        parts: list[tuple[str, Tensor, bool]] = []
         for weight, given in tensors.items():
             group: Sequence[Tensor] = (given,) if isinstance(given, Tensor) else given
-            for part in group:
-                parts.append((weight, _element_type(weight, part), tuple(part.shape), part.data))
+            parts += ((weight, part, False) for part in group)
+        return cls._pack(name, spec, head, parts, _options(dtype, threads, cpus, pin, shared))
+
+    @classmethod
+    def _pack(
+        cls,
+        name: str,
+        spec: Mapping[str, Any],
+        head: Mapping[str, Any] | None,
+        parts: Iterable[tuple[str, Tensor, bool]],
+        options: _Options,
+    ) -> Encoder:
+        """Packs parts of weights, each with whether it is of a file that is mapped shared and read-only."""
+        given = [
+            (weight, _element_type(weight, part), tuple(part.shape), part.data, mapped) for weight, part, mapped in parts
+        ]
         head_json = None if head is None else json.dumps(dict(head))
-        options = _options(dtype, threads, cpus, pin, shared)
-        return cls(_runtime.pack(name, json.dumps(dict(spec)), head_json, parts, options))
+        return cls(_runtime.pack(name, json.dumps(dict(spec)), head_json, given, options))
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -366,5 +376,5 @@ def _element_type(weight: str, part: Tensor) -> int:
 
 def _options(
     dtype: str | None, threads: int | None, cpus: Iterable[int], pin: bool, shared: bool
-) -> tuple[str | None, int, tuple[int, ...], bool, bool]:
+) -> _Options:
     return dtype, 0 if threads is None else at_least_1(threads), tuple(cpus), pin, shared

@@ -1277,8 +1277,13 @@ struct CModel {
 
   CModel() {
     for (const auto& [name, t] : model.tensors) {
-      tensors.push_back({sizeof(txr_tensor), name.c_str(), static_cast<int32_t>(t.type),
-                         static_cast<int32_t>(t.shape.size()), t.shape.data(), t.bytes.data()});
+      tensors.push_back({.struct_size = sizeof(txr_tensor),
+                         .name = name.c_str(),
+                         .type = static_cast<int32_t>(t.type),
+                         .dimensions = static_cast<int32_t>(t.shape.size()),
+                         .shape = t.shape.data(),
+                         .data = t.bytes.data(),
+                         .mapped = 0});
     }
     given = {sizeof given, "the tiny one", encoder_json.c_str(), head_json.c_str(), tensors.data(), tensors.size()};
   }

@@ -66,6 +66,8 @@ typedef struct txr_tensor {
   int32_t dimensions;
   const uint64_t* shape; /* [dimensions] */
   const void* data;      /* row after row */
+  /* Not 0: `data` is of a file, mapped with MAP_SHARED and PROT_READ. Its pages leave memory as soon as they are packed. */
+  int32_t mapped;
 } txr_tensor;
 
 typedef struct txr_model {

@@ -692,7 +692,7 @@ PyObject* module_open_image(PyObject*, PyObject* args) {
       [&](txr_encoder** encoder, txr_error* error) { return txr_open_image(path, &parsed.options, encoder, error); });
 }
 
-// A tensor of pack(): (name, element type, shape, buffer).
+// A tensor of pack(): (name, element type, shape, buffer, mapped), the last as txr_tensor has it.
 struct PackedTensors {
   std::vector<txr_tensor> tensors;
   std::vector<std::vector<uint64_t>> shapes;
@@ -706,9 +706,11 @@ struct PackedTensors {
     shapes.reserve(static_cast<size_t>(count));
     for (Py_ssize_t i = 0; i < count; ++i) {
       const char* name;
-      int type;
+      int type, mapped;
       PyObject *shape, *data;
-      if (!PyArg_ParseTuple(PyList_GetItem(list, i), "siO!O", &name, &type, &PyTuple_Type, &shape, &data)) return false;
+      if (!PyArg_ParseTuple(PyList_GetItem(list, i), "siO!Op", &name, &type, &PyTuple_Type, &shape, &data, &mapped)) {
+        return false;
+      }
       Py_buffer buffer;
       if (PyObject_GetBuffer(data, &buffer, 0) != 0) return false;
       buffers.push_back(buffer);
@@ -725,7 +727,13 @@ struct PackedTensors {
         PyErr_Format(PyExc_ValueError, "Encoder: %s takes %zu bytes, its buffer has %zd", name, bytes, buffer.len);
         return false;
       }
-      tensors.push_back({sizeof(txr_tensor), name, type, static_cast<int32_t>(sizes.size()), sizes.data(), buffer.buf});
+      tensors.push_back({.struct_size = sizeof(txr_tensor),
+                         .name = name,
+                         .type = type,
+                         .dimensions = static_cast<int32_t>(sizes.size()),
+                         .shape = sizes.data(),
+                         .data = buffer.buf,
+                         .mapped = mapped});
     }
     return true;
   }

@@ -97,8 +97,10 @@ TensorView read_tensor(const txr_tensor& given) {
   expect(t.dimensions == 1 || t.dimensions == 2, "txr_tensor ", t.name, ": expected 1 or 2 dimensions, got ",
          t.dimensions);
   expect(t.type >= TXR_FP32 && t.type <= TXR_INT8, "txr_tensor ", t.name, ": unknown type ", t.type);
-  TensorView view{
-      static_cast<ElementType>(t.type), {t.shape, t.shape + t.dimensions}, static_cast<const char*>(t.data)};
+  TensorView view{.type = static_cast<ElementType>(t.type),
+                  .shape = {t.shape, t.shape + t.dimensions},
+                  .data = static_cast<const char*>(t.data),
+                  .mapped = t.mapped != 0};
   for (const uint64_t n : view.shape) {
     expect(n > 0 && n < uint64_t{1} << 31, "txr_tensor ", t.name, ": expected sizes of at least 1, got ", n);
   }

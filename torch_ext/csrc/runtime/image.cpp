@@ -64,6 +64,9 @@ bf16 round_to_bf16(float x) {
 
 // ---- packing --------------------------------------------------------------------------------------------------------
 
+// Elements that are packed before what was read of them leaves memory.
+constexpr size_t kPieceElements = size_t{1} << 20;
+
 // fn(begin, end) for parts of [0, count).
 template <typename F>
 void parallel_ranges(EncoderHost& host, size_t count, size_t grain, const F& fn) {
@@ -100,7 +103,7 @@ class Packer {
     for (const TensorView& part : *parts) {
       const size_t elements = part.elements();
       char* const out = to + written * (narrow ? sizeof(bf16) : sizeof(float));
-      parallel_ranges(host_, elements, 1 << 16, [&](size_t begin, size_t end) {
+      in_pieces({part}, elements, 1, 1 << 16, [&](size_t begin, size_t end) {
         for (size_t i = begin; i < end; ++i) {
           if (narrow) {
             const bf16 x =
@@ -119,7 +122,10 @@ class Packer {
   // A weight in fp32; empty where there is none.
   std::vector<float> floats(const std::string& weight) const {
     std::vector<float> values;
-    if (const std::vector<TensorView>* const parts = find(weight)) append_floats(*parts, values);
+    if (const std::vector<TensorView>* const parts = find(weight)) {
+      const auto [rows, columns] = rows_and_columns(*parts);
+      values = floats_in(*parts, 0, static_cast<size_t>(rows * columns));
+    }
     return values;
   }
 
@@ -137,9 +143,39 @@ class Packer {
     return {rows, columns};
   }
 
-  static void append_floats(const std::vector<TensorView>& parts, std::vector<float>& values) {
+  // fn(part, first, last) for the elements [first, last) of each part that are among [begin, end) of the weight.
+  template <typename F>
+  static void for_overlaps(const std::vector<TensorView>& parts, size_t begin, size_t end, const F& fn) {
+    size_t start = 0;
     for (const TensorView& part : parts) {
-      for (size_t i = 0; i < part.elements(); ++i) values.push_back(float_at(part, i));
+      const size_t stop = start + part.elements();
+      if (begin < stop && start < end) fn(part, std::max(begin, start) - start, std::min(end, stop) - start);
+      start = stop;
+    }
+  }
+
+  // Elements [begin, end) of a weight, in fp32.
+  static std::vector<float> floats_in(const std::vector<TensorView>& parts, size_t begin, size_t end) {
+    std::vector<float> values(end - begin);
+    float* to = values.data();
+    for_overlaps(parts, begin, end, [&](const TensorView& part, size_t first, size_t last) {
+      for (size_t i = first; i < last; ++i) *to++ = float_at(part, i);
+    });
+    return values;
+  }
+
+  // fn(begin, end) for parts of [0, count), where one of `count` units has `unit` elements: a piece at a time on all
+  // threads. What a piece has read of mapped files leaves memory, so that it is not there beside what is made of it.
+  template <typename F>
+  void in_pieces(const std::vector<TensorView>& parts, size_t count, size_t unit, size_t grain, const F& fn) const {
+    const size_t piece = std::max(kPieceElements / unit, grain);
+    for (size_t start = 0; start < count; start += piece) {
+      const size_t size = std::min(piece, count - start);
+      parallel_ranges(host_, size, grain, [&](size_t begin, size_t end) { fn(start + begin, start + end); });
+      for_overlaps(parts, start * unit, (start + size) * unit, [](const TensorView& part, size_t first, size_t last) {
+        const size_t bytes = element_bytes(part.type);
+        if (part.mapped) forget_pages(part.data + first * bytes, (last - first) * bytes);
+      });
     }
   }
 
@@ -217,15 +253,13 @@ class Packer {
     const TensorView& first = parts[0];
     const bool direct = parts.size() == 1 && (first.type == ElementType::kF32 || first.type == ElementType::kBF16) &&
                         reinterpret_cast<uintptr_t>(first.data) % element_bytes(first.type) == 0;
-    std::vector<float> copy;
-    if (!direct) {
-      copy.reserve(n * k);
-      append_floats(parts, copy);
-    }
-    const void* const source = direct ? static_cast<const void*>(first.data) : copy.data();
-    const DType type = direct && first.type == ElementType::kBF16 ? DType::kBF16 : DType::kF32;
-    parallel_ranges(host_, kernel.panels(n), 8, [&](size_t begin, size_t end) {
-      pack_weight_panels(kernel, n, k, source, type, k, payload, begin, end);
+    const DType type = first.type == ElementType::kBF16 ? DType::kBF16 : DType::kF32;
+    in_pieces(parts, kernel.panels(n), kernel.nr * k, 8, [&](size_t begin, size_t end) {
+      if (direct) return pack_weight_panels(kernel, n, k, first.data, type, k, payload, begin, end);
+      const size_t row = begin * kernel.nr, rows = std::min(n, end * kernel.nr) - row;
+      const std::vector<float> copy = floats_in(parts, row * k, (row + rows) * k);
+      char* const panels = payload + begin * kernel.rhs_panel_bytes(k);
+      pack_weight_panels(kernel, rows, k, copy.data(), DType::kF32, k, panels, 0, end - begin);
     });
   }
 
@@ -241,7 +275,7 @@ class Packer {
     const auto* const values = reinterpret_cast<const int8_t*>(q.data);
     expect(std::find(values, values + n * k, int8_t{-128}) == values + n * k, name_, ": expected ", weight,
            " from -127 to 127, got -128");
-    parallel_ranges(host_, kernel.panels(n), 8, [&](size_t begin, size_t end) {
+    in_pieces({q}, kernel.panels(n), kernel.nr * k, 8, [&](size_t begin, size_t end) {
       pack_weight_panels_s8(kernel, n, k, values, scales.data(), payload, begin, end);
     });
   }

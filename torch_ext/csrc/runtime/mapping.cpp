@@ -1,6 +1,7 @@
 #include "runtime/mapping.h"
 
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -46,6 +47,13 @@ Mapping Mapping::of_file(int fd, size_t bytes, bool writable, const std::string&
   // A file that a process can write to is never sealed: not even a child that is forked meanwhile.
   if (writable) madvise(m.data_, bytes, MADV_DONTFORK);
   return m;
+}
+
+void forget_pages(const void* data, size_t bytes) {
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(data), start = begin / page * page;
+  // Memory is saved, or it is not: a failure changes no result.
+  if (bytes) madvise(reinterpret_cast<void*>(start), begin + bytes - start, MADV_DONTNEED);
 }
 
 File::~File() {

@@ -59,6 +59,10 @@ class File {
   int fd_;
 };
 
+/// Takes the pages of some bytes out of memory. They must be of a file that is mapped shared and read-only, which they are
+/// read from again when somebody looks: what others have in these pages is not lost either.
+void forget_pages(const void* data, size_t bytes);
+
 /// "cannot ...: No such file" from errno, as an error of kind kSystem.
 [[noreturn]] void fail_by_errno(const std::string& what);
 

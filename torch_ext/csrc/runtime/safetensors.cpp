@@ -87,7 +87,7 @@ SafetensorsFile SafetensorsFile::open(const std::string& path) {
     places.emplace_back(begin, end);
     const std::optional<ElementType> known = find_type(type->string);
     if (!known) continue;
-    TensorView tensor{*known, {}, data + start + begin};
+    TensorView tensor{.type = *known, .shape = {}, .data = data + start + begin, .mapped = true};
     uint64_t bytes = element_bytes(*known);
     for (const Json& dimension : shape->items) {
       sound(is_natural(dimension), "the shape of ", name, " has other things than sizes");

@@ -20,6 +20,7 @@ struct TensorView {
   ElementType type = ElementType::kF32;
   std::vector<uint64_t> shape;
   const char* data = nullptr;
+  bool mapped = false;  ///< of a file, mapped shared and read-only: its pages may be taken out of memory once read
   size_t elements() const {
     size_t n = 1;
     for (const uint64_t size : shape) n *= static_cast<size_t>(size);

@@ -106,12 +106,12 @@ def _sum(name: str, original: StoredTensor, a: StoredTensor, b: StoredTensor, al
     turned = array("f", [factor * numbers[row * columns + column] for column in range(columns) for row in range(rank)])
     tensors = [
         ("table", *_described(left)),
-        ("weight", 0, (columns, rank), turned),
+        ("weight", 0, (columns, rank), turned, False),
         ("residual", *_described(original)),
     ]
     result = _runtime.project_rows(tensors, 0.0)
     return StoredTensor("F32", original.shape, memoryview(result).cast("B"))
 
 
-def _described(tensor: StoredTensor) -> tuple[int, tuple[int, ...], Any]:
-    return {"F32": 0, "F16": 1, "BF16": 2}[tensor.dtype], tensor.shape, tensor.data
+def _described(tensor: StoredTensor) -> tuple[int, tuple[int, ...], Any, bool]:
+    return {"F32": 0, "F16": 1, "BF16": 2}[tensor.dtype], tensor.shape, tensor.data, False

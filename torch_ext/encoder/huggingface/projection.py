@@ -45,7 +45,7 @@ def project_all(projections: Iterable[Projected], weights: Mapping[str, StoredTe
         for role, name in roles.items():
             if name is not None:
                 dtype, shape, data = weights[name]
-                tensors.append((role, _ELEMENT_TYPES[dtype], shape, data))
+                tensors.append((role, _ELEMENT_TYPES[dtype], shape, data, False))
         result = _runtime.project_rows(tensors, projection.eps)
         return StoredTensor("F32", result.shape, memoryview(result).cast("B"))
 

@@ -48,6 +48,16 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     data: memoryview
 
+    @property
+    def mapped(self) -> bool:
+        """Whether its elements are in the file, from which they can be read again."""
+        return isinstance(self.data.obj, mmap.mmap)
+
+    def forget(self) -> None:
+        """Takes the pages of its file out of memory. They are read again when somebody looks at them."""
+        if isinstance(self.data.obj, mmap.mmap):
+            self.data.obj.madvise(mmap.MADV_DONTNEED)
+
     def rows(self, begin: int, end: int) -> StoredTensor:
         """Some of its rows, in the same memory."""
         row_bytes = len(self.data) // self.shape[0]
@@ -67,11 +77,13 @@ class StoredTensor(NamedTuple):
     def is_finite(self) -> bool:
         """Whether all elements are neither NaN nor infinite; of a floating-point dtype.
 
-        Looks for bytes that have most of an exponent, all of its bits set, by C loops of Python.
+        Looks for bytes that have most of an exponent, all of its bits set, by C loops of Python. What was read of the
+        file does not stay in memory.
         """
         size = _ELEMENT_BYTES[self.dtype]
         for start in range(0, len(self.data), _CHUNK_BYTES):
             chunk = bytes(self.data[start : start + _CHUNK_BYTES])
+            self.forget()
             high = chunk[size - 1 :: size]
             for byte in _FULL_EXPONENT[self.dtype]:
                 place = high.find(byte)
