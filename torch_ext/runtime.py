@@ -259,7 +259,8 @@ class Encoder:
     ) -> Encoder:
         """Packs parts of weights, each with whether it is of a file that is mapped shared and read-only."""
         given = [
-            (weight, _element_type(weight, part), tuple(part.shape), part.data, mapped) for weight, part, mapped in parts
+            (weight, _element_type(weight, part), tuple(part.shape), part.data, mapped)
+            for weight, part, mapped in parts
         ]
         head_json = None if head is None else json.dumps(dict(head))
         return cls(_runtime.pack(name, json.dumps(dict(spec)), head_json, given, options))
@@ -374,7 +375,5 @@ def _element_type(weight: str, part: Tensor) -> int:
     return _ELEMENT_TYPES[part.dtype]
 
 
-def _options(
-    dtype: str | None, threads: int | None, cpus: Iterable[int], pin: bool, shared: bool
-) -> _Options:
+def _options(dtype: str | None, threads: int | None, cpus: Iterable[int], pin: bool, shared: bool) -> _Options:
     return dtype, 0 if threads is None else at_least_1(threads), tuple(cpus), pin, shared

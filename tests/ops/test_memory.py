@@ -14,8 +14,8 @@ from torch import Tensor
 
 VOCABULARY, WIDTH, LAYERS = 30_000, 512, 4
 
-# Peaks count mapped files, too: `VmHWM` less what the process had before, in bytes, and the size of the weights. The first
-# encoder brings in what libraries load once.
+# Prints the peak of the process's memory, mapped files included, less what it had before, and the size of the packed
+# weights, both in bytes. The first encoder brings in what libraries load once.
 PROGRAM = """
 import re, sys
 from pathlib import Path

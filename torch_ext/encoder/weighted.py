@@ -12,7 +12,7 @@ from torch import Tensor
 
 import torch_ext.ops  # noqa: F401 - registers the ops
 from torch_ext.encoder.spec import Dtype, EncoderSpec, HeadSpec, check_dtype, is_matrix, is_table, scale_name
-from torch_ext.encoder.weights import TABLE_DTYPES, check_weights
+from torch_ext.encoder.weights import TABLE_DTYPES, LazyWeights, check_weights
 from torch_ext.patterns import select
 from torch_ext.quantize import check_inputs, quantize_weight
 
@@ -79,11 +79,12 @@ class Weighted(Generic[Spec]):
         """
         self.spec = spec
         self.dtype = check_dtype(dtype)
-        check_weights(spec, weights)
-        self.kept_bf16 = self._select_kept(weights, keep_bf16)
+        outlines = weights.outlines() if isinstance(weights, LazyWeights) else weights
+        check_weights(spec, outlines)
+        self.kept_bf16 = self._select_kept(outlines, keep_bf16)
         self._tensors = {
-            name: self._convert(name, tensor.detach(), weights.get(scale_name(name)))
-            for name, tensor in weights.items()
+            name: self._convert(name, weights)
+            for name in weights
             if name in spec.shapes() or name in spec.optional_shapes()
         }
 
@@ -110,15 +111,19 @@ class Weighted(Generic[Spec]):
         """Whether a weight is, or becomes, a packed matrix of int8."""
         return self.dtype == "int8" and is_matrix(name) and name.removesuffix(".weight") not in self.kept_bf16
 
-    def _convert(self, name: str, tensor: Tensor, scale: Tensor | None) -> Tensor:
+    def _convert(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
         if self._is_int8(name):
+            tensor, scale = weights[name].detach(), weights.get(scale_name(name))
             quantized, scale = (tensor, scale) if scale is not None else quantize_weight(tensor)
             packed: Tensor = _pack_int8(quantized.contiguous(), scale.detach())
             return packed
+        kind = TABLE_DTYPES[self.dtype] if is_matrix(name) or is_table(name) else torch.float32
+        # Packing rounds to the same numbers.
+        lazy = weights.make(name, kind) if isinstance(weights, LazyWeights) else None
         if is_matrix(name):
-            return (_pack_fp32 if self.dtype == "fp32" else _pack)(tensor.contiguous())  # type: ignore[no-any-return]
-        kind = TABLE_DTYPES[self.dtype] if is_table(name) else torch.float32
-        return tensor.to(kind, copy=True).contiguous()
+            tensor = weights[name].detach().contiguous() if lazy is None else lazy
+            return (_pack_fp32 if self.dtype == "fp32" else _pack)(tensor)  # type: ignore[no-any-return]
+        return weights[name].detach().to(kind, copy=True).contiguous() if lazy is None else lazy
 
     def _linear(
         self,

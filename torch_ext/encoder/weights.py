@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -9,10 +10,29 @@ from torch import Tensor
 
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec, is_matrix, scale_name
 
-__all__ = ["TABLE_DTYPES", "check_weights"]
+__all__ = ["TABLE_DTYPES", "LazyWeights", "check_weights"]
 
 TABLE_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}
 """By the dtype of an encoder, that of its tables and its hidden state."""
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """Weights that are made when they are looked up, so that they need not be in memory together."""
+
+    @abstractmethod
+    def outline(self, name: str) -> Tensor:
+        """A tensor with the shape and the dtype of a weight, but without its values and its memory."""
+
+    @abstractmethod
+    def make(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight as a new tensor of ``dtype``, contiguous."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.make(name, self.outline(name).dtype)
+
+    def outlines(self) -> dict[str, Tensor]:
+        """All outlines by name."""
+        return {name: self.outline(name) for name in self}
 
 
 def check_weights(spec: EncoderSpec | HeadSpec, weights: Mapping[str, Tensor]) -> None:

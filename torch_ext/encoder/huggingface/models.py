@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,12 @@ from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import StoredTensor
 from torch_ext.encoder.huggingface.table import ARCHITECTURES, HEAD_CLASSES, find_architecture, text_config
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
+from torch_ext.encoder.weights import LazyWeights
 
 __all__ = ["encoder_in_folder", "head_in_folder", "read_encoder", "read_head"]
+
+_PIECE_BYTES = 1 << 22
+"""Of a weight in a file, converted at a time."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -158,15 +162,13 @@ def _has_head(architecture: Architecture, task: str, weights: Mapping[str, Tenso
     return needed <= weights.keys() and all(name == names.bias for name in others)
 
 
-def encoder_in_folder(
-    folder: str | os.PathLike[str], adapter: str | None = None
-) -> tuple[EncoderSpec, dict[str, Tensor]]:
+def encoder_in_folder(folder: str | os.PathLike[str], adapter: str | None = None) -> tuple[EncoderSpec, LazyWeights]:
     """The specification and weights of a folder's encoder; see :func:`read_folder`."""
     model = read_folder(folder, None, adapter)
-    return model.spec, _as_tensors(model, model.spec)
+    return model.spec, _FolderWeights(model, model.spec)
 
 
-def head_in_folder(folder: str | os.PathLike[str], task: str = AUTO) -> tuple[HeadSpec, dict[str, Tensor]]:
+def head_in_folder(folder: str | os.PathLike[str], task: str = AUTO) -> tuple[HeadSpec, LazyWeights]:
     """The specification and weights of a folder's head; see :func:`read_folder`.
 
     Raises:
@@ -175,18 +177,40 @@ def head_in_folder(folder: str | os.PathLike[str], task: str = AUTO) -> tuple[He
     model = read_folder(folder, task)
     if model.head is None:
         raise ValueError(f"{folder}: no supported head; supported: {', '.join(dict.fromkeys(HEAD_CLASSES.values()))}")
-    return model.head, _as_tensors(model, model.head)
+    return model.head, _FolderWeights(model, model.head)
 
 
-def _as_tensors(model: FolderModel, spec: EncoderSpec | HeadSpec) -> dict[str, Tensor]:
-    result = {}
-    for name in spec.shapes():
-        parts = [_as_tensor(part) for part in model.tensors[name]]
-        result[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return result
+class _FolderWeights(LazyWeights):
+    """Weights in mapped files. What was read of them does not stay in memory."""
+
+    def __init__(self, model: FolderModel, spec: EncoderSpec | HeadSpec) -> None:
+        self._shapes = spec.shapes()
+        self._parts = {name: model.tensors[name] for name in self._shapes}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def outline(self, name: str) -> Tensor:
+        kinds = {part.dtype for part in self._parts[name]}
+        kind = torch.bfloat16 if kinds == {"BF16"} else torch.float32
+        return torch.zeros((), dtype=kind).expand(self._shapes[name])
+
+    def make(self, name: str, dtype: torch.dtype) -> Tensor:
+        result = torch.empty(self._shapes[name], dtype=dtype)
+        flat, filled = result.view(-1), 0
+        for part in self._parts[name]:
+            for start in range(0, len(part.data), _PIECE_BYTES):
+                # What is mapped cannot be written to, and torch warns of that: a copy of a piece at a time.
+                piece = torch.frombuffer(bytearray(part.data[start : start + _PIECE_BYTES]), dtype=_DTYPES[part.dtype])
+                flat[filled : filled + piece.numel()] = piece
+                filled += piece.numel()
+                part.forget()
+        return result
 
 
 def _as_tensor(part: StoredTensor) -> Tensor:
-    # What is mapped cannot be written to, and torch warns of that: a copy of one weight at a time.
     tensor = torch.frombuffer(bytearray(part.data), dtype=_DTYPES[part.dtype]).view(part.shape)
     return tensor.float() if part.dtype == "F16" else tensor
