@@ -1,7 +1,9 @@
 """ONNX models written with few copies of the model in memory.
 
 To learn shapes, ONNX Runtime's quantizer copies the model, writes the copy, and loads that again, twice, while what it
-began with stays in memory: five times the weights. Shapes follow from the graph without the weights.
+began with stays in memory: five times the weights. Shapes follow from the graph without the weights. And of each weight
+it makes two copies to quantize it, which for an embedding table is most of the model: here the model has no weights,
+which are mapped from its file.
 
 torch's exporter makes one message of protobuf of the graph with all weights, a string of that, and reads the string
 once more: three times the weights. Parts of a message may follow one another in a file, so the weights are written
@@ -11,8 +13,9 @@ behind the graph, one by one, from where they are; and read one by one, where `o
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +29,7 @@ __all__ = [
     "load_graph",
     "one_copy",
     "streamed_weights",
+    "weightless",
     "with_shapes",
 ]
 
@@ -65,7 +69,7 @@ def with_shapes(model: Any) -> Any:
     for field in ("node", "input", "output"):
         getattr(graph, field).extend(getattr(model.graph, field))
     for tensor in model.graph.initializer:
-        if tensor.ByteSize() <= _SMALL_BYTES:
+        if tensor.ByteSize() <= _SMALL_BYTES and not _is_elsewhere(tensor):
             graph.initializer.append(tensor)
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -78,9 +82,11 @@ def with_shapes(model: Any) -> Any:
 
 @contextlib.contextmanager
 def one_copy() -> Iterator[None]:
-    """Lets the quantizer learn shapes by `with_shapes`, read models by `load`, and round tensors in pieces."""
+    """Lets the quantizer learn shapes by `with_shapes`, read weights from the file, and round tensors in pieces."""
     import onnx
+    from onnx import numpy_helper
     from onnxruntime.quantization import base_quantizer, onnx_quantizer, quant_utils
+    from onnxruntime.quantization.onnx_model import ONNXModel
 
     round_all = getattr(quant_utils, ROUND_FUNCTION, None)
     kinds = {onnx.TensorProto.INT8: np.int8, onnx.TensorProto.UINT8: np.uint8}
@@ -95,11 +101,33 @@ def one_copy() -> Iterator[None]:
             result[piece] = round_all(kind, array[piece], scale, *rest, **named)
         return result
 
+    weights: dict[str, np.ndarray[Any, Any]] = {}
+    to_array, save = numpy_helper.to_array, ONNXModel.save_model_to_file
+
+    def read(path: Path, load_external_data: bool = True) -> Any:
+        model, mapped = weightless(path)
+        if any(map(_is_elsewhere, model.graph.initializer)) and not mapped:
+            return load(path, load_external_data)
+        weights.update(mapped)
+        return model
+
+    def array(tensor: Any, *rest: Any, **named: Any) -> Any:
+        return weights[tensor.name] if _is_elsewhere(tensor) else to_array(tensor, *rest, **named)
+
+    def save_filled(self: Any, *arguments: Any, **named: Any) -> None:
+        for tensor in self.model.graph.initializer:
+            if _is_elsewhere(tensor):
+                tensor.ClearField("data_location")
+                tensor.raw_data = weights[tensor.name].tobytes()
+        save(self, *arguments, **named)
+
     with (
         _replaced(base_quantizer, SHAPE_FUNCTION, with_shapes),
         _replaced(onnx_quantizer, SHAPE_FUNCTION, with_shapes),
         _replaced(quant_utils, ROUND_FUNCTION, in_pieces),
-        _loading(),
+        _replaced(numpy_helper, "to_array", array),
+        _replaced(ONNXModel, "save_model_to_file", save_filled),
+        _loading(read),
     ):
         yield
 
@@ -119,16 +147,18 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loading() -> Iterator[None]:
-    """Lets `onnx.load` read files by `load`."""
+def _loading(read: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Lets `onnx.load` read files by `load`, or by `read`."""
     import onnx
+
+    read = read or load
 
     before = onnx.load
 
     def replacement(path: Any, *arguments: Any, **named: Any) -> Any:
         if arguments or named.keys() > {"load_external_data"} or not isinstance(path, (str, os.PathLike)):
             return before(path, *arguments, **named)
-        return load(Path(path), **named)
+        return read(Path(path), **named)
 
     with _replaced(onnx, "load", replacement):
         yield
@@ -149,26 +179,79 @@ def load(path: Path, load_external_data: bool = True) -> Any:
 
 def load_graph(path: Path) -> Any:
     """Reads the graph of a model, with names, types and shapes of its weights instead of their values."""
+    return weightless(path)[0].graph
+
+
+class _Array(np.ndarray[Any, Any]):
+    """An array whose flat form is a view of it."""
+
+    def flatten(self, *order: Any) -> Any:
+        return self.reshape(-1)
+
+
+def weightless(path: Path) -> tuple[Any, dict[str, np.ndarray[Any, Any]]]:
+    """Reads an `onnx.ModelProto` whose large weights stay in its file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The model, in which these weights are said to be elsewhere; and by name their values, mapped and read-only,
+        without those of weights in a file beside the model.
+    """
     import onnx
 
-    model = onnx.ModelProto()
+    places: dict[str, tuple[int, int]] = {}
+
+    def stripped(file: BinaryIO, end: int, kind: Any, inner: Sequence[str]) -> bytes:
+        """A message that ends at `end`, without the weights, which are in the fields `inner`, one in another."""
+        number = kind.DESCRIPTOR.fields_by_name[inner[0]].number
+        kinds = {"graph": onnx.GraphProto, "initializer": onnx.TensorProto}
+        result = bytearray()
+        while (start := file.tell()) < end:
+            key, size = _value(_read_varint(file)), _value(_read_varint(file))
+            begin = file.tell()
+            stop = begin + size if key & 7 == _WITH_LENGTH else begin
+            if key >> 3 != number or (inner == ["raw_data"] and size <= _SMALL_BYTES):
+                file.seek(start)
+                result += file.read(stop - start)
+            elif inner == ["raw_data"]:
+                places[""] = begin, size
+                file.seek(stop)
+            else:
+                content = stripped(file, stop, kinds[inner[0]], inner[1:])
+                if "" in places:
+                    tensor = onnx.TensorProto.FromString(content)
+                    places[tensor.name] = places.pop("")
+                    tensor.data_location = onnx.TensorProto.EXTERNAL
+                    content = tensor.SerializeToString()
+                result += _key(kind, inner[0]) + _varint(len(content)) + content
+        return bytes(result)
+
     with path.open("rb") as file:
-        for part in _parts(file):
-            read = onnx.ModelProto.FromString(part)
-            for tensor in read.graph.initializer:
-                if len(tensor.raw_data) > _SMALL_BYTES:
-                    tensor.ClearField("raw_data")
-            model.MergeFrom(read)
-    return model.graph
+        size = os.fstat(file.fileno()).st_size
+        model = onnx.ModelProto.FromString(stripped(file, size, onnx.ModelProto, ["graph", "initializer", "raw_data"]))
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if places else None
+    values: dict[str, np.ndarray[Any, Any]] = {}
+    for tensor in model.graph.initializer:
+        if pages is not None and tensor.name in places:
+            offset, length = places[tensor.name]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            flat = np.frombuffer(pages, dtype, length // dtype.itemsize, offset)
+            values[tensor.name] = flat.reshape(tuple(tensor.dims)).view(_Array)
+    return model, values
+
+
+def _is_elsewhere(tensor: Any) -> bool:
+    """Whether a model has no values of a weight."""
+    return bool(tensor.data_location == type(tensor).EXTERNAL)
 
 
 def _parts(file: BinaryIO) -> Iterator[bytes]:
     """The fields of a message, each with its key. Of models they are numbers, texts and messages."""
     while key := _read_varint(file):
         number = _read_varint(file)
-        length = (
-            sum((byte & 127) << 7 * place for place, byte in enumerate(number)) if key[0] & 7 == _WITH_LENGTH else 0
-        )
+        length = _value(number) if key[0] & 7 == _WITH_LENGTH else 0
         yield b"".join((key, number, file.read(length)))
 
 
@@ -178,6 +261,11 @@ def _read_varint(file: BinaryIO) -> bytes:
     while result and result[-1] > 127:
         result += file.read(1)
     return result
+
+
+def _value(number: bytes) -> int:
+    """The number that `_varint` wrote."""
+    return sum((byte & 127) << 7 * place for place, byte in enumerate(number))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 import transformers
 
 from deploy.export import onnx_copies, write_onnx
+from deploy.export.mapped import keep_little
 from deploy.export.progress import quiet_libraries
+from deploy.heap import give_back
 from deploy.onnx_session import session_options
 
 
@@ -130,6 +133,75 @@ def test_one_copy_gives_the_same_model(
     assert copied
 
     _assert_same_graph(*(onnx.load(tmp_path / name).graph for name in ("one.onnx", "several.onnx")))
+
+
+def test_weights_stay_in_the_file(tmp_path: Path) -> None:
+    _write(_Small().eval(), tmp_path / "usual.onnx")
+    expected = onnx.load(tmp_path / "usual.onnx")
+    model, weights = onnx_copies.weightless(tmp_path / "usual.onnx")
+    (name,) = [item.name for item in expected.graph.initializer if list(item.dims) == [300, 40]]
+    assert list(weights) == [name]
+    assert not weights[name].flags.writeable
+    assert np.shares_memory(weights[name], weights[name].flatten())
+    for one, other in zip(model.graph.initializer, expected.graph.initializer, strict=True):
+        if one.name == name:
+            one.ClearField("data_location")
+            one.raw_data = weights[name].tobytes()
+        assert one == other
+    assert model == expected
+    # Weights in another file are not read: neither are they told from others.
+    onnx.save(expected, tmp_path / "parts.onnx", save_as_external_data=True, location="data", size_threshold=4096)
+    model, weights = onnx_copies.weightless(tmp_path / "parts.onnx")
+    assert not weights
+    with onnx_copies.one_copy():
+        assert onnx.load(str(tmp_path / "parts.onnx")) == onnx_copies.load(tmp_path / "parts.onnx")
+
+
+def test_an_embedding_table_is_not_copied_to_quantize_it(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    table = generator.standard_normal((80_000, 128), np.float32)
+    weight = generator.standard_normal((128, 128), np.float32)
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Gather", ["table", "ids"], ["rows"], "gather"),
+            onnx.helper.make_node("MatMul", ["rows", "weight"], ["out"], "matmul"),
+        ],
+        "graph",
+        [info("ids", onnx.TensorProto.INT64, ["tokens"])],
+        [info("out", onnx.TensorProto.FLOAT, ["tokens", 128])],
+        [onnx.numpy_helper.from_array(table, "table"), onnx.numpy_helper.from_array(weight, "weight")],
+    )
+    fp32, int8 = tmp_path / "model.onnx", tmp_path / "int8.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]), fp32)
+    size = table.nbytes
+    del graph, table
+    config = transformers.BertConfig()
+    keep_little()
+
+    give_back()
+    before, peak, over = _anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.002):
+            peak = max(peak, _anonymous_bytes() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        write_onnx.quantize_int8(fp32, int8, tmp_path / "int8.tmp", config)
+    finally:
+        over.set()
+        thread.join()
+    assert int8.stat().st_size < 0.3 * size
+    # What is written has a quarter of the size, and is there as an array, as bytes, in the model and as its message.
+    assert peak < 1.3 * size, f"{peak / size:.2f} times the size"
+
+
+def _anonymous_bytes() -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) << 10
 
 
 def _assert_same_graph(one: Any, several: Any) -> None:
