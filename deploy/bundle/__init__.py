@@ -19,6 +19,7 @@ from deploy.bundle.config import OFFSET_POSITIONS, check_config
 from deploy.bundle.fields import (
     ACTIVATIONS,
     CONFIG_FILE,
+    DEFAULT_VARIANTS,
     ENGINES,
     FORMAT,
     FORMAT_VERSION,
@@ -46,6 +47,7 @@ from deploy.bundle.stages import DENSE_ACTIVATIONS, DENSE_FILE, Dense, Role, Spa
 __all__ = [
     "ACTIVATIONS",
     "CONFIG_FILE",
+    "DEFAULT_VARIANTS",
     "DENSE_ACTIVATIONS",
     "DENSE_FILE",
     "ENGINES",

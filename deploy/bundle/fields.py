@@ -13,6 +13,7 @@ from deploy.tasks.text_classification import ACTIVATIONS, PROBLEM_TYPES
 __all__ = [
     "ACTIVATIONS",
     "CONFIG_FILE",
+    "DEFAULT_VARIANTS",
     "ENGINES",
     "FORMAT",
     "FORMAT_VERSION",
@@ -43,7 +44,7 @@ POOLING_MODES = ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "
 """As sentence-transformers names them: `mean_sqrt_len_tokens` is the sum of a text's hidden states by the root of their
 number, `weightedmean` weighs them by their position from 1, `lasttoken` is that of the last token."""
 TRUNCATION_SIDES = ("right", "left")
-ENGINES = ("torch_ext", "onnxruntime")
+ENGINES = ("torch_ext", "torch", "onnxruntime")
 
 
 class BundleError(ValueError):
@@ -62,11 +63,16 @@ class VariantKind:
 VARIANTS: Mapping[str, VariantKind] = {
     "torch_ext-bf16": VariantKind("encoder_bf16.safetensors", "torch_ext", "bf16"),
     "torch_ext-int8": VariantKind("encoder_int8.safetensors", "torch_ext", "int8"),
+    "torch-export-bf16": VariantKind("program_bf16.pt2", "torch", "bf16"),
     "onnx-int8": VariantKind("model_int8.onnx", "onnxruntime", "int8"),
     "onnx-fp32": VariantKind("model.onnx", "onnxruntime", "fp32"),
     "torch_ext-fp32": VariantKind("encoder_fp32.safetensors", "torch_ext", "fp32"),
 }
 """Every variant that an export writes, in the order in which a server tries them."""
+
+DEFAULT_VARIANTS = tuple(name for name, kind in VARIANTS.items() if kind.engine != "torch")
+"""Those that an export writes unless it is told otherwise. A program of torch.export takes the place of torch_ext's
+variants where torch_ext's encoder does not run the model."""
 
 
 class Reader:

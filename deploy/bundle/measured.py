@@ -93,8 +93,9 @@ class Variant:
         quantization: What was measured to find the layers that int8 would damage too much: `kept_bf16`, names of those
             that stayed in bf16; `layers`, the damage of each; mean and min cosine with all in `int8`, all in `bf16`,
             and as `chosen`. Empty for a variant that is not quantized in this way.
-        kernels: What computed `accuracy` and `speed`: the instruction set that torch_ext chose, or ONNX Runtime's
-            version and how it multiplies int8. None in bundles that were written before this field existed.
+        kernels: What computed `accuracy` and `speed`: the instruction set that torch_ext chose, torch's version and
+            that, or ONNX Runtime's version and how it multiplies int8. None in bundles that were written before this
+            field existed.
     """
 
     name: str

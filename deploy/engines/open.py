@@ -13,6 +13,14 @@ from .engine import Engine, Image
 __all__ = ["Image", "load_engine", "open_engine"]
 
 
+_INSTALL = {
+    "onnxruntime": "pip install 'torch-ext[onnx]'",
+    "torch": "pip install 'torch-ext[torch]' numpy",
+    "torch_ext": "install it",
+}
+"""How to get what an engine needs."""
+
+
 class _Kind(Protocol):
     """What is opened: a `bundle.Variant`, or the `bundle.VariantKind` of one that is being made."""
 
@@ -55,13 +63,17 @@ def open_engine(
             from .onnx import OnnxEngine
 
             return OnnxEngine(path, variant.dtype, threads, task)
+        if variant.engine == "torch":
+            from .program import ProgramEngine
+
+            return ProgramEngine(path, threads, task)
         from .torch_ext import TorchExtEngine
 
         if image is not None:
             return TorchExtEngine.map(image, threads, task)
         return TorchExtEngine.load(path, variant.dtype, threads, task, shared=shared)
     except ImportError as error:
-        how = "pip install 'torch-ext[onnx]'" if variant.engine == "onnxruntime" else "install it"
+        how = _INSTALL[variant.engine]
         raise BundleError(
             f"{variant.file} needs {variant.engine}, which cannot be imported ({error}); {how}, or choose another "
             "variant"

@@ -20,8 +20,8 @@ __all__ = ["PaddedEngine", "PaddedIds", "PaddedStates", "padded", "ranked", "spl
 
 PaddedIds = npt.NDArray[np.int64]
 
-_MIXING = ("ConvBert", "Funnel")
-"""How architectures are called whose convolutions and poolings mix tokens with the padding beside them."""
+_MIXING = ("ConvBert", "FNet", "Funnel", "Mra", "Nystromformer", "Yoso")
+"""How architectures are called whose convolutions, transforms and poolings mix tokens with the padding beside them."""
 
 
 def padded(batch: Batch, pad_id: int) -> tuple[PaddedIds, PaddedIds, PaddedIds]:

@@ -19,12 +19,11 @@ MAX_PADDED = 2048
 
 
 def outputs_of(model: Any, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Any:
-    """What a model makes of a padded batch; all arguments i64 [texts, longest]. Not all models take token types."""
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
-        inputs["token_type_ids"] = torch.from_numpy(types)
+    """What a model makes of a padded batch; all arrays i64 [texts, longest]. Some take no token types, or no mask."""
+    arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    taken = inspect.signature(model.forward).parameters
     with torch.inference_mode():
-        return model(**inputs)
+        return model(**{name: torch.from_numpy(array) for name, array in arrays.items() if name in taken})
 
 
 class TransformersEngine(PaddedEngine):

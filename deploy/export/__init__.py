@@ -9,6 +9,7 @@
 | `needs` | libraries, memory, room on the disk |
 | `tokenizer`, `reference` | the tokenizer as it goes into the bundle; the model in transformers, fp32 |
 | `write_torch_ext`, `int8` | encoders of torch_ext; which layers int8 spares |
+| `write_program` | a program of torch.export, for models that the encoder does not run |
 | `write_onnx` | fp32 and int8 ONNX through optimum |
 | `verify`, `accuracy` | by `deploy/engines`: the comparison with transformers in fp32, its bounds, and the speed |
 | `report`, `progress`, `errors` | the manifest and what the user sees |

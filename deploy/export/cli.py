@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.bundle import POOLING_MODES, TASKS, VARIANTS, BundleError
+from deploy.bundle import DEFAULT_VARIANTS, POOLING_MODES, TASKS, VARIANTS, BundleError
 from deploy.export.errors import ExportError, Interrupted, first_line, is_disk_full
 from deploy.folder.errors import FolderError
 from deploy.options import positive
@@ -80,9 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants",
         type=_variants,
-        default=list(VARIANTS),
+        default=list(DEFAULT_VARIANTS),
         metavar="A,B",
-        help=f"variants to write; default: all that the model allows of {','.join(VARIANTS)}",
+        help=f"variants to write, of {','.join(VARIANTS)}; default: all that the model allows, torch-export-bf16 where "
+        "it allows none of torch_ext's",
     )
     parser.add_argument("--texts", type=Path, metavar="FILE", help="texts to verify on: one per line, or .jsonl")
     parser.add_argument(
@@ -287,10 +288,12 @@ def _allowed(model_type: str, torch_ext: bool, options: argparse.Namespace) -> l
     from deploy.export.needs import onnx_missing
 
     names: list[str] = options.variants
-    default = names == list(VARIANTS)
+    default = names == list(DEFAULT_VARIANTS)
     if not torch_ext:
         left = _without("torch_ext", names)
-        if left != names and not (default and left):
+        if default:
+            left = [name for name in VARIANTS if name in left or VARIANTS[name].engine == "torch"]
+        if left != names and not default:
             raise ExportError(
                 f"torch_ext does not run {model_type} models yet; pass --variants "
                 + ",".join(_without("torch_ext", VARIANTS))
@@ -301,7 +304,7 @@ def _allowed(model_type: str, torch_ext: bool, options: argparse.Namespace) -> l
     left = _without("onnxruntime", names)
     if left != names and (reason := onnx_missing()) is not None:
         if not (default and left):
-            hint = f", or pass --variants {','.join(_without('onnxruntime', VARIANTS))}" if torch_ext else ""
+            hint = f", or pass --variants {','.join(_without('onnxruntime', DEFAULT_VARIANTS))}" if torch_ext else ""
             raise ExportError(f"{reason}{hint}")
         print(f"note: {reason}; writing {', '.join(left)}", file=sys.stderr)
         names = left

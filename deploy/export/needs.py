@@ -65,13 +65,13 @@ def import_libraries(names: Sequence[str]) -> None:
             del onnx, onnxruntime, optimum
         except ImportError as error:
             raise ExportError(f"ONNX variants need more packages ({first_line(error)}): {_ONNX_EXTRA}") from error
-    if any(VARIANTS[name].engine == "torch_ext" for name in names):
+    if any(VARIANTS[name].engine in ("torch_ext", "torch") for name in names):
         try:
             import torch_ext.ops  # The package alone imports without torch and its library.
 
             del torch_ext
         except ImportError as error:
-            left = ",".join(name for name in VARIANTS if VARIANTS[name].engine != "torch_ext")
+            left = ",".join(name for name in VARIANTS if VARIANTS[name].engine == "onnxruntime")
             raise ExportError(f"{first_line(error, 600)}; or leave it out with --variants {left}") from error
 
 
@@ -98,11 +98,12 @@ def check_disk(source: Source, parameters: int, variants: Collection[str], targe
     Raises:
         ExportError: It does not.
     """
-    # torch_ext-int8 has tables in bf16, and maybe layers.
+    # torch_ext-int8 has tables in bf16, and maybe layers; what is no linear layer or table stays in fp32 in a program.
     per_parameter = {
         "torch_ext-bf16": 2.0,
         "torch_ext-int8": 2.0,
         "torch_ext-fp32": 4.0,
+        "torch-export-bf16": 4.0,
         "onnx-fp32": 4.0,
         "onnx-int8": 1.3,
     }

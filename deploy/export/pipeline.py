@@ -1,6 +1,7 @@
 """One export from end to end: a list of stages over one state.
 
-`cli` gives it its options, and `staging` makes it all or nothing.
+`cli` gives it its options, and `staging` makes it all or nothing. It has more than 400 lines since the stages are read
+one after the other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy.bundle import CONFIG_FILE, DENSE_FILE, MANIFEST_FILE, TOKENIZER_FILE, VARIANTS, Manifest, Speed
+from deploy.bundle import (
+    CONFIG_FILE,
+    DEFAULT_VARIANTS,
+    DENSE_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    VARIANTS,
+    Manifest,
+    Speed,
+)
 from deploy.engines.batch import Ids, PairIds, batches
 from deploy.engines.open import open_engine
 from deploy.export.accuracy import Result, Verification
@@ -138,10 +148,12 @@ def load(state: Export) -> None:
         said.append(f"{state.parameters / 1e6:.1f} M parameters, {megabytes(source.weights_bytes)}{pickled}")
         state.mapped = map_weights(state.model, state.folder / "weights.tmp")
     state.verification = Verification(batches(state.ids, _BATCH), task)
-    state.bounds = {
-        name: {**task.default_bounds(name, VARIANTS[name].dtype), **state.options.bounds.get(name, {})}
-        for name in state.names
-    }
+    state.bounds = {name: _bounds_of(state, name) for name in state.names}
+
+
+def _bounds_of(state: Export, name: str) -> dict[str, float]:
+    default = state.verification.task.default_bounds(name, VARIANTS[name].dtype)
+    return {**default, **state.options.bounds.get(name, {})}
 
 
 def reference(state: Export) -> None:
@@ -163,7 +175,7 @@ def reference(state: Export) -> None:
 def write_torch_ext(state: Export) -> None:
     """Writes the encoders of torch_ext; for int8, which layers stay in bf16 is measured on the texts.
 
-    A model that torch_ext does not run has the variants of ONNX Runtime alone, unless variants were chosen.
+    A model that torch_ext does not run has a program of torch.export in their place, unless variants were chosen.
     """
     for name in state.runs_on("torch_ext"):
         path = state.folder / VARIANTS[name].file
@@ -171,10 +183,13 @@ def write_torch_ext(state: Export) -> None:
             try:
                 _write_torch_ext(state, name, path)
             except NotSupportedError as error:
-                if set(state.names) != set(VARIANTS):
+                if not {other for other in DEFAULT_VARIANTS if VARIANTS[other].engine == "torch_ext"} <= set(
+                    state.names
+                ):
                     raise
                 said.append("failed")
                 state.left_out.update(dict.fromkeys(state.runs_on("torch_ext"), str(error)))
+                _stand_in(state)
                 break
             if state.quantized is not None and VARIANTS[name].dtype == "int8":
                 said.append(str(state.quantized))
@@ -202,6 +217,31 @@ def _write_torch_ext(state: Export, name: str, path: Path) -> None:
     )
 
 
+def _stand_in(state: Export) -> None:
+    """Adds the programs of torch.export to what is written."""
+    added = [name for name, kind in VARIANTS.items() if kind.engine == "torch" and name not in state.names]
+    state.names = [name for name in VARIANTS if name in {*state.names, *added}]
+    for name in added:
+        state.bounds[name] = _bounds_of(state, name)
+
+
+def write_program(state: Export) -> None:
+    """Writes the program of torch.export; where that fails, ONNX variants are left."""
+    for name in state.runs_on("torch"):
+        path = state.folder / VARIANTS[name].file
+        with state.progress.step(f"write {name} (torch.export)") as said:
+            from deploy.export import write_program as writer
+
+            try:
+                layout = writer.write_program(name, path, state.model, state.verification.task, state.ids)
+                said.extend(filter(None, (str(layout), megabytes(path.stat().st_size))))
+            except NotSupportedError as error:
+                said.append("failed")
+                path.unlink(missing_ok=True)
+                _leave_out(state, name, error)
+        state.mapped.forget()
+
+
 def write_onnx(state: Export) -> None:
     """Writes the graph in fp32, which the one in int8 is made of, and lets go of the model."""
     if state.runs_on("onnxruntime"):
@@ -221,7 +261,7 @@ def write_onnx(state: Export) -> None:
 def verify_all(state: Export) -> None:
     """Compares every variant with the reference; onnx-int8 is written here.
 
-    An ONNX variant that misses its bounds is left out, if another variant remains; one of torch_ext is refused.
+    A variant that misses its bounds is left out, if another one remains; one of torch_ext is refused.
     """
     for name in [name for name in state.names if name not in state.left_out]:
         try:
@@ -249,7 +289,7 @@ def verify_all(state: Export) -> None:
     if "onnx-fp32" not in state.findings:
         for path in files_of(state.folder, "onnx-fp32"):
             path.unlink(missing_ok=True)
-    if not any(VARIANTS[name].engine == "onnxruntime" for name in state.findings):
+    if all(VARIANTS[name].engine == "torch_ext" for name in state.findings):
         (state.folder / DENSE_FILE).unlink(missing_ok=True)
 
 
@@ -299,6 +339,7 @@ STAGES = (
     Stage("load", load, lambda names: 1),
     Stage("reference", reference, lambda names: 1),
     Stage("write_torch_ext", write_torch_ext, lambda names: _count(names, "torch_ext")),
+    Stage("write_program", write_program, lambda names: _count(names, "torch")),
     Stage("write_onnx", write_onnx, lambda names: min(1, _count(names, "onnxruntime"))),
     Stage("verify", verify_all, len),
     Stage("describe", describe_all, lambda names: 1),
@@ -346,12 +387,13 @@ def export(source: Source, target: Path, options: Options, progress: Progress) -
 
 
 def _leave_out(state: Export, name: str, error: ExportError) -> None:
-    """Goes on without a variant of ONNX Runtime; raises `error` for another one, or if no variant would remain."""
+    """Goes on without a variant; raises `error` for one of torch_ext, or if no variant would remain."""
     state.left_out[name] = str(error)
-    if VARIANTS[name].engine != "onnxruntime":
+    if VARIANTS[name].engine == "torch_ext":
         raise error
     if state.left_out.keys() >= set(state.names):
-        reasons = dict.fromkeys(state.left_out[other] for other in state.names if VARIANTS[other].engine == "torch_ext")
+        others = [other for other in state.names if VARIANTS[other].engine != VARIANTS[name].engine]
+        reasons = dict.fromkeys(state.left_out[other] for other in others)
         if reasons:
             raise ExportError("; ".join([*reasons, str(error)])) from error
         raise error

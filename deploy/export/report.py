@@ -119,7 +119,7 @@ def make_manifest(draft: Manifest, findings: Mapping[str, Findings], verificatio
 def _variant(name: str, folder: Path, found: Findings) -> Variant:
     kind = VARIANTS[name]
     paths = files_of(folder, name)
-    if kind.engine == "onnxruntime" and (folder / DENSE_FILE).is_file():
+    if kind.engine != "torch_ext" and (folder / DENSE_FILE).is_file():
         paths.append(folder / DENSE_FILE)
     return Variant(
         name=name,
@@ -141,7 +141,8 @@ def _kernels(kind: VariantKind) -> str:
         return kernels(kind.dtype)
     from torch_ext import isa_report
 
-    return str(isa_report()["isa"])
+    isa = str(isa_report()["isa"])
+    return f"torch-{importlib.metadata.version('torch')}, {isa}" if kind.engine == "torch" else isa
 
 
 def _versions() -> dict[str, str]:

@@ -59,6 +59,8 @@ def shares(manifest: Manifest, variant: Variant, item: Ids | PairIds, threads: i
     try:
         if variant.engine == "onnxruntime":
             counted = _onnx(manifest.root / variant.file, item, threads, seconds)
+        elif variant.engine == "torch":
+            return {}  # A program has ops of any kind.
         else:
             counted = _torch_ext(manifest.root / variant.file, variant.dtype, item, threads, seconds)
     except ImportError:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from server_harness import Client, FakeEngine, LiveServer, make_manifest, token_ids
 
-from deploy.bundle import POOLING_MODES, VARIANTS, load_manifest
+from deploy.bundle import DEFAULT_VARIANTS, POOLING_MODES, VARIANTS, load_manifest
 from deploy.engines.batch import BATCH_TOKENS, Batch, PairIds, batches, groups
 from deploy.engines.engine import Engine
 from deploy.engines.open import load_engine, open_engine
@@ -81,7 +81,7 @@ def test_verified_bits_are_served(task: str, tiny_model: ModelMaker, tmp_path: P
     assert main([str(tiny_model("bert", task)), "-o", str(tmp_path / "out"), "--threads", "1", *QUICK]) == 0
     verified = list(runs)
     manifest = load_manifest(tmp_path / "out")
-    assert set(manifest.variants) == set(VARIANTS)
+    assert set(manifest.variants) == set(DEFAULT_VARIANTS)
     tokenizer = TextTokenizer.from_manifest(manifest)
     for name, variant in manifest.variants.items():
         engine, _ = load_engine(manifest, variant, 1, tokenizer.token)
@@ -399,7 +399,7 @@ def test_a_new_task_is_one_class(tiny_model: ModelMaker, tmp_path: Path, monkeyp
     folder = tiny_model("bert", "text-classification", num_labels=1)
     assert main([str(folder), "-o", str(tmp_path / "out"), "--task", PairScore.name, *QUICK]) == 0
     manifest = load_manifest(tmp_path / "out")
-    assert (manifest.task, set(manifest.variants)) == (PairScore.name, set(VARIANTS))
+    assert (manifest.task, set(manifest.variants)) == (PairScore.name, set(DEFAULT_VARIANTS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from sentence_transformers import CrossEncoder

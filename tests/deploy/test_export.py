@@ -20,7 +20,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from deploy.bundle import VARIANTS, Machine, load_manifest
+from deploy.bundle import DEFAULT_VARIANTS, VARIANTS, Machine, load_manifest
 from deploy.engines.open import load_engine
 from deploy.export.calibration import calibration_texts
 from deploy.export.cli import main
@@ -142,7 +142,7 @@ def test_every_task_of_every_architecture(
 ) -> None:
     model, bundle = tiny_model(model_type, task), tiny_bundle(model_type, task)
     manifest = load_manifest(bundle, verify=True)
-    assert list(manifest.variants) == list(VARIANTS)
+    assert list(manifest.variants) == list(DEFAULT_VARIANTS)
     assert manifest.task == task
     assert manifest.hidden_size == 64
     assert manifest.max_tokens == (64 if model_type == "roberta" else 66)
@@ -167,6 +167,7 @@ def test_every_task_of_every_architecture(
         if kind.engine == "onnxruntime"
         else torch_ext_encoder(bundle / kind.file, kind.dtype, task)
         for name, kind in VARIANTS.items()
+        if name in DEFAULT_VARIANTS
     }
     assert runs.keys() == bounds.keys()
     right, exact = reference(model, task), exact_onnx(bundle / VARIANTS["onnx-int8"].file)
@@ -190,7 +191,7 @@ def test_the_manifest_is_true(tiny_bundle: Callable[..., Path], tiny_model: Call
         "report.html",
         "tokenizer.json",
         "config.json",
-        *(kind.file for kind in VARIANTS.values()),
+        *(VARIANTS[name].file for name in DEFAULT_VARIANTS),
     }
     for name, entry in value["files"].items():
         content = (bundle / name).read_bytes()
@@ -472,25 +473,28 @@ def test_other_architectures(
     assert manifest.variant("torch_ext-bf16").accuracy.mean > 0.999
 
 
-def test_architectures_that_only_onnx_runs(
+def test_architectures_that_the_encoder_does_not_run(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model("squeezebert")
     manifest = load_manifest_of(model, tmp_path / "a")
-    assert list(manifest.variants) == ["onnx-int8", "onnx-fp32"]
+    assert list(manifest.variants) == ["torch-export-bf16", "onnx-int8", "onnx-fp32"]
     assert manifest.variant("onnx-fp32").accuracy.mean > 0.9999
+    assert manifest.variant("torch-export-bf16").accuracy.mean > 0.9999
     assert "note: torch_ext does not run squeezebert models" in capsys.readouterr().err
     assert main([str(model), "-o", str(tmp_path / "b"), "--variants", "torch_ext-bf16", *QUICK]) == 2
     error = capsys.readouterr().err
-    assert "torch_ext does not run squeezebert models yet; pass --variants onnx-int8,onnx-fp32" in error
+    assert (
+        "torch_ext does not run squeezebert models yet; pass --variants torch-export-bf16,onnx-int8,onnx-fp32" in error
+    )
 
 
-def test_options_that_only_onnx_runs(
+def test_options_that_the_encoder_does_not_run(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An architecture that torch_ext knows, with an option that it does not."""
     manifest = load_manifest_of(tiny_model("bert", position_embedding_type="relative_key"), tmp_path / "a")
-    assert list(manifest.variants) == ["onnx-int8", "onnx-fp32"]
+    assert list(manifest.variants) == ["torch-export-bf16", "onnx-int8", "onnx-fp32"]
     assert (
         "expected position_embedding_type='absolute', got 'relative_key'"
         in manifest.verification["left_out"]["torch_ext-bf16"]

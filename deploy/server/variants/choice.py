@@ -20,7 +20,11 @@ AUTO = "auto"
 TIE = 0.05
 """Speeds that differ by less are equal: repeated measurements on a busy machine scatter as much."""
 
-_PACKAGES: Mapping[str, tuple[str, ...]] = {"torch_ext": ("torch_ext",), "onnxruntime": ("onnxruntime",)}
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "torch_ext": ("torch_ext",),
+    "torch": ("torch", "torch_ext", "numpy"),
+    "onnxruntime": ("onnxruntime",),
+}
 _DIGITS = 5
 """Digits of an error that count: what is below is rounding of fp32."""
 
