@@ -291,9 +291,11 @@ def _allowed(model_type: str, torch_ext: bool, options: argparse.Namespace) -> l
     default = names == list(DEFAULT_VARIANTS)
     if not torch_ext:
         left = _without("torch_ext", names)
-        if default:
+        # All of torch_ext's, as `deploy run` asks for them, is no choice of one.
+        all_ours = set(DEFAULT_VARIANTS) - set(_without("torch_ext", DEFAULT_VARIANTS)) <= set(names)
+        if all_ours:
             left = [name for name in VARIANTS if name in left or VARIANTS[name].engine == "torch"]
-        if left != names and not default:
+        if left != names and not all_ours:
             raise ExportError(
                 f"torch_ext does not run {model_type} models yet; pass --variants "
                 + ",".join(_without("torch_ext", VARIANTS))

@@ -255,6 +255,20 @@ def test_the_error_names_the_layer_and_the_reason(tmp_path: Path) -> None:
     assert not (tmp_path / "x.pt2").exists()
 
 
+def test_all_of_torch_ext_is_no_choice_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """What `deploy run` asks for, which writes no ONNX."""
+    from deploy import run
+    from deploy.export.cli import _allowed
+    from deploy.export.errors import ExportError
+
+    asked = run.VARIANTS.split(",")
+    assert _allowed("fnet", False, SimpleNamespace(variants=asked)) == [NAME]
+    assert capsys.readouterr().err == f"note: torch_ext does not run fnet models; writing {NAME}\n"
+    assert _allowed("bert", True, SimpleNamespace(variants=asked)) == asked
+    with pytest.raises(ExportError, match="torch_ext does not run fnet models yet"):
+        _allowed("fnet", False, SimpleNamespace(variants=asked[:1]))
+
+
 def test_where_torch_export_fails_onnx_is_left(
     tiny_model: ModelMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
