@@ -351,7 +351,9 @@ class App:
 
     def _error(self, error: ApiError, scope: Scope, observed: Observed) -> tuple[Response, bytes]:
         """The answer that tells of an error, and its body; what was charged for it is given back."""
-        scope["deploy.caller"].refund()
+        caller: Caller = scope["deploy.caller"]
+        caller.refused = True
+        caller.refund()
         dialect = error.dialect or self._dialect(scope["path"], scope["method"])
         observed.dialect = dialect.name
         body = dialect.error(error)

@@ -248,6 +248,71 @@ def test_who_reads_slowly_is_not(manifest: Manifest) -> None:
         assert statuses(found) == [b"200"] * 21
 
 
+@contextlib.contextmanager
+def narrow(live: LiveServer) -> Iterator[socket.socket]:
+    """A client whose system takes little: the rest of an answer waits in the server's."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", live.port))
+        sock.settimeout(10)
+        yield sock
+
+
+def test_an_answer_that_waits_in_the_system_is_not_read(manifest: Manifest) -> None:
+    many = json.dumps({"inputs": ["w1"] * 1000}).encode()
+    with running(manifest, Settings(port=0, response_timeout_s=0.5)) as server, narrow(server) as sock:
+        sock.sendall(post(many))
+        wait_until(lambda: server.server.server_state.total_requests)
+        (connection,) = server.server.server_state.connections
+        assert not connection.transport.get_write_buffer_size()  # Nothing is left for the server to write.
+        begun_s = time.monotonic()
+        wait_until(lambda: not server.server.server_state.connections)
+        assert time.monotonic() - begun_s < 5
+        with pytest.raises(ConnectionResetError):  # Not only an end, which would wait behind the answer.
+            while sock.recv(1 << 16):
+                pass
+
+
+def test_answers_that_go_on_are_not_read(manifest: Manifest) -> None:
+    """The system takes each of them; that says nothing of the client."""
+    many = json.dumps({"inputs": ["w1"] * 2000}).encode()
+    with running(manifest, Settings(port=0, response_timeout_s=1.0)) as server, narrow(server) as sock:
+        begun_s = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - begun_s < 10:
+                sock.sendall(post(many))
+                time.sleep(0.3)
+        assert time.monotonic() - begun_s < 8
+
+
+def test_who_reads_what_waits_in_the_system_is_not_idle(manifest: Manifest) -> None:
+    many = json.dumps({"inputs": ["w1"] * 8000}).encode()
+    settings = Settings(port=0, keep_alive_s=0.5, response_timeout_s=3.0)
+    with running(manifest, settings) as server, narrow(server) as sock:
+        sock.sendall(post(many))
+        wait_until(lambda: server.server.server_state.total_requests)
+        found = b""
+        begun_s = time.monotonic()
+        while not found.endswith(b"\r\n0\r\n\r\n"):
+            found += (part := sock.recv(1 << 15))
+            assert part
+            if time.monotonic() - begun_s < 4:
+                time.sleep(0.2)
+        assert found.count(b"[") == 8001
+
+
+@pytest.mark.parametrize(("body", "kept"), [(GOOD, True), (b"{", False)])
+def test_who_was_refused_is_not_idle_for_long(manifest: Manifest, body: bytes, kept: bool) -> None:
+    with running(manifest, Settings(port=0, response_timeout_s=0.3)) as server, connected(server) as sock:
+        sock.sendall(post() + post(body))
+        wait_until(lambda: server.server.server_state.total_requests == 2)
+        time.sleep(2.5)
+        assert len(server.server.server_state.connections) == kept
+        if kept:
+            sock.sendall(post() + LAST)
+        assert len(statuses(everything(sock))) == (4 if kept else 2)
+
+
 # Drain.
 
 

@@ -12,6 +12,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,6 +258,36 @@ def test_a_socket_of_the_file_system(tiny_bundle: BundleMaker, tmp_path: Path, c
         connection.close()
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: not path.exists(), 20)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("file", None), ("file", 2), ("tls", None), ("plain", 2)])
+def test_who_reads_nothing_is_disconnected(
+    tiny_bundle: BundleMaker, tmp_path: Path, kind: str, count: int | None
+) -> None:
+    path = tmp_path / "socket"
+    options: list[object] = ["--response-timeout", "1"]
+    options += ["--unix-socket", path] if kind == "file" else []
+    certificate, key = write(tmp_path, "one")
+    options += ["--tls-cert", certificate, "--tls-key", key] if kind == "tls" else []
+    body = json.dumps({"inputs": ["a"] * 5000}).encode()
+    with serving(tiny_bundle("bert", "feature-extraction"), *options, count=count) as (_, url):
+        sock = socket.socket(socket.AF_UNIX if kind == "file" else socket.AF_INET)
+        sock.settimeout(30)
+        if kind == "file":
+            sock.connect(str(path))
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        if kind == "tls":
+            sock = trusting("one").wrap_socket(sock, server_hostname="localhost")
+        with sock:
+            sock.sendall(b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+            time.sleep(8)
+            size = 0
+            with contextlib.suppress(ConnectionResetError, ssl.SSLError):
+                while part := sock.recv(1 << 16):
+                    size += len(part)
+            assert 0 < size < 5000 * 64 * 8  # Of twice as much.
 
 
 def test_what_is_there_is_not_taken_away(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import socket
+import struct
+import termios
 import time
 
 import httptools
@@ -32,10 +35,12 @@ LINGER_S = 2.0
 would reset the connection, and the client might never see the answer."""
 
 READ_BYTES = 32 << 10
-"""How much of an answer a client has to read in `Settings.response_timeout_s`, or all that is left."""
+"""How much of its answers a client has to read in `Settings.response_timeout_s`, or all that is left."""
 
 _RESET_IS_HERE_S = 0.25
 _TCP_CLOSE = 7
+_ACKED_AT = 120  # Of tcpi_bytes_acked in struct tcp_info of Linux.
+_RESET = struct.pack("ii", 1, 0)
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -70,8 +75,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._lingering_since_s: float | None = None
         self._pipelined_bytes = 0
         self._paused = False
-        self._unsent_bytes = 0
-        self._unsent_since_s = 0.0
+        self._refused = False
+        self._resumed = False
+        self._unread = False
+        self._unread_since_s = 0.0
+        self._taken_bytes = 0
 
     @property
     def idle(self) -> bool:
@@ -272,6 +280,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         else:
             self._idle_since_s = time.monotonic()
+            self._refused = self.cycle.scope["deploy.caller"].refused  # type: ignore[typeddict-item]
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP, in the JSON of all errors, and closes the connection."""
@@ -286,8 +295,6 @@ class HttpProtocol(HttpToolsProtocol):
         """
         if self.receiving_since_s is not None and now_s - self.receiving_since_s > settings.request_timeout_s:
             self.expire()
-        if self._idle_since_s is not None and now_s - self._idle_since_s > settings.keep_alive_s:
-            self.transport.close()
         if self._lingering_since_s is not None and now_s - self._lingering_since_s > LINGER_S:
             self.transport.close()
         # A request that waits behind another one may fill its share; then the rest is dropped to hear of the end.
@@ -296,16 +303,48 @@ class HttpProtocol(HttpToolsProtocol):
             self.stop_receiving()
             self.flow.resume_reading()
         self._paused = waiting
-        unsent_bytes = self.transport.get_write_buffer_size()
-        if not unsent_bytes or not self._unsent_bytes or unsent_bytes <= self._unsent_bytes - READ_BYTES:
-            self._unsent_bytes = unsent_bytes
-            self._unsent_since_s = now_s
-        elif now_s - self._unsent_since_s > settings.response_timeout_s:
+        if not self._check_reading(now_s, settings.response_timeout_s):
+            return
+        if self._unread:  # Who still reads an answer is not idle.
+            self._idle_since_s = self._idle_since_s and now_s
+        elif self._idle_since_s is not None:
+            longest_s = settings.keep_alive_s
+            if self._refused:
+                longest_s = min(longest_s, settings.response_timeout_s)
+            if now_s - self._idle_since_s > longest_s:
+                self.transport.close()
+
+    def _check_reading(self, now_s: float, longest_s: float) -> bool:
+        """Whether the client reads its answers, or has read them; if not, the connection is reset.
+
+        An answer that has left the transport may wait in the system's buffer, which takes some MB.
+        """
+        if self.transport.is_closing():
+            return False
+        unread_bytes = self.transport.get_write_buffer_size() + _kept_by_system(self.transport)
+        if not unread_bytes:
+            self._unread = False
+            return True
+        acked_bytes = _acked_bytes(self.transport)
+        taken_bytes = -unread_bytes if acked_bytes is None else acked_bytes  # Only differences have a meaning.
+        more = taken_bytes >= self._taken_bytes + READ_BYTES or (acked_bytes is None and self._resumed)
+        self._resumed = False
+        if not self._unread or more:
+            self._unread = True
+            self._unread_since_s = now_s
+            self._taken_bytes = taken_bytes
+        elif now_s - self._unread_since_s > longest_s:
+            # Else the system would go on to offer what it has, and never tell the client of the end.
+            with contextlib.suppress(OSError):
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self.transport.abort()
+            return False
+        self._taken_bytes = min(self._taken_bytes, taken_bytes)
+        return True
 
     def resume_writing(self) -> None:
-        """The client has read most of what there was."""
-        self._unsent_bytes = 0
+        """The system has taken most of what there was; it keeps little of what goes to a socket of the file system."""
+        self._resumed = True
         super().resume_writing()
 
     def expire(self) -> None:
@@ -380,6 +419,27 @@ def _is_reset(transport: asyncio.Transport) -> bool:
     except (OSError, AttributeError):  # Another kind of socket, or of system: writes tell.
         return False
     return state[0] == _TCP_CLOSE
+
+
+def _kept_by_system(transport: asyncio.Transport) -> int:
+    """Bytes that were handed to the system and that the client's system has not taken."""
+    try:
+        found: int = struct.unpack("i", fcntl.ioctl(transport.get_extra_info("socket"), termios.TIOCOUTQ, bytes(4)))[0]
+    except (OSError, AttributeError):  # Another kind of socket, or of system: they count as taken.
+        return 0
+    return found
+
+
+def _acked_bytes(transport: asyncio.Transport) -> int | None:
+    """How many bytes the client's system has taken so far; None: this is not TCP."""
+    try:
+        info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AT + 8)
+    except (OSError, AttributeError):
+        return None
+    if len(info) < _ACKED_AT + 8:
+        return None
+    found: int = struct.unpack_from("Q", info, _ACKED_AT)[0]
+    return found
 
 
 def _same_body(headers: dict[bytes, bytes]) -> bytes:

@@ -101,7 +101,8 @@ class Settings:
         max_batch_requests: Most texts of a batch; None: as the tokens allow.
         cors_allow_origin: Origins whose pages may ask, `*` for all.
         root_path: What all paths begin with.
-        response_timeout_s: A client that reads nothing of its answer for this time is disconnected.
+        response_timeout_s: A client that reads next to nothing of its answers for this time is disconnected, and one
+            that was answered with an error and asks nothing more.
         cache_mb: Memory for results of texts that may be asked again, in MB; None: nothing is kept.
         otlp_endpoint: Collector that gets spans of requests, or None.
         otlp_service_name: What this server is called there.

@@ -26,6 +26,7 @@ class Caller:
         value_bytes: Memory that one of them holds until it is sent.
         result: What the model answered, once it has; times and tokens are told of it.
         payer: Whose API key it is, if that has budgets or a name.
+        refused: The answer is an error.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class Caller:
         "held_bytes",
         "on_leave",
         "payer",
+        "refused",
         "result",
         "value_bytes",
         "values_each",
@@ -49,6 +51,7 @@ class Caller:
         self.value_bytes = 4
         self.result: Any = None
         self.payer: Payer | None = None
+        self.refused = False
         self._charged = 0
 
     def charge(self, tokens: int) -> None:
