@@ -180,8 +180,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_seconds,
         default=defaults.response_timeout_s,
         metavar="S",
-        help="a client that reads less than 32 KB of its answers in this time, and not all, is disconnected, and so is one "
-        "that was answered with an error and asks nothing for as long (default: %(default)s)",
+        help="a client that reads less than 32 KB of its answers in this time, and not all, is disconnected, and so is "
+        "one that was answered with an error and asks nothing for as long (default: %(default)s)",
     )
     times.add_argument(
         "--keep-alive",

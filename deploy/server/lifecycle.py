@@ -27,6 +27,7 @@ from ..heap import give_back
 from ..machine import available_memory_bytes
 from .app import App
 from .http.protocol import HttpProtocol
+from .http.unread import forget
 from .limits.bounds import Settings
 from .limits.budget import CONNECTION_BYTES, settle_malloc
 from .models import Model
@@ -213,6 +214,7 @@ class Server(uvicorn.Server):
         for connection in self._connections:  # Whoever still waits for them ends without a word.
             connection.transport.abort()
         await asyncio.sleep(0)
+        forget(asyncio.get_running_loop())
         self._ended()
         self._app.close()
         with contextlib.suppress(asyncio.TimeoutError):

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import socket
-import struct
-import termios
 import time
 
 import httptools
@@ -21,6 +18,8 @@ from uvicorn.server import ServerState
 from ..errors import ApiError, error_body
 from ..limits.bounds import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_PIPELINED_BYTES, Settings, exceeded
 from ..limits.callers import Caller
+from .unread import Reading, outlive, will_reset
+from .writer import Writer
 
 __all__ = ["MAX_HEADERS", "MAX_HEADER_BYTES", "HttpProtocol"]
 
@@ -34,13 +33,8 @@ LINGER_S = 2.0
 """How long what a refused client still sends is dropped before its connection is closed: a close with unread bytes
 would reset the connection, and the client might never see the answer."""
 
-READ_BYTES = 32 << 10
-"""How much of its answers a client has to read in `Settings.response_timeout_s`, or all that is left."""
-
 _RESET_IS_HERE_S = 0.25
 _TCP_CLOSE = 7
-_ACKED_AT = 120  # Of tcpi_bytes_acked in struct tcp_info of Linux.
-_RESET = struct.pack("ii", 1, 0)
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -76,10 +70,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._pipelined_bytes = 0
         self._paused = False
         self._refused = False
-        self._resumed = False
-        self._unread = False
-        self._unread_since_s = 0.0
-        self._taken_bytes = 0
+        self._reading = Reading()
+        self._outlives = True
+
+    _writer = Writer
 
     @property
     def idle(self) -> bool:
@@ -104,6 +98,9 @@ class HttpProtocol(HttpToolsProtocol):
         """The connection is gone: so is whoever waits for answers to the requests on it."""
         for cycle in self._unanswered():
             _leave(cycle)
+        if exc is None and self._outlives:
+            settings = getattr(self.app, "settings", Settings)
+            outlive(self.transport.get_extra_info("socket"), settings.response_timeout_s, self.loop)
         super().connection_lost(exc)
         self.cycle = None  # type: ignore[assignment]
         self.pipeline.clear()
@@ -230,6 +227,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.scope["deploy.headers"] = headers  # type: ignore[typeddict-unknown-key]
         before = self.cycle
         super().on_headers_complete()
+        self._writer(self.cycle)
         if before is not None and not before.response_complete:  # Pipelined.
             self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
             self._earlier.append(before)
@@ -303,48 +301,22 @@ class HttpProtocol(HttpToolsProtocol):
             self.stop_receiving()
             self.flow.resume_reading()
         self._paused = waiting
-        if not self._check_reading(now_s, settings.response_timeout_s):
-            return
-        if self._unread:  # Who still reads an answer is not idle.
+        connection = (transport := self.transport).get_extra_info("socket")
+        if self._reading.check(connection, transport.get_write_buffer_size(), now_s) > settings.response_timeout_s:
+            will_reset(connection)
+            self._outlives = False
+            transport.abort()
+        elif self._reading.unread:  # Who still reads an answer is not idle.
             self._idle_since_s = self._idle_since_s and now_s
         elif self._idle_since_s is not None:
-            longest_s = settings.keep_alive_s
-            if self._refused:
-                longest_s = min(longest_s, settings.response_timeout_s)
+            refused_s = settings.response_timeout_s if self._refused else settings.keep_alive_s
+            longest_s = min(refused_s, settings.keep_alive_s)
             if now_s - self._idle_since_s > longest_s:
-                self.transport.close()
-
-    def _check_reading(self, now_s: float, longest_s: float) -> bool:
-        """Whether the client reads its answers, or has read them; if not, the connection is reset.
-
-        An answer that has left the transport may wait in the system's buffer, which takes some MB.
-        """
-        if self.transport.is_closing():
-            return False
-        unread_bytes = self.transport.get_write_buffer_size() + _kept_by_system(self.transport)
-        if not unread_bytes:
-            self._unread = False
-            return True
-        acked_bytes = _acked_bytes(self.transport)
-        taken_bytes = -unread_bytes if acked_bytes is None else acked_bytes  # Only differences have a meaning.
-        more = taken_bytes >= self._taken_bytes + READ_BYTES or (acked_bytes is None and self._resumed)
-        self._resumed = False
-        if not self._unread or more:
-            self._unread = True
-            self._unread_since_s = now_s
-            self._taken_bytes = taken_bytes
-        elif now_s - self._unread_since_s > longest_s:
-            # Else the system would go on to offer what it has, and never tell the client of the end.
-            with contextlib.suppress(OSError):
-                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self.transport.abort()
-            return False
-        self._taken_bytes = min(self._taken_bytes, taken_bytes)
-        return True
+                transport.close()
 
     def resume_writing(self) -> None:
         """The system has taken most of what there was; it keeps little of what goes to a socket of the file system."""
-        self._resumed = True
+        self._reading.resumed = True
         super().resume_writing()
 
     def expire(self) -> None:
@@ -419,27 +391,6 @@ def _is_reset(transport: asyncio.Transport) -> bool:
     except (OSError, AttributeError):  # Another kind of socket, or of system: writes tell.
         return False
     return state[0] == _TCP_CLOSE
-
-
-def _kept_by_system(transport: asyncio.Transport) -> int:
-    """Bytes that were handed to the system and that the client's system has not taken."""
-    try:
-        found: int = struct.unpack("i", fcntl.ioctl(transport.get_extra_info("socket"), termios.TIOCOUTQ, bytes(4)))[0]
-    except (OSError, AttributeError):  # Another kind of socket, or of system: they count as taken.
-        return 0
-    return found
-
-
-def _acked_bytes(transport: asyncio.Transport) -> int | None:
-    """How many bytes the client's system has taken so far; None: this is not TCP."""
-    try:
-        info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AT + 8)
-    except (OSError, AttributeError):
-        return None
-    if len(info) < _ACKED_AT + 8:
-        return None
-    found: int = struct.unpack_from("Q", info, _ACKED_AT)[0]
-    return found
 
 
 def _same_body(headers: dict[bytes, bytes]) -> bytes:

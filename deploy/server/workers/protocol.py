@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
-from typing import Any
 
 from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from ..errors import ApiError
 from ..http.protocol import HttpProtocol
+from ..http.writer import Writer
 from .marks import ANSWERING, PENDING
 
 __all__ = ["MarkedProtocol"]
 
 
-class _Writer:
-    """The transport as an answer sees it: marks that bytes leave before they do."""
+class _Writer(Writer):
+    """Marks that bytes of an answer leave before they do."""
 
-    def __init__(self, transport: asyncio.Transport, values: memoryview, number: int) -> None:
-        self._transport = transport
+    __slots__ = ("_number", "_values")
+
+    def __init__(self, cycle: RequestResponseCycle, values: memoryview, number: int) -> None:
+        super().__init__(cycle)
         self._values = values
         self._number = number
 
     def write(self, data: bytes) -> None:
         self._values[self._number] = ANSWERING
-        self._transport.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+        super().write(data)
 
 
 class MarkedProtocol(HttpProtocol):
@@ -63,10 +62,8 @@ class MarkedProtocol(HttpProtocol):
         self._number = number
         self._read_bytes = read_bytes
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
-        super().connection_made(transport)
-        self._writer = _Writer(transport, self._values, self._number)
+    def _writer(self, cycle: RequestResponseCycle) -> Writer:  # type: ignore[override]
+        return _Writer(cycle, self._values, self._number)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone, also for the supervisor, whose duplicate would keep it open."""
@@ -80,11 +77,6 @@ class MarkedProtocol(HttpProtocol):
         if self._values[self._number] != ANSWERING:
             self._values[self._number] = PENDING
         super().data_received(data)
-
-    def on_headers_complete(self) -> None:
-        """The headers are there; the application starts."""
-        super().on_headers_complete()
-        self.cycle.transport = self._writer  # type: ignore[assignment]
 
     def on_response_complete(self) -> None:
         """An answer is complete; it leaves at the end of this turn of the event loop."""
