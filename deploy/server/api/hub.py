@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -87,13 +87,15 @@ class ClassifyParameters(Struct):
 class RootClassifyRequest(Struct):
     """Texts to classify, as /predict has them or, with `parameters`, as a pipeline; or a query and texts to rank."""
 
+    EITHER: ClassVar = (("inputs",), ("query", "texts"))
+
     inputs: Annotated[str | list[str | list[str]] | None, Meta(extra_json_schema={BOUND: "predict"})] = None
     raw_scores: bool = False
     truncate: Cut = None
     truncation_direction: Direction = "Right"
     parameters: ClassifyParameters | None = None
-    query: str | None = None
-    texts: list[str] | None = None
+    query: Annotated[str | None, bound("text if any")] = None
+    texts: Annotated[list[str] | None, bound("texts if any")] = None
     return_text: bool = False
 
 
@@ -101,7 +103,7 @@ class FillMaskParameters(Struct):
     """How a pipeline answers."""
 
     top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K)] | None = None
-    targets: list[str] | None = None
+    targets: Annotated[list[str] | None, bound("nothing")] = None
 
 
 class RootFillMaskRequest(Struct):
@@ -239,7 +241,7 @@ class AnswerParameters(Struct):
 
     top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K)] | None = None
     max_answer_len: Annotated[int, Meta(ge=1, le=512)] | None = None
-    max_seq_len: Annotated[int, Meta(ge=3)] | None = None
+    max_seq_len: Annotated[int, Meta(ge=3, extra_json_schema={BOUND: "window"})] | None = None
     doc_stride: Annotated[int, Meta(ge=0)] | None = None
     handle_impossible_answer: bool | None = None
     align_to_words: bool | None = None
@@ -248,8 +250,8 @@ class AnswerParameters(Struct):
 class AskedQuestion(Struct):
     """A question, and the text in which to look for an answer."""
 
-    question: Annotated[str, bound("text")]
-    context: Annotated[str, bound("text")]
+    question: Annotated[str, bound("some text")]
+    context: Annotated[str, bound("some text")]
 
 
 class RootAnswerRequest(Struct):

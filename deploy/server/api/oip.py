@@ -6,7 +6,7 @@ import dataclasses
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from msgspec import Struct
 
@@ -22,6 +22,8 @@ from .oip_tensors import (
     InferOutput,
     Parameters,
     Tensor,
+    input_names,
+    marks_of,
     read_texts,
     split_body,
     write_outputs,
@@ -40,6 +42,7 @@ from .route import (
     error_text,
     server_timing,
 )
+from .schemas import bound
 
 __all__ = ["OIP", "ROUTES"]
 
@@ -54,7 +57,7 @@ _LONGEST_US = 10**15
 class InferRequest(Struct):
     """Tensors to run; fields that are not listed are ignored. Binary tensors follow the JSON."""
 
-    inputs: list[InferInput]
+    inputs: Annotated[list[InferInput], bound("tensors")]
     id: str | None = None
     parameters: Parameters | None = None
     outputs: list[InferOutput] | None = None
@@ -296,8 +299,7 @@ async def server_metadata(context: Context, request: None, caller: Caller) -> Re
 async def model_metadata(context: Context, request: None, caller: Caller) -> Response:
     """GET /v2/models/{model}."""
     manifest = context.service.manifest
-    paired = manifest.task in ("text-classification", "question-answering")
-    inputs = ["text", "text_pair"] if paired else ["text"]
+    inputs = input_names(manifest.task)
     outputs: list[dict[str, Any]] = []
     if manifest.task in _TASKS:
         _, names, width, _ = _TASKS[manifest.task]
@@ -372,6 +374,7 @@ def _models(version: str) -> tuple[Route, ...]:
                 values=lambda manifest, request: _TASKS[manifest.task][3](manifest),
                 value_bytes=18,  # 4, and what is written of it.
                 secured=True,
+                marks=marks_of(task, [name for name, _ in _TASKS[task][1]]),
                 split=split_body,
                 tag="OIP",
             )

@@ -8,9 +8,21 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
+from ..limits.bounds import exceeded
 from .route import ApiError, encode
+from .schemas import BOUND, bound
 
-__all__ = ["HEADER_LENGTH", "InferInput", "InferOutput", "Tensor", "read_texts", "split_body", "write_outputs"]
+__all__ = [
+    "HEADER_LENGTH",
+    "InferInput",
+    "InferOutput",
+    "Tensor",
+    "input_names",
+    "marks_of",
+    "read_texts",
+    "split_body",
+    "write_outputs",
+]
 
 HEADER_LENGTH = b"inference-header-content-length"
 """Header of a request or an answer whose JSON is followed by binary tensors: the length of the JSON."""
@@ -21,18 +33,43 @@ Parameters = dict[str, Any]
 class InferInput(Struct):
     """A tensor of a request."""
 
-    name: str
-    shape: Annotated[list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]], Meta(max_length=8)]
-    datatype: str
-    data: list[Any] | None = None
+    name: Annotated[str, bound("tensor name")]
+    shape: Annotated[
+        list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1, extra_json_schema={"minimum": 1})]], Meta(max_length=8)
+    ]
+    datatype: Annotated[str, Meta(extra_json_schema={"const": "BYTES"})]
+    data: Annotated[list[Any] | None, bound("tensor data")] = None
     parameters: Parameters | None = None
 
 
 class InferOutput(Struct):
     """A tensor that is asked for."""
 
-    name: str
+    name: Annotated[str, bound("output name")]
     parameters: Parameters | None = None
+
+
+def input_names(task: str) -> list[str]:
+    """Names of the tensors that a task takes."""
+    return ["text", "text_pair"] if task in ("text-classification", "question-answering") else ["text"]
+
+
+def marks_of(task: str, outputs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the OpenAPI document says of a task's tensors; that their shapes have to fit, a schema cannot say."""
+    names = input_names(task)
+    needed = names if task == "question-answering" else names[:1]
+    text = {"type": "string", BOUND: {"fill-mask": "masked", "question-answering": "some text"}.get(task, "text")}
+    rows = {"type": "array", "items": text}
+    return {
+        "tensors": {
+            "minItems": len(needed),
+            "maxItems": len(names),
+            "allOf": [{"contains": {"properties": {"name": {"const": name}}}} for name in needed],
+        },
+        "tensor name": {"enum": names},
+        "tensor data": {"anyOf": [rows, {"type": "array", "items": rows}, {"type": "null"}]},
+        "output name": {"enum": list(outputs)},
+    }
 
 
 class Tensor:
@@ -114,7 +151,7 @@ def read_texts(inputs: Sequence[InferInput], tail: bytes, most: int) -> dict[str
             raise ApiError("invalid_request", f"{where}: expected datatype BYTES, got {given.datatype[:20]}")
         count = math.prod(given.shape)
         if count > most:
-            raise ApiError("too_large", f"{where}: expected at most {most} texts, got {count}")
+            raise ApiError("too_large", exceeded("inputs", most, count, f"{where}: "))
         size = (given.parameters or {}).get("binary_data_size")
         if size is not None:
             if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(tail) - start:

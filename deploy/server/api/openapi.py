@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,11 +57,16 @@ def document(
     def bounds(limits: Limits) -> dict[str, Any]:
         return _bounds(limits, manifest, tokenizer, settings)
 
+    marks: dict[str, Mapping[str, Any]] = {}
     for route in routes:
         if route.request is not None:
-            _write_bounds(schemas[route.request.__name__], bounds(route.limits(settings)))
+            schema = schemas[route.request.__name__]
+            _write_bounds(schema, {**bounds(route.limits(settings)), **route.marks})
+            if either := getattr(route.request, "EITHER", None):
+                schema["anyOf"] = [{"required": list(names)} for names in either]
+        marks |= route.marks
     for schema in schemas.values():  # Parts of those.
-        _write_bounds(schema, bounds(Limits.of_texts(settings)))
+        _write_bounds(schema, {**bounds(Limits.of_texts(settings)), **marks})
     fill = {"{model}": manifest.model.name, "{mask}": "[MASK]" if mask is None else mask.token}
     secured = settings.api_key is not None or settings.api_keys_file is not None
     paths: dict[str, Any] = {}
@@ -125,6 +131,8 @@ def _bounds(limits: Limits, manifest: Manifest, tokenizer: TextTokenizer, settin
     if limits.chars:
         text["maxLength"] = limits.chars
     some_text = {"type": "string", **text}
+    prompts = list(tokenizer.prompts.texts)
+    nothing = {"type": "null"}
     # Ids that lack the special tokens get them.
     room = manifest.max_tokens - len(tokenizer.prefix) - len(tokenizer.suffix)
     some_ids = {
@@ -140,10 +148,16 @@ def _bounds(limits: Limits, manifest: Manifest, tokenizer: TextTokenizer, settin
     return {
         "text": text,
         "texts": texts,
+        "some text": {**text, "minLength": 1},
+        "text if any": {"anyOf": [some_text]},
+        "texts if any": {"anyOf": [lists[0]]},
+        "prompt": {"anyOf": [{"enum": prompts}, nothing] if prompts else [nothing]},
+        "nothing": {"anyOf": [nothing]},
+        "window": {"maximum": manifest.max_tokens},
         "masked": {**text, "pattern": f"^{no_nul}{masked}{no_nul}$"},
         "texts or ids": {"anyOf": [some_text, lists[0], *([some_ids, lists[1]] if settings.accept_token_ids else [])]},
-        "dimensions": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": manifest.width}, {"type": "null"}]},
-        "openai dimensions": {"anyOf": [_widths(manifest, settings), {"type": "null"}]},
+        "dimensions": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": manifest.width}, nothing]},
+        "openai dimensions": {"anyOf": [_widths(manifest, settings), nothing]},
         "predict": {"anyOf": [some_text, one_or_two, {"type": "array", "items": one_or_two, **texts}]},
         "texts or similarity": {
             "anyOf": [some_text, lists[0], {"$ref": "#/components/schemas/SimilarityInput"}],
@@ -158,10 +172,10 @@ def _write_bounds(schema: Any, bounds: Mapping[str, Any]) -> None:
         for item in schema:
             _write_bounds(item, bounds)
     elif isinstance(schema, dict):
+        if (name := schema.pop(BOUND, None)) is not None:
+            schema.update(copy.deepcopy(bounds[name]))  # Marks of a row may hold others.
         for item in schema.values():
             _write_bounds(item, bounds)
-        if (name := schema.pop(BOUND, None)) is not None:
-            schema.update(bounds[name])
 
 
 def _operation(

@@ -148,6 +148,7 @@ class Route:
         secured: Whether the API key is asked for.
         names_model: Whether the body's `model` says which model is asked, where the server has several.
         speaks: Whose errors a body asks for, where a path serves two dialects.
+        marks: What marks in the types of its requests stand for; see `openapi`.
         split: Cuts a body into JSON and what follows it; None: it is all JSON.
         tag: Heading in the documentation.
     """
@@ -171,6 +172,7 @@ class Route:
     secured: bool = False
     names_model: bool = False
     speaks: Callable[[Any], Dialect | None] = lambda request: None
+    marks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     split: Callable[[Mapping[bytes, bytes], bytes], tuple[bytes, bytes]] | None = None
     tag: str = "operation"
 

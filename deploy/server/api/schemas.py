@@ -30,7 +30,8 @@ __all__ = [
     "texts_of",
 ]
 BOUND = "x-bound"
-"""Marks a part of a type for `openapi`, which writes the server's limits there."""
+"""Marks a part of a type for `openapi`, which writes there what the server takes, its limits included. Where one of
+several sets of fields is needed, the type's `EITHER` lists them."""
 
 
 def bound(name: str) -> Meta:

@@ -11,13 +11,13 @@ from ..limits.bounds import MAX_TOP_K
 from ..service import structured
 from .native import predictions, row
 from .route import Caller, Context, Limits, Response, Result
-from .schemas import BOUND, Inputs, Truncate, Usage, texts_of
+from .schemas import BOUND, Inputs, Truncate, Usage, bound, texts_of
 
 __all__ = ["ROUTES"]
 
 
 _MAX_ANSWER_LEN = 512
-_Text = Annotated[str, Meta(extra_json_schema={BOUND: "text"})]
+_SomeText = Annotated[str, bound("some text")]
 
 
 class TokenClassifyRequest(Struct, forbid_unknown_fields=True):
@@ -68,21 +68,21 @@ class TokenClassifyResponse(Struct):
 class Question(Struct, forbid_unknown_fields=True):
     """A question, and the text in which to look for an answer."""
 
-    question: _Text
-    context: _Text
+    question: _SomeText
+    context: _SomeText
 
 
 class AnswerRequest(Struct, forbid_unknown_fields=True):
     """Questions about texts; the options are those of transformers' pipeline."""
 
     inputs: Annotated[
-        Question | Annotated[list[Question], Meta(extra_json_schema={BOUND: "texts"})],
+        Question | Annotated[list[Question], bound("texts")],
         Meta(description="One question with its context, or a list of at least one."),
     ]
     top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K, description="Answers to each question, at most.")] = 1
     max_answer_len: Annotated[int, Meta(ge=1, le=_MAX_ANSWER_LEN, description="Longest answer, in tokens.")] = 15
     max_seq_len: Annotated[
-        Annotated[int, Meta(ge=3)] | None,
+        Annotated[int, Meta(ge=3, extra_json_schema={BOUND: "window"})] | None,
         Meta(description="Tokens read at a time, the question included; null: 384, or what the model takes."),
     ] = None
     doc_stride: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -36,7 +36,13 @@ Direction = Annotated[
     Literal["Left", "Right", "left", "right"], Meta(description="Which end of a text that is too long is cut off.")
 ]
 Cut = Annotated[bool | None, Meta(description="Cut texts that are too long; null: what `auto_truncate` of /info says.")]
-Prompt = Annotated[str | None, Meta(description="Name of a prompt of the model to put before each text.")]
+Prompt = Annotated[
+    str | None,
+    Meta(
+        description="Name of a prompt of the model to put before each text; null: its default prompt.",
+        extra_json_schema={BOUND: "prompt"},
+    ),
+]
 Count = Annotated[int, Meta(ge=0)]
 
 
@@ -123,6 +129,8 @@ class TeiDecodeRequest(Struct):
 
 class RerankRequest(Struct):
     """A query, and what is ranked by it: `texts` of TEI, or `documents` of Cohere, Jina and vLLM."""
+
+    EITHER: ClassVar = (("texts",), ("documents",))
 
     query: _Text
     texts: _Texts | UnsetType = UNSET
