@@ -34,9 +34,7 @@ class InferInput(Struct):
     """A tensor of a request."""
 
     name: Annotated[str, bound("tensor name")]
-    shape: Annotated[
-        list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1, extra_json_schema={"minimum": 1})]], Meta(max_length=8)
-    ]
+    shape: Annotated[list[Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]], Meta(max_length=8)]
     datatype: Annotated[str, Meta(extra_json_schema={"const": "BYTES"})]
     data: Annotated[list[Any] | None, bound("tensor data")] = None
     parameters: Parameters | None = None
