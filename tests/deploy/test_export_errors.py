@@ -77,7 +77,10 @@ def test_usage(capsys: Capture) -> None:
     ("options", "message"),
     [
         (["--task", "translation"], "invalid choice: 'translation'"),
-        (["--variants", "onnx-int4"], "expected names of torch_ext-bf16, torch_ext-int8, onnx-int8, onnx-f"),
+        (
+            ["--variants", "onnx-int4"],
+            "expected names of torch_ext-bf16, torch_ext-int8, torch-export-bf16, onnx-int8, onnx-f",
+        ),
         (["--accuracy", "1.5"], "expected a number above 0 and at most 1, got 1.5"),
         (["--accuracy", "0.99", "--variants", "onnx-fp32"], "--accuracy is for torch_ext-int8, and the variants are o"),
         (["--variants", ","], "expected names of"),

@@ -158,7 +158,7 @@ def test_scores_of_a_classifier_with_one_label(tiny_model: ModelMaker, tmp_path:
 
 def test_stages_of_an_export() -> None:
     names = [stage.name for stage in STAGES]
-    assert names == ["load", "reference", "write_torch_ext", "write_onnx", "verify", "describe"]
+    assert names == ["load", "reference", "write_torch_ext", "write_program", "write_onnx", "verify", "describe"]
     assert step_count(["torch_ext-fp32"]) == 5
     assert step_count(["onnx-fp32", "onnx-int8"]) == 6
     assert step_count(["torch_ext-bf16", "torch_ext-int8", "onnx-int8", "onnx-fp32", "torch_ext-fp32"]) == 12

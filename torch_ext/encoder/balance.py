@@ -8,8 +8,9 @@ quantized per output, and have precision to spare. The residual that is added af
 becomes ``residual_scale``, which the next norm multiplies with while it adds, and ``c`` goes into the bias that is
 added anyway.
 
-What an activation such as GELU gives is hardly ever below 0, so that half of int8's steps would be left unused. A constant
-is subtracted after it, ``ffn.shift``, and its product with the weight goes into the bias of the layer that reads it.
+What an activation such as GELU gives is hardly ever below 0, so that half of int8's steps would be left unused. A
+constant is subtracted after it, ``ffn.shift``, and its product with the weight goes into the bias of the layer that
+reads it.
 
 ``c`` is the mean of a channel and ``s`` the 0.75th power of its range, over texts of random tokens: what the channels
 look like is a matter of the model far more than of the text, so no texts are asked for. With texts, :func:`_fit` goes
@@ -203,9 +204,8 @@ def _fit(
 def _shift(x: Tensor, weight: Tensor, row_weights: Tensor | None) -> float:
     """What to add to all that a layer reads, so that its outputs change least when rows are rounded to int8.
 
-    Each row's error is relative to its output, since a norm follows. Rows with one huge number, which others follow in steps
-    as large as they are, are why errors are computed and not estimated from ranges: all small numbers of such a row are
-    rounded the same way.
+    Each row's error is relative to its output, since a norm follows. Errors are computed, not estimated from ranges,
+    because of rows with one huge number: its step is larger than all small numbers, which are rounded the same way.
 
     Args:
         x: fp32 or bf16 ``[T, K]``, what the layer reads.

@@ -192,7 +192,7 @@ def round_to_inputs(weight: Tensor, x: Tensor, row_weights: Tensor | None = None
 
 
 def _rounded(x: Tensor, row_weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What int8 makes of some rows at a time, ``r``; the rest ``x - r``; and how much each row counts, ``[rows, 1]``."""
+    """Some rows at a time as int8 has them, ``r``; the rest ``x - r``; and how much each counts, ``[rows, 1]``."""
     for begin in range(0, len(x), _ROWS):
         rows = x[begin : begin + _ROWS].float()
         step = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)

@@ -77,7 +77,7 @@ class Encoder(Reference):
         self._layers = tuple(self._layer_weights(f"layers.{index}") for index in range(spec.num_layers))
 
     def _correct_shifts(self, weights: Mapping[str, Tensor]) -> None:
-        """Take what is added after activations out again with the weights that were quantized here, not the given ones."""
+        """Take what is added after activations out again by the weights that were quantized here, not those given."""
         for index in range(self.spec.num_layers):
             shift, name = weights.get(f"layers.{index}.ffn.shift"), f"layers.{index}.ffn.down"
             given = weights[f"{name}.weight"]

@@ -30,13 +30,20 @@ struct FusedActivation {
 // PyTorch's names of the activations it fuses; without an attribute it does not.
 constexpr FusedActivation fused_activation(Activation activation) {
   switch (activation) {
-    case Activation::kNone: return {.attribute = "none"};
-    case Activation::kGelu: return {.attribute = "gelu", .algorithm = "none"};
-    case Activation::kGeluTanh: return {.attribute = "gelu", .algorithm = "tanh"};
-    case Activation::kRelu: return {.attribute = "relu"};
-    case Activation::kTanh: return {.attribute = "tanh"};
-    case Activation::kSilu: return {.attribute = "swish"};
-    default: return {};
+    case Activation::kNone:
+      return {.attribute = "none"};
+    case Activation::kGelu:
+      return {.attribute = "gelu", .algorithm = "none"};
+    case Activation::kGeluTanh:
+      return {.attribute = "gelu", .algorithm = "tanh"};
+    case Activation::kRelu:
+      return {.attribute = "relu"};
+    case Activation::kTanh:
+      return {.attribute = "tanh"};
+    case Activation::kSilu:
+      return {.attribute = "swish"};
+    default:
+      return {};
   }
 }
 
@@ -112,7 +119,8 @@ Tensor onednn_linear(const Tensor& x, const Tensor& opaque, const Tensor* bias, 
         aoti_torch_cpu__linear_pointwise_binary(x.get(), residual->get(), opaque.get(), bias_argument, "add", &out));
   } else {
     const FusedActivation fused = fused_activation(activation);
-    STD_TORCH_CHECK(fused.attribute, "linear: PyTorch does not fuse ", kActivationNames[static_cast<size_t>(activation)]);
+    STD_TORCH_CHECK(fused.attribute, "linear: PyTorch does not fuse ",
+                    kActivationNames[static_cast<size_t>(activation)]);
     const char* algorithm = fused.algorithm;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), opaque.get(), bias_argument, fused.attribute,
                                                             nullptr, 0, algorithm ? &algorithm : nullptr, &out));
