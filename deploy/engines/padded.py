@@ -115,14 +115,20 @@ class PaddedEngine(Engine):
 
     padding_bound = math.inf
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, max_padded: float = math.inf) -> None:
+        """Keeps what all padded engines need.
+
+        Args:
+            task: What the answers are.
+            max_padded: How many tokens may run together, with padding; a single text may have more.
+        """
         super().__init__(task)
         self._project = open_dense(task.model)
         if task.model.model.architecture.startswith(_MIXING):
             self.padding_bound = 1.0  # Only texts of one length run together: what transformers makes of each alone.
         # A graph computes the logits of every token, wanted or not.
         wide = task.logits_per_token
-        self._max_padded = LOGITS_BYTES // (4 * wide) if wide else math.inf
+        self._max_padded = min(max_padded, LOGITS_BYTES // (4 * wide)) if wide else max_padded
 
     def _states(self, batch: Batch) -> Iterator[tuple[Batch, States]]:
         for rows in groups(batch.lengths, self.padding_bound, self._max_padded):

@@ -30,9 +30,8 @@ class TransformersEngine(PaddedEngine):
     """Runs a loaded model in evaluation mode."""
 
     def __init__(self, model: Any, task: Task) -> None:
-        super().__init__(task)
         # What is computed of more tokens at once takes as much memory as the weights of a small model, and more time.
-        self._max_padded = min(self._max_padded, MAX_PADDED)
+        super().__init__(task, MAX_PADDED)
         self._model = model
         self.isa = f"torch-{torch.__version__}"
 

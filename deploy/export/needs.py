@@ -77,7 +77,7 @@ def import_libraries(names: Sequence[str]) -> None:
 
 def memory_note(source: Source) -> str | None:
     """The note for the user if less memory is free than an export needs at its peak; else None."""
-    # Measured: 1.9 times the weights in fp32 for BERT-base, 2.9 for MiniLM, and pages of files; files may be in fp16.
+    # Measured: 1.9 times the weights in fp32 for BERT-base, 2.7 for MiniLM, and pages of files; files may be in fp16.
     required = 5 * source.weights_bytes + (1 << 30)
     available = available_memory_bytes()
     if available is None or available >= required:

@@ -202,6 +202,26 @@ def test_a_bundle_of_every_pooling(mode: str, tiny_model: ModelMaker, tmp_path: 
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_onnx_runs_no_more_tokens_at_once_than_caches_hold(
+    tiny_bundle: BundleMaker, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = load_manifest(tiny_bundle("bert", "feature-extraction"), verify=False)
+    engine: Any = open_engine(manifest, manifest.variant("onnx-fp32"), threads)
+    forward = engine._forward
+    runs: list[int] = []
+
+    def counted(ids: Any, *rest: Any) -> Any:
+        runs.append(ids.size)
+        return forward(ids, *rest)
+
+    monkeypatch.setattr(engine, "_forward", counted)
+    texts = [token_ids([5] * 30)] * 80
+    assert len(engine.run(texts, [EmbedOptions(False)] * len(texts))) == len(texts)
+    assert max(runs) <= 512 * threads + 30
+    assert len(runs) == -(-80 // (max(runs) // 30))
+
+
 def test_engines_cut_and_normalise_alike(tiny_bundle: BundleMaker) -> None:
     """Leading dimensions of an embedding, of length 1 after the cut."""
     manifest = load_manifest(tiny_bundle("bert", "feature-extraction"), verify=False)
