@@ -19,9 +19,9 @@ __all__ = ["OnnxEngine"]
 _TOKENS_PER_THREAD = 512
 """Tokens that run together, with padding; a single text may have more.
 
-Each operator writes its output for all of them before the next one reads it. MiniLM on AMD Zen 5, 1 and 2 threads, texts
-of 64 and 128 tokens: 512 for each thread take 0.79 to 0.93 of the time that 4,096 take, in fp32 and int8, and an eighth
-of the memory.
+Each operator writes its output for all of them before the next one reads it. MiniLM on AMD Zen 5, 1 and 2 threads,
+texts of 64 and 128 tokens: 512 for each thread take 0.79 to 0.93 of the time that 4,096 at once take, in fp32 and int8,
+and less memory.
 """
 
 
