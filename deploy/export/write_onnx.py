@@ -54,7 +54,7 @@ def export_fp32(model: Any, task: str, work: Path, target: Path, written: Callab
         task: One of the bundle's tasks.
         work: Empty folder for what optimum writes beside it.
         target: Path of the file.
-        written: Called when the weights have been read.
+        written: Called when weights have been read, and when all are written.
 
     Raises:
         ExportError: optimum does not write this model, or not with the inputs and outputs that the server expects.
@@ -77,7 +77,7 @@ def _export_fp32(model: Any, kind: type[Task], work: Path, target: Path, written
         if is_disk_full(error) or isinstance(error, (OSError, MemoryError)):
             raise
         raise ExportError(f"optimum cannot write this model as ONNX: {first_line(error)}") from error
-    give_back()
+    written()
     graph = load_graph(work / "model.onnx")
     inputs = {item.name for item in graph.input}
     if not {"input_ids", "attention_mask"} <= inputs <= {"input_ids", "attention_mask", "token_type_ids"}:
