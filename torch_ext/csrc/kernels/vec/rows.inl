@@ -20,13 +20,16 @@ TORCH_EXT_INLINE vf activate(vf x) {
 // Vectors of a row of the widest tile of most families: as many are stored at a time.
 constexpr size_t kTileVectors = kWidth == 4 ? 3 : 2;
 
-// kTileVectors vectors of columns for all rows, without a residual.
-template <Activation kAct, typename Out>
-static void store_wide_columns(const float* tile, size_t ld_tile, size_t rows, const float* bias, Out* out,
-                               size_t ld_out) {
-  vf b[kTileVectors];
+// kTileVectors vectors of columns for all rows, without a residual, or with one that is the same for every row.
+template <Activation kAct, bool kShifted, typename Out>
+static void store_wide_columns(const float* tile, size_t ld_tile, size_t rows, const float* bias, const float* shift,
+                               Out* out, size_t ld_out) {
+  vf b[kTileVectors], s[kTileVectors];
 #pragma GCC unroll 3
-  for (size_t v = 0; v < kTileVectors; ++v) b[v] = bias ? load(bias + v * kWidth) : splat(0.0f);
+  for (size_t v = 0; v < kTileVectors; ++v) {
+    b[v] = bias ? load(bias + v * kWidth) : splat(0.0f);
+    s[v] = kShifted ? load(shift + v * kWidth) : splat(0.0f);
+  }
 #if defined(TORCH_EXT_VEC_AVX2)
   for (; rows >= 2; rows -= 2) {
     vf x[4];
@@ -38,6 +41,10 @@ static void store_wide_columns(const float* tile, size_t ld_tile, size_t rows, c
 #pragma GCC unroll 4
       for (size_t v = 0; v < 4; ++v) x[v] = activate<kAct, Out>(x[v]);
     }
+    if constexpr (kShifted) {
+#pragma GCC unroll 4
+      for (size_t v = 0; v < 4; ++v) x[v] = x[v] + s[v % 2];
+    }
     put_two(out, x[0], x[1]);
     put_two(out + ld_out, x[2], x[3]);
     tile += 2 * ld_tile;
@@ -47,7 +54,10 @@ static void store_wide_columns(const float* tile, size_t ld_tile, size_t rows, c
   for (size_t i = 0; i < rows; ++i) {
     vf x[kTileVectors];
 #pragma GCC unroll 3
-    for (size_t v = 0; v < kTileVectors; ++v) x[v] = activate<kAct, Out>(load(tile + v * kWidth) + b[v]);
+    for (size_t v = 0; v < kTileVectors; ++v) {
+      x[v] = activate<kAct, Out>(load(tile + v * kWidth) + b[v]);
+      if constexpr (kShifted) x[v] = x[v] + s[v];
+    }
     put_two(out, x[0], x[1]);
     if constexpr (kTileVectors == 3) Io<Out>::put(out + 2 * kWidth, x[2]);
     tile += ld_tile;
@@ -104,10 +114,16 @@ static void store_tile_as(const float* tile, size_t ld_tile, size_t rows, size_t
       return residual + j;
   };
   size_t j = 0;
-  if constexpr (std::is_void_v<Residual>) {
+  const auto store_wide = [&]<bool kShifted>(const float* shift) {
     for (; j + kTileVectors * kWidth <= cols; j += kTileVectors * kWidth) {
-      store_wide_columns<kAct>(tile + j, ld_tile, rows, bias ? bias + j : nullptr, out + j, ep.ld_out);
+      store_wide_columns<kAct, kShifted>(tile + j, ld_tile, rows, bias ? bias + j : nullptr,
+                                         kShifted ? shift + j : nullptr, out + j, ep.ld_out);
     }
+  };
+  if constexpr (std::is_void_v<Residual>) {
+    store_wide.template operator()<false>(nullptr);
+  } else if constexpr (std::is_same_v<Residual, float>) {
+    if (ep.ld_residual == 0) store_wide.template operator()<true>(residual);
   }
   for (; j + kWidth <= cols; j += kWidth) {
     store_columns<kAct>(tile + j, ld_tile, rows, bias ? load(bias + j) : splat(0.0f), residual_at(j), ep.ld_residual,
