@@ -30,94 +30,18 @@ _OTHERS = re.compile(
 )
 _TARGET = re.compile(r"(torch\.ops\.aten\.\w+\.\w+|_operator\.(?!\w*(caller|getter))\w+|math\.\w+|torch\.sym_\w+)")
 _WORDS = frozenset(
-    {
-        *(
-            "Symbol",
-            "Integer",
-            "Rational",
-            "Float",
-            "Add",
-            "Mul",
-            "Pow",
-            "Mod",
-            "Max",
-            "Min",
-            "Eq",
-            "Ne",
-            "Lt",
-            "Le",
-            "Gt",
-        ),
-        *("Ge", "And", "Or", "Not", "FloorDiv", "CleanDiv", "CeilDiv", "PythonMod", "ModularIndexing", "Where", "Abs"),
-        *(
-            "CeilToInt",
-            "FloorToInt",
-            "IntTrueDiv",
-            "FloatTrueDiv",
-            "ToFloat",
-            "TruncToInt",
-            "RoundToInt",
-            "PowByNatural",
-        ),
-        *(
-            "StrictLessThan",
-            "LessThan",
-            "GreaterThan",
-            "StrictGreaterThan",
-            "Equality",
-            "Unequality",
-            "floor",
-            "ceiling",
-        ),
-        *(
-            "positive",
-            "nonnegative",
-            "integer",
-            "real",
-            "True",
-            "False",
-            "true",
-            "false",
-            "oo",
-            "int_oo",
-            "and",
-            "or",
-            "not",
-        ),
-        *(
-            "L",
-            "size",
-            "input_ids",
-            "attention_mask",
-            "token_type_ids",
-            "BooleanTrue",
-            "BooleanFalse",
-            "evaluate",
-            "NegOne",
-        ),
-        *(
-            "One",
-            "Zero",
-            "Half",
-            "Piecewise",
-            "OpaqueUnaryFn_sqrt",
-            "FloatPow",
-            "TruncToFloat",
-            "RoundDecimal",
-            "LShift",
-        ),
-        *(
-            "RShift",
-            "BitwiseFn_bitwise_and",
-            "BitwiseFn_bitwise_or",
-            "max",
-            "min",
-            "math",
-            "torch",
-            "nonpositive",
-            "negative",
-        ),
-    }
+    re.findall(
+        r"\w+",
+        """
+    Symbol Integer Rational Float Add Mul Pow Mod Max Min Eq Ne Lt Le Gt Ge And Or Not FloorDiv CleanDiv CeilDiv
+    PythonMod ModularIndexing Where Abs CeilToInt FloorToInt IntTrueDiv FloatTrueDiv ToFloat TruncToInt RoundToInt
+    PowByNatural StrictLessThan LessThan GreaterThan StrictGreaterThan Equality Unequality floor ceiling positive
+    nonnegative integer real True False true false oo int_oo and or not L size input_ids attention_mask
+    token_type_ids BooleanTrue BooleanFalse evaluate NegOne One Zero Half Piecewise OpaqueUnaryFn_sqrt FloatPow
+    TruncToFloat RoundDecimal LShift RShift BitwiseFn_bitwise_and BitwiseFn_bitwise_or max min math torch
+    nonpositive negative
+    """,
+    )
 )
 _SYMBOL = re.compile(r"[suf]\d+|_\w*\d*")
 _LARGEST_JSON = 256 << 20

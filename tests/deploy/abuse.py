@@ -478,6 +478,14 @@ def check(arguments: argparse.Namespace) -> list[str]:
     return broken
 
 
+def verdict(broken: Sequence[str]) -> int:
+    """Prints what was broken; the exit code is 1 if anything was."""
+    for line in broken:
+        print(f"BROKEN: {line}")
+    print("broken" if broken else "all kept")
+    return int(bool(broken))
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs it; the exit code is 1 if anything was broken."""
     if argv[:1] == ["--abuse"]:
@@ -497,11 +505,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--alone-s", type=float, default=10, help="how long to measure before (default: %(default)s)")
     parser.add_argument("--p99-factor", type=float, default=2, help="(default: %(default)s)")
     arguments, arguments.options = parser.parse_known_args(argv)
-    broken = check(arguments)
-    for line in broken:
-        print(f"BROKEN: {line}")
-    print("broken" if broken else "all kept")
-    return int(bool(broken))
+    return verdict(check(arguments))
 
 
 if __name__ == "__main__":

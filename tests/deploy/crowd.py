@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.deploy.abuse import Honest  # noqa: E402
+from tests.deploy.abuse import Honest, verdict  # noqa: E402
 
 PATH = "/api/embed"
 BODY = json.dumps({"inputs": ["the quota of a server"] * 20}).encode()
@@ -128,11 +128,7 @@ def main(argv: Sequence[str]) -> int:
         "--counts", type=int, nargs=3, default=(600, 300, 200), metavar=("IDLE", "DRIPPING", "HALF"), help="of them"
     )
     arguments, options = parser.parse_known_args(argv)
-    broken = check(arguments.bundle, arguments.seconds, arguments.turns, arguments.counts, options)
-    for line in broken:
-        print(f"BROKEN: {line}")
-    print("broken" if broken else "all kept")
-    return int(bool(broken))
+    return verdict(check(arguments.bundle, arguments.seconds, arguments.turns, arguments.counts, options))
 
 
 if __name__ == "__main__":
