@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,7 @@ from deploy.server.limits import bounds
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller, CallerLeft
 from deploy.server.metrics import Metrics
-from deploy.server.service import Service, request, service
+from deploy.server.service import Service, request, tokenizing
 from deploy.server.service.batching import Batcher
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.service.work import Work
@@ -227,7 +228,7 @@ def test_long_requests_are_tokenised_in_turns(manifest: Manifest, monkeypatch: p
 
 
 def test_a_full_tokenising_backlog_names_its_own_limit(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "TOKENIZE_BACKLOG_CHARS", 5000)
+    monkeypatch.setattr(tokenizing, "TOKENIZE_BACKLOG_CHARS", 5000)
     with running(manifest) as server:
         tokenizer = TellingTokenizer(server.app.service._tokenizer)
         server.app.service._tokenizer = tokenizer  # type: ignore[assignment]
@@ -241,6 +242,71 @@ def test_a_full_tokenising_backlog_names_its_own_limit(manifest: Manifest, monke
             assert "retry-after" in reply.headers
             tokenizer.gate.set()
             assert slow.result().status == 200
+
+
+def test_what_finds_no_room_in_the_queue_is_not_tokenised(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be refused afterwards: while another one computes, or is tokenised; then there is room again."""
+    words = bounds.INLINE_CHARS // 3 + 10
+    with running(manifest, Settings(port=0, max_queue_tokens=20 * 16)) as server:
+        inner = server.app.service
+        tokenizer = TellingTokenizer(inner._tokenizer)
+        inner._tokenizer = tokenizer  # type: ignore[assignment]
+        admission = server.app.models[0].batcher.admission
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(server, "POST", "/api/embed", {"inputs": ["w99 " * words] * 12})
+            assert tokenizer.entered.wait(10)
+            reply = server("POST", "/api/embed", {"inputs": ["w1 " * words] * 12})
+            assert (reply.status, reply.kind) == (429, "queue_full")
+            message = reply.json["error"]["message"]
+            assert f"{12 * 16} tokens are waiting or being tokenised, and the queue holds {20 * 16}" in message
+            assert "retry-after" in reply.headers
+            assert server("POST", "/api/embed", {"inputs": "w1 " * words}).status == 200  # There is room for it.
+            tokenizer.gate.set()
+            assert slow.result().status == 200
+        assert tokenizer.order == ["w99", "w1"]
+        assert admission._reserved == []
+        reply = server("POST", "/api/embed", {"inputs": ["w1 " * words] * 21})  # More than there will ever be.
+        assert (reply.status, reply.kind) == (413, "too_large")
+        assert tokenizer.order == ["w99", "w1"]
+        assert server("POST", "/api/embed", {"inputs": ["w2 " * words] * 12}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (["a b c"], (3, 3)),
+        (["a"], (1, 1)),
+        ([""], (1, 1)),
+        (["  a \n b  "], (2, 4)),
+        (["unquestionably so"], (2, 8)),
+        (["a " * 100], (8, 8)),
+        (["\u6771\u4eac\u90fd"], (1, 3)),
+        ([("a b", "c d e")], (5, 5)),
+        ([("a " * 6, "b " * 6), "a"], (9, 9)),
+    ],
+)
+def test_estimated_tokens(inputs: list[Any], expected: tuple[int, int]) -> None:
+    assert tokenizing.estimate_tokens(inputs, 8) == expected
+
+
+def test_what_nobody_looks_at_is_not_read_at_full_speed(manifest: Manifest) -> None:
+    """A body of 1 GB, too long by its head, and what comes behind headers that are too many: both would take a core."""
+    too_long = b"POST /api/embed HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
+    too_many = b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 1000
+    part = b"x" * (1 << 20)
+    with running(manifest) as server:
+        for head, status in ((too_long, b"413"), (too_many, b"431")):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=0.2) as sock:
+                sock.sendall(head)
+                sent, until_s = 0, time.monotonic() + 1.5
+                while time.monotonic() < until_s:
+                    with contextlib.suppress(TimeoutError):
+                        sent += sock.send(part)
+                sock.settimeout(5)
+                assert statuses(sock.recv(1 << 16)) == [status]
+            # 16 MB at once, 4 MB a second, and what the system keeps.
+            assert 16 << 20 < sent < 40 << 20
+        assert server("POST", "/api/embed", GOOD).status == 200
 
 
 def test_pairs_are_tokenised_in_turns_like_texts(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,8 +341,8 @@ def test_pairs_are_tokenised_in_turns_like_texts(manifest: Manifest, monkeypatch
             await ask([*[("w1", "w2" + " " * 6000)] * 3, long], truncate=False)
         with pytest.raises(ApiError, match="input 0: expected text, got a NUL"):
             ask([("w1", "w\0")])
-        inner._tokenizing_chars = 1
-        monkeypatch.setattr(service, "TOKENIZE_BACKLOG_CHARS", 6000)
+        inner._tokenizing.chars = 1
+        monkeypatch.setattr(tokenizing, "TOKENIZE_BACKLOG_CHARS", 6000)
         with pytest.raises(ApiError, match="1 characters are waiting to be tokenised"):
             await ask([long])
         inner.close()
@@ -519,15 +585,15 @@ def test_the_server_listens_where_the_health_check_asks() -> None:
 def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Manifest) -> None:
     with running(manifest) as server:
         inner = server.app.service
-        inner._prompt_chars = bounds.INLINE_CHARS
+        inner._tokenizing._prompt_chars = bounds.INLINE_CHARS
         aside = []
-        tokenize = inner._encode_in_parts
+        tokenize = inner._tokenizing.in_parts
 
-        async def note(request: Any, sizes: Sequence[int]) -> list[Any]:
+        async def note(request: Any) -> list[Any]:
             aside.append(list(request.inputs))
-            return await tokenize(request, sizes)
+            return await tokenize(request)
 
-        inner._encode_in_parts = note  # type: ignore[method-assign]
+        inner._tokenizing.in_parts = note  # type: ignore[method-assign]
         assert server("POST", "/api/embed", {"inputs": ["w1", "w2"]}).status == 200
         assert aside == [["w1", "w2"]]
 

@@ -21,8 +21,8 @@ from server_harness import Client, Reply, make_manifest, running, wait_until
 from deploy.bundle import Manifest
 from deploy.server.errors import ApiError
 from deploy.server.limits.bounds import Settings
-from deploy.server.service.admission import LINES, PATIENCE, Admission, Speed
-from deploy.server.service.batching import Batcher
+from deploy.server.service.admission import LINES, PATIENCE, SHARED_PART, Admission, Speed
+from deploy.server.service.batching import _TINY_MEMORY, Batcher
 from deploy.server.service.work import Item, Work
 
 TOKENS_PER_S = 3000.0
@@ -277,6 +277,32 @@ def test_a_batch_takes_as_long_as_it_may(loop: asyncio.AbstractEventLoop) -> Non
     server.send([512])
     server.step()
     assert server.longest_batch_s == 512 / TOKENS_PER_S  # One text is never cut.
+
+
+def test_batches_are_short_while_tiny_requests_come(loop: asyncio.AbstractEventLoop) -> None:
+    server = Simulated(loop, max_batch_s=0.4)
+    large = server.send([58] * 1000)
+    assert large is not None
+    server.step()
+
+    def longest_s(batches: int) -> float:
+        server.longest_batch_s = 0.0
+        for _ in range(batches):
+            server.step()
+        return server.longest_batch_s
+
+    assert 0.3 < longest_s(3) <= 0.4
+    server.send([20])
+    while 1 not in server.waits_s:
+        server.step()
+    assert longest_s(_TINY_MEMORY) <= 0.4 / SHARED_PART  # More may come.
+    assert 0.3 < longest_s(3) <= 0.4
+    # Tiny ones that come one by one pass the others until they have had as much: seven or eight of them.
+    before = large.left
+    for _ in range(40):
+        server.send([20])
+        server.step()
+    assert 3 * 2 <= before - large.left <= 6 * 2
 
 
 def test_speed_follows_the_engine_and_forgives_a_pause() -> None:

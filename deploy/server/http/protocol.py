@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 
 import httptools
@@ -18,7 +17,8 @@ from uvicorn.server import ServerState
 from ..errors import ApiError, error_body
 from ..limits.bounds import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_PIPELINED_BYTES, Settings, exceeded
 from ..limits.callers import Caller
-from .unread import Reading, outlive, will_reset
+from .dropped import Dropped
+from .unread import Reading, is_reset, outlive, will_reset
 from .writer import Writer
 
 __all__ = ["MAX_HEADERS", "MAX_HEADER_BYTES", "HttpProtocol"]
@@ -34,7 +34,6 @@ LINGER_S = 2.0
 would reset the connection, and the client might never see the answer."""
 
 _RESET_IS_HERE_S = 0.25
-_TCP_CLOSE = 7
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -65,6 +64,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._replaying = False
         self._earlier: list[RequestResponseCycle] = []
         self._dropping = False
+        self._dropped = Dropped()
         self._idle_since_s: float | None = None
         self._lingering_since_s: float | None = None
         self._pipelined_bytes = 0
@@ -137,7 +137,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Closes the connection if the client has reset it; nothing is read any more, so nobody else hears of it."""
         if self.transport.is_closing():
             return
-        if _is_reset(self.transport):
+        if is_reset(self.transport):
             self.transport.abort()
         else:
             self.loop.call_later(PROBE_EVERY_S, self._probe)
@@ -145,6 +145,7 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of requests."""
         if self._dropping:
+            self._dropped.note(len(data), self.flow, self.transport, self.loop)
             return
         self._idle_since_s = None
         self._framing_bytes += len(data)
@@ -224,6 +225,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._offer = headers
         self._framing_bytes = 0
+        self._dropped = Dropped()
         self.scope["deploy.headers"] = headers  # type: ignore[typeddict-unknown-key]
         before = self.cycle
         super().on_headers_complete()
@@ -252,6 +254,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Part of a body."""
         self._framing_bytes = 0
         super().on_body(body)
+        if self.cycle.response_complete:
+            self._dropped.note(len(body), self.flow, self.transport, self.loop)
 
     def on_message_complete(self) -> None:
         """The request is there."""
@@ -382,15 +386,6 @@ def _leave(cycle: RequestResponseCycle) -> None:
     cycle.disconnected = True
     cycle.message_event.set()
     cycle.scope["deploy.caller"].leave()  # type: ignore[typeddict-item]
-
-
-def _is_reset(transport: asyncio.Transport) -> bool:
-    """Whether the other side has reset the connection."""
-    try:
-        state: bytes = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-    except (OSError, AttributeError):  # Another kind of socket, or of system: writes tell.
-        return False
-    return state[0] == _TCP_CLOSE
 
 
 def _same_body(headers: dict[bytes, bytes]) -> bytes:

@@ -16,7 +16,7 @@ import termios
 import time
 from weakref import WeakKeyDictionary
 
-__all__ = ["READ_BYTES", "Reading", "forget", "kept_by_system", "outlive", "will_reset"]
+__all__ = ["READ_BYTES", "Reading", "forget", "is_reset", "kept_by_system", "outlive", "will_reset"]
 
 READ_BYTES = 32 << 10
 """How much of its answers a client has to read in `Settings.response_timeout_s`, or all that is left."""
@@ -26,6 +26,7 @@ TAKEN_BYTES = 64 << 10
 
 CHECK_EVERY_S = 1.0
 
+_TCP_CLOSE = 7  # Of enum in net/tcp_states.h of Linux.
 _ACKED_AT = 120  # Of tcpi_bytes_acked in struct tcp_info of Linux.
 _RESET = struct.pack("ii", 1, 0)
 _LEFT: WeakKeyDictionary[asyncio.AbstractEventLoop, set[socket.socket]] = WeakKeyDictionary()
@@ -113,6 +114,15 @@ def will_reset(connection: socket.socket) -> None:
     """Lets the close of a connection drop what is left, and tell the client at once."""
     with contextlib.suppress(OSError, AttributeError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+
+def is_reset(transport: asyncio.Transport) -> bool:
+    """Whether the other side has reset the connection."""
+    try:
+        state: bytes = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    except (OSError, AttributeError):  # Another kind of socket, or of system: writes tell.
+        return False
+    return state[0] == _TCP_CLOSE
 
 
 def kept_by_system(connection: socket.socket) -> int:

@@ -4,9 +4,9 @@ The event loop puts a `Work` (the texts of one request) into the queue; the engi
 texts as the token budget allows, and runs them; it never waits for more while it is idle. `admission` says who comes
 first. Results go back with one wake-up of the event loop per batch, not per request.
 
-A batch takes about `max_batch_s`, by the measured speed: on a small machine the token budget alone would hold a small
-request up for a second, and larger batches are hardly faster (MiniLM on 2 cores of Zen 1: 2,979 tokens/s in batches of
-256 tokens, 3,019 of 2,048; int8 3,554 and 3,749).
+A batch takes about `max_batch_s`, by the measured speed, and a part of that while tiny requests would wait for it: on a
+small machine the token budget alone would hold a small request up for a second, and larger batches are hardly faster
+(MiniLM on 2 cores of Zen 1: 2,979 tokens/s in batches of 256 tokens, 3,019 of 2,048; int8 3,554 and 3,749).
 
 State is split so that no lock is needed: the queue is the only thing that both threads write; what waits (`admission`)
 belongs to the event loop, the lines belong to the engine thread. A request that was given up is only marked; the
@@ -36,6 +36,10 @@ from .work import Item, Work
 __all__ = ["Batcher", "Engine"]
 
 log = logging.getLogger("deploy.server")
+
+
+_TINY_MEMORY = 20
+"""For so many batches after a tiny request, more are expected."""
 
 
 class Engine(Protocol):
@@ -112,7 +116,8 @@ class Batcher:
         self._lines: tuple[deque[Work], ...] = tuple(deque() for _ in range(LINES))
         self._stood = [False] * LINES
         self._full = False
-        self._had_turn = [False] * LINES
+        self._since_tiny = _TINY_MEMORY
+        self._turn_costs = [0] * LINES
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -328,10 +333,13 @@ class Batcher:
                     inbox.put(None)  # Closing: what came before is run first.
                     break
                 lines[work.line].append(work)
-            budget = self.admission.batch_cost
             self._stood = [bool(line) for line in lines]
             line = self._next_line()
+            self._since_tiny = 0 if lines[0] else self._since_tiny + 1
+            shared = line and self._since_tiny <= _TINY_MEMORY
+            budget = self.admission.shared_batch_cost if shared else self.admission.batch_cost
             spent = self._fill(items, lines[line], 0, budget)
+            self._turn_costs[line] += spent
             if items:
                 for shorter in range(line):
                     spent = self._fill(items, lines[shorter], spent, budget)
@@ -339,12 +347,16 @@ class Batcher:
         return items
 
     def _next_line(self) -> int:
-        """Whose turn it is: each line takes turns with all that are behind it. Some line has a request."""
+        """Whose turn it is. Some line has a request.
+
+        A turn is as much as runs at a time of larger requests while tiny ones come, in one batch or several: then it is
+        that of the lines behind.
+        """
+        turn = self.admission.shared_batch_cost
         first, *behind = [line for line, works in enumerate(self._lines) if works]
-        while behind and self._had_turn[first]:
-            self._had_turn[first] = False
+        while behind and self._turn_costs[first] >= turn:
+            self._turn_costs[first] = 0
             first, *behind = behind
-        self._had_turn[first] = True
         return first
 
     def _fill(self, items: list[Item], line: deque[Work], spent: int, budget: int) -> int:

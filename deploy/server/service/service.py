@@ -14,7 +14,7 @@ from ...tasks import Ids
 from ...tasks.fill_mask import FillMaskOptions
 from ...tasks.text_classification import ClassifyOptions
 from ..errors import ApiError
-from ..limits.bounds import INLINE_CHARS, INLINE_INPUTS, TOKENIZE_BACKLOG_CHARS, Limits, Settings, exceeded
+from ..limits.bounds import Limits, Settings, exceeded
 from ..limits.budget import TEXT_BYTES, MemoryBudget
 from ..limits.callers import Caller, CallerLeft
 from ..metrics import Metrics
@@ -22,7 +22,8 @@ from ..variants import Choice
 from .batching import Batcher
 from .computing import computing
 from .located import LocatingTokenizer
-from .request import Request, Result, Served, check_text, embed_options, sizes_of, too_many, turns, widths_of
+from .request import Request, Result, Served, check_text, embed_options, too_many, widths_of
+from .tokenizing import Tokenizing
 from .tokens import TextTokenizer
 from .work import Work
 
@@ -73,10 +74,11 @@ class Service:
         mask = manifest.special_tokens["mask"]
         self._mask_id = -1 if mask is None else mask.id
         self._mask_token = "" if mask is None else mask.token
-        # The default prompt goes before every text.
-        self._prompt_chars = 0 if manifest.prompts is None else len(manifest.prompts.default_text)
         self._helpers = ThreadPoolExecutor(self.helper_threads, thread_name_prefix="helper")
-        self._tokenizing_chars = self._running = 0
+        self._running = 0
+        # The default prompt goes before every text.
+        prompt_chars = 0 if manifest.prompts is None else len(manifest.prompts.default_text)
+        self._tokenizing = Tokenizing(self.aside, batcher, settings, tokenizer.max_tokens, prompt_chars)
         self._compute = computing(batcher, metrics, settings.cache_mb)
 
     @property
@@ -272,25 +274,13 @@ class Service:
     def ask(self, request: Request) -> Awaitable[Result]:
         """Checks, tokenises and runs what a client asks about: short requests here, long ones part by part."""
         started_s = time.perf_counter()
-        sizes = self._sizes_of_few(request)
-        if sizes is None or sum(sizes) > INLINE_CHARS:
-            return self._ask_in_parts(request, sizes, started_s)
+        if self._tokenizing.sizes_of_short(request) is None:
+            return self._ask_in_parts(request, started_s)
         return self._run_encoded(request, request.encode(request.inputs, request.truncate), started_s)
 
-    async def encode(self, request: Request) -> list[Any]:
-        """Checks and tokenises: a short request here, a long one part by part.
-
-        Returns:
-            What the request's `encode` makes of each input.
-
-        Raises:
-            ApiError: See `embed`.
-            CallerLeft: See `embed`.
-        """
-        sizes = self._sizes_of_few(request)
-        if sizes is None or sum(sizes) > INLINE_CHARS:
-            return await self._encode_in_parts(request, sizes)
-        return request.encode(request.inputs, request.truncate)
+    def encode(self, request: Request) -> Awaitable[list[Any]]:
+        """Checks and tokenises a request; see `Tokenizing.encode`."""
+        return self._tokenizing.encode(request)
 
     def encoder(self, cut_left: bool | None, prompt_name: str | None) -> Callable[..., list[Any]]:
         """What makes token ids of texts, cut and with a prompt as a request wants it."""
@@ -357,42 +347,9 @@ class Service:
             total += masks
         return total
 
-    def _sizes_of_few(self, request: Request) -> list[int] | None:
-        """`sizes_of`; None: there are too many inputs to look at here."""
-        return None if len(request.inputs) > INLINE_INPUTS else sizes_of(request, self._prompt_chars)
-
     def _run_encoded(self, request: Request, ids: Sequence[Any], started_s: float) -> Awaitable[Result]:
         units = request.check(ids, request.limits)
         return self.run(ids, request.options, request.caller, request.limits, started_s, units)
 
-    async def _ask_in_parts(self, request: Request, sizes: Sequence[int] | None, started_s: float) -> Result:
-        return await self._run_encoded(request, await self._encode_in_parts(request, sizes), started_s)
-
-    async def _encode_in_parts(self, request: Request, sizes: Sequence[int] | None) -> list[Any]:
-        """Token ids of a long request, part by part on helper threads: other requests get their turn in between."""
-        if sizes is None:
-            sizes = await self.aside(sizes_of, request, self._prompt_chars)
-        waiting, chars = self._tokenizing_chars, sum(sizes)
-        most = max(TOKENIZE_BACKLOG_CHARS, request.limits.body_bytes)
-        if chars > most:
-            raise ApiError("too_large", f"{exceeded('all_chars', most, chars)}; send fewer or shorter texts at a time")
-        if waiting and waiting + chars > TOKENIZE_BACKLOG_CHARS:
-            raise self._batcher.try_later(
-                f"{waiting} characters are waiting to be tokenised; with {chars} more, they would be more than "
-                f"{TOKENIZE_BACKLOG_CHARS}"
-            )
-        ids: list[Any] = []
-        tokens, most_tokens = 0, self.settings.max_queue_tokens
-        self._tokenizing_chars += chars
-        try:
-            for start, stop in turns(sizes):
-                part = await self.aside(request.encode, request.inputs[start:stop], request.truncate, start)
-                if request.caller.gone:
-                    raise CallerLeft
-                tokens += sum(map(len, part))
-                if tokens > most_tokens and stop < len(sizes):  # The rest need not be tokenised.
-                    raise ApiError("too_large", f"{exceeded('tokens', most_tokens)}; send fewer texts at a time")
-                ids += part
-        finally:
-            self._tokenizing_chars -= chars
-        return ids
+    async def _ask_in_parts(self, request: Request, started_s: float) -> Result:
+        return await self._run_encoded(request, await self._tokenizing.in_parts(request), started_s)
