@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
       "int padding_id=-1) -> Tensor");
   m.def("pool(Tensor hidden, Tensor cu_seqlens, str mode, bool normalize) -> Tensor");
   m.def(
-      "_pack_encoder(Tensor[] weights, *, int hidden_size, int num_layers, int num_heads, int intermediate_size, "
+      "_pack_encoder(Tensor(a!)[] weights, *, int hidden_size, int num_layers, int num_heads, int intermediate_size, "
       "str activation, float layer_norm_eps, int max_positions, int position_offset, int padding_id, int window, "
       "int global_every, bool norm_first, bool gated_ffn, int position_span, int position_reach, "
       "int num_kv_heads, int head_size, int global_first, float attention_scale, float embedding_scale, bool causal, "

@@ -53,7 +53,7 @@ def pack_encoder(
     Args:
         spec: what the encoder computes.
         tensors: by the names of ``spec.shapes()``: matrices packed, tables bf16 (fp32 in an fp32 encoder), the rest
-            fp32.
+            fp32. The large ones lose their content, so that weights are in memory once: take the views.
         relative_bias: fp32 ``[num_heads, 2 * R + 1]``, or None.
         rotary: fp32 ``[max_positions, head_dim]``, or None.
         rotary_local: the same for local layers, or None.

@@ -119,7 +119,7 @@ class Weighted(Generic[Spec]):
             return packed
         kind = TABLE_DTYPES[self.dtype] if is_matrix(name) or is_table(name) else torch.float32
         # Packing rounds to the same numbers.
-        lazy = weights.make(name, kind) if isinstance(weights, LazyWeights) else None
+        lazy = weights.make(name, kind, is_matrix(name)) if isinstance(weights, LazyWeights) else None
         if is_matrix(name):
             tensor = weights[name].detach().contiguous() if lazy is None else lazy
             return (_pack_fp32 if self.dtype == "fp32" else _pack)(tensor)  # type: ignore[no-any-return]

@@ -24,8 +24,14 @@ class LazyWeights(Mapping[str, Tensor]):
         """A tensor with the shape and the dtype of a weight, but without its values and its memory."""
 
     @abstractmethod
-    def make(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A weight as a new tensor of ``dtype``, contiguous."""
+    def make(self, name: str, dtype: torch.dtype, passing: bool = False) -> Tensor:
+        """A weight, contiguous.
+
+        Args:
+            name: of the weight.
+            dtype: of the result.
+            passing: the result is used up before the next one like it is made, which may take its memory.
+        """
 
     def __getitem__(self, name: str) -> Tensor:
         return self.make(name, self.outline(name).dtype)

@@ -4,7 +4,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <map>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "gemm.h"
 #include "ops/ops.h"
@@ -22,6 +28,20 @@ Tensor view_of(const void* data, std::initializer_list<int64_t> sizes, ScalarTyp
   return stable::from_blob(const_cast<void*>(data), IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
                            IntHeaderOnlyArrayRef(strides, sizes.size()),
                            stable::Device(torch::headeronly::DeviceType::CPU), type);
+}
+
+// Parts of a packed encoder from that size on are worth a call of the system.
+constexpr uint64_t kLargeBytes = uint64_t{1} << 20;
+
+// Returns the whole pages of memory whose content is not needed any more; whoever owns it may free it, or write to it.
+void give_back_pages([[maybe_unused]] const void* data, [[maybe_unused]] uint64_t bytes) {
+#if defined(__linux__)
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  // Memory is saved, or it is not: a failure changes no result.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+#endif
 }
 
 // Whether PyTorch multiplies with some of the matrices.
@@ -170,9 +190,21 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
   const Tensor packed = new_tensor(word, {hidden_size, row_bytes}, ScalarType::Byte);
   char* const data = static_cast<char*>(packed.mutable_data_ptr());
   write_encoder_header(h, layout, data);
+  std::map<const void*, size_t> readers;
+  for (const Tensor& part : parts) ++readers[part.const_data_ptr()];
   for (size_t i = 0; i < parts.size(); ++i) {
     const Section& s = layout.sections[i];
-    if (s.bytes) std::memcpy(data + s.offset, parts[i].const_data_ptr(), static_cast<size_t>(s.bytes));
+    if (!s.bytes) continue;
+    const char* const from = static_cast<const char*>(parts[i].const_data_ptr());
+    // All in all, memory holds them once. Tables that follow from the specification are used beside the packed encoder.
+    const bool last = --readers[from] == 0;
+    const bool leaves = last && section_kind(i) != SectionKind::kFloats && s.bytes >= kLargeBytes;
+    const uint64_t step = leaves ? kLargeBytes : s.bytes;
+    for (uint64_t at = 0; at < s.bytes; at += step) {
+      const uint64_t bytes = std::min(step, s.bytes - at);
+      std::memcpy(data + s.offset + at, from + at, static_cast<size_t>(bytes));
+      if (leaves) give_back_pages(from + at, bytes);
+    }
   }
   std::memset(data + layout.bytes, 0, static_cast<size_t>(packed.numel()) - static_cast<size_t>(layout.bytes));
   read_encoder(op, packed);  // every size is checked there

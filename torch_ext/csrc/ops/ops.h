@@ -44,7 +44,8 @@ Tensor rotary_table(const Tensor& like, int64_t positions, int64_t head_size, do
 /// fp32 [heads, 2 * reach + 1] of fp32 [buckets, heads].
 Tensor relative_bias_table(const Tensor& bias, int64_t reach);
 /// Everything that an encoder's forward pass reads, as one byte tensor [hidden_size, bytes / hidden_size]. `weights` are
-/// in the order of packing/packed_encoder.h, empty ones for what the model has not got.
+/// in the order of packing/packed_encoder.h, empty ones for what the model has not got; matrices and tables of 1 MB and
+/// more are without content afterwards: their memory is given back as they are copied.
 Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int64_t num_layers, int64_t num_heads,
                     int64_t intermediate_size, const std::string& activation, double layer_norm_eps,
                     int64_t max_positions, int64_t position_offset, int64_t padding_id, int64_t window,

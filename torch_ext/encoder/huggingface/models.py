@@ -6,6 +6,7 @@ Looks at a model's attributes only: the package is not needed.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -186,6 +187,7 @@ class _FolderWeights(LazyWeights):
     def __init__(self, model: FolderModel, spec: EncoderSpec | HeadSpec) -> None:
         self._shapes = spec.shapes()
         self._parts = {name: model.tensors[name] for name in self._shapes}
+        self._passing = torch.empty(0)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -198,8 +200,16 @@ class _FolderWeights(LazyWeights):
         kind = torch.bfloat16 if kinds == {"BF16"} else torch.float32
         return torch.zeros((), dtype=kind).expand(self._shapes[name])
 
-    def make(self, name: str, dtype: torch.dtype) -> Tensor:
-        result = torch.empty(self._shapes[name], dtype=dtype)
+    def make(self, name: str, dtype: torch.dtype, passing: bool = False) -> Tensor:
+        shape = self._shapes[name]
+        if not passing:
+            result = torch.empty(shape, dtype=dtype)
+        else:
+            # Blocks that come and go among blocks that stay leave as many holes in the heap.
+            size = math.prod(shape)
+            if self._passing.dtype != dtype or self._passing.numel() < size:
+                self._passing = torch.empty(size, dtype=dtype)
+            result = self._passing[:size].view(shape)
         flat, filled = result.view(-1), 0
         for part in self._parts[name]:
             for start in range(0, len(part.data), _PIECE_BYTES):
