@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +25,17 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from server_harness import VOCABULARY, FakeEngine, LiveServer, Reply, make_manifest, raw, running, wait_until
+from server_harness import (
+    VOCABULARY,
+    FakeEngine,
+    LiveServer,
+    Reply,
+    make_manifest,
+    raw,
+    running,
+    token_ids,
+    wait_until,
+)
 
 from deploy.bundle import Manifest
 from deploy.server.errors import ApiError
@@ -580,6 +592,32 @@ def test_the_server_listens_where_the_health_check_asks() -> None:
         assert done.returncode == 1
         assert expected in done.stderr
     assert port_of(None, {"PORT": str(port)}) == port
+
+
+def test_an_idle_engine_thread_keeps_nothing_of_its_last_batch() -> None:
+    class Engine:
+        def cost(self, ids: Any) -> int:
+            return len(ids)
+
+        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+            return [None] * len(ids)
+
+    async def run() -> None:
+        batcher = Batcher(Engine, 1000, 1000)
+        await batcher.start()
+        ids = token_ids([1, 2, 3])
+        kept = weakref.ref(ids)
+        await batcher.compute(Work([ids], None, asyncio.get_running_loop().create_future()), Caller())
+        del ids
+        for _ in range(200):
+            if kept() is None:
+                break
+            await asyncio.sleep(0.01)
+            gc.collect()
+        assert kept() is None
+        await batcher.close()
+
+    asyncio.run(run())
 
 
 def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Manifest) -> None:

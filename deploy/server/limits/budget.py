@@ -47,6 +47,9 @@ CONNECTIONS_BYTES = 1 << 20
 TRIM_BYTES = 128 << 20
 """How much large requests may leave behind while others are at work."""
 
+QUIET_CHECKS = 10
+"""So many checks after memory was returned it is returned once more, if nothing large came since."""
+
 LEAST_BYTES = 64 << 20
 """Where hardly any memory is left, the server still serves."""
 
@@ -71,6 +74,7 @@ class MemoryBudget:
     __slots__ = (
         "_left_bytes",
         "_most_connection_bytes",
+        "_quiet_checks",
         "_retry_after",
         "connection_bytes",
         "limit_bytes",
@@ -90,6 +94,7 @@ class MemoryBudget:
         self.connection_bytes = 0
         self._most_connection_bytes = 0
         self._left_bytes = 0
+        self._quiet_checks = 0
 
     @classmethod
     def of(cls, max_memory_mb: int | None, retry_after: Callable[[], str]) -> MemoryBudget:
@@ -160,10 +165,15 @@ class MemoryBudget:
         )
 
     def trim_due(self) -> bool:
-        """Whether enough was left behind to return it to the system; the caller does."""
+        """Whether enough was left behind to return it to the system; the caller does. Called every second."""
         if self._left_bytes < TRIM_BYTES and (not self._left_bytes or self.request_bytes):
-            return False
+            # What others held among what was left is free by now, too.
+            if not self._quiet_checks or self.request_bytes:
+                return False
+            self._quiet_checks -= 1
+            return not self._quiet_checks
         self._left_bytes = 0
+        self._quiet_checks = QUIET_CHECKS
         return True
 
 

@@ -268,6 +268,7 @@ class Batcher:
         try:
             while (items := self._take()) is not None:
                 self._run(engine, items)
+                del items  # While the thread waits for more, nothing keeps them.
         except BaseException as error:  # What ends a thread: SystemExit, lack of memory, a fault of this class.
             if self._loop.is_closed():  # Nobody is left to answer.
                 return
