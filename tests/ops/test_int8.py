@@ -116,6 +116,12 @@ def test_balanced_weights_compute_the_same(spec: EncoderSpec, generator: torch.G
     exact = Encoder(spec, weights, "fp32")(ids, bounds, types)
     # fp32 either way, rounded at other places.
     torch.testing.assert_close(Encoder(spec, balanced, "fp32")(ids, bounds, types), exact, rtol=1e-3, atol=1e-3)
+    # A large model is not in memory twice: what has changed is made when it is looked up.
+    matrices = {name for name in changed if name.endswith(".weight") and weights[name].dim() == 2}
+    twice = {name: (balanced[name], balanced[name]) for name in matrices}
+    held = {name for name, (one, other) in twice.items() if one.data_ptr() == other.data_ptr()}
+    assert held <= {"embeddings.projection.weight"}
+    assert "layers.0.ffn.up.weight" in matrices - held
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

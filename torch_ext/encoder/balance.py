@@ -20,18 +20,20 @@ on from there to what makes the errors least that int8 is expected to cause.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from torch_ext.encoder.spec import EncoderSpec
+from torch_ext.encoder.weights import LazyWeights
 
 __all__ = ["Observe", "balance", "random_texts"]
 
 Observe = Callable[[str, Tensor], None]
 """Called with the name of a linear layer and its input, ``[T, K]``."""
 
+_PROJECTION = "embeddings.projection"
 _EXPONENT = 0.75
 _LEAST_RANGE = 0.05
 """Of the mean range: channels that hardly move are not blown up."""
@@ -70,7 +72,7 @@ def balance(
     weights: Mapping[str, Tensor],
     run: Callable[[Observe], object],
     row_weights: Tensor | None = None,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """The weights of the same encoder with balanced inputs of its linear layers.
 
     Args:
@@ -83,6 +85,7 @@ def balance(
 
     Returns:
         The weights, those that changed in fp32; with ``residual_scale`` of every layer if norms come after residuals.
+        Matrices that changed are made when they are looked up.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # center and scale of every channel
     shifts: dict[str, float] = {}  # by layer
@@ -103,13 +106,18 @@ def balance(
 
     run(observe)
     result = dict(weights)
+    scales: dict[str, Tensor] = {}
 
     for name, (center, scale) in seen.items():
         source = _source(spec, name)
         if source is None:
             continue
         weight, bias = (result[f"{name}.{kind}"].float() for kind in ("weight", "bias"))
-        result[f"{name}.weight"], result[f"{name}.bias"] = weight * scale, bias + weight @ center
+        result[f"{name}.bias"] = bias + weight @ center
+        if name == _PROJECTION:  # It is a source, too.
+            result[f"{name}.weight"] = weight * scale
+        else:
+            scales[f"{name}.weight"] = scale
         weight = result[f"{source}.weight"].float()
         # A norm's weight is a vector; that of a linear layer has a row for each channel.
         result[f"{source}.weight"] = weight / (scale if weight.dim() == 1 else scale[:, None])
@@ -124,7 +132,33 @@ def balance(
             weight, bias = (result[f"{name}.down.{kind}"].float() for kind in ("weight", "bias"))
             result[f"{name}.shift"] = torch.full((spec.intermediate_size,), shift)
             result[f"{name}.down.bias"] = bias - shift * weight.sum(1)
-    return result
+    return _Balanced(result, scales)
+
+
+class _Balanced(LazyWeights):
+    """Weights of which some have their columns multiplied when they are looked up: a model is not in memory twice."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._scales = scales
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor, scale = self._tensors[name], self._scales.get(name)
+        return tensor if scale is None else tensor.float() * scale
+
+    def outline(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor if name not in self._scales else torch.zeros(()).expand(tensor.shape)
+
+    def make(self, name: str, dtype: torch.dtype, passing: bool = False) -> Tensor:
+        tensor = self[name].detach()
+        return tensor.to(dtype, copy=name not in self._scales).contiguous()
 
 
 def _by_range(x: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
@@ -235,7 +269,7 @@ def _shift(x: Tensor, weight: Tensor, row_weights: Tensor | None) -> float:
 
 def _source(spec: EncoderSpec, name: str) -> str | None:
     """The layer whose output the linear layer ``name`` reads, and nobody else but a residual; None if there is none."""
-    if name == "embeddings.projection":
+    if name == _PROJECTION:
         return "embeddings.norm"
     prefix, index = name.rpartition(".")[0], int(name.split(".")[1])
     if spec.norm_first:
@@ -245,11 +279,11 @@ def _source(spec: EncoderSpec, name: str) -> str | None:
         return f"layers.{index}.attention.norm"
     if index:
         return f"layers.{index - 1}.ffn.norm"
-    return "embeddings.projection" if spec.embedding_size else "embeddings.norm"
+    return _PROJECTION if spec.embedding_size else "embeddings.norm"
 
 
 def _adds_residual(name: str) -> str | None:
     """The linear layer after which the input of ``name`` is added."""
-    if name == "embeddings.projection":
+    if name == _PROJECTION:
         return None
     return f"{name.rpartition('.')[0]}.{'down' if name.endswith('ffn.up') else 'out'}"

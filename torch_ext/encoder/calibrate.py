@@ -48,7 +48,7 @@ def with_random_texts(spec: EncoderSpec, input_ids: Tensor, cu_seqlens: Tensor) 
 
 def balanced_weights(
     spec: EncoderSpec, weights: Mapping[str, Tensor], input_ids: Tensor, cu_seqlens: Tensor
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Weights of the same encoder that suit int8, fitted to some texts: see :mod:`torch_ext.encoder.balance`.
 
     Args:
@@ -119,9 +119,8 @@ class _Calibrating(Encoder):
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor]) -> None:
         super().__init__(spec, weights, "int8")
         self.found = {}
-        self._given = {name: tensor for name, tensor in weights.items() if is_matrix(name)}
-        self._biases = {name: tensor for name, tensor in weights.items() if name.endswith(".bias")}
-        self._names = {self._tensors[name].data_ptr(): name for name in self._given}
+        self._given = weights
+        self._names = {self._tensors[name].data_ptr(): name for name in weights if is_matrix(name)}
 
     def _linear(
         self,
@@ -135,7 +134,7 @@ class _Calibrating(Encoder):
         name = self._names[weight.data_ptr()]
         quantized, scale, left = round_to_inputs(self._given[name], x, self.row_weights)
         bias_name = f"{name.removesuffix('.weight')}.bias"
-        bias = self._biases[bias_name].float() + left
+        bias = self._given[bias_name].float() + left
         self.found[name], self.found[scale_name(name)], self.found[bias_name] = quantized, scale, bias
         packed = torch.ops.torch_ext.pack_linear_weight_int8.default(quantized, scale)
         return super()._linear(x, packed, bias, activation, out_dtype, residual)

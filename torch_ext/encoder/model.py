@@ -172,7 +172,7 @@ class Encoder(Reference):
         return cls(spec, cls.balanced(spec, weights) if dtype == "int8" else weights, dtype, keep_bf16)
 
     @classmethod
-    def balanced(cls, spec: EncoderSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def balanced(cls, spec: EncoderSpec, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Weights of the same encoder that suit int8: the channels that its linear layers read have similar ranges.
 
         The channels are seen on some texts of random tokens, which the encoder is run on in fp32.
@@ -322,7 +322,7 @@ class Encoder(Reference):
             matrices = (name for name, tensor in weights.items() if is_matrix(name) and tensor.dtype != torch.int8)
             kept = [name.removesuffix(".weight") for name in matrices]
         elif dtype == "int8":
-            weights = cls.balanced(spec, weights)
+            return cls(spec, cls.balanced(spec, weights), dtype)
         return cls(spec, weights, dtype, kept)
 
     def __repr__(self) -> str:
