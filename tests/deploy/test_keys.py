@@ -239,7 +239,7 @@ def test_workers_share_budgets_and_a_changed_file(tiny_bundle: BundleMaker, tmp_
             with Client(server.port) as client:
                 return client("POST", "/embed", {"inputs": "a"}, **bearer(key)).status
 
-        answers = [ask(OTHER) for _ in range(8)]  # Each on a connection of its own, so with both workers in turn.
+        answers = [ask(OTHER) for _ in range(8)]  # Each on a connection of its own, so with any worker.
         assert answers == [200] * 4 + [429] * 4
         assert ask(KEY) == 200
         assert ask(LIMITED) == 401
@@ -247,10 +247,11 @@ def test_workers_share_budgets_and_a_changed_file(tiny_bundle: BundleMaker, tmp_
         path.write_text("nonsense\n")
         server.process.send_signal(signal.SIGHUP)
         assert server.process.stderr is not None
-        assert "key txr_efgh5678 has used up its 4 requests a minute" in server.process.stderr.readline()
-        assert "WARNING" in server.process.stderr.readline()  # The other worker's.
-        told = server.process.stderr.readline()
-        assert "nothing was loaded again" in told
+        warnings = []  # One from each worker that has refused a request, which may be one of them.
+        while "nothing was loaded again" not in (told := server.process.stderr.readline()):
+            warnings.append(told)
+        assert 1 <= len(warnings) <= 2
+        assert all("key txr_efgh5678 has used up its 4 requests a minute" in warning for warning in warnings)
         assert "--api-keys-file" in told
         os.kill(server.pids[0], signal.SIGKILL)
         wait_until(lambda: server_metric(server, "serve_worker_deaths_total") == 1, 20)
