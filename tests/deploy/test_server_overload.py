@@ -321,6 +321,25 @@ def test_speed_follows_the_engine_and_forgives_a_pause() -> None:
     assert speed.cost_per_s == pytest.approx(500, rel=0.05)
 
 
+def test_what_is_tokenised_comes_before_what_asks_later() -> None:
+    admission = Admission(2048, 10_000, 1.0, 0.1)
+    admission.speed.note([1000, 0, 0, 0], [True, False, False, False], 1.0)  # 1,000 tokens a second.
+    large = admission.reserve((5000, 5000), 100)
+    assert admission.retry_after() == "5"
+    with pytest.raises(ApiError, match="5000 tokens are waiting or being tokenised, and the queue holds 10000") as full:
+        admission.reserve((4000, 4000), 100)
+    assert full.value.headers["Retry-After"] == "5"
+    admission.release(large)
+    admission.release(admission.reserve((4000, 4000), 100))
+    admission.reserve((3000, 3000), 100)
+    admission.reserve((100, 100), 5)  # Of another line.
+    admission.reserve((600, 600), 9)
+    admission.reserve((1500, 1500), 9)  # 2.1 s, and it computes for 1.5.
+    with pytest.raises(ApiError, match=r"expected an answer within 3\.0 s, but .* it takes 3\.6 s"):
+        admission.reserve((1500, 1500), 9)
+    admission.reserve((1500, 4000), 9)  # It may be a larger one, which may wait for others of its size.
+
+
 def test_what_waits_is_counted_to_the_end(loop: asyncio.AbstractEventLoop) -> None:
     admission = Admission(2048, 10_000, 1.0, 0.1)
     works = deque()

@@ -220,6 +220,10 @@ class Admission:
         """How much may wait or run for a request of a line to be taken, behind so much."""
         return self.max_queue_cost - (self.max_queue_cost // RESERVED_PART if line > 1 and before else 0)
 
+    @property
+    def _reserved_cost(self) -> int:
+        return sum(cost for _, cost in self._reserved)
+
     def reserve(self, costs: tuple[int, int], texts: int) -> tuple[int, int]:
         """Keeps room for a request while it is tokenised.
 
@@ -235,7 +239,7 @@ class Admission:
         """
         least, _ = costs
         kept = self.line_of(least, texts), least
-        before = self.queued_cost + sum(cost for _, cost in self._reserved)
+        before = self.queued_cost + self._reserved_cost
         if before and before + least > self._most(kept[0], before):
             raise self.try_later(
                 f"{before} tokens are waiting or being tokenised, and the queue holds {self.max_queue_cost}"
@@ -308,8 +312,9 @@ class Admission:
         return ApiError("queue_full", f"{reason}; try again later", {"Retry-After": self.retry_after()})
 
     def retry_after(self) -> str:
-        """How many seconds what is queued now will take, for the header Retry-After: 1 to 60."""
-        return _whole_seconds(self.predicted_wait_s)
+        """How many seconds what is queued or tokenised now will take, for the header Retry-After: 1 to 60."""
+        per_s = self.speed.cost_per_s
+        return _whole_seconds((self.queued_cost + self._reserved_cost) / per_s if per_s else 0.0)
 
 
 def too_late(what: str) -> ApiError:
