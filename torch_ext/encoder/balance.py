@@ -105,60 +105,76 @@ def balance(
         seen[name] = center, scale
 
     run(observe)
-    result = dict(weights)
+    changed: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
+
+    def wide(name: str) -> Tensor:
+        return (changed[name] if name in changed else weights[name]).float()
 
     for name, (center, scale) in seen.items():
         source = _source(spec, name)
         if source is None:
             continue
-        weight, bias = (result[f"{name}.{kind}"].float() for kind in ("weight", "bias"))
-        result[f"{name}.bias"] = bias + weight @ center
+        weight = wide(f"{name}.weight")
+        changed[f"{name}.bias"] = wide(f"{name}.bias") + weight @ center
         if name == _PROJECTION:  # It is a source, too.
-            result[f"{name}.weight"] = weight * scale
+            changed[f"{name}.weight"] = weight * scale
         else:
             scales[f"{name}.weight"] = scale
-        weight = result[f"{source}.weight"].float()
+        weight = wide(f"{source}.weight")
         # A norm's weight is a vector; that of a linear layer has a row for each channel.
-        result[f"{source}.weight"] = weight / (scale if weight.dim() == 1 else scale[:, None])
+        changed[f"{source}.weight"] = weight / (scale if weight.dim() == 1 else scale[:, None])
         if not spec.rms_norm:
-            result[f"{source}.bias"] = (result[f"{source}.bias"].float() - center) / scale
+            changed[f"{source}.bias"] = (wide(f"{source}.bias") - center) / scale
         after = None if spec.norm_first else _adds_residual(name)
         if after is not None:
-            result[f"{after}.bias"] = result[f"{after}.bias"].float() + center
-            result[f"{after.rpartition('.')[0]}.residual_scale"] = scale
+            changed[f"{after}.bias"] = wide(f"{after}.bias") + center
+            changed[f"{after.rpartition('.')[0]}.residual_scale"] = scale
     for name, shift in shifts.items():
         if shift:
-            weight, bias = (result[f"{name}.down.{kind}"].float() for kind in ("weight", "bias"))
-            result[f"{name}.shift"] = torch.full((spec.intermediate_size,), shift)
-            result[f"{name}.down.bias"] = bias - shift * weight.sum(1)
-    return _Balanced(result, scales)
+            changed[f"{name}.shift"] = torch.full((spec.intermediate_size,), shift)
+            changed[f"{name}.down.bias"] = wide(f"{name}.down.bias") - shift * wide(f"{name}.down.weight").sum(1)
+    return _Balanced(weights, changed, scales)
 
 
 class _Balanced(LazyWeights):
-    """Weights of which some have their columns multiplied when they are looked up: a model is not in memory twice."""
+    """Weights of which some have changed, and some have their columns multiplied when they are looked up.
 
-    def __init__(self, tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
+    So a model is not in memory twice.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], changed: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    ) -> None:
+        self._weights = weights
+        self._changed = changed
         self._scales = scales
+        self._names = dict.fromkeys((*weights, *changed))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._names)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor, scale = self._tensors[name], self._scales.get(name)
+        if name in self._changed:
+            return self._changed[name]
+        tensor, scale = self._weights[name], self._scales.get(name)
         return tensor if scale is None else tensor.float() * scale
 
     def outline(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        return tensor if name not in self._scales else torch.zeros(()).expand(tensor.shape)
+        if name in self._changed:
+            return self._changed[name]
+        base = self._weights
+        tensor = base.outline(name) if isinstance(base, LazyWeights) else base[name]
+        return torch.zeros(()).expand(tensor.shape) if name in self._scales else tensor
 
     def make(self, name: str, dtype: torch.dtype, passing: bool = False) -> Tensor:
-        tensor = self[name].detach()
-        return tensor.to(dtype, copy=name not in self._scales).contiguous()
+        own = name in self._changed or name in self._scales
+        if isinstance(self._weights, LazyWeights) and not own:
+            return self._weights.make(name, dtype, passing)
+        return self[name].detach().to(dtype, copy=name not in self._scales).contiguous()
 
 
 def _by_range(x: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
