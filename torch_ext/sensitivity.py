@@ -277,9 +277,10 @@ class Mixtures:
         # Those that balancing left alone are the model's own, which is in memory anyway.
         self._wide = {
             name: tensor if tensor is weights[name] else tensor.bfloat16()
-            for name, tensor in ((name, balanced[name]) for name in balanced if is_matrix(name))
+            for name, tensor in balanced.items()
+            if is_matrix(name)
         }
-        self._biases = {name: balanced[name] for name in balanced if name.endswith(".bias")}
+        self._biases = {name: tensor for name, tensor in balanced.items() if name.endswith(".bias")}
 
     def __call__(self, kept: Iterable[str]) -> Encoder:
         """The encoder with the named layers in bf16.

@@ -627,9 +627,9 @@ def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Ma
         aside = []
         tokenize = inner._tokenizing.in_parts
 
-        async def note(request: Any) -> list[Any]:
+        async def note(request: Any, sizes: Sequence[int]) -> list[Any]:
             aside.append(list(request.inputs))
-            return await tokenize(request)
+            return await tokenize(request, sizes)
 
         inner._tokenizing.in_parts = note  # type: ignore[method-assign]
         assert server("POST", "/api/embed", {"inputs": ["w1", "w2"]}).status == 200

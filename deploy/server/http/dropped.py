@@ -6,7 +6,7 @@ import asyncio
 
 from uvicorn.protocols.http.flow_control import FlowControl
 
-__all__ = ["DROPPED_BYTES", "DROPPED_BYTES_PER_S", "Dropped"]
+__all__ = ["DROPPED_BYTES", "DROPPED_BYTES_PER_S", "drop"]
 
 DROPPED_BYTES = 16 << 20
 """How much of it is read as fast as it comes: who has sent it all reads the answer."""
@@ -17,28 +17,23 @@ DROPPED_BYTES_PER_S = 4 << 20
 _AT_ONCE = 1 << 20
 
 
-class Dropped:
-    """How much of it has come on a connection, since the last request that was not refused."""
+def drop(dropped_bytes: int, flow: FlowControl, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> int:
+    """Some has come: reads no more for a while, if it was much.
 
-    __slots__ = ("_bytes",)
+    Args:
+        dropped_bytes: How much of it has come on the connection, since the last request that was not refused.
+        flow: Of the connection.
+        transport: Of the connection.
+        loop: That of the caller.
 
-    def __init__(self) -> None:
-        self._bytes = 0
-
-    def note(self, size: int, flow: FlowControl, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        """Some has come: reads no more for a while, if it was much.
-
-        Args:
-            size: Bytes.
-            flow: Of the connection.
-            transport: Of the connection.
-            loop: That of the caller.
-        """
-        self._bytes += size
-        if self._bytes > DROPPED_BYTES and not flow.read_paused:
-            self._bytes -= _AT_ONCE
-            flow.pause_reading()
-            loop.call_later(_AT_ONCE / DROPPED_BYTES_PER_S, _read_on, flow, transport)
+    Returns:
+        What counts from now on.
+    """
+    if dropped_bytes > DROPPED_BYTES and not flow.read_paused:
+        dropped_bytes -= _AT_ONCE
+        flow.pause_reading()
+        loop.call_later(_AT_ONCE / DROPPED_BYTES_PER_S, _read_on, flow, transport)
+    return dropped_bytes
 
 
 def _read_on(flow: FlowControl, transport: asyncio.Transport) -> None:

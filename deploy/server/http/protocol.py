@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 from ..errors import ApiError, error_body
 from ..limits.bounds import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_PIPELINED_BYTES, Settings, exceeded
 from ..limits.callers import Caller
-from .dropped import Dropped
+from .dropped import drop
 from .unread import Reading, is_reset, outlive, will_reset
 from .writer import Writer
 
@@ -64,7 +64,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._replaying = False
         self._earlier: list[RequestResponseCycle] = []
         self._dropping = False
-        self._dropped = Dropped()
+        self._dropped_bytes = 0
         self._idle_since_s: float | None = None
         self._lingering_since_s: float | None = None
         self._pipelined_bytes = 0
@@ -145,7 +145,7 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of requests."""
         if self._dropping:
-            self._dropped.note(len(data), self.flow, self.transport, self.loop)
+            self._dropped_bytes = drop(self._dropped_bytes + len(data), self.flow, self.transport, self.loop)
             return
         self._idle_since_s = None
         self._framing_bytes += len(data)
@@ -224,8 +224,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = False
         if self.parser.should_upgrade():
             self._offer = headers
-        self._framing_bytes = 0
-        self._dropped = Dropped()
+        self._framing_bytes = self._dropped_bytes = 0
         self.scope["deploy.headers"] = headers  # type: ignore[typeddict-unknown-key]
         before = self.cycle
         super().on_headers_complete()
@@ -255,7 +254,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._framing_bytes = 0
         super().on_body(body)
         if self.cycle.response_complete:
-            self._dropped.note(len(body), self.flow, self.transport, self.loop)
+            self._dropped_bytes = drop(self._dropped_bytes + len(body), self.flow, self.transport, self.loop)
 
     def on_message_complete(self) -> None:
         """The request is there."""

@@ -171,8 +171,11 @@ class Admission:
     @property
     def predicted_wait_s(self) -> float:
         """How long what waits or runs will take, by the measured speed; 0.0 while none is known."""
+        return self._predicted_s(self.queued_cost)
+
+    def _predicted_s(self, cost: int) -> float:
         per_s = self.speed.cost_per_s
-        return self.queued_cost / per_s if per_s else 0.0
+        return cost / per_s if per_s else 0.0
 
     @property
     def batch_cost(self) -> int:
@@ -245,7 +248,7 @@ class Admission:
                 f"{before} tokens are waiting or being tokenised, and the queue holds {self.max_queue_cost}"
             )
         if before and self.speed.known:
-            late = [self._late(cost, self.line_of(cost, texts), reserved=self._reserved) for cost in costs]
+            late = [self._late(cost, self.line_of(cost, texts), with_reserved=True) for cost in costs]
             if late[0] is not None and late[1] is not None:
                 raise late[0]
         self._reserved.append(kept)
@@ -255,17 +258,16 @@ class Admission:
         """Gives back what `reserve` has kept."""
         self._reserved.remove(kept)
 
-    def _late(
-        self, cost: int, line: int, left_s: float = math.inf, reserved: Sequence[tuple[int, int]] = ()
-    ) -> ApiError | None:
+    def _late(self, cost: int, line: int, left_s: float = math.inf, with_reserved: bool = False) -> ApiError | None:
         """The error of a request of a line that would wait too long; None: it would not.
 
         Args:
             cost: What it takes of the token budget.
             line: Where it stands.
             left_s: How long its client waits.
-            reserved: Lines and costs of requests that come before it besides those that wait or run.
+            with_reserved: Those that are being tokenised come before it, too.
         """
+        reserved = [other for place, other in self._reserved if place == line] if with_reserved else []
         own_s = cost / self.speed.cost_per_s
         per_s = self.speed.line_cost_per_s(line)
         allowed_s = max(self.max_queue_s, PATIENCE[line == LINES - 1] * own_s)
@@ -281,14 +283,14 @@ class Admission:
             )
         return too_late(f"it takes {needed_s:.1f} s with what is queued") if needed_s > left_s else None
 
-    def _before(self, cost: int, line: int, reserved: Sequence[tuple[int, int]]) -> int:
+    def _before(self, cost: int, line: int, reserved: Sequence[int]) -> int:
         """What runs of a line before the last text of a request there does."""
         if line < LINES - 1:
-            return self.line_costs[line] + sum(other for place, other in reserved if place == line)
+            return self.line_costs[line] + sum(reserved)
         # Of each other one, as many turns as it has itself.
         most = -(-cost // self.max_batch_cost) * self.max_batch_cost
-        others = [work.waiting for work in self._waiting if work.line == line]
-        return sum(min(other, most) for other in (*others, *(other for place, other in reserved if place == line)))
+        others = (work.waiting for work in self._waiting if work.line == line)
+        return sum(min(other, most) for other in (*others, *reserved))
 
     def ran(self, work: Work, cost: int) -> None:
         """Some texts of a request have their results."""
@@ -313,8 +315,7 @@ class Admission:
 
     def retry_after(self) -> str:
         """How many seconds what is queued or tokenised now will take, for the header Retry-After: 1 to 60."""
-        per_s = self.speed.cost_per_s
-        return _whole_seconds((self.queued_cost + self._reserved_cost) / per_s if per_s else 0.0)
+        return _whole_seconds(self._predicted_s(self.queued_cost + self._reserved_cost))
 
 
 def too_late(what: str) -> ApiError:

@@ -23,7 +23,7 @@ from .batching import Batcher
 from .computing import computing
 from .located import LocatingTokenizer
 from .request import Request, Result, Served, check_text, embed_options, too_many, widths_of
-from .tokenizing import Tokenizing
+from .tokenizing import Tokenizing, is_long
 from .tokens import TextTokenizer
 from .work import Work
 
@@ -274,8 +274,9 @@ class Service:
     def ask(self, request: Request) -> Awaitable[Result]:
         """Checks, tokenises and runs what a client asks about: short requests here, long ones part by part."""
         started_s = time.perf_counter()
-        if self._tokenizing.sizes_of_short(request) is None:
-            return self._ask_in_parts(request, started_s)
+        sizes = self._tokenizing.sizes_of_few(request)
+        if is_long(sizes):
+            return self._ask_in_parts(request, sizes, started_s)
         return self._run_encoded(request, request.encode(request.inputs, request.truncate), started_s)
 
     def encode(self, request: Request) -> Awaitable[list[Any]]:
@@ -351,5 +352,5 @@ class Service:
         units = request.check(ids, request.limits)
         return self.run(ids, request.options, request.caller, request.limits, started_s, units)
 
-    async def _ask_in_parts(self, request: Request, started_s: float) -> Result:
-        return await self._run_encoded(request, await self._tokenizing.in_parts(request), started_s)
+    async def _ask_in_parts(self, request: Request, sizes: Sequence[int] | None, started_s: float) -> Result:
+        return await self._run_encoded(request, await self._tokenizing.in_parts(request, sizes), started_s)

@@ -18,7 +18,7 @@ from ..limits.callers import CallerLeft
 from .batching import Batcher
 from .request import Request, sizes_of, turns
 
-__all__ = ["Tokenizing", "estimate_tokens"]
+__all__ = ["Tokenizing", "estimate_tokens", "is_long"]
 
 
 class Tokenizing:
@@ -54,12 +54,9 @@ class Tokenizing:
         self._max_tokens = max_tokens
         self._prompt_chars = prompt_chars
 
-    def sizes_of_short(self, request: Request) -> list[int] | None:
-        """`sizes_of` a request that is tokenised at once; None: it is a long one, for `in_parts`."""
-        if len(request.inputs) > INLINE_INPUTS:
-            return None
-        sizes = sizes_of(request, self._prompt_chars)
-        return None if sum(sizes) > INLINE_CHARS else sizes
+    def sizes_of_few(self, request: Request) -> list[int] | None:
+        """`sizes_of`; None: there are too many inputs to look at here."""
+        return None if len(request.inputs) > INLINE_INPUTS else sizes_of(request, self._prompt_chars)
 
     async def encode(self, request: Request) -> list[Any]:
         """Checks and tokenises: a short request here, a long one part by part.
@@ -71,14 +68,17 @@ class Tokenizing:
             ApiError: It cannot be taken, or not now.
             CallerLeft: The client has left meanwhile.
         """
-        if self.sizes_of_short(request) is None:
-            return await self.in_parts(request)
+        sizes = self.sizes_of_few(request)
+        if is_long(sizes):
+            return await self.in_parts(request, sizes)
         return request.encode(request.inputs, request.truncate)
 
-    async def in_parts(self, request: Request) -> list[Any]:
-        """Tokenises a long request; other requests get their turn between its parts. See `encode`."""
-        few = len(request.inputs) <= INLINE_INPUTS
-        sizes, tokens = self._measure(request) if few else await self._aside(self._measure, request)
+    async def in_parts(self, request: Request, sizes: Sequence[int] | None) -> list[Any]:
+        """Tokenises a long request; others get their turn between its parts. See `encode` and `sizes_of_few`."""
+        if sizes is None:
+            sizes, tokens = await self._aside(self._measure, request)
+        else:
+            tokens = estimate_tokens(request.inputs, self._max_tokens)
         waiting, chars = self.chars, sum(sizes)
         most = max(TOKENIZE_BACKLOG_CHARS, request.limits.body_bytes)
         if chars > most:
@@ -128,6 +128,11 @@ class Tokenizing:
 
     def _too_large(self) -> ApiError:
         return ApiError("too_large", f"{exceeded('tokens', self._most_tokens)}; send fewer texts at a time")
+
+
+def is_long(sizes: Sequence[int] | None) -> bool:
+    """Whether a request is tokenised part by part, by the sizes of its few inputs; None: it has many."""
+    return sizes is None or sum(sizes) > INLINE_CHARS
 
 
 def estimate_tokens(inputs: Sequence[Any], max_tokens: int) -> tuple[int, int]:
