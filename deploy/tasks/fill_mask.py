@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .bounds import AGREEMENT, pick
+from .bounds import AGREEMENT, CLOSE_TOKENS, pick
 from .rows import Ids, Items, places
 from .task import LOGITS_BYTES, RAW, Described, Needs, States, Task, TaskError, not_finite
 
@@ -81,6 +81,7 @@ class FillMask(Task):
     auto_class = "AutoModelForMaskedLM"
     architecture = "ForMaskedLM"
     optimum_task = "fill-mask"
+    close = CLOSE_TOKENS
     usual = FillMaskOptions(5)
 
     def __init__(self, model: Described, token_text: Callable[[int], str] = str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .bounds import AGREEMENT, pick
+from .bounds import AGREEMENT, CLOSE_TOKENS, pick
 from .task import Needs, States, Task, not_finite
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class QuestionAnswering(Task):
     architecture = "ForQuestionAnswering"
     optimum_task = "question-answering"
     onnx_outputs = ("start_logits", "end_logits")
+    close = CLOSE_TOKENS
 
     def answers(self, states: States, options: Sequence[Any]) -> list[Any]:
         """See `Task.answers`; all options are `RAW`."""

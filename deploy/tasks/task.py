@@ -7,11 +7,11 @@ the `States`, which compute in C++ or, in engines that have it anyway, with nump
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from .bounds import LOGIT_BOUNDS
+from .bounds import CLOSE_COSINE, LOGIT_BOUNDS
 from .described import Described, ModelFolder
 from .rows import Ids, Rows
 
@@ -163,6 +163,7 @@ class Task(ABC):
         onnx_outputs: First outputs of the ONNX graph, and of the model in transformers; of several, the numbers of each
             token side by side.
         spare_weights: Parts of names of weights that a model may lack.
+        close: Bounds of a variant whose answers are those of the model: such a one is served if none is named.
         usual: Options of an ordinary request.
         logits_per_token: How many logits a padded graph computes for each token; 0: hidden states at most.
         model: The manifest.
@@ -176,6 +177,7 @@ class Task(ABC):
     optimum_task: ClassVar[str]
     onnx_outputs: ClassVar[tuple[str, ...]] = ("logits",)
     spare_weights: ClassVar[tuple[str, ...]] = ()
+    close: ClassVar[Mapping[str, float]] = CLOSE_COSINE
     usual: Any = None
     logits_per_token: int = 0
 

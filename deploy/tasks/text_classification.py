@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .bounds import AGREEMENT, LOGIT_BOUNDS, RELATIVE, pick
+from .bounds import AGREEMENT, CLOSE_SCORES, LOGIT_BOUNDS, RELATIVE, pick
 from .task import RAW, ModelFolder, Needs, States, Task, TaskError, not_finite
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ class TextClassification(Task):
     auto_class = "AutoModelForSequenceClassification"
     architecture = "ForSequenceClassification"
     optimum_task = "text-classification"
+    close = CLOSE_SCORES
     usual = ClassifyOptions(False)
 
     @classmethod

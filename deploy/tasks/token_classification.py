@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from .bounds import AGREEMENT, LOGIT_BOUNDS, pick
+from .bounds import AGREEMENT, CLOSE_TOKENS, LOGIT_BOUNDS, pick
 from .task import RAW, ModelFolder, Needs, States, Task, not_finite
 from .text_classification import PROBLEM_TYPES, read_labels
 
@@ -41,6 +41,7 @@ class TokenClassification(Task):
     auto_class = "AutoModelForTokenClassification"
     architecture = "ForTokenClassification"
     optimum_task = "token-classification"
+    close = CLOSE_TOKENS
     usual = TokenOptions(False)
 
     @classmethod

@@ -44,7 +44,7 @@ from deploy.server.variants.speed_cache import SpeedCache, default_folder, finge
 
 EXACT = Accuracy("cosine", 1.0, 0.9999999, 9)
 BF16 = Accuracy("cosine", 0.99998, 0.9999, 9)
-INT8 = Accuracy("cosine", 0.993, 0.985, 9)
+INT8 = Accuracy("cosine", 0.9995, 0.9991, 9)
 
 
 # The decision.
@@ -120,13 +120,49 @@ def installed(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: name if name in packages else None)
 
 
+SCORES = Accuracy("agreement", 1.0, 1.0, 9, details={"max_prob_diff": 0.001, "mean_prob_diff": 0.0001})
+
+
+@pytest.mark.parametrize(
+    ("task", "close", "far", "why"),
+    [
+        ("feature-extraction", {"min": 0.9991}, {"min": 0.9989}, "min 0.9989 < 0.999"),
+        ("text-classification", {"max_prob_diff": 0.0099}, {"max_prob_diff": 0.0101}, "max_prob_diff 0.0101 > 0.01"),
+        ("text-classification", {}, {"min": 0.98}, "min 0.98 < 0.99"),
+        ("token-classification", {"max_prob_diff": 0.04}, {"mean_prob_diff": 0.0021}, "mean_prob_diff 0.0021 > 0.002"),
+    ],
+)
+def test_what_answers_as_the_model_does_comes_first(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    close: dict[str, float],
+    far: dict[str, float],
+    why: str,
+) -> None:
+    installed(monkeypatch, "torch", "torch_ext", "onnxruntime")
+
+    def with_figures(figures: dict[str, float]) -> Accuracy:
+        details = {name: value for name, value in figures.items() if name != "min"}
+        return dataclasses.replace(
+            SCORES, min=figures.get("min", 1.0), details={**SCORES.details, **details}, bound={"min": 0.5}
+        )
+
+    accuracies = {"torch_ext-int8": with_figures(far), "torch_ext-bf16": with_figures(close)}
+    manifest = dataclasses.replace(bundle_with(tmp_path, accuracies), task=task)
+    assert candidates(manifest) == (["torch_ext-bf16"], {"torch_ext-int8": f"not as close to the model ({why})"})
+    # One that is not close is better than none, if it keeps its bound.
+    variants = {name: variant for name, variant in manifest.variants.items() if name == "torch_ext-int8"}
+    assert candidates(dataclasses.replace(manifest, variants=variants)) == (["torch_ext-int8"], {})
+
+
 def test_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    missed = dataclasses.replace(INT8, bound={"mean": 0.996})
+    missed = dataclasses.replace(INT8, bound={"mean": 0.9996})
     manifest = bundle_with(tmp_path, {**ALL, "onnx-fp32": EXACT, "torch_ext-int8": missed})
     installed(monkeypatch, "torch", "torch_ext", "onnxruntime")
     names, left_out = candidates(manifest)
     assert names == ["torch_ext-bf16", "onnx-int8", "onnx-fp32", "torch_ext-fp32"]
-    assert left_out == {"torch_ext-int8": "its bound is missed (mean 0.993 < 0.996)"}
+    assert left_out == {"torch_ext-int8": "its bound is missed (mean 0.9995 < 0.9996)"}
     (tmp_path / VARIANTS["onnx-fp32"].file).unlink()
     assert candidates(manifest)[1]["onnx-fp32"] == "model.onnx is missing"
     installed(monkeypatch, "torch", "torch_ext")

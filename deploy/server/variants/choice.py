@@ -1,4 +1,6 @@
-"""Which variant a server takes when `--variant` names none: the fastest here that keeps its bound.
+"""Which variant a server takes when `--variant` names none: the fastest here that answers as the model does.
+
+If no variant is so close to the model, it is the fastest one that keeps its bound.
 
 Standard library only. `measure` finds the speeds, `speed_cache` keeps them; this module decides.
 """
@@ -10,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...bundle import VARIANTS, Accuracy, Manifest
+from ...tasks import TASKS
 from ...tasks.bounds import in_words, missed
 
 __all__ = ["AUTO", "TIE", "Choice", "candidates", "fastest", "misses"]
@@ -71,8 +74,8 @@ def candidates(manifest: Manifest) -> tuple[list[str], dict[str, str]]:
         manifest: The bundle. Files of its variants may be missing.
 
     Returns:
-        Names in the order of `VARIANTS`, and why the others are left out: a missed bound, a missing file, or an engine
-        that is not installed.
+        Names in the order of `VARIANTS`, and why the others are left out: a missed bound, a missing file, an engine
+        that is not installed, or answers that are not as close to the model's as those of another variant.
     """
     names, left_out = [], {}
     known = [name for name in VARIANTS if name in manifest.variants]
@@ -88,7 +91,19 @@ def candidates(manifest: Manifest) -> tuple[list[str], dict[str, str]]:
             left_out[name] = f"{packages[0]} is not installed"
         else:
             names.append(name)
+    far = {name: far for name in names if (far := _far(manifest, name))}
+    if len(far) < len(names):
+        names = [name for name in names if name not in far]
+        left_out |= {name: f"not as close to the model ({figures})" for name, figures in far.items()}
     return names, left_out
+
+
+def _far(manifest: Manifest, name: str) -> str:
+    """The figures by which a variant's answers are others than the model's; empty if they are not, or unknown."""
+    accuracy = manifest.variants[name].accuracy
+    if accuracy is None:
+        return ""
+    return " and ".join(in_words(*figures) for figures in missed(accuracy, TASKS[manifest.task].close))
 
 
 def _error(accuracy: Accuracy) -> tuple[float, ...]:

@@ -21,8 +21,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--variant",
         type=lambda text: text or AUTO,
         default=AUTO,
-        help=f"{', '.join(VARIANTS)}; {AUTO} (default): the fastest of them that keeps its accuracy bound, as measured "
-        "at the first start",
+        help=f"{', '.join(VARIANTS)}; {AUTO} (default): the fastest of them that answers as the model does, or else "
+        "that keeps its accuracy bound, as measured at the first start",
     )
     parser.add_argument(
         "--cache-dir",
