@@ -1,6 +1,6 @@
 """The Ray Serve application on a local cluster of two nodes, beside the plain server; one node is killed under load.
 
-    python -m venv /tmp/ray && /tmp/ray/bin/pip install 'ray[serve]>=2.60,<3' -e '.[serve]'
+    python -m venv /tmp/ray && /tmp/ray/bin/pip install 'ray[serve]>=2.60,<3' "$(echo dist/torch_ext-*.whl)[serve]"
     /tmp/ray/bin/python benchmarks/ray_cluster.py bundles/demo
 
 1. **Throughput of a replica.** The plain server and one replica behind Ray's proxy answer the same requests in turns,

@@ -10,7 +10,7 @@ import sys
 try:
     from loadtest.openloop.commands import main
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error.name} is not installed; pip install '.[loadtest]' in the checkout")
+    sys.exit(f"error: {error.name} is not installed: it belongs to the extra loadtest; see README.md")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -42,11 +42,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("-o", "--output", default="", metavar="FILE", help="write the result as JSON")
 
     knee = commands.add_parser("knee", help="search the highest rate that keeps the limits")
-    add_load_options(knee)
+    add_load_options(knee, duration_s=12.0, rate=1.0, rate_to=100_000.0)
     add_slo_options(knee)
     knee.add_argument("--precision", type=float, default=0.05, metavar="PART", help="when to end (default: 0.05)")
     knee.add_argument("-o", "--output", default="", metavar="FILE", help="write the result as JSON")
-    knee.set_defaults(duration_s=12.0, rate=1.0, rate_to=100_000.0)
 
     report = commands.add_parser("report", help="write one page on some results, without network")
     report.add_argument("results", nargs="+", metavar="RESULT", help="files that run and knee wrote")

@@ -155,12 +155,20 @@ class Settings:
             raise CannotStartError(f"{flag}: expected {expected}, got {getattr(self, name):g}")
 
 
-def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says what is sent, and when."""
-    known = {field.name: field.default for field in dataclasses.fields(Settings)}
+def add_load_options(parser: argparse.ArgumentParser, **defaults: float) -> None:
+    """Adds what says what is sent, and when.
+
+    Args:
+        parser: Of a command.
+        defaults: Those that are others than in `Settings`, by name.
+    """
+    known = {field.name: field.default for field in dataclasses.fields(Settings)} | defaults
 
     def add(group: Any, flag: str, text: str, **more: Any) -> None:
-        default = known[flag[2:].replace("-", "_")]
+        name = flag[2:].replace("-", "_")
+        default = known[name]
+        if name in defaults:
+            more["default"] = default
         if default not in ("", 0.0) or flag == "--seed":
             text += f" (default: {default})"
         if not isinstance(default, str):

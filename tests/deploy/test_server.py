@@ -457,15 +457,16 @@ def test_pages_need_no_network_and_let_nothing_in(path: str, server: LiveServer)
         assert reply.headers[name] == value
 
 
-def test_what_the_page_asks_first(manifest: Manifest) -> None:
-    with running(manifest, Settings(port=0, api_key="sesame")) as server:
+@pytest.mark.parametrize("keys", [{"api_key": "sesame"}, {"api_keys_file": "keys.json"}, {}])
+def test_what_the_page_asks_first(manifest: Manifest, keys: dict[str, Any]) -> None:
+    with running(manifest, Settings(port=0, **keys)) as server:
         assert server("GET", "/api/model").json == {
             "model": "fake",
             "task": "feature-extraction",
             "variant": "fake",
             "labels": 0,
             "mask": "[MASK]",
-            "secured": True,
+            "secured": bool(keys),
         }
 
 

@@ -98,3 +98,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert main([*arguments, "--shape", "soak", "--slo-p99-ms", "1"]) == 2
         assert main(arguments) == 2
         assert "no limit that a higher rate misses" in capsys.readouterr().err
+
+
+def test_the_help_has_the_defaults_of_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["knee", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for flag, default in (("--duration-s S", "12.0"), ("--rate PER_S", "1.0"), ("--rate-to PER_S", "100000.0")):
+        assert f"(default: {default})" in told.rpartition(f"{flag} ")[2].partition(" --")[0], flag

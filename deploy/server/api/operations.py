@@ -114,7 +114,7 @@ async def model(context: Context, request: None, caller: Caller) -> Response:
         "variant": None if served is None else served.choice.variant,
         "labels": len(manifest.labels or ()),
         "mask": None if mask is None else mask.token,
-        "secured": service.settings.api_key is not None,
+        "secured": service.settings.api_key is not None or service.settings.api_keys_file is not None,
     }
     return Response(encode(body))
 
