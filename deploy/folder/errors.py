@@ -6,7 +6,9 @@ import errno
 import re
 from collections.abc import Iterator
 
-__all__ = ["FolderError", "at_least_one", "chain", "count_or_none", "first_line", "is_disk_full"]
+from torch_ext.encoder.huggingface.safetensors import LFS_ADVICE, is_lfs_pointer
+
+__all__ = ["FolderError", "at_least_one", "chain", "count_or_none", "first_line", "is_disk_full", "refuse_pointer"]
 
 
 class FolderError(Exception):
@@ -27,6 +29,20 @@ def at_least_one(value: object, where: str) -> int:
     if count is None:
         raise FolderError(f"{where}: expected at least 1, got {value!r:.80}")
     return count
+
+
+def refuse_pointer(data: bytes, where: str) -> None:
+    """Refuses the content of a file that git left where Git LFS has the file itself.
+
+    Args:
+        data: The content, or how it begins.
+        where: The file, for the error.
+
+    Raises:
+        FolderError: It is a pointer.
+    """
+    if is_lfs_pointer(data):
+        raise FolderError(f"{where}: {LFS_ADVICE}")
 
 
 def count_or_none(value: object) -> int | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
-from deploy.folder.errors import FolderError, at_least_one, count_or_none, first_line
+from deploy.folder.errors import FolderError, at_least_one, count_or_none, first_line, refuse_pointer
 from deploy.folder.token_files import TokenFiles
 
 __all__ = ["DenseModule", "SentenceFiles", "read_json", "read_sentence_files", "read_settings"]
@@ -46,7 +46,9 @@ def read_json(path: Path, kind: type) -> Any:
         FolderError: It cannot be read, or is something else.
     """
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        data = path.read_bytes()
+        refuse_pointer(data, str(path))
+        value = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise FolderError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy.folder.errors import FolderError
+from deploy.folder.errors import FolderError, refuse_pointer
 
 __all__ = ["FILES", "KINDS", "read_unigrams"]
 
@@ -73,7 +73,9 @@ def read_unigrams(path: Path, kind: str, settings: Mapping[str, Any]) -> dict[st
     """
     row = KINDS[kind]
     try:
-        pieces, model_type, table = _read(memoryview(path.read_bytes()))
+        data = path.read_bytes()
+        refuse_pointer(data, str(path))
+        pieces, model_type, table = _read(memoryview(data))
     except (OSError, ValueError, IndexError, struct.error) as error:
         raise FolderError(f"{path}: expected a model of sentencepiece: {error}; copy the model again") from error
     if model_type != _UNIGRAM or not pieces:

@@ -12,7 +12,7 @@ from typing import Any
 
 from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts, Sparse
 from deploy.folder.chat import Chat, read_chat
-from deploy.folder.errors import FolderError
+from deploy.folder.errors import FolderError, refuse_pointer
 from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files, read_settings
 from deploy.folder.token_files import TokenFiles
 
@@ -330,6 +330,8 @@ def _find_weights(folder: Path) -> tuple[str, int]:
         )
     if weights.endswith(".index.json"):
         _check_shards(folder / weights)
+    else:
+        _refuse_pointer(folder / weights)
     return weights, sum(path.stat().st_size for path in folder.glob(_WEIGHTS[weights]))
 
 
@@ -344,6 +346,15 @@ def _check_shards(index: Path) -> None:
     for name in sorted(set(shards.values())):
         if not (index.parent / name).is_file():
             raise FolderError(f"{index.parent / name}: missing, though {index.name} names it; copy the model again")
+        _refuse_pointer(index.parent / name)
+
+
+def _refuse_pointer(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            refuse_pointer(file.read(64), str(path))
+    except OSError as error:
+        raise FolderError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _named_activation(config: Mapping[str, Any], sentence: SentenceFiles) -> str | None:

@@ -232,7 +232,9 @@ def _add_tokens(tokenizer: dict[str, Any], settings: Mapping[str, Any]) -> None:
     added = tokenizer.get("added_tokens")
     if not isinstance(listed, dict) or not isinstance(added, list):
         return
-    known = {token.get("content") for token in added if isinstance(token, dict)}
+    if not all(isinstance(token, dict) and isinstance(token.get("id"), int) for token in added):
+        return  # The library says what is wrong with them.
+    known = {token.get("content") for token in added}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for number, token in listed.items():
         if isinstance(token, dict) and number.isdecimal() and token.get("content") not in known:

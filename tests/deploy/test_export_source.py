@@ -25,6 +25,7 @@ CONFIG = {
     "pad_token_id": 0,
 }
 MODULES = ["sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * b"a" + b"\nsize 90868376\n"
 NORMALIZE = "sentence_transformers.models.Normalize"
 
 
@@ -423,6 +424,21 @@ def test_folders_without_tokenizer_or_weights(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"123")
     source = read(folder)
     assert (source.safe_format, source.weights_bytes) == (False, 3)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "shard.safetensors", "config.json"])
+def test_files_that_git_left_as_pointers(tmp_path: Path, name: str) -> None:
+    """`git clone` without Git LFS leaves three lines of text in place of large files."""
+    folder = write(tmp_path)
+    (folder / "model.safetensors").unlink()
+    index = json.dumps({"weight_map": {"a": "shard.safetensors"}})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    (folder / "shard.safetensors").write_bytes(b"")
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors.index.json").unlink()
+    (folder / name).write_bytes(POINTER)
+    with pytest.raises(FolderError, match=f"{name}: a pointer of Git LFS, not the file itself; run git lfs pull"):
+        read(folder)
 
 
 def test_sharded_weights_are_summed(tmp_path: Path) -> None:

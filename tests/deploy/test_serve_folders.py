@@ -26,7 +26,7 @@ from deploy.server.variants import Selection
 from tests.deploy.conftest import SUFFIXES
 from tests.deploy.test_folders import change, save_as_transformers_5
 from tests.deploy.test_server_bundles import fails, serving
-from tests.ops.test_folders import NOMIC_CONFIGS, nomic_weights
+from tests.ops.test_folders import NOMIC_CONFIGS, POINTER, nomic_weights
 from torch_ext.encoder.huggingface.folder import read_folder
 from torch_ext.encoder.huggingface.table import ARCHITECTURES, find_architecture
 
@@ -352,6 +352,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
         None,
         "tokenizer.json: expected JSON",
     ),
+    "tokenizer in Git LFS": (
+        lambda folder: (folder / "tokenizer.json").write_bytes(POINTER),
+        None,
+        "tokenizer.json: a pointer of Git LFS, not the file itself; run git lfs pull",
+    ),
     "other architecture": (
         lambda folder: change(folder / "config.json", model_type="gpt2"),
         None,
@@ -395,6 +400,10 @@ def test_errors_are_one_line(tiny_model: ModelMaker, tmp_path: Path) -> None:
     )
     # Found while the engine is opened, beside the imports.
     assert "the file has no cls.predictions" in fails(folder, "--task", "fill-mask")
+    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    change(folder / "tokenizer.json", added_tokens=[{"id": "x"}])
+    assert "tokenizer.json: not a usable tokenizer" in fails(folder)
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-8])
     assert "model.safetensors is damaged" in fails(folder)

@@ -368,6 +368,7 @@ def pickled(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * b"a" + b"\nsize 90868376\n"
 NORM = "bert.embeddings.LayerNorm.weight"
 DAMAGED = "model.safetensors is damaged, or is not a safetensors file: "
 WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
@@ -395,6 +396,27 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         "expected hidden_size to be a whole number, got",
     ),
     "other width": (configured(hidden_size=52), ValueError, r"expected embeddings.* \[100, 52\].*got \[100, 48\]"),
+    "more positions": (
+        configured(max_position_embeddings=9999),
+        ValueError,
+        "expected embeddings.position_embeddings.weight with max_position_embeddings=9999 rows, .*, got",
+    ),
+    "more words": (
+        configured(vocab_size=101),
+        ValueError,
+        "expected embeddings.word_embeddings.weight with vocab_size=101 rows, as config.json has it, got 100",
+    ),
+    "weights in Git LFS": (
+        lambda folder: (folder / "model.safetensors").write_bytes(POINTER),
+        ValueError,
+        "model.safetensors: a pointer of Git LFS, not the file itself; run git lfs pull",
+    ),
+    "configuration in Git LFS": (
+        lambda folder: (folder / "config.json").write_bytes(POINTER),
+        ValueError,
+        "config.json: a pointer of Git LFS",
+    ),
+    "index in Git LFS": (lambda folder: sharded(folder).write_bytes(POINTER), ValueError, "a pointer of Git LFS"),
     "more layers": (configured(num_hidden_layers=4), ValueError, r"has no encoder.layer.3.*: is it a plain bert enco"),
     "fewer layers": (configured(num_hidden_layers=2), ValueError, "has weights that a plain bert encoder has not"),
     "no heads": (configured(num_attention_heads=0), ValueError, "expected num_heads of at least 1, got 0"),

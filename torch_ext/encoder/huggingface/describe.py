@@ -165,6 +165,7 @@ def describe_encoder(
     source = _Taker(shapes, owner, f"{config.model_type} encoder", names.optional_biases)
     padding = -1 if names.padding_index is None else names.padding_index(config)
     vocabulary, width = source.table("embeddings.word", names.word)
+    _check_rows(config, "vocab_size", f"{names.word}.weight", vocabulary)
     fields: dict[str, Any] = {
         "position_offset": padding + 1,
         "padding_id": padding,
@@ -173,6 +174,7 @@ def describe_encoder(
     }
     if names.position is not None:
         rows, _ = source.table("embeddings.position", names.position)
+        _check_rows(config, "max_position_embeddings", f"{names.position}.weight", rows)
         fields["max_positions"] = rows - fields["position_offset"]
     if names.token_type is not None:
         fields["type_vocab_size"], _ = source.table("embeddings.token_type", names.token_type)
@@ -227,6 +229,17 @@ def describe_encoder(
             f"{', '.join(left[:5])}{' ...' if len(left) > 5 else ''}"
         )
     return spec, source.plan
+
+
+def _check_rows(config: Any, field: str, name: str, rows: int) -> None:
+    """Checks that a table has the rows that a configuration counts; some models' tables are filled up.
+
+    Raises:
+        ValueError: it has fewer, and a token without a row would be found out by a request.
+    """
+    wanted = getattr(config, field, None)
+    if isinstance(wanted, int) and rows < wanted:
+        raise ValueError(f"expected {name} with {field}={wanted} rows, as config.json has it, got {rows}")
 
 
 def head_layers(names: HeadNames, base: str) -> dict[str, str]:

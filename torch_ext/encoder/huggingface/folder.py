@@ -21,7 +21,13 @@ from torch_ext.encoder.huggingface.describe import (
     head_layers,
 )
 from torch_ext.encoder.huggingface.projection import project_all
-from torch_ext.encoder.huggingface.safetensors import StoredTensor, find_weights, map_weights
+from torch_ext.encoder.huggingface.safetensors import (
+    LFS_ADVICE,
+    StoredTensor,
+    find_weights,
+    is_lfs_pointer,
+    map_weights,
+)
 from torch_ext.encoder.huggingface.stages import read_stages
 from torch_ext.encoder.huggingface.table import HEAD_CLASSES, find_architecture, text_values
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
@@ -60,8 +66,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         kind = "not a model folder (no config.json)" if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder}: {kind}; pass a folder that save_pretrained wrote")
+    data = path.read_bytes()
+    if is_lfs_pointer(data):
+        raise ValueError(f"{path}: {LFS_ADVICE}")
     try:
-        config = json.loads(path.read_bytes().decode("utf-8"))
+        config = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):

@@ -13,13 +13,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["WEIGHTS_FILE", "WEIGHTS_INDEX", "StoredTensor", "find_weights", "map_weights"]
+__all__ = [
+    "LFS_ADVICE",
+    "WEIGHTS_FILE",
+    "WEIGHTS_INDEX",
+    "StoredTensor",
+    "find_weights",
+    "is_lfs_pointer",
+    "map_weights",
+]
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 # Files that can hold code, or that other libraries read.
 _OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+
+_LFS_BEGINNING = b"version https://git-lfs"
+
+LFS_ADVICE = "a pointer of Git LFS, not the file itself; run git lfs pull in the folder, or download the model again"
+"""What to do about a file that git cloned without Git LFS."""
 
 _MAX_HEADER_BYTES = 100_000_000  # as the format has it
 
@@ -33,6 +46,15 @@ _FULL_EXPONENT: Mapping[str, bytes] = {
 }
 
 _CHUNK_BYTES = 1 << 20
+
+
+def is_lfs_pointer(data: bytes) -> bool:
+    """Whether the content of a file is a pointer of Git LFS: three lines of text.
+
+    Args:
+        data: the content, or how it begins.
+    """
+    return data.startswith(_LFS_BEGINNING)
 
 
 class StoredTensor(NamedTuple):
@@ -150,6 +172,8 @@ def map_weights(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_json(text: bytes | memoryview, where: str) -> dict[str, Any]:
+    if is_lfs_pointer(bytes(text[: len(_LFS_BEGINNING)])):
+        raise ValueError(f"{where}: {LFS_ADVICE}")
     try:
         value = json.loads(bytes(text).decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -170,6 +194,8 @@ def _map_file(path: Path) -> dict[str, StoredTensor]:
         size = status.st_size
         sound(size >= 8, f"it has {size} bytes")
         data = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+    if is_lfs_pointer(bytes(data[: len(_LFS_BEGINNING)])):
+        raise ValueError(f"{path}: {LFS_ADVICE}")
     header_bytes = int.from_bytes(data[:8], "little")
     sound(
         header_bytes <= min(size - 8, _MAX_HEADER_BYTES),
