@@ -5,6 +5,7 @@ Folders saved by transformers 5 say some things in another way than transformers
 | file | field | transformers 5 | transformers 4 |
 |---|---|---|---|
 | `tokenizer_config.json` | `tokenizer_class` | `TokenizersBackend` | `PreTrainedTokenizerFast` |
+| `tokenizer_config.json` | `model_input_names` | of most classes without token types | with them |
 | `tokenizer_config.json` | `extra_special_tokens` | a list | `additional_special_tokens`, a list |
 | `config.json` | `rope_parameters` | bases and scaling of rotary positions | fields of each model's own |
 
@@ -24,7 +25,7 @@ from deploy.bundle import CONFIG_FILE, TASKS, TOKENIZER_FILE
 from deploy.export.errors import ExportError, first_line, is_disk_full, pickle_refused
 from deploy.folder.sentence import read_json
 from deploy.folder.source import Source
-from deploy.folder.tokenizer import unigram_tokenizer
+from deploy.folder.tokenizer import told_token_types, unigram_tokenizer
 
 __all__ = ["load_model", "older_config", "older_tokenizer_config", "readable_folder"]
 
@@ -35,6 +36,8 @@ _SPECIAL_TOKENS = "special_tokens_map.json"
 def older_tokenizer_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `tokenizer_config.json` of transformers 5 says, for transformers 4; the same where it says nothing new."""
     result = dict(settings)
+    if told_token_types(settings) is False:
+        result.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if result.get("tokenizer_class") == "TokenizersBackend":
         result["tokenizer_class"] = "PreTrainedTokenizerFast"
     extra = result.get("extra_special_tokens")

@@ -23,7 +23,7 @@ from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
 
-__all__ = ["FolderTokenizer", "read_tokenizer", "unigram_tokenizer"]
+__all__ = ["FolderTokenizer", "read_tokenizer", "told_token_types", "unigram_tokenizer"]
 
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
@@ -89,6 +89,9 @@ _KIND_OF_MODEL: Mapping[str, str] = {
 """Which class transformers takes where no file names one."""
 
 
+_TOKEN_TYPES_OF_5 = ("Bert", "Electra", "Deberta", "DebertaV2")
+"""The classes that give models token types in transformers 5; in transformers 4, all do but those of `_KINDS`."""
+
 _CAUSAL = ("qwen3",)
 """Models whose classifiers read the last token that is not padding."""
 
@@ -144,7 +147,7 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     # Without a limit of its own a tokenizer says 1e30.
     declared = settings.get("model_max_length")
     known = isinstance(declared, int | float) and 3 <= declared <= source.max_positions
-    inputs = settings.get("model_input_names")
+    told = told_token_types(settings)
     text = json.dumps(tokenizer, ensure_ascii=False)
     padding = _padding_behind(source, text)
     suffix = "" if padding else source.suffix
@@ -153,10 +156,29 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
         text=text if suffix is None else with_suffix(text, suffix, source.folder),
         max_tokens=longest - padding,
         truncation_side=side,
-        token_types="token_type_ids" in inputs if isinstance(inputs, list) else kind.token_types,
+        token_types=kind.token_types if told is None else told,
         special=_special_tokens(source, settings, kind, ids),
         ids=ids,
     )
+
+
+def told_token_types(settings: Mapping[str, Any]) -> bool | None:
+    """Whether models are given the token types of pairs, as far as settings of a tokenizer say so.
+
+    A model that transformers 5 saved was trained with what its tokenizers give, not with what those of transformers 4 do.
+
+    Args:
+        settings: Content of `tokenizer_config.json`.
+
+    Returns:
+        None: the class decides, as transformers 4 has it.
+    """
+    inputs, named = settings.get("model_input_names"), settings.get("tokenizer_class")
+    if isinstance(inputs, list):
+        return "token_type_ids" in inputs
+    if isinstance(named, str) and ("backend" in settings or named == "TokenizersBackend"):
+        return _class_name(named) in _TOKEN_TYPES_OF_5
+    return None
 
 
 def _padding_behind(source: Source, text: str) -> int:
@@ -174,12 +196,13 @@ def _padding_behind(source: Source, text: str) -> int:
 
 def _kind(source: Source, settings: Mapping[str, Any]) -> tuple[str, _Kind]:
     named = settings.get("tokenizer_class") or source.config.get("tokenizer_class")
-    name = (
-        named.removesuffix("Fast").removesuffix("Tokenizer")
-        if isinstance(named, str)
-        else _KIND_OF_MODEL.get(source.model_type, "")
-    )
+    name = _class_name(named) if isinstance(named, str) else _KIND_OF_MODEL.get(source.model_type, "")
     return name, _KINDS.get(name, _ANY)
+
+
+def _class_name(named: str) -> str:
+    """What a class of tokenizers is called without what all are called."""
+    return named.removesuffix("Fast").removesuffix("Tokenizer")
 
 
 def _tokenizer(source: Source, settings: Mapping[str, Any], name: str, kind: _Kind) -> dict[str, Any]:

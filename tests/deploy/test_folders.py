@@ -131,6 +131,7 @@ def test_settings_of_transformers_5_in_the_words_of_4() -> None:
     assert older_tokenizer_config(new) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": ["[Q]", "[D]"],
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     both = older_tokenizer_config({"extra_special_tokens": ["[Q]", "[D]"], "additional_special_tokens": ["[D]"]})
     assert both == {"additional_special_tokens": ["[D]", "[Q]"]}

@@ -23,6 +23,8 @@ from server_harness import FakeEngine, ask, make_manifest
 
 from deploy.bundle import load_manifest
 from deploy.export.cli import main
+from deploy.export.reference import older_tokenizer_config
+from deploy.folder.describe import describe_folder
 from deploy.server.errors import ApiError
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
@@ -119,6 +121,26 @@ def test_token_types_are_those_that_transformers_gives(tiny_model: ModelMaker, t
         for manifest in manifests
     ]
     assert types == [[0, 0, 0, 0, 1, 1, 1], [0] * 7]
+
+
+@pytest.mark.parametrize(
+    ("settings", "types"),
+    [
+        ({"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}, False),
+        ({"tokenizer_class": "AlbertTokenizer", "backend": "tokenizers"}, False),
+        ({"tokenizer_class": "BertTokenizer", "backend": "tokenizers"}, True),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, True),
+        ({"tokenizer_class": "AlbertTokenizer"}, True),
+    ],
+)
+def test_token_types_are_those_of_the_version_that_saved_the_model(
+    settings: dict[str, str], types: bool, tiny_model: ModelMaker, tmp_path: Path
+) -> None:
+    """Transformers 5.24 gives them in fewer classes than 4.57."""
+    folder = shutil.copytree(tiny_model("bert", "text-classification", num_labels=1), tmp_path / "model")
+    change_tokenizer(folder, **settings)
+    assert describe_folder(str(folder), None).token_types is types
+    assert ("model_input_names" in older_tokenizer_config(settings)) is not types
 
 
 def test_what_cannot_be_reranked(tmp_path: Path) -> None:
