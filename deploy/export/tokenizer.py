@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,12 @@ from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
 from deploy.folder.source import Source
+from deploy.folder.tokenizer import without_rows
 from deploy.tasks import prompted
 
 __all__ = ["Tokens"]
+
+_SPECIAL_TOKENS = ("pad", "mask", "cls", "sep", "unk")
 
 
 class Tokens:
@@ -62,6 +66,7 @@ class Tokens:
         if source.suffix is not None:
             backend = Tokenizer.from_str(with_suffix(backend.to_str(), source.suffix, source.folder))
             self._suffix = backend.encode("").ids
+        backend = _with_rows(source, backend, [getattr(self._reference, f"{name}_token") for name in _SPECIAL_TOKENS])
         backend.save(str(target), pretty=False)
         self._lowercase, self._prompt, self._backend = source.lowercase, source.prompt, backend
         self._task, self._source = TASKS[source.task], source
@@ -77,7 +82,7 @@ class Tokens:
         declared = self._reference.model_max_length
         limit = source.max_positions if declared is None or declared < 3 else min(int(declared), source.max_positions)
         self.max_tokens = source.max_tokens or limit
-        self.special = {name: self._special(name) for name in ("pad", "mask", "cls", "sep", "unk")}
+        self.special = {name: self._special(name) for name in _SPECIAL_TOKENS}
         self.special["pad"] = self.special["pad"] or _padding_of_config(source, backend)
         if self._task.needs.mask_token and self.special["mask"] is None:
             raise ExportError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")
@@ -149,6 +154,17 @@ class Tokens:
         encodings = self._backend.encode_batch(texts)
         self._backend.no_truncation()
         return [array("q", encoding.ids) for encoding in encodings if len(encoding.ids)]
+
+
+def _with_rows(source: Source, backend: Any, special: Sequence[str | None]) -> Any:
+    """The tokenizer without added tokens that the model has no embedding for."""
+    from tokenizers import Tokenizer
+
+    whole = json.loads(backend.to_str())
+    if not (dropped := without_rows(whole, source.config.get("vocab_size"), special)):
+        return backend
+    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] not in dropped]
+    return Tokenizer.from_str(json.dumps(whole, ensure_ascii=False))
 
 
 def _check_vocabulary(source: Source, backend: Any) -> None:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,12 @@ from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
 
-__all__ = ["FolderTokenizer", "read_tokenizer", "told_token_types", "unigram_tokenizer"]
+__all__ = ["FolderTokenizer", "read_tokenizer", "told_token_types", "unigram_tokenizer", "without_rows"]
 
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
+
+_SPECIAL_TOKENS = ("pad", "mask", "cls", "sep", "unk")
 
 _BRACKETS = {"pad": "[PAD]", "mask": "[MASK]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
 _ANGLES = {"pad": "<pad>", "mask": "<mask>", "cls": "<s>", "sep": "</s>", "unk": "<unk>"}
@@ -131,8 +133,13 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     tokenizer = _tokenizer(source, settings, name, kind)
     _add_tokens(tokenizer, settings)
     _normalize(tokenizer, settings, kind, source.lowercase)
-    ids = dict(_vocabulary(tokenizer))
     size = source.config.get("vocab_size")
+    older = read_settings(source.folder / _SPECIAL_FILE)
+    special = {_given(part, settings, older, kind) for part in _SPECIAL_TOKENS}
+    dropped = without_rows(tokenizer, size, special)
+    if dropped:
+        tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] not in dropped]
+    ids = dict(_vocabulary(tokenizer))
     if isinstance(size, int) and max(ids.values(), default=-1) >= size:
         raise FolderError(
             f"{source.folder}: the tokenizer has ids up to {max(ids.values())}, the model a vocabulary of {size}; "
@@ -162,10 +169,38 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     )
 
 
+def without_rows(tokenizer: Mapping[str, Any], size: Any, special: Collection[str | None]) -> set[str]:
+    """Tokens that somebody added to a tokenizer without giving the model embeddings for them.
+
+    transformers fails at texts that hold one, and at no other.
+
+    Args:
+        tokenizer: Content of `tokenizer.json`.
+        size: What the model's `config.json` has as `vocab_size`.
+        special: Tokens that it cannot do without; those around texts are never among the answer.
+    """
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    if not isinstance(size, int) or not isinstance(model, dict) or not isinstance(added, list):
+        return set()
+    own = dict(_vocabulary({"model": model}))
+    around = json.dumps(tokenizer.get("post_processor"), ensure_ascii=False)
+    return {
+        token["content"]
+        for token in added
+        if isinstance(token, dict)
+        and isinstance(token.get("id"), int)
+        and isinstance(token.get("content"), str)
+        and token["id"] >= size
+        and token["content"] not in own
+        and token["content"] not in special
+        and json.dumps(token["content"], ensure_ascii=False) not in around
+    }
+
+
 def told_token_types(settings: Mapping[str, Any]) -> bool | None:
     """Whether models are given the token types of pairs, as far as settings of a tokenizer say so.
 
-    A model that transformers 5 saved was trained with what its tokenizers give, not with what those of transformers 4 do.
+    A model that transformers 5 saved was trained with what its tokenizers give; those of transformers 4 give more.
 
     Args:
         settings: Content of `tokenizer_config.json`.
@@ -301,7 +336,7 @@ def _special_tokens(
 ) -> dict[str, SpecialToken | None]:
     older = read_settings(source.folder / _SPECIAL_FILE)
     special: dict[str, SpecialToken | None] = {}
-    for name in ("pad", "mask", "cls", "sep", "unk"):
+    for name in _SPECIAL_TOKENS:
         token = _given(name, settings, older, kind)
         special[name] = SpecialToken(ids[token], token) if token is not None and token in ids else None
     if special["pad"] is None:

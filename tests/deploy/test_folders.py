@@ -18,6 +18,8 @@ from deploy.bundle import Manifest, Prompts, load_manifest
 from deploy.export.cli import main
 from deploy.export.pipeline import STAGES, step_count
 from deploy.export.reference import older_config, older_tokenizer_config
+from deploy.folder.describe import describe_folder
+from deploy.folder.errors import FolderError
 from deploy.server.errors import ApiError
 from deploy.server.service.tokens import TextTokenizer
 
@@ -146,6 +148,26 @@ def test_settings_of_transformers_5_in_the_words_of_4() -> None:
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     }
     assert older_config({"rope_parameters": by_kind}) == {"global_rope_theta": 8000.0, "local_rope_theta": 100.0}
+
+
+def test_added_tokens_that_the_model_has_no_embedding_for(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """Texts that hold one fail in transformers; without the tokens they are what they were before."""
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    before = tokenizer(["zzz", "a list"])["input_ids"]
+    tokenizer.add_tokens(["zzz"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[Q]"]})
+    tokenizer.save_pretrained(folder)
+    for manifest in (export(folder, tmp_path / "out"), describe_folder(str(folder), None)):
+        served = TextTokenizer.from_manifest(manifest)
+        assert [row.tolist() for row in served.encode(["zzz", "a list"], truncate=True)] == before
+    tokenizer.add_special_tokens({"mask_token": "[OTHER MASK]"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(FolderError, match="do not belong together"):
+        describe_folder(str(folder), None)
+    assert main([str(folder), "-o", str(tmp_path / "none"), *QUICK]) == 2
 
 
 def test_scores_of_a_classifier_with_one_label(tiny_model: ModelMaker, tmp_path: Path) -> None:
