@@ -23,7 +23,15 @@ from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
 
-__all__ = ["FolderTokenizer", "read_tokenizer", "told_token_types", "unigram_tokenizer", "without_rows"]
+__all__ = [
+    "KINDS",
+    "KIND_OF_MODEL",
+    "FolderTokenizer",
+    "read_tokenizer",
+    "told_token_types",
+    "unigram_tokenizer",
+    "without_rows",
+]
 
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
@@ -59,7 +67,7 @@ _BERT_NORMALIZER: Mapping[str, tuple[str, Any]] = {
 }
 _MPNET_NORMALIZER = {name: _BERT_NORMALIZER[name] for name in ("lowercase", "strip_accents")}
 _ANY = _Kind({}, True, {})
-_KINDS: Mapping[str, _Kind] = {
+KINDS: Mapping[str, _Kind] = {
     "Bert": _Kind(_BRACKETS, True, _BERT_NORMALIZER),
     "Electra": _Kind(_BRACKETS, True, _BERT_NORMALIZER),
     "DistilBert": _Kind(_BRACKETS, False, _BERT_NORMALIZER),
@@ -75,13 +83,19 @@ _KINDS: Mapping[str, _Kind] = {
 }
 """By the name of the class, without what it ends in; others have nothing of their own."""
 
-_KIND_OF_MODEL: Mapping[str, str] = {
+KIND_OF_MODEL: Mapping[str, str] = {
     "bert": "Bert",
+    "ernie": "Bert",
+    "megatron-bert": "Bert",
+    "nomic_bert": "Bert",
     "electra": "Electra",
     "distilbert": "DistilBert",
     "mpnet": "MPNet",
     "roberta": "Roberta",
+    "roberta-prelayernorm": "Roberta",
+    "data2vec-text": "Roberta",
     "xlm-roberta": "XLMRoberta",
+    "xlm-roberta-xl": "XLMRoberta",
     "camembert": "Camembert",
     "albert": "Albert",
     "deberta-v2": "DebertaV2",
@@ -92,7 +106,7 @@ _KIND_OF_MODEL: Mapping[str, str] = {
 
 
 _TOKEN_TYPES_OF_5 = ("Bert", "Electra", "Deberta", "DebertaV2")
-"""The classes that give models token types in transformers 5; in transformers 4, all do but those of `_KINDS`."""
+"""The classes that give models token types in transformers 5; in transformers 4, all do but those of `KINDS`."""
 
 _CAUSAL = ("qwen3",)
 """Models whose classifiers read the last token that is not padding."""
@@ -231,8 +245,8 @@ def _padding_behind(source: Source, text: str) -> int:
 
 def _kind(source: Source, settings: Mapping[str, Any]) -> tuple[str, _Kind]:
     named = settings.get("tokenizer_class") or source.config.get("tokenizer_class")
-    name = _class_name(named) if isinstance(named, str) else _KIND_OF_MODEL.get(source.model_type, "")
-    return name, _KINDS.get(name, _ANY)
+    name = _class_name(named) if isinstance(named, str) else KIND_OF_MODEL.get(source.model_type, "")
+    return name, KINDS.get(name, _ANY)
 
 
 def _class_name(named: str) -> str:

@@ -21,6 +21,7 @@ from deploy.engines.open import load_engine
 from deploy.export.cli import main
 from deploy.folder.describe import describe_folder
 from deploy.folder.errors import FolderError
+from deploy.folder.tokenizer import KIND_OF_MODEL, KINDS
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants import Selection
 from tests.deploy.conftest import SUFFIXES
@@ -107,6 +108,14 @@ def test_the_tokenizer_is_that_of_transformers(model_type: str, tiny_model: Mode
         manifest = describe_folder(str(folder), None)
         assert served_ids(manifest) == transformers_ids(folder, max_length=manifest.max_tokens), settings
         assert manifest.max_tokens == (9 if settings and "model_max_length" in settings else manifest.max_tokens)
+
+
+def test_the_class_of_a_tokenizer_that_no_file_names() -> None:
+    known = transformers.models.auto.tokenization_auto.TOKENIZER_MAPPING_NAMES
+    for model_type in ARCHITECTURES:
+        names = {name.removesuffix("Fast").removesuffix("Tokenizer") for name in known.get(model_type) or () if name}
+        if names & KINDS.keys():
+            assert {KIND_OF_MODEL[model_type]} == names, model_type
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
