@@ -3,6 +3,7 @@
 | files | tokenizers |
 |---|---|
 | `vocab.txt` | WordPiece: BERT, ELECTRA, DistilBERT, MPNet and relatives |
+| `vocab.txt` | words of proteins, all of which split a text: ESM, of which transformers has no other |
 | `vocab.json`, `merges.txt` | BPE of bytes: RoBERTa and relatives |
 | `sentencepiece.bpe.model`, `spiece.model`, `spm.model` | unigrams: XLM-R, CamemBERT, ALBERT, DeBERTa v2 and v3, T5 |
 """
@@ -120,10 +121,35 @@ def _byte_pairs(
     )
 
 
+def _residues(paths: list[Path], kind: str, special: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    (path,) = paths
+    tokens = [line.strip() for line in _lines(path)]
+    if tokens and tokens[-1] == "":
+        tokens.pop()
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    made = _tokenizer(
+        path,
+        vocabulary,
+        special,
+        mask_takes_space=False,
+        normalizer=None,
+        pre_tokenizer={"type": "WhitespaceSplit"},
+        decoder=None,
+        post_processor=_template(path, vocabulary, special, separators=1),
+        model={"type": "WordLevel", "vocab": vocabulary, "unk_token": special["unk"]},
+    )
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    known = {token["content"] for token in made["added_tokens"]}
+    others = [{"id": number, "content": token, **flags} for token, number in vocabulary.items() if token not in known]
+    made["added_tokens"] = sorted([*made["added_tokens"], *others], key=lambda token: int(token["id"]))
+    return made
+
+
 _Make = Callable[[list[Path], str, Mapping[str, str], Mapping[str, Any]], dict[str, Any]]
 _MAKERS: tuple[tuple[tuple[str, ...], tuple[str, ...], _Make], ...] = (
     (("Bert", "Electra", "DistilBert", "MPNet"), ("vocab.txt",), _word_piece),
     (("Roberta",), ("vocab.json", "merges.txt"), _byte_pairs),
+    (("Esm",), ("vocab.txt",), _residues),
 )
 
 

@@ -79,6 +79,7 @@ KINDS: Mapping[str, _Kind] = {
     "Camembert": _Kind(_ANGLES, False, {}),
     "Albert": _Kind({**_BRACKETS, "pad": "<pad>", "unk": "<unk>"}, True, {}),
     "DebertaV2": _Kind(_BRACKETS, True, {}),
+    "Esm": _Kind({"pad": "<pad>", "mask": "<mask>", "cls": "<cls>", "sep": "<eos>", "unk": "<unk>"}, False, {}),
     "T5": _Kind({"pad": "<pad>", "unk": "<unk>", "eos": "</s>"}, False, {}),
 }
 """By the name of the class, without what it ends in; others have nothing of their own."""
@@ -99,6 +100,7 @@ KIND_OF_MODEL: Mapping[str, str] = {
     "camembert": "Camembert",
     "albert": "Albert",
     "deberta-v2": "DebertaV2",
+    "esm": "Esm",
     "t5": "T5",
     "mt5": "T5",
 }

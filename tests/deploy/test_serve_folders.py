@@ -110,6 +110,34 @@ def test_the_tokenizer_is_that_of_transformers(model_type: str, tiny_model: Mode
         assert manifest.max_tokens == (9 if settings and "model_max_length" in settings else manifest.max_tokens)
 
 
+def test_proteins(tmp_path: Path) -> None:
+    """ESM has a slow tokenizer only, which splits texts at every token of its vocabulary."""
+    letters = [*"LAGVSERTIDPKQNFYMHWCXBUZO.-"]
+    vocabulary = ["<cls>", "<pad>", "<eos>", "<unk>", *letters, "<null_1>", "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    theirs = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"))
+    theirs.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.EsmConfig(
+        vocab_size=len(vocabulary),
+        position_embedding_type="rotary",
+        max_position_embeddings=40,
+        pad_token_id=1,
+        **sizes,
+    )
+    transformers.EsmModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    texts = ["MKTAYIAKQR", "M K <mask> T", "", "mk T\u4f60M<eos>K", "MKT" * 40, "<null_1>-. x"]
+    for name in ("tokenizer_config.json", None):
+        manifest = describe_folder(str(tmp_path), None)
+        served = TextTokenizer.from_manifest(manifest)
+        found = [row.tolist() for row in served.encode(texts, truncate=True)]
+        assert found == theirs(texts, truncation=True, max_length=manifest.max_tokens)["input_ids"]
+        if name is not None:
+            (tmp_path / name).unlink()
+            (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    assert len(answers(manifest, manifest.variant("torch_ext-fp32"))) == len(TEXTS)
+
+
 def test_the_class_of_a_tokenizer_that_no_file_names() -> None:
     known = transformers.models.auto.tokenization_auto.TOKENIZER_MAPPING_NAMES
     for model_type in ARCHITECTURES:
