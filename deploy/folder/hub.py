@@ -10,6 +10,9 @@ from deploy.folder.errors import FolderError, is_disk_full
 
 __all__ = ["find_model"]
 
+_CACHED, _SNAPSHOTS = "models--", "snapshots"
+"""How the hub's cache calls the folder of a model, and what is in it: a folder for each commit."""
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
@@ -39,7 +42,10 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str, str 
     if path.is_dir():
         if revision is not None:
             raise FolderError(f"--revision {revision}: only for models on the hub, and {model} is a folder")
-        resolved = Path(os.path.realpath(path))
+        resolved = _snapshot(Path(os.path.realpath(path)))
+        kept = resolved.parent.parent.name
+        if resolved.parent.name == _SNAPSHOTS and kept.startswith(_CACHED):
+            return resolved, kept.removeprefix(_CACHED).replace("--", "/"), resolved.name
         return resolved, resolved.name, None
     if path.exists():
         raise FolderError(
@@ -48,6 +54,26 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str, str 
     if not _REPO_ID.fullmatch(model) or ".." in model or model.startswith((".", "/", "~")):
         raise FolderError(f"{model}: no such folder, and not an id on the hub (expected NAME or OWNER/NAME)")
     return _download(model, revision)
+
+
+def _snapshot(folder: Path) -> Path:
+    """The snapshot of a model in the hub's cache: of its main branch, or its only one; another folder itself.
+
+    Raises:
+        FolderError: It has several snapshots, and none of the main branch.
+    """
+    if not folder.name.startswith(_CACHED) or not (folder / _SNAPSHOTS).is_dir():
+        return folder
+    found = sorted(path for path in (folder / _SNAPSHOTS).iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    named = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    chosen = [path for path in found if path.name == named] or found
+    if len(chosen) != 1:
+        raise FolderError(
+            f"{folder}: the hub's cache of a model with {len(found)} snapshots; pass the folder of one, below "
+            f"{folder / _SNAPSHOTS}"
+        )
+    return chosen[0]
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str, str | None]:

@@ -96,4 +96,4 @@ def describe(model: str, task: str | None) -> tuple[Manifest, bool]:
 
 def _is_model(folder: Path) -> bool:
     """Whether a folder looks like a model's of Hugging Face or sentence-transformers."""
-    return (folder / CONFIG_FILE).exists() or (folder / "modules.json").exists()
+    return any((folder / name).exists() for name in (CONFIG_FILE, "modules.json", "snapshots"))

@@ -15,6 +15,7 @@ from deploy.folder import source as sources
 from deploy.folder.errors import FolderError
 from deploy.folder.hub import find_model
 from deploy.folder.source import read_source
+from deploy.server.wanted import _is_model
 from deploy.tasks import TASKS, TaskError
 
 CONFIG = {
@@ -471,6 +472,19 @@ def test_models_are_found_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for model in (str(tmp_path / "missing"), "./missing", "../missing", "a/b/c", "", "a b", "-x", "~/missing"):
         with pytest.raises(FolderError, match="no such folder, and not an id on the hub"):
             find_model(model)
+
+
+def test_models_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    """A snapshot is called as the hub calls the model, and the folder above stands for its main branch."""
+    cached = tmp_path / "models--owner--some-model"
+    first, second = (write(cached / "snapshots" / name) for name in ("1" * 40, "2" * 40))
+    assert find_model(str(first)) == (first, "owner/some-model", first.name)
+    assert _is_model(cached)
+    with pytest.raises(FolderError, match="the hub's cache of a model with 2 snapshots; pass the folder of one, below"):
+        find_model(str(cached))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(second.name, encoding="utf-8")
+    assert find_model(str(cached)) == (second, "owner/some-model", second.name)
 
 
 def test_hub_that_is_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
