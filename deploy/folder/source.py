@@ -251,7 +251,10 @@ def _architecture(config: Mapping[str, Any], model_type: str, task: str) -> str:
 def _choose_pooling(sentence: SentenceFiles, mode: str | None, normalize: bool | None) -> tuple[Pooling, str | None]:
     """Decides the pooling: options first, then the model's files, then what sentence-transformers does without them."""
     if sentence.problem is not None and mode is None:
-        raise FolderError(f"{sentence.problem}; pass --pooling to make embeddings in another way on purpose")
+        # The server's --pooling changes nothing, it only checks.
+        raise FolderError(
+            f"{sentence.problem}; python -m deploy export with --pooling makes embeddings in another way on purpose"
+        )
     note = None
     if mode is not None:
         source = "--pooling"

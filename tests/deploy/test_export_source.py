@@ -125,7 +125,7 @@ def test_what_would_give_other_embeddings_is_refused(tmp_path: Path, files: dict
     folder = write(tmp_path, **files)
     with pytest.raises(FolderError, match=message):
         read(folder)
-    with pytest.raises(FolderError, match="pass --pooling"):
+    with pytest.raises(FolderError, match="python -m deploy export with --pooling"):
         read(folder, normalize=True)
     pooling = read(folder, pooling="mean").pooling
     assert pooling is not None
