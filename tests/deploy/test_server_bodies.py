@@ -285,6 +285,9 @@ def test_large_answers_of_every_dialect_are_written_on_a_helper_thread(
         assert many == (few * _LARGE if answer is None else [column * _LARGE for column in few])
 
 
+_FIRST, _SECOND = ("w0 w9 [MASK]", "w1 w9 [MASK]"), ("[MASK] w9 w0", "[MASK] w9 w1")
+
+
 def test_masks_filled_as_a_pipeline_does(tmp_path: Path) -> None:
     with running(make_manifest(tmp_path, "fill-mask")) as server:
         server.engine.run = lambda ids, options: list(map(_filled, ids))  # type: ignore[method-assign]
@@ -297,10 +300,11 @@ def test_masks_filled_as_a_pipeline_does(tmp_path: Path) -> None:
         def strip(found: Any) -> Any:
             return [item["sequence"] if isinstance(item, dict) else strip(item) for item in found]
 
-        assert sequences("w9 [MASK] w2") == ["w9 w0 w2", "w9 w1 w2"]
-        two = [["w0 w9 [MASK]", "w1 w9 [MASK]"], ["[MASK] w9 w0", "[MASK] w9 w1"]]
+        # For this tokenizer [CLS] and [SEP] are words like others; test_fill_mask.py has real ones.
+        assert sequences("w9 [MASK] w2") == ["[CLS] w9 w0 w2 [SEP]", "[CLS] w9 w1 w2 [SEP]"]
+        two = [[f"[CLS] {text} [SEP]" for text in texts] for texts in (_FIRST, _SECOND)]
         assert sequences("[MASK] w9 [MASK]") == two
-        assert sequences(["[MASK]", "[MASK] w9 [MASK]"]) == [["w0", "w1"], two]
+        assert sequences(["[MASK]", "[MASK] w9 [MASK]"]) == [["[CLS] w0 [SEP]", "[CLS] w1 [SEP]"], two]
         reply = server("POST", "/", {"inputs": "[MASK] " + " " * 3_900_000, "parameters": {"top_k": 100}})
         assert reply.status == 413
         assert "expected at most 16777216 numbers in one answer, got 24" in reply.json["error"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ...bundle import Manifest
 from ...tasks.rows import Items, Mapped
@@ -11,9 +12,15 @@ from ..http.bodies import VALUE_CHARS
 from .route import encode_rows
 from .schemas import texts_of
 
+if TYPE_CHECKING:
+    from ..service import TextTokenizer
+
 __all__ = ["encode_fillings", "filling_values"]
 
 _PREDICTION_VALUES = 4
+
+
+Decode = Callable[[Sequence[int]], str]
 
 
 class _Filling(Items):
@@ -22,13 +29,13 @@ class _Filling(Items):
     The text is long, and there is one for each token: they are made when they are read.
     """
 
-    __slots__ = ("_mask", "_place", "_text", "_tokens")
+    __slots__ = ("_decode", "_ids", "_place", "_tokens")
 
-    def __init__(self, text: str, mask: str, place: int, tokens: Sequence[Any]) -> None:
-        self._text = text
-        self._mask = mask
+    def __init__(self, ids: Sequence[int], place: int, tokens: Sequence[Any], decode: Decode) -> None:
+        self._ids = ids
         self._place = place
         self._tokens = tokens
+        self._decode = decode
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -36,15 +43,13 @@ class _Filling(Items):
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return self[index : index + 1][0]
-        parts = self._text.split(self._mask)
-        before = self._mask.join(parts[: self._place + 1])
-        after = self._mask.join(parts[self._place + 1 :])
+        before, after = self._ids[: self._place], self._ids[self._place + 1 :]
         return [
             {
                 "score": item["score"],
                 "token": item["token_id"],
                 "token_str": item["token"],
-                "sequence": f"{before}{item['token'].strip()}{after}",
+                "sequence": self._decode([*before, item["token_id"], *after]),
             }
             for item in self._tokens[index]
         ]
@@ -63,18 +68,26 @@ def filling_values(manifest: Manifest, request: Any) -> int:
     return _values(top_k, max(map(len, texts_of(request.inputs)), default=0))
 
 
-def encode_fillings(texts: Sequence[str], found: Sequence[Any], mask: str, single: bool) -> Any:
+def encode_fillings(
+    texts: Sequence[str], found: Sequence[Any], tokenizer: TextTokenizer, mask: int, single: bool
+) -> Any:
     """The answer.
+
+    A text is what its tokens read as, as a pipeline makes it: of one with a single mask without special tokens.
 
     Args:
         texts: Of the request.
         found: Per text, per mask its best tokens.
-        mask: The mask token.
+        tokenizer: Of the model.
+        mask: Id of the mask token.
         single: Answer the first text alone, without a list around it.
     """
 
     def fillings(index: int) -> Any:
-        rows = [_Filling(texts[index], mask, place, tokens) for place, tokens in enumerate(found[index])]
+        (ids,) = tokenizer.encode([texts[index]], truncate=True)
+        decode = partial(tokenizer.decode, skip_special_tokens=len(found[index]) == 1)
+        marks = [place for place, token in enumerate(ids) if token == mask]
+        rows = [_Filling(ids, *part, decode) for part in zip(marks, found[index], strict=True)]
         return rows[0] if len(rows) == 1 else rows
 
     each = _values(max((len(tokens) for tokens in found[0]), default=0), max(map(len, texts)))
