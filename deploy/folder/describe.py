@@ -14,7 +14,14 @@ from deploy.tasks import TaskError
 __all__ = ["describe_folder"]
 
 _VARIANTS = ("torch_ext-bf16", "torch_ext-fp32")
-"""Those that need no measurement and no other library."""
+"""Those that need no measurement and no other library; the first is served if none is named."""
+
+_SMALL_BYTES = 20 << 20
+"""Models whose weights have less than this are served in fp32: there are no figures that say how close bf16 would be.
+
+Four layers of 128 take 0.44 ms in fp32 and 0.26 ms in bf16 for a text of 50 tokens (AMD Zen 5, 2 threads), and HTTP as
+much again.
+"""
 
 _MOST_STAGES = 2
 """Linear stages that the head of an encoder holds."""
@@ -71,7 +78,10 @@ def describe_folder(model: str, task: str | None) -> Manifest:
         tokenizer_json=tokenizer.text,
         dense=_dense(source),
         files={},
-        variants={name: _variant(name, source) for name in _VARIANTS},
+        variants={
+            name: _variant(name, source)
+            for name in (_VARIANTS if source.weights_bytes >= _SMALL_BYTES else reversed(_VARIANTS))
+        },
         **{"labels": None, "problem_type": None, **fields},
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from deploy.bundle import OFFSET_POSITIONS, Manifest, Prompts, Variant, load_manifest
 from deploy.engines.open import load_engine
@@ -323,12 +323,18 @@ def test_nomic_is_served_though_its_configuration_has_other_names(tiny_model: Mo
     assert len(answers(manifest, manifest.variant("torch_ext-bf16"))[0]) == 48
 
 
-def test_the_variant_is_not_measured(tiny_model: ModelMaker) -> None:
-    manifest = describe_folder(str(tiny_model()), None)
+@pytest.mark.parametrize(("padding_bytes", "expected"), [(0, "torch_ext-fp32"), (21 << 20, "torch_ext-bf16")])
+def test_the_variant_is_not_measured(padding_bytes: int, expected: str, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """A small model, whose bf16 nobody has compared with anything, is served in fp32."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model(), folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "unused": torch.zeros(padding_bytes // 4)}, folder / "model.safetensors")
+    manifest = describe_folder(str(folder), None)
     selection = Selection(manifest, "auto", 1, None)
-    assert selection.names == ["torch_ext-bf16"]
+    assert selection.names == [expected]
     assert str(selection.decide()) == "not measured"
-    selection = Selection(manifest, "torch_ext-fp32", 1, None)
+    selection = Selection(manifest, "torch_ext-bf16", 1, None)
     assert str(selection.decide()) == "by --variant"
 
 
@@ -337,12 +343,12 @@ def test_a_folder_is_served_without_torch(tiny_model: ModelMaker) -> None:
     blocked = ("torch", "transformers", "safetensors", "huggingface_hub", "optimum", "onnxruntime")
     with serving(folder, "--threads", 1, blocked=blocked) as server:
         info = server("GET", "/info").json
-        assert (info["variant"], info["chosen_by"], info["task"]) == ("torch_ext-bf16", "default", "feature-extraction")
-        assert info["candidates"] == [{"variant": "torch_ext-bf16", "texts_per_s": None, "mean": None, "min": None}]
+        assert (info["variant"], info["chosen_by"], info["task"]) == ("torch_ext-fp32", "default", "feature-extraction")
+        assert info["candidates"] == [{"variant": "torch_ext-fp32", "texts_per_s": None, "mean": None, "min": None}]
         found = server("POST", "/v1/embeddings", {"input": TEXTS[2:], "model": folder.name}).json
     manifest = describe_folder(str(folder), None)
     assert info["max_input_length"] == manifest.max_tokens
-    rows = answers(manifest, manifest.variant("torch_ext-bf16"), exact=True)[2:]
+    rows = answers(manifest, manifest.variant("torch_ext-fp32"), exact=True)[2:]
     for item, row in zip(found["data"], rows, strict=True):
         assert item["embedding"] == pytest.approx(row, rel=1e-6)
 

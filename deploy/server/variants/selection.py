@@ -68,7 +68,7 @@ class Selection:
             raise self._none(self._left_out)
         if all(manifest.variants[name].accuracy is None for name in self.names):
             # A folder that was not exported: there are no bounds to keep, and no figures to choose by.
-            del self.names[1:]
+            self.names = [name for name in manifest.variants if name in self.names][:1]
             self._choice = Choice(self.names[0], "default", {}, self._left_out)
             return
         if len(self.names) == 1:
