@@ -10,7 +10,10 @@ import sys
 try:
     from loadtest.openloop.commands import main
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error.name} is not installed: it belongs to the extra loadtest; see README.md")
+    sys.exit(
+        f"error: {error.name} is not installed; in the checkout: make wheel, then pip install "
+        '"$(echo dist/torch_ext-*.whl)[loadtest]"'
+    )
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
