@@ -13,12 +13,10 @@ from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
 from deploy.folder.source import Source
-from deploy.folder.tokenizer import without_rows
+from deploy.folder.tokenizer import SPECIAL_TOKENS, drop_rowless
 from deploy.tasks import prompted
 
 __all__ = ["Tokens"]
-
-_SPECIAL_TOKENS = ("pad", "mask", "cls", "sep", "unk")
 
 
 class Tokens:
@@ -66,7 +64,7 @@ class Tokens:
         if source.suffix is not None:
             backend = Tokenizer.from_str(with_suffix(backend.to_str(), source.suffix, source.folder))
             self._suffix = backend.encode("").ids
-        backend = _with_rows(source, backend, [getattr(self._reference, f"{name}_token") for name in _SPECIAL_TOKENS])
+        backend = _with_rows(source, backend, [getattr(self._reference, f"{name}_token") for name in SPECIAL_TOKENS])
         backend.save(str(target), pretty=False)
         self._lowercase, self._prompt, self._backend = source.lowercase, source.prompt, backend
         self._task, self._source = TASKS[source.task], source
@@ -82,7 +80,7 @@ class Tokens:
         declared = self._reference.model_max_length
         limit = source.max_positions if declared is None or declared < 3 else min(int(declared), source.max_positions)
         self.max_tokens = source.max_tokens or limit
-        self.special = {name: self._special(name) for name in _SPECIAL_TOKENS}
+        self.special = {name: self._special(name) for name in SPECIAL_TOKENS}
         self.special["pad"] = self.special["pad"] or _padding_of_config(source, backend)
         if self._task.needs.mask_token and self.special["mask"] is None:
             raise ExportError(f"{source.folder}: the tokenizer has no mask token, and the task is {source.task}")
@@ -161,9 +159,8 @@ def _with_rows(source: Source, backend: Any, special: Sequence[str | None]) -> A
     from tokenizers import Tokenizer
 
     whole = json.loads(backend.to_str())
-    if not (dropped := without_rows(whole, source.config.get("vocab_size"), special)):
+    if not drop_rowless(whole, source.config.get("vocab_size"), special):
         return backend
-    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] not in dropped]
     return Tokenizer.from_str(json.dumps(whole, ensure_ascii=False))
 
 

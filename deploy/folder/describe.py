@@ -60,6 +60,7 @@ def describe_folder(model: str, task: str | None) -> Manifest:
     except TaskError as error:
         raise FolderError(f"{source.folder / CONFIG_FILE}: {error}") from error
     vocabulary = source.config.get("vocab_size")
+    names = _VARIANTS if source.weights_bytes >= _SMALL_BYTES else _VARIANTS[::-1]
     return Manifest(
         root=source.folder,
         model=ModelInfo(name, revision, source.architecture),
@@ -78,10 +79,7 @@ def describe_folder(model: str, task: str | None) -> Manifest:
         tokenizer_json=tokenizer.text,
         dense=_dense(source),
         files={},
-        variants={
-            name: _variant(name, source)
-            for name in (_VARIANTS if source.weights_bytes >= _SMALL_BYTES else reversed(_VARIANTS))
-        },
+        variants={name: _variant(name, source) for name in names},
         **{"labels": None, "problem_type": None, **fields},
     )
 

@@ -26,17 +26,18 @@ from deploy.folder.source import Source
 __all__ = [
     "KINDS",
     "KIND_OF_MODEL",
+    "SPECIAL_TOKENS",
     "FolderTokenizer",
+    "drop_rowless",
     "read_tokenizer",
     "told_token_types",
     "unigram_tokenizer",
-    "without_rows",
 ]
 
 _SETTINGS_FILE = "tokenizer_config.json"
 _SPECIAL_FILE = "special_tokens_map.json"
 
-_SPECIAL_TOKENS = ("pad", "mask", "cls", "sep", "unk")
+SPECIAL_TOKENS = ("pad", "mask", "cls", "sep", "unk")
 
 _BRACKETS = {"pad": "[PAD]", "mask": "[MASK]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
 _ANGLES = {"pad": "<pad>", "mask": "<mask>", "cls": "<s>", "sep": "</s>", "unk": "<unk>"}
@@ -151,10 +152,8 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     _normalize(tokenizer, settings, kind, source.lowercase)
     size = source.config.get("vocab_size")
     older = read_settings(source.folder / _SPECIAL_FILE)
-    special = {_given(part, settings, older, kind) for part in _SPECIAL_TOKENS}
-    dropped = without_rows(tokenizer, size, special)
-    if dropped:
-        tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] not in dropped]
+    special = {part: _given(part, settings, older, kind) for part in SPECIAL_TOKENS}
+    drop_rowless(tokenizer, size, special.values())
     ids = dict(_vocabulary(tokenizer))
     if isinstance(size, int) and max(ids.values(), default=-1) >= size:
         raise FolderError(
@@ -180,27 +179,30 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
         max_tokens=longest - padding,
         truncation_side=side,
         token_types=kind.token_types if told is None else told,
-        special=_special_tokens(source, settings, kind, ids),
+        special=_special_tokens(source, special, ids),
         ids=ids,
     )
 
 
-def without_rows(tokenizer: Mapping[str, Any], size: Any, special: Collection[str | None]) -> set[str]:
-    """Tokens that somebody added to a tokenizer without giving the model embeddings for them.
+def drop_rowless(tokenizer: dict[str, Any], size: Any, special: Collection[str | None]) -> bool:
+    """Drops tokens that somebody added to a tokenizer without giving the model embeddings for them.
 
     transformers fails at texts that hold one, and at no other.
 
     Args:
-        tokenizer: Content of `tokenizer.json`.
+        tokenizer: Content of `tokenizer.json`, which changes.
         size: What the model's `config.json` has as `vocab_size`.
-        special: Tokens that it cannot do without; those around texts are never among the answer.
+        special: Tokens that it cannot do without; those around texts stay, too.
+
+    Returns:
+        Whether there were any.
     """
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
     if not isinstance(size, int) or not isinstance(model, dict) or not isinstance(added, list):
-        return set()
+        return False
     own = dict(_vocabulary({"model": model}))
     around = json.dumps(tokenizer.get("post_processor"), ensure_ascii=False)
-    return {
+    dropped = {
         token["content"]
         for token in added
         if isinstance(token, dict)
@@ -211,6 +213,9 @@ def without_rows(tokenizer: Mapping[str, Any], size: Any, special: Collection[st
         and token["content"] not in special
         and json.dumps(token["content"], ensure_ascii=False) not in around
     }
+    if dropped:
+        tokenizer["added_tokens"] = [token for token in added if token["content"] not in dropped]
+    return bool(dropped)
 
 
 def told_token_types(settings: Mapping[str, Any]) -> bool | None:
@@ -348,13 +353,12 @@ def _vocabulary(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _special_tokens(
-    source: Source, settings: Mapping[str, Any], kind: _Kind, ids: Mapping[str, int]
+    source: Source, given: Mapping[str, str | None], ids: Mapping[str, int]
 ) -> dict[str, SpecialToken | None]:
-    older = read_settings(source.folder / _SPECIAL_FILE)
-    special: dict[str, SpecialToken | None] = {}
-    for name in _SPECIAL_TOKENS:
-        token = _given(name, settings, older, kind)
-        special[name] = SpecialToken(ids[token], token) if token is not None and token in ids else None
+    special = {
+        name: SpecialToken(ids[token], token) if token is not None and token in ids else None
+        for name, token in given.items()
+    }
     if special["pad"] is None:
         declared = source.config.get("pad_token_id")
         token = next((token for token, number in ids.items() if number == declared), None)

@@ -17,6 +17,7 @@ from deploy.folder.hub import find_model
 from deploy.folder.source import read_source
 from deploy.server.wanted import _is_model
 from deploy.tasks import TASKS, TaskError
+from tests.ops.test_folders import POINTER
 
 CONFIG = {
     "architectures": ["BertModel"],
@@ -26,7 +27,6 @@ CONFIG = {
     "pad_token_id": 0,
 }
 MODULES = ["sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"]
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * b"a" + b"\nsize 90868376\n"
 NORMALIZE = "sentence_transformers.models.Normalize"
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...bundle import Manifest
-from ...tasks.rows import Items, Mapped
+from ...tasks.rows import Items, Mapped, places
 from ..http.bodies import VALUE_CHARS
 from .route import encode_rows
 from .schemas import texts_of
@@ -20,9 +20,6 @@ __all__ = ["encode_fillings", "filling_values"]
 _PREDICTION_VALUES = 4
 
 
-Decode = Callable[[Sequence[int]], str]
-
-
 class _Filling(Items):
     """The best tokens of one mask, each with the text in which it stands there.
 
@@ -31,7 +28,9 @@ class _Filling(Items):
 
     __slots__ = ("_decode", "_ids", "_place", "_tokens")
 
-    def __init__(self, ids: Sequence[int], place: int, tokens: Sequence[Any], decode: Decode) -> None:
+    def __init__(
+        self, ids: Sequence[int], place: int, tokens: Sequence[Any], decode: Callable[[Sequence[int]], str]
+    ) -> None:
         self._ids = ids
         self._place = place
         self._tokens = tokens
@@ -86,8 +85,8 @@ def encode_fillings(
     def fillings(index: int) -> Any:
         (ids,) = tokenizer.encode([texts[index]], truncate=True)
         decode = partial(tokenizer.decode, skip_special_tokens=len(found[index]) == 1)
-        marks = [place for place, token in enumerate(ids) if token == mask]
-        rows = [_Filling(ids, *part, decode) for part in zip(marks, found[index], strict=True)]
+        masks = zip(places(ids, mask), found[index], strict=True)
+        rows = [_Filling(ids, place, tokens, decode) for place, tokens in masks]
         return rows[0] if len(rows) == 1 else rows
 
     each = _values(max((len(tokens) for tokens in found[0]), default=0), max(map(len, texts)))

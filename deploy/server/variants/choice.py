@@ -62,9 +62,14 @@ class Choice:
         return text + "".join(f"; without {name}: {reason}" for name, reason in self.left_out.items())
 
 
-def misses(accuracy: Accuracy) -> str:
-    """The bounds that a variant misses by its manifest, such as `mean 0.91 < 0.985`; empty if it keeps all."""
-    return " and ".join(in_words(*figures) for figures in missed(accuracy))
+def misses(accuracy: Accuracy, bounds: Mapping[str, float] | None = None) -> str:
+    """The bounds that a variant misses by its manifest, such as `mean 0.91 < 0.985`; empty if it keeps all.
+
+    Args:
+        accuracy: Of the variant.
+        bounds: Other bounds than its own.
+    """
+    return " and ".join(in_words(*figures) for figures in missed(accuracy, bounds))
 
 
 def candidates(manifest: Manifest) -> tuple[list[str], dict[str, str]]:
@@ -91,19 +96,13 @@ def candidates(manifest: Manifest) -> tuple[list[str], dict[str, str]]:
             left_out[name] = f"{packages[0]} is not installed"
         else:
             names.append(name)
-    far = {name: far for name in names if (far := _far(manifest, name))}
+    close = TASKS[manifest.task].close
+    known_accuracies = {name: found for name in names if (found := manifest.variants[name].accuracy) is not None}
+    far = {name: figures for name, accuracy in known_accuracies.items() if (figures := misses(accuracy, close))}
     if len(far) < len(names):
         names = [name for name in names if name not in far]
         left_out |= {name: f"not as close to the model ({figures})" for name, figures in far.items()}
     return names, left_out
-
-
-def _far(manifest: Manifest, name: str) -> str:
-    """The figures by which a variant's answers are others than the model's; empty if they are not, or unknown."""
-    accuracy = manifest.variants[name].accuracy
-    if accuracy is None:
-        return ""
-    return " and ".join(in_words(*figures) for figures in missed(accuracy, TASKS[manifest.task].close))
 
 
 def _error(accuracy: Accuracy) -> tuple[float, ...]:
