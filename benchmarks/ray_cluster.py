@@ -180,6 +180,7 @@ def sleep_in_engines() -> None:
     class Sleeping:
         def __init__(self, engine: Any) -> None:
             self.cost = engine.cost
+            self.rest = engine.rest
             self._engine = engine
             self._row: Any = None
 

@@ -308,6 +308,14 @@ class Encoder:
         """
         self._encoder.save_image(os.fsencode(path))
 
+    def release_workspace(self) -> None:
+        """Frees the memory that this encoder's threads and the caller's keep for the next batch.
+
+        That is some MB, and more after large batches. Worth its while before a longer pause: the next batch takes
+        what it needs again. Call it on the thread that calls :meth:`encode`.
+        """
+        self._encoder.release_workspace()
+
     def __repr__(self) -> str:
         head = f", task={self.task}" if self.task else ""
         return (

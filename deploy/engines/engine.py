@@ -75,6 +75,9 @@ class Engine(ABC):
         """What a text costs of a token budget; see `Task.cost_tokens`. On any thread."""
         return self.task.cost_tokens(ids.ids if isinstance(ids, PairIds) else ids)
 
+    def rest(self) -> None:  # noqa: B027 (most keep nothing)
+        """Frees what it keeps for the next batch; the caller has had none for a while."""
+
     def share(self) -> int | None:
         """A descriptor of the weights, which other processes can map; None: each process has to load its own."""
         return None

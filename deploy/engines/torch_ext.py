@@ -119,6 +119,10 @@ class TorchExtEngine(Engine):
         """
         return cls(Encoder.open_image(image.fd, threads=threads, cpus=image.cpus, pin=image.pin), task)
 
+    def rest(self) -> None:
+        """See `Engine.rest`."""
+        self._encoder.release_workspace()
+
     def share(self) -> int:
         """See `Engine.share`."""
         return self._encoder.share()

@@ -1426,6 +1426,8 @@ TORCH_EXT_TEST(runtime_c_interface_says_what_is_wrong) {
   expect_value(txr_share(encoder, nullptr, &error), "expected a place for the descriptor");
   expect_value(txr_share(nullptr, &fd, &error), "expected an encoder, got NULL");
   expect_value(txr_save_image(encoder, nullptr, &error), "expected a path");
+  expect_value(txr_release_workspace(nullptr, &error), "expected an encoder, got NULL");
+  EXPECT(txr_release_workspace(encoder, &error) == TXR_OK, "%s", error.message);
   c_error(TXR_ERROR_NOT_FOUND, error, txr_save_image(encoder, "/tmp/torch_ext none/a", &error));
   const int64_t ids[] = {0, 1};
   const int32_t bounds[] = {0, 2};

@@ -196,6 +196,55 @@ TORCH_EXT_TEST(thread_pool_nested_calls_run_on_their_thread) {
   EXPECT(sum_of_indices(pool, 100) == 4950, "the pool works afterwards");
 }
 
+std::atomic<size_t> g_errands{0};
+thread_local size_t t_errands = 0;
+
+void errand() {
+  ++t_errands;
+  ++g_errands;
+}
+
+TORCH_EXT_TEST(thread_pool_errands_run_once_on_each_thread) {
+  for (const size_t threads : {1, 2, 5}) {
+    ThreadPool pool({.threads = threads});
+    t_errands = 0;
+    for (size_t round = 1; round <= 20; ++round) {
+      context("%zu threads, round %zu", threads, round);
+      // Every other time they sleep.
+      if (round % 2) std::this_thread::sleep_for(milliseconds(2));
+      g_errands = 0;
+      pool.on_each_thread(errand);
+      EXPECT(comes_true([&] { return g_errands >= threads; }), "%zu ran", g_errands.load());
+      std::atomic<size_t> there{0}, wrong{0};
+      run(pool, threads, [&](size_t) {
+        ++there;
+        if (!comes_true([&] { return there == threads; }) || t_errands != round) ++wrong;
+      });
+      EXPECT(wrong == 0 && g_errands == threads, "%zu errands, %zu threads with too many or few", g_errands.load(),
+             wrong.load());
+    }
+  }
+  // Beside jobs of other threads, and in a task.
+  ThreadPool pool({.threads = 3});
+  const size_t rounds = options().quick ? 100 : 1000;
+  std::atomic<size_t> wrong{0};
+  std::thread second([&] {
+    for (size_t round = 0; round < rounds; ++round) wrong += sum_of_indices(pool, 100) != 4950;
+  });
+  for (size_t round = 0; round < rounds; ++round) pool.on_each_thread(errand);
+  second.join();
+  EXPECT(wrong == 0, "%zu of %zu calls were wrong", wrong.load(), rounds);
+  g_errands = 0;
+  run(pool, 2, [&](size_t) { pool.on_each_thread(errand); });
+  EXPECT(comes_true([&] { return g_errands >= 2; }), "%zu ran in tasks", g_errands.load());
+  const std::string child = in_child([&] {
+    g_errands = 0;
+    pool.on_each_thread(errand);
+    return g_errands == 1 && sum_of_indices(pool, 100) == 4950 ? 0 : 1;
+  });
+  EXPECT(child == "exit code 0", "the child: %s", child.c_str());
+}
+
 TORCH_EXT_TEST(thread_pool_one_task_or_thread_is_the_callers) {
   const std::thread::id self = std::this_thread::get_id();
   ThreadPool alone({.threads = 1}), pool({.threads = 3});

@@ -283,6 +283,9 @@ def serve_fake() -> None:
         def cost(self, ids: Any) -> int:
             return len(ids)
 
+        def rest(self) -> None:
+            pass
+
         def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
             time.sleep(TOKEN_S * sum(map(len, ids)))
             return [row] * len(ids)

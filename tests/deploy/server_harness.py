@@ -122,6 +122,9 @@ class FakeEngine:
     def cost(self, ids: Ids) -> int:
         return len(ids)
 
+    def rest(self) -> None:
+        pass
+
     def run(self, ids: Sequence[Ids], options: Sequence[Any]) -> Sequence[Any]:
         self.batches.append([text.tolist() for text in ids])
         self.options.append(list(options))

@@ -162,6 +162,9 @@ def test_it_is_bounded_by_bytes() -> None:
         def cost(self, ids: Any) -> int:
             return len(ids)
 
+        def rest(self) -> None:
+            pass
+
         def run(self, ids: Any, options: Any) -> list[Any]:
             return [memoryview(array("f", [float(text[0])] * 250)) for text in ids]
 

@@ -91,6 +91,9 @@ def test_an_engine_that_is_replaced_is_let_go() -> None:
         def cost(self, ids: Any) -> int:
             return 1
 
+        def rest(self) -> None:
+            pass
+
         def run(self, ids: Any, options: Any) -> Any:
             return ids
 

@@ -44,7 +44,7 @@ from deploy.server.limits import bounds
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller, CallerLeft
 from deploy.server.metrics import Metrics
-from deploy.server.service import Service, request, tokenizing
+from deploy.server.service import Service, batching, request, tokenizing
 from deploy.server.service.batching import Batcher
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.service.work import Work
@@ -116,6 +116,9 @@ def test_batches_and_queue_hold_what_texts_cost(manifest: Manifest) -> None:
     class Engine:
         def cost(self, ids: Any) -> int:
             return 5
+
+        def rest(self) -> None:
+            pass
 
         def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
             batches.append(len(ids))
@@ -599,6 +602,9 @@ def test_an_idle_engine_thread_keeps_nothing_of_its_last_batch() -> None:
         def cost(self, ids: Any) -> int:
             return len(ids)
 
+        def rest(self) -> None:
+            pass
+
         def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
             return [None] * len(ids)
 
@@ -618,6 +624,37 @@ def test_an_idle_engine_thread_keeps_nothing_of_its_last_batch() -> None:
         await batcher.close()
 
     asyncio.run(run())
+
+
+def test_an_idle_engine_frees_its_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "REST_AFTER_S", 0.02)
+    called: list[str] = []
+
+    class Engine:
+        def cost(self, ids: Any) -> int:
+            return len(ids)
+
+        def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
+            called.append("run")
+            return [None] * len(ids)
+
+        def rest(self) -> None:
+            called.append("rest")
+
+    async def run() -> None:
+        batcher = Batcher(Engine, 1000, 1000)
+        await batcher.start()
+        for turn in (1, 2, 3):
+            await asyncio.to_thread(wait_until, lambda turn=turn: called.count("rest") == turn)
+            await asyncio.sleep(0.1)  # Five times as long as it waits: there is nothing more to free.
+            if turn < 3:
+                await batcher.compute(
+                    Work([token_ids([1])], None, asyncio.get_running_loop().create_future()), Caller()
+                )
+        await batcher.close()
+
+    asyncio.run(run())
+    assert called == ["rest", "run", "rest", "run", "rest"]
 
 
 def test_the_default_prompt_counts_among_the_characters_to_tokenise(manifest: Manifest) -> None:
@@ -657,6 +694,9 @@ class Counted:
 
     def cost(self, ids: Any) -> int:
         return len(ids)
+
+    def rest(self) -> None:
+        pass
 
 
 class Gated(Counted):

@@ -32,6 +32,9 @@ class Counted:
     def cost(self, ids: Sequence[int]) -> int:
         return len(ids)
 
+    def rest(self) -> None:
+        pass
+
     def run(self, ids: Sequence[Any], options: Sequence[Any]) -> Sequence[Any]:
         raise AssertionError("it is simulated")
 

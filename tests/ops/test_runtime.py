@@ -884,6 +884,40 @@ def test_weights_are_in_memory_once(generator: torch.Generator) -> None:
         assert rss - pss > 0.4 * megabytes, shares
 
 
+# Prints the process's memory in KB: after a small batch, after a large one, and once that has been given back.
+WORKSPACE = """
+import json, sys, time
+from torch_ext import runtime
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4
+encoder = runtime.Encoder.open_image(sys.argv[1], threads=2)
+def run(texts):
+    return bytes(encoder.encode([1] * 64 * texts, range(0, 64 * texts + 1, 64)).pool("mean"))
+first = run(2)
+before = resident()
+run(256)
+largest = resident()
+encoder.release_workspace()
+deadline_s = time.monotonic() + 20
+while (after := resident()) > before + (largest - before) // 4 and time.monotonic() < deadline_s:
+    time.sleep(0.01)
+print(json.dumps([before, largest, after, run(2) == first]))
+"""
+
+
+@pytest.mark.anywhere
+def test_workspace_is_given_back_on_every_thread(tmp_path: Path) -> None:
+    wide = dataclasses.replace(SPEC, hidden_size=256, intermediate_size=4096, max_positions=64, vocab_size=64)
+    tensors = {
+        name: runtime.Tensor("F32", shape, np.full(shape, 0.01, np.float32)) for name, shape in wide.shapes().items()
+    }
+    runtime.Encoder.pack(dataclasses.asdict(wide), tensors).save_image(tmp_path / "image")
+    command = [sys.executable, "-c", WORKSPACE, str(tmp_path / "image")]
+    before, largest, after, equal = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    assert largest - before > 4096
+    assert after < before + (largest - before) / 3
+    assert equal
+
+
 # ---- processes and threads -------------------------------------------------------------------------------------------
 
 

@@ -271,4 +271,10 @@ void trim_thread_scratch(ScratchSlot slot, size_t bytes) {
   scratch.bytes[i] = 0;
 }
 
+void free_thread_scratch() {
+  for (size_t slot = 0; slot < static_cast<size_t>(ScratchSlot::kCount); ++slot) {
+    trim_thread_scratch(static_cast<ScratchSlot>(slot), 0);
+  }
+}
+
 }  // namespace torch_ext

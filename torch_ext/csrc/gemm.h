@@ -103,4 +103,7 @@ void* thread_scratch(ScratchSlot slot, size_t bytes);
 /// Gives the slot's memory back if it is more than `bytes`.
 void trim_thread_scratch(ScratchSlot slot, size_t bytes);
 
+/// Gives all slots of this thread back.
+void free_thread_scratch();
+
 }  // namespace torch_ext

@@ -180,6 +180,10 @@ TXR_API txr_status txr_describe(const txr_encoder* encoder, txr_info* info, txr_
 TXR_API txr_status txr_encode(const txr_encoder* encoder, const txr_batch* batch, txr_states** states,
                               txr_error* error);
 
+/* Frees the memory that the encoder's threads, and the caller's, keep for the next batch: some MB, more after large
+   batches. The caller is to be the thread that calls txr_encode. The next batch takes what it needs again. */
+TXR_API txr_status txr_release_workspace(const txr_encoder* encoder, txr_error* error);
+
 /* What follows writes to `out`, which has room for `count` elements, and fails unless that is exactly what is written. */
 
 /* The last hidden states, fp32 [tokens, hidden_size]. */

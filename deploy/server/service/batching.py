@@ -23,47 +23,27 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from queue import SimpleQueue
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from queue import Empty, SimpleQueue
+from typing import Any
 
 from ...tasks import Ids
 from ..errors import ApiError
 from ..limits.callers import Caller, CallerLeft
 from .admission import LINES, Admission, too_late
+from .engine import Engine
 from .work import Item, Work
 
-__all__ = ["Batcher", "Engine"]
+__all__ = ["Batcher"]
 
 log = logging.getLogger("deploy.server")
 
 
+REST_AFTER_S = 5.0
+"""So long after its last batch an engine frees what it keeps for the next one."""
+
 _TINY_MEMORY = 20
 """For so many batches after a tiny request, more are expected."""
-
-
-class Engine(Protocol):
-    """Runs batches, on the engine thread."""
-
-    def cost(self, ids: Ids) -> int:
-        """What a text takes of a token budget: its tokens, or more. Called on the event loop.
-
-        Args:
-            ids: Its token ids.
-        """
-        ...
-
-    def run(self, ids: Sequence[Ids], options: Sequence[Any]) -> Sequence[Any]:
-        """Runs a batch.
-
-        Args:
-            ids: Per text its token ids.
-            options: Per text the options of its request.
-
-        Returns:
-            Per text its result, or an exception: then the request of that text fails, and no other.
-        """
-        ...
 
 
 class Batcher:
@@ -320,13 +300,22 @@ class Batcher:
             for work, index in alone:
                 work.results[index] = _BatchError()
 
+    def _wait(self) -> Work | None:
+        """Waits for the next request; an engine that has nothing to do for a while rests."""
+        assert self._engine is not None
+        try:
+            return self._inbox.get(timeout=REST_AFTER_S)
+        except Empty:
+            self._engine.rest()
+            return self._inbox.get()
+
     def _take(self) -> list[Item] | None:
         """The next batch: waits only while there is nothing at all. None: the batcher was closed."""
         inbox, lines = self._inbox, self._lines
         items: list[Item] = []
         while not items:
             if not any(lines):
-                if (work := inbox.get()) is None:
+                if (work := self._wait()) is None:
                     return None
                 lines[work.line].append(work)
             for _ in range(inbox.qsize()):

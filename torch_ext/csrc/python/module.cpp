@@ -611,11 +611,17 @@ PyObject* encoder_save_image(PyObject* object, PyObject* args) {
   return Py_NewRef(Py_None);
 }
 
+PyObject* encoder_release_workspace(PyObject* object, PyObject*) {
+  txr_encoder* const encoder = reinterpret_cast<EncoderObject*>(object)->encoder;
+  return call([&](txr_error* error) { return txr_release_workspace(encoder, error); }) ? Py_NewRef(Py_None) : nullptr;
+}
+
 PyMethodDef encoder_methods[] = {
     {"encode", encoder_encode, METH_VARARGS, "encode(ids, cu_seqlens, type_ids or None) -> States."},
     {"info", encoder_info, METH_NOARGS, "What the model and the engine are, as a dictionary."},
     {"share", encoder_share, METH_NOARGS, "A descriptor of the packed weights in sealed memory."},
     {"save_image", encoder_save_image, METH_VARARGS, "save_image(path)."},
+    {"release_workspace", encoder_release_workspace, METH_NOARGS, "Frees what threads keep for the next batch."},
     {nullptr, nullptr, 0, nullptr}};
 PyType_Slot encoder_slots[] = {{Py_tp_dealloc, reinterpret_cast<void*>(encoder_dealloc)},
                                {Py_tp_methods, encoder_methods},

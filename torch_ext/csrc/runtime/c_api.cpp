@@ -229,6 +229,10 @@ txr_status txr_share(const txr_encoder* encoder, int* fd, txr_error* error) {
   });
 }
 
+txr_status txr_release_workspace(const txr_encoder* encoder, txr_error* error) {
+  return guarded(error, [&] { engine_of(encoder).release_workspace(); });
+}
+
 txr_status txr_describe(const txr_encoder* encoder, txr_info* info, txr_error* error) {
   return guarded(error, [&] {
     expect(info && info->struct_size >= sizeof(size_t), "txr_describe: expected a txr_info with its struct_size");

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "gemm.h"
 #include "head.h"
 #include "rows.h"
 #include "runtime/error.h"
@@ -45,6 +46,7 @@ class Engine::Host : public EncoderHost {
   }
   size_t preferred_rows(size_t tokens) const override { return tokens; }
   const bf16* foreign_linear(const Matrix&, const bf16*, size_t, Activation) override { return nullptr; }
+  void release_workspace() { pool_.on_each_thread(free_thread_scratch); }
 
  private:
   ThreadPool pool_;
@@ -113,6 +115,8 @@ std::unique_ptr<States> Engine::encode(const int64_t* ids, size_t tokens, const 
   run_encoder(image_.encoder(), batch, dispatch_, *host_, states->data());
   return states;
 }
+
+void Engine::release_workspace() const { host_->release_workspace(); }
 
 void States::Free::operator()(void* p) const { std::free(p); }
 

@@ -51,6 +51,9 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::unique_ptr<States> encode(const int64_t* ids, size_t tokens, const int32_t* cu_seqlens, size_t texts,
                                  const int64_t* type_ids) const;
 
+  /// Frees what its threads, and the caller's, keep for the next batch.
+  void release_workspace() const;
+
   const Image& image() const { return image_; }
   const Dispatch& dispatch() const { return dispatch_; }
   EncoderHost& host() const;

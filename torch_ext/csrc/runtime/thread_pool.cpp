@@ -215,6 +215,7 @@ struct ThreadPool::Team {
   ~Team() { stop_workers(); }
 
   void run(uint32_t count, Task new_task, void* new_context);
+  void send(void (*errand)());
 
   const uint32_t generation = g_generation.load(std::memory_order_relaxed);
 
@@ -245,6 +246,10 @@ struct ThreadPool::Team {
   alignas(kCacheLine) std::atomic<uint32_t> unfinished_{0};
   alignas(kCacheLine) std::atomic<uint32_t> sleepers_{0};
   std::atomic<bool> stop_{false};
+
+  // Written before job_, as stop_ is. The number of errands so far, and the last one.
+  std::atomic<uint32_t> errands_{0};
+  std::atomic<void (*)()> errand_{nullptr};
 };
 
 ThreadPool::Team::Team(const Options& options) {
@@ -285,11 +290,16 @@ void ThreadPool::Team::stop_workers() {
 void ThreadPool::Team::work(size_t worker) {
   name_thread(worker);
   t_in_task = true;
+  uint32_t errands = 0;
   for (;;) {
     // Read before untaken_: if a job comes after the look at untaken_, this is not its number.
     const uint32_t job = job_.load(std::memory_order_acquire);
     take_tasks();
     if (stop_.load(std::memory_order_relaxed)) return;
+    if (const uint32_t sent = errands_.load(std::memory_order_acquire); sent != errands) {
+      errands = sent;
+      errand_.load(std::memory_order_relaxed)();
+    }
     if (spins_ && spin_until([&] { return job_.load(std::memory_order_relaxed) != job; })) continue;
     // First sleepers_, then job_, which the kernel looks at; wake_workers writes job_ and then reads sleepers_. So
     // one of the two sees what the other wrote, and nobody sleeps through a job.
@@ -326,6 +336,14 @@ void ThreadPool::Team::run(uint32_t count, Task new_task, void* new_context) {
   take_tasks();
   t_in_task = false;
   wait_until_finished();
+}
+
+void ThreadPool::Team::send(void (*errand)()) {
+  const std::lock_guard<std::mutex> lock(turn_);
+  errand_.store(errand, std::memory_order_relaxed);
+  errands_.fetch_add(1, std::memory_order_release);
+  job_.fetch_add(1);
+  wake(job_, static_cast<uint32_t>(workers_.size()));
 }
 
 // Wakes as many as it takes for `tasks` tasks, besides those that are awake.
@@ -377,6 +395,12 @@ void ThreadPool::parallel(size_t tasks, Task task, void* context) {
                              std::to_string(tasks) + ": make larger ones");
   }
   team()->run(static_cast<uint32_t>(tasks), task, context);
+}
+
+void ThreadPool::on_each_thread(void (*errand)()) {
+  Team* const team = team_.load(std::memory_order_acquire);
+  if (!t_in_task && team->generation == g_generation.load(std::memory_order_relaxed)) team->send(errand);
+  errand();
 }
 
 // ---- CPUs of this process -------------------------------------------------------------------------------------------

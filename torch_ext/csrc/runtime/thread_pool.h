@@ -51,6 +51,11 @@ class ThreadPool {
   /// started.
   void parallel(size_t tasks, Task task, void* context);
 
+  /// Runs `errand` once on each thread: on the caller's before this returns, on a worker as soon as it has nothing else
+  /// to do. If this is called again before that, the worker runs the newer one alone. In a task, and in a forked child
+  /// that has no threads yet, only the caller runs it. It must not throw.
+  void on_each_thread(void (*errand)());
+
  private:
   struct Team;
 
