@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,11 +21,10 @@ from torch_ext.encoder.huggingface.describe import (
 )
 from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import (
-    LFS_ADVICE,
     StoredTensor,
     find_weights,
-    is_lfs_pointer,
     map_weights,
+    parse_object,
 )
 from torch_ext.encoder.huggingface.stages import read_stages
 from torch_ext.encoder.huggingface.table import HEAD_CLASSES, find_architecture, text_values
@@ -66,14 +64,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         kind = "not a model folder (no config.json)" if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder}: {kind}; pass a folder that save_pretrained wrote")
-    data = path.read_bytes()
-    if is_lfs_pointer(data):
-        raise ValueError(f"{path}: {LFS_ADVICE}")
-    try:
-        config = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = parse_object(path.read_bytes(), str(path))
+    if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{path}: expected a JSON object with model_type, a string")
     return config
 

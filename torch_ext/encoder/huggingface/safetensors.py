@@ -21,6 +21,7 @@ __all__ = [
     "find_weights",
     "is_lfs_pointer",
     "map_weights",
+    "parse_object",
 ]
 
 WEIGHTS_FILE = "model.safetensors"
@@ -150,7 +151,7 @@ def map_weights(path: Path) -> dict[str, StoredTensor]:
     """
     if path.name != WEIGHTS_INDEX:
         return _map_file(path)
-    places = _read_json(path.read_bytes(), f"{path}").get("weight_map")
+    places = parse_object(path.read_bytes(), f"{path}").get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{path}: expected weight_map, an object that names files, got {places!r:.80}")
     for name in places.values():
@@ -171,7 +172,16 @@ def map_weights(path: Path) -> dict[str, StoredTensor]:
     return weights
 
 
-def _read_json(text: bytes | memoryview, where: str) -> dict[str, Any]:
+def parse_object(text: bytes | memoryview, where: str) -> dict[str, Any]:
+    """The JSON object that a file's content is.
+
+    Args:
+        text: the content.
+        where: the file, for errors.
+
+    Raises:
+        ValueError: it is none, or a pointer of Git LFS.
+    """
     if is_lfs_pointer(bytes(text[: len(_LFS_BEGINNING)])):
         raise ValueError(f"{where}: {LFS_ADVICE}")
     try:
@@ -202,7 +212,7 @@ def _map_file(path: Path) -> dict[str, StoredTensor]:
         f"its header of {header_bytes} bytes does not fit {size} bytes",
     )
     try:
-        header = _read_json(data[8 : 8 + header_bytes], "its header")
+        header = parse_object(data[8 : 8 + header_bytes], "its header")
     except ValueError as error:
         sound(False, str(error))
         raise
