@@ -33,10 +33,11 @@ from .api.openapi import document
 from .api.route import NATIVE, Binary, Context, Dialect, Route
 from .endpoints import Endpoint, behind, paths_of, rows_of, wrong_task
 from .errors import ApiError
-from .http.bodies import INLINE_BYTES, Large, decode, decode_in_parts, encode_in_parts, parts
+from .http.bodies import INLINE_BYTES, Large, decode, decode_in_parts
 from .http.coding import LEAST_BYTES, compress, compressed
 from .http.cors import Cors
 from .http.exchange import Headers, Receive, Response, Scope, Send, error_response, read_body
+from .http.leaving import Leaving
 from .limits.bounds import Settings
 from .limits.budget import MemoryBudget
 from .limits.callers import Caller, CallerLeft
@@ -68,6 +69,7 @@ class App:
         self.settings = settings
         self._rows = routes
         self._counted: list[Metrics] = []
+        self._leaving = Leaving()
         self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
         self._observer = Observer(settings)
         self._meters = Meters()
@@ -269,14 +271,12 @@ class App:
                 caller.values_each = endpoint.route.values(turn.service.manifest, request)
                 caller.value_bytes = endpoint.route.value_bytes
             response = await endpoint.handler(endpoint.context, request, caller)
-            data = response.body
-            if isinstance(data, Large):
-                if scope["http_version"] == "1.0":  # It knows no chunks.
-                    data = await turn.service.aside(encode_in_parts, data)
-                else:
-                    rest = parts(data)
-                    data = await turn.service.aside(next, rest)
-            if headers.get(b"accept-encoding") == b"gzip" and isinstance(data, bytes):
+            if isinstance(response.body, Large):
+                in_chunks = scope["http_version"] != "1.0"
+                data, rest = await self._leaving.begin(response.body, turn.service.aside, in_chunks)
+            else:
+                data = response.body
+            if headers.get(b"accept-encoding") == b"gzip":
                 response, data, rest = await self._in_gzip(turn.service, response, data, rest)
         except ApiError as error:
             self._observer.error(observed, error)
@@ -301,11 +301,14 @@ class App:
         if self._draining:
             fields.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": response.status, "headers": fields})
-        if rest is None:
+        if rest is None and len(data) <= INLINE_BYTES:
             await send({"type": "http.response.body", "body": data})
-        elif isinstance(data, bytes):
+        else:
             try:
-                await self._send_parts(turn.service, data, rest, send, caller)
+                if rest is None:
+                    await self._leaving.send_whole(data, send, caller)
+                else:
+                    await self._leaving.send_parts(data, rest, turn.service.aside, send, caller)
             except CallerLeft:
                 observed.metrics.abandoned()
                 return
@@ -326,21 +329,6 @@ class App:
             data = compress(data) if len(data) <= INLINE_BYTES else await service.aside(compress, data)
         fields = ((b"content-encoding", b"gzip"), (b"vary", b"accept-encoding"))
         return response._replace(headers=(*response.headers, *fields)), data, rest
-
-    async def _send_parts(
-        self, service: Service, part: bytes, rest: Iterator[bytes], send: Send, caller: Caller
-    ) -> None:
-        """Sends a large answer, each part as soon as the client has read most of those before.
-
-        Raises:
-            CallerLeft: The client has left.
-        """
-        while part:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-            if caller.gone:
-                raise CallerLeft
-            part = await service.aside(next, rest, b"")
-        await send({"type": "http.response.body", "body": b""})
 
     def _no_such(self, path: str) -> ApiError:
         """The error for a path that nothing answers: a model that is not there, or no path of any model."""

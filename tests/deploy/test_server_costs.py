@@ -25,7 +25,7 @@ from deploy.bundle import Manifest
 from deploy.heap import give_back
 from deploy.server import lifecycle
 from deploy.server.errors import ApiError
-from deploy.server.http import bodies
+from deploy.server.http import bodies, leaving
 from deploy.server.limits import budget
 from deploy.server.limits.bounds import Settings
 from deploy.server.limits.budget import BODY_FACTOR, CONNECTION_BYTES, MemoryBudget
@@ -270,6 +270,7 @@ def test_a_large_answer_waits_for_its_reader(manifest: Manifest, monkeypatch: py
         return encode_part(items) + b" " * MB
 
     monkeypatch.setattr(bodies, "encode_part", padded)
+    monkeypatch.setattr(leaving, "WHOLE_BYTES", 0)
     many = json.dumps({"inputs": ["w1"] * 20_000}).encode()
     with running(manifest, Settings(port=0, max_inputs=20_000)) as server, socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -292,6 +293,32 @@ def test_a_large_answer_waits_for_its_reader(manifest: Manifest, monkeypatch: py
         assert answer.endswith(b"\r\n0\r\n\r\n")
         assert sum(made) == 20_000
         wait_until(lambda: held(server) == 0)
+
+
+def test_an_answer_is_encoded_before_it_leaves(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is killed then loses an answer only in the moment in which it leaves."""
+    encode_part = bodies.encode_part
+    monkeypatch.setattr(bodies, "encode_part", lambda items: encode_part(items) + b" " * (MB // 2))
+    many = json.dumps({"inputs": ["w1"] * 20_000}).encode()
+    head = b"POST /api/embed HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(many)
+    with running(manifest, Settings(port=0, max_inputs=20_000)) as server:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", server.port))
+            sock.settimeout(10)
+            sock.sendall(head + many)
+            wait_until(lambda: server.app._leaving._waiting_bytes)
+            waiting_bytes = server.app._leaving._waiting_bytes
+            monkeypatch.setattr(leaving, "ALL_BYTES", waiting_bytes + 1)
+            # There is no room for another one.
+            assert server("POST", "/api/embed", {"inputs": ["w1"] * 20_000}).headers["transfer-encoding"] == "chunked"
+            start, _, body = b"".join(iter(lambda: sock.recv(1 << 16), b"")).partition(b"\r\n\r\n")
+        assert start.startswith(b"HTTP/1.1 200 ")
+        assert b"content-length: %d" % len(body) in start
+        assert len(body) == waiting_bytes > bodies.INLINE_BYTES
+        assert len(json.loads(body)["embeddings"]) == 20_000
+        wait_until(lambda: not server.app._leaving._waiting_bytes)
+        assert "content-length" in server("POST", "/api/embed", {"inputs": ["w1"] * 20_000}).headers
 
 
 def test_a_client_that_leaves_a_large_answer(manifest: Manifest) -> None:
