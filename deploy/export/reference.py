@@ -114,6 +114,9 @@ def readable_folder(source: Source, work: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+_COMPUTED = ".inv_freq"
+"""How buffers end that follow from `config.json`: transformers 4 writes those of ESM, transformers 5 none."""
+
 _ENCODERS_OF_TWO = ("t5", "mt5", "umt5")
 """How `model_type` is called where AutoModel has a decoder, too, which does not embed texts."""
 
@@ -161,7 +164,9 @@ def load_model(source: Source, folder: Path) -> Any:
             f"{source.folder / source.weights}: damaged: {first_line(error)}; save the model again in safetensors"
         ) from error
     missing = sorted(
-        name for name in info["missing_keys"] if not any(part in f".{name}" for part in task.spare_weights)
+        name
+        for name in info["missing_keys"]
+        if not name.endswith(_COMPUTED) and not any(part in f".{name}" for part in task.spare_weights)
     )
     # transformers 4 gives names, 5 names and shapes.
     for name in sorted(item if isinstance(item, str) else item[0] for item in info["mismatched_keys"]):

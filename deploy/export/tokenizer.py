@@ -13,7 +13,7 @@ from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
 from deploy.folder.source import Source
-from deploy.folder.tokenizer import SPECIAL_TOKENS, drop_rowless
+from deploy.folder.tokenizer import SPECIAL_TOKENS, drop_rowless, slow_tokenizer
 from deploy.tasks import prompted
 
 __all__ = ["Tokens"]
@@ -38,7 +38,8 @@ class Tokens:
             target: Path to write.
 
         Raises:
-            ExportError: It cannot be loaded, is a slow one, or does not belong to the model.
+            ExportError: It cannot be loaded, is a slow one that nothing fast is known for, or does not belong to the
+                model.
         """
         from tokenizers import Tokenizer, normalizers
         from transformers import AutoTokenizer
@@ -49,12 +50,7 @@ class Tokens:
             )
         except Exception as error:
             raise ExportError(f"{source.folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
-        if not self._reference.is_fast:
-            raise ExportError(
-                f"{source.folder}: only a slow tokenizer ({type(self._reference).__name__}), no tokenizer.json; "
-                "save a fast one there with AutoTokenizer.from_pretrained(...).save_pretrained"
-            )
-        backend = Tokenizer.from_str(self._reference.backend_tokenizer.to_str())
+        backend = Tokenizer.from_str(_fast(source, self._reference))
         backend.no_truncation()
         backend.no_padding()
         if source.lowercase:
@@ -152,6 +148,19 @@ class Tokens:
         encodings = self._backend.encode_batch(texts)
         self._backend.no_truncation()
         return [array("q", encoding.ids) for encoding in encodings if len(encoding.ids)]
+
+
+def _fast(source: Source, reference: Any) -> str:
+    """Content of `tokenizer.json`."""
+    if reference.is_fast:
+        return str(reference.backend_tokenizer.to_str())
+    made = slow_tokenizer(source)  # `Tokens.encode` compares it with the slow one.
+    if made is None:
+        raise ExportError(
+            f"{source.folder}: only a slow tokenizer ({type(reference).__name__}), no tokenizer.json; "
+            "save a fast one there with AutoTokenizer.from_pretrained(...).save_pretrained"
+        )
+    return json.dumps(made, ensure_ascii=False)
 
 
 def _with_rows(source: Source, backend: Any, special: Sequence[str | None]) -> Any:

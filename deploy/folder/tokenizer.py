@@ -30,6 +30,7 @@ __all__ = [
     "FolderTokenizer",
     "drop_rowless",
     "read_tokenizer",
+    "slow_tokenizer",
     "told_token_types",
     "unigram_tokenizer",
 ]
@@ -295,6 +296,27 @@ def unigram_tokenizer(source: Source) -> dict[str, Any] | None:
     if name not in UNIGRAM_KINDS or (source.folder / TOKENIZER_FILE).is_file():
         return None
     return _made(source, settings, name, kind)
+
+
+def slow_tokenizer(source: Source) -> dict[str, Any] | None:
+    """What `tokenizer.json` would say of a class that transformers has only as a slow one, such as ESM's.
+
+    Args:
+        source: What the folder says.
+
+    Returns:
+        None: the class or its files are not known.
+
+    Raises:
+        FolderError: A file is damaged.
+    """
+    settings = read_settings(source.folder / _SETTINGS_FILE)
+    name, kind = _kind(source, settings)
+    made = _made(source, settings, name, kind)
+    if made is not None:
+        _add_tokens(made, settings)
+        _normalize(made, settings, kind, lowercase=False)
+    return made
 
 
 def _given(name: str, settings: Mapping[str, Any], older: Mapping[str, Any], kind: _Kind) -> str | None:

@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from deploy.bundle import DEFAULT_VARIANTS, VARIANTS, Machine, load_manifest
@@ -537,6 +538,35 @@ def test_slow_tokenizer_and_lower_case_of_sentence_transformers(
     assert tokenizer.encode("THE VALUE of It").ids == tokenizer.encode("the value of it").ids
     unknown = tokenizer.token_to_id("[UNK]")
     assert unknown not in tokenizer.encode("THE VALUE").ids
+
+
+def test_proteins(tmp_path: Path) -> None:
+    """ESM has a slow tokenizer only; transformers 5 saves it without the frequencies that transformers 4 has."""
+    vocabulary = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    theirs = transformers.EsmTokenizer(str(folder / "vocab.txt"))
+    theirs.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.EsmConfig(
+        vocab_size=len(vocabulary), position_embedding_type="rotary", pad_token_id=1, mask_token_id=31, **sizes
+    )
+    transformers.EsmModel(config, add_pooling_layer=False).save_pretrained(folder)
+    weights = {
+        name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "inv_freq" not in name
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    texts = ["MKTAYIAKQR", "M K <mask> T", "mk T\u4f60M<eos>K", "MKT" * 400, "<null_1>-. x"]
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(texts), encoding="utf-8")
+    manifest = load_manifest_of(
+        folder, tmp_path / "out", "--variants", "torch_ext-bf16,torch_ext-fp32", "--texts", str(file)
+    )
+    served = TextTokenizer.from_manifest(manifest)
+    found = [row.tolist() for row in served.encode(texts, truncate=True)]
+    assert found == theirs(texts, truncation=True, max_length=manifest.max_tokens)["input_ids"]
+    assert manifest.variant("torch_ext-fp32").accuracy.min > 0.99999
 
 
 def test_texts_of_the_user(tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
