@@ -123,6 +123,26 @@ def test_norms_first_give_the_same_bits(name: str, generator: torch.Generator, t
     same_as(saved(tmp_path, "Model", name), tmp_path, generator)
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("bert", "num_hidden_layers"), ("distilbert", "n_layers"), ("megatron-bert", "num_hidden_layers")],
+)
+def test_layers_that_the_configuration_does_not_count_are_left_out(
+    name: str, field: str, generator: torch.Generator, tmp_path: Path
+) -> None:
+    """As transformers does: somebody uses the first layers of a model."""
+    model = saved(tmp_path, "Model", name)
+    configured(**{field: getattr(model.config, field) - 1})(tmp_path)
+    fewer = type(model).from_pretrained(tmp_path).eval()
+    ids, bounds = batch(generator)
+    with pytest.warns(UserWarning, match=r"layers: \d in config.json, \d in the weights; the last ones are left out"):
+        found = Encoder.from_pretrained(tmp_path)
+    assert torch.equal(found(ids, bounds), Encoder.from_transformers(fewer)(ids, bounds))
+    with pytest.warns(UserWarning, match="the last ones are left out"):
+        assert runtime.Encoder.from_pretrained(tmp_path).spec["num_layers"] == found.spec.num_layers
+    assert not torch.equal(found(ids, bounds), Encoder.from_transformers(model)(ids, bounds))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["ForMaskedLM", "ForSequenceClassification"])
 def test_shards_of_other_dtypes(kind: str, dtype: torch.dtype, generator: torch.Generator, tmp_path: Path) -> None:
@@ -418,7 +438,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     ),
     "index in Git LFS": (lambda folder: sharded(folder).write_bytes(POINTER), ValueError, "a pointer of Git LFS"),
     "more layers": (configured(num_hidden_layers=4), ValueError, r"has no encoder.layer.3.*: is it a plain bert enco"),
-    "fewer layers": (configured(num_hidden_layers=2), ValueError, "has weights that a plain bert encoder has not"),
+    "layers without a number": (
+        lambda folder: edit(folder, lambda w: {**w, "bert.encoder.layer.2x.weight": torch.ones(1)}),
+        ValueError,
+        "has weights that a plain bert encoder has not",
+    ),
     "no heads": (configured(num_attention_heads=0), ValueError, "expected num_heads of at least 1, got 0"),
     "no layers": (configured(num_hidden_layers=-1), ValueError, "expected num_layers of at least 1, got -1"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "no weights"),

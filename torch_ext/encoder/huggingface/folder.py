@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -97,6 +99,9 @@ def read_folder(
         stages: linear stages behind the pooling, which take the place of a head: folders of Dense modules of
             sentence-transformers, and their activations.
 
+    Warns:
+        UserWarning: ``config.json`` counts fewer layers than there are weights of; the last ones are left out.
+
     Raises:
         FileNotFoundError: there is no such folder, no configuration, no weights, or not all files of them.
         ValueError: the architecture is not supported; a file is damaged, or holds code; a weight is missing, of another
@@ -145,6 +150,7 @@ def _read(config: dict[str, Any], stored: Mapping[str, StoredTensor], head: str 
     # Without a prefix, the weights of heads are beside those of the encoder.
     parts = {name.partition(".")[0] for name in _own_names(architecture)}
     foreign = [name for name in inner if name.partition(".")[0] not in parts]
+    foreign += _beyond(values, architecture.of(values), inner)
     spec, plan = describe_encoder(
         values, architecture, {name: tensor.shape for name, tensor in inner.items()}, "the file", foreign
     )
@@ -171,6 +177,21 @@ def _read(config: dict[str, Any], stored: Mapping[str, StoredTensor], head: str 
         architecture.base,
     )
     return FolderModel(spec, head_spec, {**tensors, **_tensors(head_plan, weights, head_spec)})
+
+
+def _beyond(config: Any, architecture: Architecture, names: Collection[str]) -> list[str]:
+    """Weights of layers that the configuration does not count; they are left out, as transformers does."""
+    before, numbered, _ = architecture.layer.partition("{}")
+    count = architecture.whole(config, "num_layers")
+    layers = {name: re.match(re.escape(before) + r"(\d+)\.", name) for name in names if numbered}
+    numbers = {name: int(found[1]) for name, found in layers.items() if found is not None}
+    beyond = [name for name, number in numbers.items() if number >= count]
+    if beyond and count > 0:
+        warnings.warn(
+            f"layers: {count} in config.json, {max(numbers.values()) + 1} in the weights; the last ones are left out",
+            stacklevel=2,
+        )
+    return beyond
 
 
 def _own_names(architecture: Architecture) -> list[str]:
