@@ -23,7 +23,7 @@ from deploy.bundle import Manifest
 from deploy.engines.batch import batches
 from deploy.engines.engine import Engine
 from deploy.export.errors import ExportError
-from deploy.tasks import Task
+from deploy.tasks import Task, prompted
 from deploy.tasks.entities import spans
 
 __all__ = ["Encode", "Evaluation", "read_evaluation"]
@@ -90,7 +90,7 @@ class _Labels(Evaluation):
             if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < len(names):
                 raise ExportError(f"--eval: label {label!r:.60} is none of the model's: {', '.join(names)[:200]}")
             self._right.append(place)
-        self._items = [ids for ids, _ in encode([row["text"] for row in rows], False)]
+        self._items = [ids for ids, _ in encode(prompted([row["text"] for row in rows], _prompt(manifest)), False)]
 
     def score(self, engine: Engine) -> float:
         """See `Evaluation.score`."""
@@ -107,7 +107,7 @@ class _Neighbours(Evaluation):
         if len(rows) < 2:
             raise ExportError("--eval: expected at least 2 texts with labels")
         self._right = np.array([str(row["label"]) for row in rows])
-        texts = [_prompt(manifest, "") + row["text"] for row in rows]
+        texts = [_prompt(manifest) + row["text"] for row in rows]
         self._items = [ids for ids, _ in encode(texts, False)]
 
     def score(self, engine: Engine) -> float:
@@ -151,7 +151,7 @@ class _Reranking(Evaluation):
             pairs += [(row["query"], text) for text in (*row["positives"], *wrong)]
             self._ends.append(len(pairs))
             self._right.append(len(row["positives"]))
-        self._items = [ids for ids, _ in encode(pairs, False)]
+        self._items = [ids for ids, _ in encode(prompted(pairs, _prompt(manifest)), False)]
 
     def score(self, engine: Engine) -> float:
         """See `Evaluation.score`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import transformers
 from deploy.bundle import load_manifest
 from deploy.export.cli import main
 from deploy.export.evaluation import _reciprocal_rank
+from deploy.export.tokenizer import Tokens
 from deploy.texts import sample
 
 ModelMaker = Callable[..., Path]
@@ -91,6 +93,28 @@ def test_queries_of_a_reranker(tiny_model: ModelMaker, tmp_path: Path) -> None:
     found = exported(tiny_model("bert", "text-classification", num_labels=1), rows, tmp_path)
     assert 0 < found["reference"] < 1
     assert found["variant"] == pytest.approx(found["reference"], abs=0.2)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_the_prompt_of_a_cross_encoder(
+    labels: int, tiny_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goes before the first text of a pair, as the server puts it there."""
+    model = shutil.copytree(tiny_model("bert", "text-classification", num_labels=labels), tmp_path / "model")
+    settings = {"model_type": "CrossEncoder", "prompts": {"find": "a list: "}, "default_prompt_name": "find"}
+    (model / "config_sentence_transformers.json").write_text(json.dumps(settings), encoding="utf-8")
+    given: list[Any] = []
+    encode = Tokens.encode_inputs
+
+    def remembered(self: Tokens, inputs: Sequence[Any], words: bool) -> Any:
+        given.extend(inputs)
+        return encode(self, inputs, words)
+
+    monkeypatch.setattr(Tokens, "encode_inputs", remembered)
+    text, *others = TEXTS
+    rows = [{"query": text, "positives": others}] if labels == 1 else [{"text": text, "label": 0}]
+    exported(model, rows, tmp_path)
+    assert given == ([(f"a list: {text}", other) for other in others] if labels == 1 else [f"a list: {text}"])
 
 
 def test_tags(tiny_model: ModelMaker, tmp_path: Path) -> None:
