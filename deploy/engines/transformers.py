@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..bundle import CONFIG_FILE
+from ..folder.errors import FolderError, first_line
 from ..tasks import Task
 from .padded import PaddedEngine, PaddedIds
 from .pooling import Floats
@@ -36,7 +38,12 @@ class TransformersEngine(PaddedEngine):
         self.isa = f"torch-{torch.__version__}"
 
     def _forward(self, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Floats:
-        outputs = outputs_of(self._model, ids, mask, types)[: len(self.task.onnx_outputs)]
+        try:
+            outputs = outputs_of(self._model, ids, mask, types)[: len(self.task.onnx_outputs)]
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise FolderError(
+                f"transformers cannot run the model as its {CONFIG_FILE} has it: {first_line(error)}"
+            ) from error
         # Hidden states of a bare encoder, logits where there is a head; those of starts and ends side by side.
         output = outputs[0] if len(outputs) == 1 else torch.stack(outputs, dim=-1)
         return np.asarray(output.numpy(), np.float32)

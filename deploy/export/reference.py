@@ -163,11 +163,13 @@ def load_model(source: Source, folder: Path) -> Any:
         raise ExportError(
             f"{source.folder / source.weights}: damaged: {first_line(error)}; save the model again in safetensors"
         ) from error
-    missing = sorted(
+    absent = {
         name
         for name in info["missing_keys"]
         if not name.endswith(_COMPUTED) and not any(part in f".{name}" for part in task.spare_weights)
-    )
+    }
+    # An index may name a weight that its file lacks: transformers 4 then leaves it without memory.
+    missing = sorted({*absent, *(name for name, tensor in model.state_dict().items() if tensor.is_meta)})
     # transformers 4 gives names, 5 names and shapes.
     for name in sorted(item if isinstance(item, str) else item[0] for item in info["mismatched_keys"]):
         shape = list(model.state_dict()[name].shape)

@@ -72,9 +72,10 @@ class Tokens:
                 f"{self.truncation_side!r}"
             )
         _check_vocabulary(source, backend)
-        # Without a limit of its own a tokenizer says 1e30.
+        # Without a limit of its own a tokenizer says 1e30; files may have anything.
         declared = self._reference.model_max_length
-        limit = source.max_positions if declared is None or declared < 3 else min(int(declared), source.max_positions)
+        known = isinstance(declared, int | float) and 3 <= declared <= source.max_positions
+        limit = int(declared) if known else source.max_positions
         self.max_tokens = source.max_tokens or limit
         self.special = {name: self._special(name) for name in SPECIAL_TOKENS}
         self.special["pad"] = self.special["pad"] or _padding_of_config(source, backend)

@@ -73,7 +73,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """The first line that says something of an exception's message, at most `limit` characters."""
-    lines = (line.strip() for line in str(error).splitlines())
-    text = next((line for line in lines if line), "") or type(error).__name__
+    """The first line that says something of an exception's message, at most `limit` characters.
+
+    One that ends in a colon says what the next one does.
+    """
+    lines = [line for line in (line.strip() for line in str(error).splitlines()) if line]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -214,6 +214,11 @@ def _read_config(where: Path, model_types: Collection[str] | None) -> tuple[Mapp
             f"{where}: {model_type} compares texts with images, which is not served; torch_ext.Encoder and "
             "torch_ext.Head.from_pretrained run its encoder of texts in Python"
         )
+    if isinstance(quantized := config.get("quantization_config"), dict):
+        raise FolderError(
+            f"{where}: expected weights in fp32, fp16 or bf16, got ones that are quantized "
+            f"({quantized.get('quant_method')!r:.40}); pass the model that they were made of"
+        )
     if model_types is not None and model_type not in model_types:
         raise FolderError(
             f"{where}: unknown architecture {model_type!r} ({kind}): python -m deploy export it, which writes ONNX "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deploy.__main__ import main as deploy_main
 from deploy.bundle import FORMAT, VARIANTS, load_manifest
@@ -301,8 +302,29 @@ def no_bundle(tmp_path: Path) -> bool:
         (lambda folder: poison(folder, "encoder.layer.0.output.dense.weight", 0), "got NaN or infinity in encoder.la"),
         (lambda folder: poison(folder, "embeddings.word_embeddings.weight", 7), "got NaN or infinity in embeddings.w"),
         (lambda folder: narrow(folder), r"expected encoder.layer.0.output.dense.weight \[64, 128\], .*got \[64, 125\]"),
+        (lambda folder: sharded(folder), "index.json: no weights for encoder.layer.1.output.dense.bias"),
+        (lambda folder: whole_numbers(folder), "model.safetensors: .*(in loading state_dict.* .*|Only Tensors of float)"),
+        (lambda folder: edit(folder, layer_norm_eps="1e-12"), "transformers cannot run the model as its config.json .*eps"),
+        (
+            lambda folder: edit(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+            "expected weights in fp32, fp16 or bf16, got ones that are quantized .'bitsandbytes'.",
+        ),
     ],
-    ids=["tokenizer", "weights", "cut", "vocabulary", "shapes", "activation", "nan", "nan of a rare token", "narrow"],
+    ids=[
+        "tokenizer",
+        "weights",
+        "cut",
+        "vocabulary",
+        "shapes",
+        "activation",
+        "nan",
+        "nan of a rare token",
+        "narrow",
+        "not in its shard",
+        "integers",
+        "eps",
+        "quantized",
+    ],
 )
 def test_damaged_models(
     change: Callable[[Path], Any], message: str, tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture
@@ -339,6 +361,41 @@ def narrow(folder: Path) -> None:
     name = "encoder.layer.0.output.dense.weight"
     tensors[name] = tensors[name][:, :-3].contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def sharded(folder: Path) -> None:
+    """An index that names a weight which its file lacks."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    del tensors["encoder.layer.1.output.dense.bias"]
+    save_file(tensors, folder / "model-1.safetensors", {"format": "pt"})
+
+
+def whole_numbers(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    name = "encoder.layer.0.output.dense.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("longest", ["512", float("inf"), None, -1])
+def test_limits_that_are_none(longest: Any, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """As from a folder, the model's positions are the limit then."""
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "model_max_length": longest}), encoding="utf-8")
+    (folder / "sentence_bert_config.json").unlink(missing_ok=True)
+    assert main([str(folder), "-o", str(tmp_path / "out"), *QUICK]) == 0
+    assert load_manifest(tmp_path / "out").max_tokens == json.loads((folder / "config.json").read_text())[
+        "max_position_embeddings"
+    ]
 
 
 def test_tasks_that_the_weights_do_not_have(tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
