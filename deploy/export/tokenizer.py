@@ -13,7 +13,7 @@ from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
 from deploy.folder.source import Source
-from deploy.folder.tokenizer import SPECIAL_TOKENS, drop_rowless, slow_tokenizer
+from deploy.folder.tokenizer import SPECIAL_TOKENS, drop_rowless, gives_token_types, slow_tokenizer
 from deploy.tasks import prompted
 
 __all__ = ["Tokens"]
@@ -64,7 +64,8 @@ class Tokens:
         backend.save(str(target), pretty=False)
         self._lowercase, self._prompt, self._backend = source.lowercase, source.prompt, backend
         self._task, self._source = TASKS[source.task], source
-        self.token_types = "token_type_ids" in self._reference.model_input_names
+        # Of folders that transformers 4 saved, transformers 5 leaves out token types that models were trained with.
+        self.token_types = gives_token_types(source, "token_type_ids" in self._reference.model_input_names)
         self.truncation_side = str(self._reference.truncation_side)
         if self.truncation_side not in TRUNCATION_SIDES:
             raise ExportError(

@@ -29,6 +29,7 @@ __all__ = [
     "SPECIAL_TOKENS",
     "FolderTokenizer",
     "drop_rowless",
+    "gives_token_types",
     "read_tokenizer",
     "slow_tokenizer",
     "told_token_types",
@@ -236,6 +237,19 @@ def told_token_types(settings: Mapping[str, Any]) -> bool | None:
     if isinstance(named, str) and ("backend" in settings or named == "TokenizersBackend"):
         return _class_name(named) in _TOKEN_TYPES_OF_5
     return None
+
+
+def gives_token_types(source: Source, installed: bool) -> bool:
+    """Whether models are given the token types of pairs, whichever version of transformers reads the folder.
+
+    Args:
+        source: What the folder says.
+        installed: What the installed transformers makes of it, for classes that are not known here.
+    """
+    settings = read_settings(source.folder / _SETTINGS_FILE)
+    told = told_token_types(settings)
+    name, kind = _kind(source, settings)
+    return told if told is not None else kind.token_types if name in {*KINDS, "PreTrained"} else installed
 
 
 def _padding_behind(source: Source, text: str) -> int:

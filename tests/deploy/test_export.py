@@ -25,6 +25,7 @@ from deploy.bundle import DEFAULT_VARIANTS, VARIANTS, Machine, load_manifest
 from deploy.engines.open import load_engine
 from deploy.export.calibration import calibration_texts
 from deploy.export.cli import main
+from deploy.folder.describe import describe_folder
 from deploy.machine import cpu_name, machine, usable_cpus
 from deploy.onnx_session import kernels, session_options
 from deploy.server.service.tokens import TextTokenizer
@@ -538,6 +539,33 @@ def test_slow_tokenizer_and_lower_case_of_sentence_transformers(
     assert tokenizer.encode("THE VALUE of It").ids == tokenizer.encode("the value of it").ids
     unknown = tokenizer.token_to_id("[UNK]")
     assert unknown not in tokenizer.encode("THE VALUE").ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, True),
+        ({"tokenizer_class": "BertTokenizer"}, True),
+        ({"tokenizer_class": "TokenizersBackend"}, False),
+        ({"model_input_names": ["input_ids", "attention_mask"]}, False),
+    ],
+)
+def test_token_types_are_those_of_the_version_that_saved_the_folder(
+    settings: dict[str, Any],
+    given: bool,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Most tokenizers of transformers 5 give none, to models that transformers 4 saved either."""
+    folder = shutil.copytree(tiny_model("bert", "text-classification"), tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **settings}), encoding="utf-8")
+    for cls in (transformers.PreTrainedTokenizerFast, transformers.BertTokenizerFast):
+        monkeypatch.setattr(cls, "model_input_names", ["input_ids", "attention_mask"])
+    manifest = load_manifest_of(folder, tmp_path / "out", "--variants", "torch_ext-fp32")
+    assert manifest.token_types is given
+    assert describe_folder(str(folder), None).token_types is given
 
 
 def test_proteins(tmp_path: Path) -> None:
