@@ -114,6 +114,19 @@ def readable_folder(source: Source, work: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+_NOT_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises of configurations that make no sense, and of weights that it cannot find."""
+
 _COMPUTED = ".inv_freq"
 """How buffers end that follow from `config.json`: transformers 4 writes those of ESM, transformers 5 none."""
 
@@ -150,7 +163,7 @@ def load_model(source: Source, folder: Path) -> Any:
             ignore_mismatched_sizes=True,  # Else the error does not name the weight.
             weights_only=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except _NOT_DAMAGE as error:
         if is_disk_full(error):
             raise
         if not source.safe_format and pickle_refused(error):

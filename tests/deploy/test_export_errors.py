@@ -304,6 +304,8 @@ def no_bundle(tmp_path: Path) -> bool:
         (lambda folder: narrow(folder), r"expected encoder.layer.0.output.dense.weight \[64, 128\], .*got \[64, 125\]"),
         (lambda folder: sharded(folder), "index.json: no weights for encoder.layer.1.output.dense.bias"),
         (lambda folder: whole_numbers(folder), "model.safetensors: .*(in loading state_dict.* .*|Only Tensors of float)"),
+        (lambda folder: edit(folder, num_attention_heads=0), "model.safetensors: cannot be loaded: .*modulo by zero"),
+        (lambda folder: edit(folder, num_attention_heads=-4), "transformers cannot run the model as its config.json"),
         (lambda folder: edit(folder, layer_norm_eps="1e-12"), "transformers cannot run the model as its config.json .*eps"),
         (
             lambda folder: edit(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
@@ -322,6 +324,8 @@ def no_bundle(tmp_path: Path) -> bool:
         "narrow",
         "not in its shard",
         "integers",
+        "no heads",
+        "fewer than no heads",
         "eps",
         "quantized",
     ],
