@@ -4,7 +4,7 @@
 |---|---|
 | `vocab.txt` | WordPiece: BERT, ELECTRA, DistilBERT, MPNet and relatives |
 | `vocab.txt` | words of proteins, all of which split a text: ESM, of which transformers has no other |
-| `vocab.json`, `merges.txt` | BPE of bytes: RoBERTa and relatives |
+| `vocab.json`, `merges.txt` | BPE of bytes: RoBERTa and relatives, DeBERTa v1 |
 | `sentencepiece.bpe.model`, `spiece.model`, `spm.model` | unigrams: XLM-R, CamemBERT, ALBERT, DeBERTa v2 and v3, T5 |
 """
 
@@ -100,7 +100,9 @@ def _byte_pairs(
         normalizer=None,
         pre_tokenizer=bytes_of,
         decoder={**bytes_of, "add_prefix_space": True},
-        post_processor={
+        post_processor=_template(path, vocabulary, special, separators=1)
+        if kind == "Deberta"
+        else {
             "type": "RobertaProcessing",
             "sep": [special["sep"], _id(path, vocabulary, special["sep"])],
             "cls": [special["cls"], _id(path, vocabulary, special["cls"])],
@@ -148,7 +150,7 @@ def _residues(paths: list[Path], kind: str, special: Mapping[str, str], settings
 _Make = Callable[[list[Path], str, Mapping[str, str], Mapping[str, Any]], dict[str, Any]]
 _MAKERS: tuple[tuple[tuple[str, ...], tuple[str, ...], _Make], ...] = (
     (("Bert", "Electra", "DistilBert", "MPNet"), ("vocab.txt",), _word_piece),
-    (("Roberta",), ("vocab.json", "merges.txt"), _byte_pairs),
+    (("Roberta", "Deberta"), ("vocab.json", "merges.txt"), _byte_pairs),
     (("Esm",), ("vocab.txt",), _residues),
 )
 

@@ -32,6 +32,7 @@ CLASSES = {
     "electra": ("ElectraConfig", "Electra"),
     "albert": ("AlbertConfig", "Albert"),
     "squeezebert": ("SqueezeBertConfig", "SqueezeBert"),
+    "deberta": ("DebertaConfig", "Deberta"),
     "deberta-v2": ("DebertaV2Config", "DebertaV2"),
     "t5": ("T5Config", "T5Encoder"),
 }
@@ -66,12 +67,13 @@ def save_tokenizer(folder: Path, model_type: str) -> int:
 
     from deploy.texts import sample
 
-    if model_type == "roberta":
+    if model_type in ("roberta", "deberta"):
         bpe = ByteLevelBPETokenizer()
-        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if model_type == "roberta" else SPECIAL
         bpe.train_from_iterator(sample(100), vocab_size=500, special_tokens=specials, show_progress=False)
         bpe.save_model(str(folder))
-        made = transformers.RobertaTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        name = "RobertaTokenizerFast" if model_type == "roberta" else "DebertaTokenizerFast"
+        made = getattr(transformers, name)(str(folder / "vocab.json"), str(folder / "merges.txt"))
     else:
         (folder / "vocab.txt").write_text("\n".join(word_piece_vocabulary()) + "\n", encoding="utf-8")
         names = {

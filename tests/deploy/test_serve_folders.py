@@ -87,7 +87,7 @@ def test_answers_are_those_of_a_bundle(model_type: str, task: str, tiny_model: M
             assert found == answers(exported, exported.variant(name), exact)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra", "deberta"])
 def test_the_tokenizer_is_that_of_transformers(model_type: str, tiny_model: ModelMaker, tmp_path: Path) -> None:
     """Whatever `tokenizer_config.json` changes in what `tokenizer.json` says."""
     for number, settings in enumerate((
@@ -146,7 +146,7 @@ def test_the_class_of_a_tokenizer_that_no_file_names() -> None:
             assert {KIND_OF_MODEL[model_type]} == names, model_type
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "electra", "deberta"])
 @pytest.mark.parametrize("settings", [{}, {"do_lower_case": False, "add_prefix_space": True}])
 def test_a_slow_tokenizer_is_that_of_transformers(
     model_type: str, settings: dict[str, bool], tiny_model: ModelMaker, tmp_path: Path
