@@ -105,6 +105,10 @@ class Described(Protocol):
         """Number of token ids."""
 
     @property
+    def width(self) -> int:
+        """Of embeddings."""
+
+    @property
     def pooling(self) -> _Pooling | None:
         """How embeddings are made."""
 

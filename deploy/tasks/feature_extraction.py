@@ -63,6 +63,8 @@ class FeatureExtraction(Task):
         super().__init__(model, token_text)
         assert model.pooling is not None  # The manifest was checked.
         self._pooling = model.pooling
+        # sentence-transformers cuts embeddings to more dimensions than they have: nothing happens.
+        self._kept = None if model.pooling.dimensions is None else model.width
 
     def answers(self, states: States, options: Sequence[Any]) -> list[Any]:
         """See `Task.answers`."""
@@ -74,7 +76,7 @@ class FeatureExtraction(Task):
             if isinstance(kind, TokenVectorOptions):
                 rows, finite = zip(*states.token_vectors(), strict=True)
             else:
-                kept = kind.dimensions or self._pooling.dimensions
+                kept = kind.dimensions or self._kept
                 pooled = states.pooled(self._pooling.mode, kind.normalize, kept, kind.skipped)
                 rows, finite = pooled, pooled.finite
             for index, option in enumerate(options):

@@ -173,7 +173,7 @@ def test_a_slow_tokenizer_is_that_of_transformers(
 
 @pytest.mark.parametrize(
     ("stages", "kept"),
-    [([("Tanh", 32, True)], None), ([("Identity", 96, False), ("Identity", 48, True)], None), ([], 16)],
+    [([("Tanh", 32, True)], None), ([("Identity", 96, False), ("Identity", 48, True)], None), ([], 16), ([], 999)],
 )
 def test_what_comes_after_the_pooling(
     stages: list[tuple[str, int, bool]], kept: int | None, tiny_model: ModelMaker, tmp_path: Path
@@ -196,7 +196,7 @@ def test_what_comes_after_the_pooling(
     (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
     change(folder / "config_sentence_transformers.json", truncate_dim=kept)
     manifest = describe_folder(str(folder), None)
-    assert manifest.width == (stages[-1][1] if kept is None else kept)
+    assert manifest.width == min(stages[-1][1] if stages else 64, kept or 64)
     found = answers(manifest, manifest.variant("torch_ext-fp32"), exact=True)
     torch.testing.assert_close(torch.tensor(found), expected[:, :kept], rtol=1e-4, atol=1e-5)
 
