@@ -114,6 +114,8 @@ def readable_folder(source: Source, work: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
 _NOT_DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -154,6 +156,7 @@ def load_model(source: Source, folder: Path) -> Any:
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()  # Of its own, since 5.
     try:
+        _check_dtypes(source)
         model, info = getattr(transformers, auto_class).from_pretrained(
             folder,
             dtype=torch.float32,
@@ -210,11 +213,35 @@ def load_model(source: Source, folder: Path) -> Any:
     return model
 
 
+def _weight_files(source: Source) -> list[Path]:
+    """The files that hold the weights; others may lie beside them."""
+    path = source.folder / source.weights
+    if not path.name.endswith(".index.json"):
+        return [path]
+    return [source.folder / name for name in sorted(set(read_json(path, dict)["weight_map"].values()))]
+
+
+def _check_dtypes(source: Source) -> None:
+    """Checks that weights are no whole numbers, which transformers 5 converts without a word.
+
+    Raises:
+        ValueError: One is, or is of another dtype that needs a scale.
+    """
+    from safetensors import safe_open
+
+    for path in _weight_files(source) if source.safe_format else ():
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                kind = file.get_slice(name).get_dtype() if name.endswith((".weight", ".bias")) else _FLOATS[0]
+                if kind not in _FLOATS:
+                    raise ValueError(f"expected {name} of one of the dtypes {', '.join(_FLOATS)}, got {kind}")
+
+
 def _shape_of(source: Source, name: str) -> str:
     """The shape of a weight in the files, whose name may have the encoder's name in front."""
     from safetensors import safe_open
 
-    for path in sorted(source.folder.glob("*.safetensors")) if source.safe_format else ():
+    for path in _weight_files(source) if source.safe_format else ():
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 if key == name or key.endswith(f".{name}") or name.endswith(f".{key}"):
