@@ -138,6 +138,12 @@ def accuracy(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: data[name] for name in ("texts", "pairs", "engines", "missed")}
 
 
+def texts_at_knee(found: dict[str, Any]) -> float:
+    """Texts answered per second at the knee, which are fewer than arrive if some are refused; 0 without a knee."""
+    kept = [point["texts_per_s"] for point in found["points"] if point["rate"] == found["knee_per_s"] and point["kept"]]
+    return float(kept[-1]) if kept else 0.0
+
+
 def knee(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The highest rate of arrivals that keeps the limit, and what a million texts cost there."""
     bundle = folder / "bundle"
@@ -162,7 +168,7 @@ def knee(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         duration = ["--duration-s", "3", "--precision", "0.2"] if arguments.quick else []
         command = [sys.executable, "-m", "loadtest", "knee", "--host", found[1], *limit, *duration, "-o", str(path)]
         run(command, folder / "knee.log", accept=(0, 1))
-        rate = json.loads(path.read_text())["knee_per_s"]
+        rate = texts_at_knee(json.loads(path.read_text()))
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)

@@ -49,7 +49,14 @@ class Samples:
         Args:
             fraction: Between 0 (exclusive) and 1 (inclusive).
         """
-        rank = math.ceil(fraction * len(self))
+        return self.at_rank(math.ceil(fraction * len(self)))
+
+    def at_rank(self, rank: int) -> float | None:
+        """The duration at a place in ascending order, or None if there are fewer.
+
+        Args:
+            rank: From 1.
+        """
         for duration_ms in sorted(self.counts):
             rank -= self.counts[duration_ms]
             if rank <= 0:
@@ -208,12 +215,15 @@ class Objectives:
 
     Goodput is what was answered rightly within `within_ms`; without `within_ms`, whatever was answered rightly.
 
+    A server that fails or refuses what it cannot do is quick with the rest. So without `error_rate` (or `goodput_rate`)
+    one error misses, and without `refused_rate` (or `goodput_rate`) a refused request exceeds every limit of latency.
+
     Attributes:
-        p95_ms: 95 % of the good requests take at most that long.
+        p95_ms: 95 % of the requests that count for latency take at most that long.
         error_rate: At most that part of all requests fails, between 0 and 1.
         refused_rate: At most that part of all requests is turned away with status 429, between 0 and 1.
-        p50_ms: Half of the good requests take at most that long.
-        p99_ms: 99 % of the good requests take at most that long.
+        p50_ms: Half of the requests that count for latency take at most that long.
+        p99_ms: 99 % of the requests that count for latency take at most that long.
         within_ms: How long a request may take to be part of the goodput.
         goodput_per_s: At least so many requests per second are goodput.
         goodput_rate: At least that part of all requests is goodput, between 0 and 1.
@@ -229,12 +239,6 @@ class Objectives:
     goodput_rate: float | None = None
 
     @property
-    def given(self) -> bool:
-        """Whether there is any limit."""
-        limits = (*self.percentiles.values(), self.error_rate, self.refused_rate, self.goodput_per_s, self.goodput_rate)
-        return any(limit is not None for limit in limits)
-
-    @property
     def percentiles(self) -> dict[float, float | None]:
         """Limits of percentiles in milliseconds, by the part of the requests that keeps them."""
         return {0.5: self.p50_ms, 0.95: self.p95_ms, 0.99: self.p99_ms}
@@ -242,8 +246,7 @@ class Objectives:
     def judge(self, collector: Collector, seconds: float = 0.0) -> list[tuple[bool, str]]:
         """Compares a load test with the limits.
 
-        Without a limit on errors, one error misses: a test that nobody set limits for should not pass broken. A test in
-        which nothing was answered rightly misses whatever the limits are.
+        A test in which nothing was answered rightly misses whatever the limits are.
 
         Args:
             collector: What was counted.
@@ -257,13 +260,14 @@ class Objectives:
                 f"of {collector.total} requests, none was answered rightly" if collector.total else "no request ended"
             )
             return [(False, reason)]
-        verdicts: list[tuple[bool, str]] = []
-        for part, limit in self.percentiles.items():
-            if limit is not None:
-                measured = collector.latency.percentile(part)
-                assert measured is not None  # There are good requests, and each has a latency.
-                verdicts.append(_compare(measured <= limit, f"p{100 * part:g} {measured:g} ms", f"{limit:g} ms"))
-        error_limit = self.error_rate if self.given else 0.0
+        whole = self.goodput_rate is not None
+        slow = 0 if whole or self.refused_rate is not None else collector.refused
+        verdicts = [
+            _compare(*_percentile(collector, part, limit, slow), f"{limit:g} ms")
+            for part, limit in self.percentiles.items()
+            if limit is not None
+        ]
+        error_limit = 0.0 if self.error_rate is None and not whole else self.error_rate
         for what, count, limit in (
             ("error rate", collector.errors, error_limit),
             ("refused (429) rate", collector.refused, self.refused_rate),
@@ -281,6 +285,19 @@ class Objectives:
             rate = goodput / seconds if seconds > 0 else 0.0
             verdicts.append(_reach(rate >= self.goodput_per_s, f"{rate:.4g}/s", f"{self.goodput_per_s:g}/s"))
         return verdicts
+
+
+def _percentile(collector: Collector, part: float, limit_ms: float, slow: int) -> tuple[bool, str]:
+    """Whether a percentile keeps its limit, and how it reads, where so many refused requests exceed every limit."""
+    name = f"p{100 * part:g}"
+    rank = math.ceil(part * (collector.good + slow))
+    if rank > collector.good:
+        refused = f"{collector.refused} of {collector.total} requests were refused (429) and count as longer"
+        return False, f"{name} beyond every answer, since {refused} (limit them with --slo-refused-rate),"
+    measured_ms = collector.latency.at_rank(rank)
+    assert measured_ms is not None  # There are good requests, and each has a latency.
+    with_refused = f" ({slow} refused requests count as longer)" if slow else ""
+    return measured_ms <= limit_ms, f"{name} {measured_ms:g} ms{with_refused}"
 
 
 def _reach(kept: bool, measured: str, limit: str) -> tuple[bool, str]:

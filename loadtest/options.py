@@ -79,13 +79,14 @@ def add_options(parser: _Parser) -> None:
         "--slo-error-rate",
         type=float,
         metavar="PART",
-        help="at most that part of the requests fails, 0 to 1; status 429 is counted apart, not as an error",
+        help="at most that part of the requests fails, 0 to 1; status 429 is counted apart, not as an error (default: 0)",
     )
     add(
         "--slo-refused-rate",
         type=float,
         metavar="PART",
-        help="at most that part of the requests is refused with status 429, 0 to 1 (default: any)",
+        help="at most that part of the requests is refused with status 429, 0 to 1 (default: any, but a "
+        "refused request exceeds the limit of latency)",
     )
 
 

@@ -29,8 +29,9 @@ OBJECTIVES = {
     "p50_ms": "half of the right answers take at most that long",
     "p95_ms": "95 %% of the right answers take at most that long",
     "p99_ms": "99 %% of the right answers take at most that long",
-    "error_rate": "at most that part of the requests fails, 0 to 1; 429 is counted apart",
-    "refused_rate": "at most that part of the requests is refused with status 429, 0 to 1",
+    "error_rate": "at most that part of the requests fails, 0 to 1 (default: 0; none with a goodput rate)",
+    "refused_rate": "at most that part of the requests is refused with status 429, 0 to 1 (default: any, but a refused "
+    "request exceeds every limit of latency)",
     "within_ms": "answers that take longer are no goodput",
     "goodput_per_s": "at least so many requests per second are goodput",
     "goodput_rate": "at least that part of the requests is goodput, 0 to 1",

@@ -69,6 +69,20 @@ def test_a_card_has_its_form() -> None:
     assert card_form.check_card(example()) == []
 
 
+def test_the_knee_of_a_card_is_what_was_answered() -> None:
+    """Not what arrived: a server that refuses some requests answers fewer."""
+    found = {
+        "knee_per_s": 80.0,
+        "points": [
+            {"rate": 80.0, "kept": False, "texts_per_s": 60.0},
+            {"rate": 80.0, "kept": True, "texts_per_s": 78.5},
+            {"rate": 100.0, "kept": True, "texts_per_s": 99.0},
+        ],
+    }
+    assert card.texts_at_knee(found) == 78.5
+    assert card.texts_at_knee({"knee_per_s": None, "points": []}) == 0.0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

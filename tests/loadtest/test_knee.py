@@ -45,6 +45,13 @@ def test_the_knee_is_within_a_tenth_of_the_capacity(server: dict[str, Any], capa
     assert len(knee.points) < 15
 
 
+def test_a_server_that_refuses_what_is_too_much_has_its_knee_at_its_capacity() -> None:
+    """What it answers is quick at any rate; without a limit on refused requests, they exceed that of latency."""
+    knee = knee_of(VirtualTeam(service_s=0.02, full=20), Objectives(p95_ms=1000.0), Search(lowest=10.0))
+    assert knee.exit_code == 0
+    assert knee.kept == pytest.approx(50, rel=0.1)
+
+
 def test_a_limit_below_the_service_time_has_no_knee() -> None:
     knee = knee_of(VirtualTeam(service_s=0.01), Objectives(p99_ms=5.0), Search(lowest=10.0))
     assert (knee.exit_code, knee.kept, knee.missed) == (1, None, 10.0)

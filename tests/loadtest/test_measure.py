@@ -62,28 +62,47 @@ def test_tokens_are_unknown_if_one_answer_does_not_tell() -> None:
 @pytest.mark.parametrize(
     ("objectives", "kept"),
     [
-        (Objectives(p95_ms=95), [True]),
-        (Objectives(p95_ms=94.9), [False]),
+        (Objectives(p95_ms=95, error_rate=1.0, refused_rate=1.0), [True, True, True]),
+        (Objectives(p95_ms=94.9, error_rate=1.0, refused_rate=1.0), [False, True, True]),
         (Objectives(error_rate=0.1), [True]),
         (Objectives(error_rate=0.09), [False]),
         # Refused requests are no errors, and have a limit of their own.
         (Objectives(error_rate=0.1, refused_rate=0.5), [True, True]),
-        (Objectives(refused_rate=0.49), [False]),
-        (Objectives(p95_ms=95, error_rate=0.0), [True, False]),
-        # Without limits, an error misses.
+        (Objectives(error_rate=0.1, refused_rate=0.49), [True, False]),
+        (Objectives(p95_ms=95, error_rate=0.0, refused_rate=1.0), [True, False, True]),
+        # Without a limit on errors, an error misses, whatever other limits there are.
         (Objectives(), [False]),
+        (Objectives(p95_ms=95, refused_rate=1.0), [True, False, True]),
+        # Without a limit on refused requests, they exceed every limit of latency: 95 % of 225 are more than 100.
+        (Objectives(p95_ms=1e9, error_rate=0.1), [False, True]),
+        (Objectives(p50_ms=1e9, error_rate=0.1), [False, True]),
+        # The share of goodput counts both.
+        (Objectives(p95_ms=95, goodput_rate=0.4), [True, True]),
     ],
 )
 def test_verdicts(objectives: Objectives, kept: list[bool]) -> None:
     counts = collector(*range(1, 101), errors=25, refused=125)
     verdicts = objectives.judge(counts)
     assert [passed for passed, _ in verdicts] == kept
-    assert all(("<=" in message) == passed for passed, message in verdicts)
+    assert all(("<=" in message or ">=" in message) == passed for passed, message in verdicts)
 
 
 def test_a_limit_is_not_met_by_rounding() -> None:
     # Locust's own percentile of this is 200.
-    assert Objectives(p95_ms=200).judge(collector(*[204.0] * 100)) == [(False, "p95 204 ms > 200 ms")]
+    assert Objectives(p95_ms=200).judge(collector(*[204.0] * 100)) == [
+        (False, "p95 204 ms > 200 ms"),
+        (True, "error rate 0 % (0 requests) <= 0 %"),
+    ]
+
+
+def test_refused_requests_are_the_slowest() -> None:
+    # Of 100 requests, the 95th is the slowest of the 95 that were answered.
+    counts = collector(*range(1, 96), refused=5)
+    ((kept, message),) = (Objectives(p95_ms=95, error_rate=1)).judge(counts)[:1]
+    assert (kept, message) == (True, "p95 95 ms (5 refused requests count as longer) <= 95 ms")
+    ((kept, message),) = (Objectives(p99_ms=1e9, error_rate=1)).judge(counts)[:1]
+    assert not kept
+    assert message.startswith("p99 beyond every answer, since 5 of 100 requests were refused (429)")
 
 
 @pytest.mark.parametrize("counts", [Collector(), Collector(refused=10), Collector(errors=10)])
@@ -120,7 +139,7 @@ def test_description_names_every_number() -> None:
         "void": ["worker box_1 quit during the run"],
         "limits": [
             {"kept": passed, "message": message}
-            for passed, message in Objectives(p95_ms=50, error_rate=1).judge(counts)
+            for passed, message in Objectives(p95_ms=50, error_rate=1, refused_rate=1).judge(counts)
         ],
     }
     text = "\n".join(describe(summary))
