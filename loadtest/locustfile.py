@@ -11,9 +11,9 @@ slows down is sent less (``--think-time-s`` adds a pause). A request counts if i
 refused waits as ``Retry-After`` says, at most a second.
 
 Exit code: 0 if the limits are kept, 1 if one is missed, 2 if the test could not start or is void. Without a limit on
-errors: 1 on any error. With several processes or machines (``--processes``, ``--master``, ``--worker``) the master alone judges. A
-run is void if one of its workers is lost: killed, cut off, or gone before the master ended the run. The master then
-ends it at once.
+errors: 1 on any error. With several processes or machines (``--processes``, ``--master``, ``--worker``) the master
+alone judges. A run is void if one of its workers is lost: killed, cut off, or gone before the master ended the run. The
+master then ends it at once.
 """
 
 # Locust's events carry no annotations.

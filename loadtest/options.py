@@ -9,11 +9,26 @@ from typing import Any, Protocol
 from loadtest.measure import Objectives
 from loadtest.tasks import TASKS
 
-__all__ = ["CannotStartError", "Options", "add_options"]
+__all__ = ["CannotStartError", "Options", "add_options", "bearer"]
 
 
 class CannotStartError(Exception):
     """The load test cannot start; the message says why and what to do."""
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header that carries a key; none without a key.
+
+    Args:
+        key: As it was given; a line end of the file that it came from is left out.
+
+    Raises:
+        CannotStartError: It cannot stand in a header. The message does not show it.
+    """
+    key = key.strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise CannotStartError("--api-key (or LOADTEST_API_KEY): expected ASCII characters without spaces")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class _Group(Protocol):
@@ -79,7 +94,7 @@ def add_options(parser: _Parser) -> None:
         "--slo-error-rate",
         type=float,
         metavar="PART",
-        help="at most that part of the requests fails, 0 to 1; status 429 is counted apart, not as an error (default: 0)",
+        help="at most that part of the requests fails, 0 to 1; 429 is counted apart, not as an error (default: 0)",
     )
     add(
         "--slo-refused-rate",
@@ -152,10 +167,7 @@ class Options:
     @property
     def headers(self) -> dict[str, str]:
         """Headers of every request."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        return headers
+        return {"Content-Type": "application/json", "Accept": "application/json", **bearer(self.api_key)}
 
 
 def _flag(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import ssl
 import urllib.error
@@ -46,6 +47,16 @@ class Settings(Protocol):
         """Candidates at each gap."""
 
 
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The load follows no redirect either; urllib would send the key along, and make GET of POST."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Follows none."""
+
+
 class _Probe:
     """Sends single requests. A proxy from the environment is not used, since the load does not use one either."""
 
@@ -56,14 +67,14 @@ class _Probe:
         self.headers = headers
         self.timeout_s = timeout_s
         self.opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust)
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trust), _NoRedirects
         )
 
     def ask(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Sends POST with a body, GET without, and returns status and body of the answer.
 
         Raises:
-            CannotStartError: No answer.
+            CannotStartError: No answer, or a redirect.
         """
         request = urllib.request.Request(self.host + path, data=body, headers=self.headers)
         try:
@@ -71,9 +82,15 @@ class _Probe:
                 return response.status, response.read()
         except urllib.error.HTTPError as error:
             with error:
+                if error.code in _REDIRECTS:
+                    place = str(error.headers.get("Location", "nowhere"))[:200]
+                    raise CannotStartError(
+                        f"{self.host}{path} redirects to {place}, and the load follows no redirect: pass the address "
+                        "behind it as --host"
+                    ) from error
                 return error.code, error.read()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or repr(error)
             raise CannotStartError(
                 f"no answer from {self.host}{path}: {reason}. Is the server running, and is --host right?"
             ) from error
@@ -102,8 +119,14 @@ def check_host(host: str | None) -> str:
     try:
         parts = urlsplit(host)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        valid = valid and host.isascii() and host.isprintable() and " " not in host
     except ValueError:
         valid = False
+    if valid and (parts.username is not None or parts.query or parts.fragment):
+        # The address is shown, and kept in results: it must hold no password.
+        raise CannotStartError(
+            "--host: expected no user, password, query or fragment in the address; --api-key sends a key"
+        )
     if not valid:
         raise CannotStartError(f"--host: expected a URL such as http://127.0.0.1:8000, got {host!r}")
     return host.rstrip("/")

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from loadtest.tasks import TASKS, Traits
 
 from .compare import changes_data, compare_runs, describe_changes, overall
 from .knee import Search, find_knee
-from .options import KEY_VARIABLE, Settings, add_load_options, add_slo_options, read_objectives
+from .options import KEY_VARIABLE, Settings, add_load_options, add_slo_options, check_effects, read_objectives
 from .presets import with_preset
 from .prices import read_prices
 from .report import Source, choose_prices, report_data, report_html
 from .result import describe_run, knee_result, run_result
-from .schema import read_result, write_result
+from .schema import check_output, read_result, write_result
 from .selfcheck import check_machine, describe_check
 from .team import Team, lead, work
 from .verdict import EXIT_KEPT, EXIT_MISSED, EXIT_VOID, judge
@@ -84,8 +85,12 @@ def _settings(given: argparse.Namespace, objectives: Objectives) -> Settings:
     if given.api_key:
         # Workers of this machine inherit it; it is sent to no others, and stands in no result.
         os.environ[KEY_VARIABLE] = given.api_key
-    check_host(given.host)
-    return Settings.from_values(with_preset({**vars(given), "host": given.host.rstrip("/")}, objectives))
+    values = {**vars(given), "host": check_host(given.host)}
+    settings = Settings.from_values(with_preset(values, objectives))
+    check_effects(values, settings, search=given.command == "knee")
+    if given.output:
+        check_output(given.output)
+    return settings
 
 
 def _learn(settings: Settings) -> Traits:
@@ -111,6 +116,10 @@ def _team(given: argparse.Namespace) -> tuple[int, int, float, str]:
             raise CannotStartError(
                 f"--{name.replace('_', '-')}: expected a number of processes, got {getattr(given, name)}"
             )
+    if not 0 < given.expect_workers_max_wait_s < float("inf"):
+        raise CannotStartError(
+            f"--expect-workers-max-wait-s: expected more than 0, got {given.expect_workers_max_wait_s:g}"
+        )
     return given.processes, given.expect_workers, given.expect_workers_max_wait_s, given.bind
 
 
@@ -123,7 +132,9 @@ async def _run(given: argparse.Namespace, command: Sequence[str]) -> int:
         outcome = await team.run(settings, traits)
     verdict = judge(outcome, settings, objectives)
     result = run_result(command, settings, objectives, traits, outcome, verdict)
-    print("\n".join(describe_run(result)))
+    print("\n".join(describe_run(result)), flush=True)
+    for note in result["notes"]:
+        print(f"loadtest: {note}", file=sys.stderr, flush=True)
     if given.output:
         write_result(given.output, result)
     return verdict.exit_code
@@ -140,13 +151,13 @@ async def _knee(given: argparse.Namespace, command: Sequence[str]) -> int:
     async with lead(*_team(given)) as team:
         _stop_on_interrupt(team)
         found = await find_knee(team, settings, traits, objectives, search, lambda line: print(line, flush=True))
-    if given.output:
-        write_result(given.output, knee_result(command, settings, objectives, traits, found.as_fields()))
     for reason in found.void:
         print(f"{'VOID':10} {reason}")
     if found.kept is not None:
         upper = f", missed at {found.missed:.4g}/s" if found.missed else ""
         print(f"{'knee':10} {found.kept:.4g} requests/s keep the limits{upper}")
+    if given.output:
+        write_result(given.output, knee_result(command, settings, objectives, traits, found.as_fields()))
     return found.exit_code
 
 
@@ -218,4 +229,7 @@ def main(arguments: Sequence[str]) -> int:
                 return asyncio.run(work(given.join))
     except CannotStartError as error:
         print(f"loadtest: {error}", file=sys.stderr, flush=True)
+    except Exception:  # Python's own exit code would be that of a missed limit.
+        traceback.print_exc()
+        print("loadtest: void: this is a fault of the load test", file=sys.stderr, flush=True)
     return EXIT_VOID

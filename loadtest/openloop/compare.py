@@ -22,7 +22,13 @@ __all__ = ["FEWEST_BLOCKS", "Change", "blocks_of", "changes_data", "compare_runs
 FEWEST_BLOCKS = 8
 _MOST_BLOCKS = 60
 _RESAMPLES = 1000
-_SAME_SETTINGS = ("task", "inputs_per_request", "lengths", "shape", "process", "rate", "rate_to", "trace")
+_SAME_SETTINGS = (
+    *("task", "inputs_per_request", "lengths", "texts", "text_count", "max_chars", "encoding_format", "top_k"),
+    *("shape", "process", "rate", "rate_to", "steps", "spike_every_s", "spike_s", "day_s", "count"),
+    *("trace", "trace_speed", "request_timeout_s"),
+)
+_SAME_LENGTH = ("steps", "spike", "diurnal")
+"""Shapes whose load depends on the length of the run."""
 
 
 _NOTHING: dict[str, Any] = {"arrivals": 0, "good": 0, "errors": 0, "refused": 0, "latency": []}
@@ -144,7 +150,8 @@ def _check_alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
             raise CannotStartError(f"{name} result is a search: expected two files of python -m loadtest run")
         if result["void"]:
             raise CannotStartError(f"{name} run is void: {result['void'][0]}")
-    for setting in _SAME_SETTINGS:
+    shaped = first["settings"]["shape"] in _SAME_LENGTH and not first["settings"]["trace"]
+    for setting in (*_SAME_SETTINGS, *["duration_s"] * shaped):
         before, after = first["settings"][setting], second["settings"][setting]
         if before != after:
             raise CannotStartError(

@@ -12,6 +12,8 @@ from loadtest.options import CannotStartError
 __all__ = ["parse_counts", "parse_lengths", "with_lengths"]
 
 _FORMS = "texts, fixed:WORDS, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA, such as lognormal:40:0.8"
+_MOST_WORDS, _MOST_SIGMA = 100_000, 5
+"""Of one text; a distribution with a long tail is cut there."""
 
 
 def parse_lengths(spec: str) -> Callable[[random.Random], int] | None:
@@ -31,17 +33,18 @@ def parse_lengths(spec: str) -> Callable[[random.Random], int] | None:
         numbers = [float(part) for part in parts]
     except ValueError:
         numbers = []
-    valid = len(numbers) == len(parts) and all(math.isfinite(number) and number > 0 for number in numbers)
+    valid = len(numbers) == len(parts) and all(0 < number <= _MOST_WORDS for number in numbers)
+    whole = all(number.is_integer() for number in numbers)
     match name, numbers:
         case "texts", [] if not parts:
             return None
-        case "fixed", [words] if valid and words >= 1:
+        case "fixed", [words] if valid and whole:
             return lambda rng: int(words)
-        case "uniform", [low, high] if valid and 1 <= low <= high:
+        case "uniform", [low, high] if valid and whole and low <= high:
             return lambda rng: rng.randint(int(low), int(high))
-        case "lognormal", [median, sigma] if valid:
-            return lambda rng: max(1, round(rng.lognormvariate(math.log(median), sigma)))
-    raise CannotStartError(f"--lengths: expected {_FORMS}, got {spec!r}")
+        case "lognormal", [median, sigma] if valid and sigma <= _MOST_SIGMA:
+            return lambda rng: max(1, round(min(_MOST_WORDS, rng.lognormvariate(math.log(median), sigma))))
+    raise CannotStartError(f"--lengths: expected {_FORMS}, of at most {_MOST_WORDS} words, got {spec!r}")
 
 
 def parse_counts(spec: str) -> tuple[int, int]:

@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.measure import Objectives
-from loadtest.options import CannotStartError
+from loadtest.options import CannotStartError, bearer
 from loadtest.tasks import TASKS
 
 from .arrivals import PROCESSES
 from .lengths import parse_counts, parse_lengths
 from .presets import PRESETS
 
-__all__ = ["OBJECTIVES", "SHAPES", "Settings", "add_load_options", "add_slo_options", "read_objectives"]
+__all__ = [
+    "OBJECTIVES",
+    "SHAPES",
+    "Settings",
+    "add_load_options",
+    "add_slo_options",
+    "check_effects",
+    "read_objectives",
+]
 
 SHAPES = ("steady", "soak", "steps", "spike", "diurnal", "at-once")
 
@@ -92,6 +100,8 @@ class Settings:
         settings = cls(**{name: value for name, value in values.items() if name in fields and value is not None})
         if settings.shape == "at-once" and not settings.trace:
             settings = dataclasses.replace(settings, warm_up_s=0.0)
+        if settings.lengths != "texts" and values.get("max_chars") is None:
+            settings = dataclasses.replace(settings, max_chars=0)
         settings.check()
         return settings
 
@@ -99,9 +109,7 @@ class Settings:
     def headers(self) -> dict[str, str]:
         """Headers of every request."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        return headers
+        return headers | bearer(os.environ.get(KEY_VARIABLE, ""))
 
     def trust(self) -> ssl.SSLContext | None:
         """Which certificates are trusted; None for those of this system.
@@ -124,13 +132,14 @@ class Settings:
         """
         parse_lengths(self.lengths)
         parse_counts(self.inputs_per_request)
-        for name in ("text_count", "max_chars", "top_k", "count", "connections", "max_connections"):
+        self._expect("max_chars", self.max_chars >= 0, "at least 0, which cuts none")
+        for name in ("text_count", "top_k", "count", "connections", "max_connections"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("request_timeout_s", "duration_s", "spike_every_s", "spike_s", "day_s", "trace_speed"):
             self._expect(name, 0 < getattr(self, name) < float("inf"), "more than 0")
         for name in ("max_lag_ms", "max_cpu"):
-            self._expect(name, getattr(self, name) > 0, "more than 0")
-        self._expect("warm_up_s", self.warm_up_s >= 0, "at least 0")
+            self._expect(name, 0 < getattr(self, name) < float("inf"), "a finite number above 0")
+        self._expect("warm_up_s", 0 <= self.warm_up_s < float("inf"), "at least 0")
         self._expect("steps", self.steps >= 2, "at least 2")
         if self.trace or self.shape == "at-once":
             return
@@ -154,6 +163,56 @@ class Settings:
         if not valid:
             flag = "--" + name.replace("_", "-")
             raise CannotStartError(f"{flag}: expected {expected}, got {getattr(self, name):g}")
+
+
+_SHAPED = {
+    "rate_to": ("steps", "spike", "diurnal"),
+    "steps": ("steps",),
+    "spike_every_s": ("spike",),
+    "spike_s": ("spike",),
+    "day_s": ("diurnal",),
+    "count": ("at-once",),
+    **dict.fromkeys(("rate", "process", "duration_s", "warm_up_s"), ("steady", "soak", "steps", "spike", "diurnal")),
+}
+"""Options that only some shapes read."""
+
+_OF_TASKS = {
+    "encoding_format": ("openai",),
+    "top_k": ("fill-mask",),
+    "mask_token": tuple(name for name, task in TASKS.items() if task.needs_mask),
+}
+"""Options that only some tasks read."""
+
+
+def check_effects(values: dict[str, Any], settings: Settings, *, search: bool = False) -> None:
+    """Refuses options that nothing reads: who gives one expects that it changes the load.
+
+    Args:
+        values: Of the options as they were given; None where none was.
+        settings: What became of them.
+        search: Whether the rates are those of a search for the knee.
+
+    Raises:
+        CannotStartError: One has no effect.
+    """
+
+    def refuse(name: str, beside: str) -> None:
+        if values.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise CannotStartError(f"{flag} has no effect {beside}: leave it out")
+
+    for name, tasks in _OF_TASKS.items():
+        if settings.task not in tasks:
+            refuse(name, f"with --task {settings.task}")
+    for name in (*_SHAPED, "shape") if settings.trace else ():
+        if name != "warm_up_s":
+            refuse(name, "with --trace")
+    if settings.trace or search:
+        return
+    refuse("trace_speed", "without --trace")
+    for name, shapes in _SHAPED.items():
+        if settings.shape not in shapes:
+            refuse(name, f"with --shape {settings.shape}")
 
 
 def add_load_options(parser: argparse.ArgumentParser, **defaults: float) -> None:
@@ -183,7 +242,7 @@ def add_load_options(parser: argparse.ArgumentParser, **defaults: float) -> None
     add(group, "--texts", "texts to send, one a line, or JSON lines (default: docstrings of Python)", metavar="FILE")
     add(group, "--lengths", "words of a text: texts, fixed:N, uniform:LOW:HIGH, lognormal:MEDIAN:SIGMA", metavar="FORM")
     add(group, "--text-count", "how many different texts")
-    add(group, "--max-chars", "cut texts to this length")
+    add(group, "--max-chars", "cut texts to this length, 0 for none; with --lengths, none are cut unless this says so")
     add(group, "--seed", "which texts and arrival times")
     add(group, "--encoding-format", "for --task openai", choices=("float", "base64"))
     add(group, "--model", "name of the model where a task sends one (default: the server's first)")
@@ -263,7 +322,7 @@ def read_objectives(values: dict[str, Any]) -> Objectives:
         number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
         highest = 1 if name.endswith("_rate") else float("inf")
         lowest = 0 if name.endswith("_rate") else 1e-9
-        if not number or not lowest <= limit <= highest:
+        if not number or not lowest <= limit <= highest or limit == float("inf"):
             expected = "between 0 and 1" if name.endswith("_rate") else "more than 0"
             raise CannotStartError(f"SLO {name}: expected a number {expected}, got {limit!r}")
     return Objectives(**{name: float(limit) for name, limit in limits.items()})

@@ -103,7 +103,7 @@ def prepare_requests(settings: Settings, traits: Traits, index: int = 0) -> list
         texts = with_lengths(texts, draw, rng)
     if task.needs_mask and traits.mask_token is not None:
         texts = [insert_mask(text, traits.mask_token, rng) for text in texts]
-    texts = [text[: settings.max_chars] for text in texts]
+    texts = [text[: settings.max_chars or None] for text in texts]
     low, high = parse_counts(settings.inputs_per_request)
     parts = urlsplit(settings.host)
     path = parts.path.rstrip("/") + task.path_at(traits)

@@ -1,27 +1,40 @@
 """Runs in the form of MLPerf's LoadGen: its server and its offline scenario. Not a submission, and not its code.
 
 Server: Poisson arrivals, a bound on the 99th percentile, 600 s at least. Early stopping: a run that is short of queries
-passes if the bound is kept with 99 % confidence, so fewer may exceed it than 1 %. Offline: all queries at the start,
-and the result is how many are answered per second.
+passes if the bound is kept with 99 % confidence, so fewer may exceed it than 1 %. Offline: at least 24,576 samples, all
+at the start, that take 600 s at least; the result is how many are answered per second. A run that is shorter or smaller
+is not refused, but says so.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loadtest.measure import Collector, Objectives
 from loadtest.options import CannotStartError
 
-__all__ = ["PRESETS", "allowed_over", "early_stopping", "may_end", "with_preset"]
+if TYPE_CHECKING:
+    from .options import Settings
+
+__all__ = ["PRESETS", "allowed_over", "departures", "early_stopping", "may_end", "with_preset"]
 
 _PART, _CONFIDENCE = 0.99, 0.99
 _LONGEST = 3
 """How many times its least duration a server run may take before it is judged as it is."""
 
+_LEAST_S, _LEAST_SAMPLES = 600.0, 24_576
+"""What MLPerf asks for in both scenarios, and in the offline one."""
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "mlperf-server": {"shape": "steady", "process": "poisson", "duration_s": 600.0, "warm_up_s": 0.0},
-    "mlperf-offline": {"shape": "at-once", "count": 24_576, "max_connections": 64, "connections": 64, "warm_up_s": 0.0},
+    "mlperf-server": {"shape": "steady", "process": "poisson", "duration_s": _LEAST_S, "warm_up_s": 0.0},
+    "mlperf-offline": {
+        "shape": "at-once",
+        "count": _LEAST_SAMPLES,
+        "max_connections": 64,
+        "connections": 64,
+        "warm_up_s": 0.0,
+    },
 }
 """What each preset sets; options come first."""
 
@@ -54,6 +67,41 @@ def with_preset(values: dict[str, Any], objectives: Objectives) -> dict[str, Any
             "duration_s": _LONGEST * filled["duration_s"],
         }
     return filled
+
+
+def departures(settings: Settings, *, measured_s: float, samples: int, interrupted: bool) -> list[str]:
+    """Which of MLPerf's rules a run did not keep.
+
+    Args:
+        settings: Of the run.
+        measured_s: How long it took, without its warm-up.
+        samples: Texts that were answered.
+        interrupted: Whether somebody ended it.
+
+    Returns:
+        A sentence for each; none without a preset.
+    """
+    if not settings.preset:
+        return []
+    found = []
+    if settings.preset == "mlperf-server":
+        if settings.least_s < _LEAST_S:
+            found.append(f"the run was planned for {settings.least_s:g} s, at least {_LEAST_S:g} s are asked for")
+        if settings.inputs_per_request != "1":
+            found.append(f"a query had {settings.inputs_per_request} texts, one is asked for")
+        if settings.warm_up_s:
+            found.append(f"the first {settings.warm_up_s:g} s do not count, all queries are asked for")
+    else:
+        if samples < _LEAST_SAMPLES:
+            found.append(f"{samples} texts were answered, at least {_LEAST_SAMPLES} are asked for")
+        if measured_s < _LEAST_S:
+            found.append(
+                f"the run took {measured_s:.3g} s, at least {_LEAST_S:g} s are asked for: raise --count or "
+                "--inputs-per-request"
+            )
+    if interrupted:
+        found.append("the run was interrupted")
+    return [f"not by MLPerf's rules: {reason}" for reason in found]
 
 
 def allowed_over(queries: int, part: float = _PART, confidence: float = _CONFIDENCE) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from loadtest.options import CannotStartError
 __all__ = ["Price", "cost_per_million", "read_prices"]
 
 _HOUR_S = 3600
+_MOST = 1e9
+"""Of any currency, for an hour."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,15 @@ def read_prices(path: str | Path) -> list[Price]:
         raise CannotStartError(
             f'--prices: expected "currency" and "instances" in {path}, as in loadtest/prices.example.json'
         )
-    return [_price(name, value, str(found.get("currency", "")), path) for name, value in instances.items()]
+    currency = found.get("currency")
+    if not isinstance(currency, str) or not currency.strip():
+        raise CannotStartError(f'--prices: expected "currency" in {path}, such as "USD", got {currency!r}')
+    return [_price(name, value, currency, path) for name, value in instances.items()]
 
 
 def _price(name: str, value: Any, currency: str, path: str | Path) -> Price:
     per_hour = value.get("per_hour") if isinstance(value, Mapping) else None
-    if isinstance(per_hour, bool) or not isinstance(per_hour, (int, float)) or not 0 < per_hour < math.inf:
+    if isinstance(per_hour, bool) or not isinstance(per_hour, (int, float)) or not 0 < per_hour < _MOST:
         raise CannotStartError(
             f"--prices: expected the price of an hour of {name} in {path}, a number above 0, got {per_hour!r}. Prices "
             "are yours to fill in: they differ by region, contract and day"

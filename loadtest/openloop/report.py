@@ -57,6 +57,8 @@ def choose_prices(prices: Sequence[Price], wanted: Sequence[str], count: int) ->
         CannotStartError: It is not clear which machine was measured.
     """
     if not prices:
+        if wanted:
+            raise CannotStartError("--instance: expected --prices, a file with the price of this machine")
         return [None] * count
     by_name = {price.instance: price for price in prices}
     if not wanted and len(prices) == 1:
@@ -91,6 +93,7 @@ def report_data(sources: Sequence[Source]) -> dict[str, Any]:
                 "kind": "run" if source.is_run else "knee",
                 "exit_code": source.result["exit_code"],
                 "void": source.result["void"],
+                "notes": source.result.get("notes", []),
                 "path": source.result["server"]["path"],
                 "model": source.result["server"]["model"],
                 "objectives": source.result["objectives"],
@@ -162,7 +165,12 @@ def _overview(sources: Sequence[Source]) -> str:
         for source in sources
         for reason in source.result["void"]
     )
-    return f'{_table(head, rows)}<p class="faint">{note}</p>{voids}'
+    notes = "".join(
+        f'<p class="bad">{_text(source.name)}: {_text(said)}</p>'
+        for source in sources
+        for said in source.result.get("notes", ())
+    )
+    return f'{_table(head, rows)}<p class="faint">{note}</p>{notes}{voids}'
 
 
 def _curve(sources: Sequence[Source]) -> str:

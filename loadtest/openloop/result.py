@@ -19,9 +19,9 @@ from loadtest.tasks import TASKS, Traits
 from .engine import Outcome
 from .options import Settings
 from .plan import profile_of
-from .record import GROWTH, Second, bucket_ms, percentile_of
+from .record import GROWTH, Second, bucket_ms, bucket_of, percentile_of
 from .schema import KNEE_FORMAT, RUN_FORMAT
-from .verdict import Verdict, measured_s, point_of, point_of_run
+from .verdict import Verdict, measured_s, notes_on, point_of, point_of_run
 
 __all__ = ["describe_run", "knee_result", "run_result"]
 
@@ -136,9 +136,8 @@ def run_result(
     points = steps_of(outcome, settings, objectives)
     kept = [point["rate"] for point in points if point["kept"]]
     whole: Counter[int] = Counter()
-    for number, second in record.seconds.items():
-        if number >= math.floor(settings.warm_up_s):
-            whole.update(second.latency)
+    for duration_ms, count in record.collector.latency.counts.items():
+        whole[bucket_of(duration_ms)] += count
     return {
         **_common(RUN_FORMAT, command, settings, objectives, traits, outcome.workers),
         "summary": {
@@ -167,6 +166,7 @@ def run_result(
         "knee_per_s": max(kept) if settings.shape == "steps" and kept else None,
         "drift": drift_of(record.seconds, settings.warm_up_s),
         "limits": [{"kept": passed, "message": message} for passed, message in verdict.limits],
+        "notes": notes_on(outcome, settings),
         "void": verdict.void,
         "exit_code": verdict.exit_code,
     }
@@ -221,5 +221,6 @@ def describe_run(result: Mapping[str, Any]) -> list[str]:
     if settings["shape"] == "soak" and result["drift"] is not None:
         rows.append(f"{'drift':10} p95 of the last quarter is {result['drift']:+.1%} from that of the first")
     rows += [f"{'kept' if limit['kept'] else 'MISSED':10} {limit['message']}" for limit in result["limits"]]
+    rows += [f"{'NOTE':10} {note}" for note in result["notes"]]
     rows += [f"{'VOID':10} {reason}" for reason in result["void"]]
     return rows

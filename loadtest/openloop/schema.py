@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import fastjsonschema
 
 from loadtest.options import CannotStartError
 
-__all__ = ["KNEE", "RUN", "check", "read_result", "write_result"]
+__all__ = ["KNEE", "RUN", "check", "check_output", "read_result", "write_result"]
 
 RUN_FORMAT, KNEE_FORMAT = "torch-ext-loadtest-run/1", "torch-ext-loadtest-knee/1"
 
@@ -104,7 +105,9 @@ RUN = {
             "knee_per_s": _NUMBER_OR_NONE,
             "drift": _NUMBER_OR_NONE,
             "limits": {"type": "array", "items": _object({"kept": {"type": "boolean"}, "message": _TEXT})},
+            "notes": _TEXTS,
         },
+        optional=("notes",),
     ),
 }
 """The file of ``python -m loadtest run -o``."""
@@ -169,6 +172,23 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise CannotStartError(f"{path}: expected the form {kind}: {wrong}")
     result: dict[str, Any] = found
     return result
+
+
+def check_output(path: str | Path) -> None:
+    """Looks whether a result can be written, before a load is made whose result would be lost.
+
+    Raises:
+        CannotStartError: It cannot.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reason = "is a folder" if path.is_dir() else "may not be written"
+        writable = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+    except OSError as error:
+        raise CannotStartError(f"-o: cannot write {path}: {error}") from error
+    if not writable:
+        raise CannotStartError(f"-o: cannot write {path}: it {reason}")
 
 
 def write_result(path: str | Path, result: Mapping[str, Any]) -> None:

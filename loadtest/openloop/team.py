@@ -166,13 +166,13 @@ async def lead(processes: int, others: int, max_wait_s: float, bind: str) -> Asy
     arrived: asyncio.Queue[_Worker] = asyncio.Queue()
 
     async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ValueError, OSError, KeyError, asyncio.TimeoutError):
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError, asyncio.TimeoutError):
             hello = json.loads(await asyncio.wait_for(reader.readline(), SILENCE_S))
             await arrived.put(_Worker(str(hello["hello"]), reader, writer))
 
     try:
         server = await asyncio.start_server(welcome, host or "127.0.0.1", int(port), limit=_LINE_LIMIT)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise CannotStartError(f"--bind: expected HOST:PORT of this machine, got {bind!r}: {error}") from error
     bound_host, bound_port = server.sockets[0].getsockname()[:2]
     own = 0 if processes <= 1 else processes
@@ -214,7 +214,7 @@ async def work(address: str) -> int:
     host, _, port = address.rpartition(":")
     try:
         reader, writer = await asyncio.open_connection(host, int(port), limit=_LINE_LIMIT)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         print(f"loadtest: cannot join {address!r}, expected HOST:PORT of a leader: {error}", file=sys.stderr)
         return 2
 

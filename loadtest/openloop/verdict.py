@@ -10,10 +10,20 @@ from loadtest.measure import Collector, Objectives
 from .engine import Outcome
 from .options import Settings
 from .plan import planned_s
-from .presets import early_stopping
+from .presets import departures, early_stopping
 from .record import Second, bucket_ms
 
-__all__ = ["EXIT_KEPT", "EXIT_MISSED", "EXIT_VOID", "Verdict", "judge", "point_of", "point_of_run", "void_reasons"]
+__all__ = [
+    "EXIT_KEPT",
+    "EXIT_MISSED",
+    "EXIT_VOID",
+    "Verdict",
+    "judge",
+    "notes_on",
+    "point_of",
+    "point_of_run",
+    "void_reasons",
+]
 
 EXIT_KEPT, EXIT_MISSED, EXIT_VOID = 0, 1, 2
 
@@ -46,21 +56,21 @@ def void_reasons(outcome: Outcome, settings: Settings) -> list[str]:
     reasons = list(outcome.lost)
     if not outcome.record.collector.total and not outcome.lost:
         reasons.append("no request ended that counts: make the run longer, the rate higher, or the warm-up shorter")
-    if settings.shape == "at-once" and not settings.trace:
-        return reasons  # The generator holds back on purpose what the server cannot take yet.
+    # At once: the generator holds back on purpose what the server cannot take yet.
+    scheduled = settings.shape != "at-once" or bool(settings.trace)
     lag_ms = outcome.record.lag.percentile(0.99)
     advice = "give it a core of its own, another machine, or --processes 2"
-    if lag_ms is not None and lag_ms > settings.max_lag_ms:
+    if scheduled and lag_ms is not None and lag_ms > settings.max_lag_ms:
         reasons.append(
             f"the generator was late: it sent 1 % of the requests more than {lag_ms:g} ms after their time (limit "
             f"{settings.max_lag_ms:g} ms); {advice}"
         )
     if outcome.cpu > settings.max_cpu:
         reasons.append(
-            f"the generator used {outcome.cpu:.0%} of a core (limit {settings.max_cpu:.0%}): latencies hold its own "
+            f"the generator used {outcome.cpu:.0%} of a core (limit {settings.max_cpu:.0%}): the numbers hold its own "
             f"delay; {advice}"
         )
-    if outcome.waited:
+    if scheduled and outcome.waited:
         reasons.append(
             f"{outcome.waited} requests waited in the generator for one of {settings.max_connections} connections at "
             "most: raise --max-connections (and the limit of open files), or lower the rate"
@@ -75,6 +85,19 @@ def measured_s(outcome: Outcome, settings: Settings) -> float:
         return last_answer_s
     planned = planned_s(settings)
     return min(planned, last_sent_s - settings.warm_up_s) if outcome.interrupted or outcome.ended else planned
+
+
+def notes_on(outcome: Outcome, settings: Settings) -> list[str]:
+    """What a reader of the numbers must know, though they are right."""
+    length_s = measured_s(outcome, settings)
+    found = departures(
+        settings, measured_s=length_s, samples=outcome.record.collector.texts, interrupted=outcome.interrupted
+    )
+    if outcome.interrupted:
+        planned = planned_s(settings)
+        part = f" of {planned:g} s" if planned else ""
+        found.append(f"interrupted: the numbers are those of the first {length_s:.3g} s{part} after the warm-up")
+    return found
 
 
 def judge(outcome: Outcome, settings: Settings, objectives: Objectives) -> Verdict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import statistics
 from collections import Counter
@@ -106,9 +107,25 @@ def test_lengths_follow_the_distribution() -> None:
         assert max(lengths) <= high
         assert statistics.mean(lengths) == pytest.approx(mean, rel=0.05)
     assert parse_lengths("texts") is None
-    for spec in ("fixed", "fixed:0", "uniform:9:3", "lognormal:a:1", "other:1", "texts:1"):
+    too_long = ("fixed:1e9", "fixed:inf", "uniform:1:1e9", "lognormal:1e300:1", "lognormal:40:50")
+    for spec in ("fixed", "fixed:0", "fixed:2.5", "uniform:9:3", "lognormal:a:1", "other:1", "texts:1", *too_long):
         with pytest.raises(CannotStartError, match="--lengths: expected texts, fixed"):
             parse_lengths(spec)
+
+
+def test_drawn_lengths_are_not_cut() -> None:
+    """Unless somebody asks for it: `fixed:1000` in words is more than the 2,000 characters of texts as they are."""
+
+    def words(**values: Any) -> set[int]:
+        settings = Settings.from_values({"host": "http://h", "rate": 1.0, "texts": TEXTS, **values})
+        bodies = [request.data.partition(b"\r\n\r\n")[2] for request in prepare_requests(settings, Traits())]
+        return {len(json.loads(body)["inputs"][0].split()) for body in bodies}
+
+    assert words(lengths="fixed:1000") == {1000}
+    assert max(words(lengths="fixed:1000", max_chars=2000)) < 1000
+    draw = parse_lengths("lognormal:40:5")
+    assert draw is not None
+    assert max(draw(random.Random(seed)) for seed in range(3000)) == 100_000
 
 
 def test_requests_are_prepared() -> None:
@@ -132,7 +149,10 @@ def test_requests_are_prepared() -> None:
         ({"rate": 1.0, "warm_up_s": 30.0}, "ends within its warm-up"),
         ({"rate": 1.0, "shape": "spike", "rate_to": 2.0, "spike_s": 60.0}, "--spike-s: expected less than"),
         ({"rate": 1.0, "inputs_per_request": "8-1"}, "--inputs-per-request"),
-        ({"rate": 1.0, "max_lag_ms": 0.0}, "--max-lag-ms: expected more than 0, got 0"),
+        ({"rate": 1.0, "max_lag_ms": 0.0}, "--max-lag-ms: expected a finite number above 0, got 0"),
+        ({"rate": 1.0, "max_lag_ms": math.inf}, "--max-lag-ms: expected a finite number above 0, got inf"),
+        ({"rate": 1.0, "max_cpu": math.inf}, "--max-cpu: expected a finite number above 0, got inf"),
+        ({"trace": "t", "warm_up_s": math.inf}, "--warm-up-s: expected at least 0, got inf"),
         ({"rate": 1.0, "steps": 1}, "--steps: expected at least 2"),
     ],
 )
@@ -150,6 +170,7 @@ def test_limits_of_a_file_and_of_options(tmp_path: Path) -> None:
         ('{"p98_ms": 1}', "expected some of p50_ms.*got 'p98_ms'"),
         ('{"error_rate": 2}', "expected a number between 0 and 1, got 2"),
         ('{"p99_ms": "x"}', "expected a number more than 0"),
+        ('{"p99_ms": 1e400}', "expected a number more than 0, got inf"),
         ("[]", "expected a JSON object"),
         ("{", "cannot read"),
     ):

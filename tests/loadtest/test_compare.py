@@ -64,6 +64,8 @@ def test_what_cannot_be_compared(runs: dict[str, Any]) -> None:
     for second, message in (
         ({**first, "void": ["late"]}, "the second run is void: late"),
         ({**first, "settings": {**first["settings"], "rate": 61.0}}, "differ in --rate"),
+        ({**first, "settings": {**first["settings"], "texts": "other.txt"}}, "differ in --texts"),
+        ({**first, "settings": {**first["settings"], "trace_speed": 2.0}}, "differ in --trace-speed"),
         ({"format": KNEE_FORMAT}, "is a search"),
         (
             a_result(server={"service_s": 0.005}, rate=60.0, duration_s=8.0),
@@ -72,6 +74,12 @@ def test_what_cannot_be_compared(runs: dict[str, Any]) -> None:
     ):
         with pytest.raises(CannotStartError, match=message):
             compare_runs(first, second)
+    # A steady load is the same for any time; steps are not.
+    longer = {**first, "settings": {**first["settings"], "duration_s": 99.0}}
+    assert compare_runs(first, longer, resamples=20)
+    steps = [{**run, "settings": {**run["settings"], "shape": "steps"}} for run in (first, longer)]
+    with pytest.raises(CannotStartError, match="differ in --duration-s"):
+        compare_runs(*steps)
     with pytest.raises(CannotStartError, match="--confidence"):
         compare_runs(first, first, confidence=1.0)
 

@@ -55,6 +55,12 @@ def test_warm_up_is_sent_but_does_not_count() -> None:
     assert sum(second.arrivals for second in outcome.record.seconds.values()) == pytest.approx(1000, abs=1)
 
 
+def test_the_histogram_is_of_the_requests_that_count() -> None:
+    """Not of the whole second in which the warm-up ends."""
+    result = a_result(rate=50.0, duration_s=5.0, warm_up_s=1.9)
+    assert sum(count for _, count in result["histogram"]["counts"]) == result["summary"]["good"]
+
+
 def test_refusals_and_overload() -> None:
     outcome = run_virtually(settings(rate=200.0, duration_s=20.0, warm_up_s=0.0), service_s=0.01, full=5)
     collector = outcome.record.collector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from sim_server import simulated
 
 from loadtest.measure import Collector, Objectives
 from loadtest.openloop.commands import main
-from loadtest.openloop.presets import PRESETS, allowed_over, early_stopping, may_end, with_preset
+from loadtest.openloop.options import Settings
+from loadtest.openloop.presets import PRESETS, allowed_over, departures, early_stopping, may_end, with_preset
 from loadtest.openloop.schema import read_result
 from loadtest.options import CannotStartError
 
@@ -79,6 +81,34 @@ def test_what_is_not_given_is_the_presets() -> None:
     assert with_preset({"preset": ""}, Objectives()) == {"preset": ""}
 
 
+@pytest.mark.parametrize(
+    ("values", "measured_s", "samples", "said"),
+    [
+        ({"preset": "mlperf-server", "least_s": 600.0, "warm_up_s": 0.0}, 600.0, 500, []),
+        ({"preset": "mlperf-server", "least_s": 599.0, "warm_up_s": 0.0}, 900.0, 10**6, ["planned for 599 s"]),
+        (
+            {"preset": "mlperf-server", "least_s": 600.0, "warm_up_s": 2.0, "inputs_per_request": "1-8"},
+            600.0,
+            500,
+            ["had 1-8 texts", "the first 2 s"],
+        ),
+        ({"preset": "mlperf-offline"}, 600.0, 24_576, []),
+        ({"preset": "mlperf-offline"}, 30.0, 24_575, ["24575 texts were answered", "the run took 30 s"]),
+        ({}, 1.0, 1, []),
+    ],
+)
+def test_a_run_says_which_rules_it_does_not_keep(
+    values: dict[str, Any], measured_s: float, samples: int, said: list[str]
+) -> None:
+    found = departures(Settings(**values), measured_s=measured_s, samples=samples, interrupted=False)
+    assert len(found) == len(said)
+    for sentence, part in zip(found, said, strict=True):
+        assert sentence.startswith("not by MLPerf's rules: ")
+        assert part in sentence
+    interrupted = departures(Settings(**values), measured_s=measured_s, samples=samples, interrupted=True)
+    assert len(interrupted) == len(said) + bool(values)
+
+
 def test_both_scenarios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run.json"
     with simulated() as server:
@@ -100,9 +130,18 @@ def test_both_scenarios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         result = read_result(output)
         assert result["summary"]["requests"] >= 459
         assert 1 <= result["summary"]["measured_s"] <= 3
-        assert "early stopping: 0 of" in capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert "early stopping: 0 of" in printed.out
+        note = "not by MLPerf's rules: the run was planned for 1 s, at least 600 s are asked for"
+        assert result["notes"] == [note]
+        assert f"NOTE       {note}" in printed.out
+        assert f"loadtest: {note}" in printed.err
+        page = tmp_path / "report.html"
+        assert main(["report", str(output), "-o", str(page)]) == 0
+        assert html.escape(note) in page.read_text(encoding="utf-8")
         assert main(["run", "--preset", "mlperf-offline", "--count", "300", *common]) == 0
         result = read_result(output)
         assert result["summary"]["requests"] == 300
         assert result["settings"]["max_connections"] == 64
+        assert len(result["notes"]) == 2
         assert main(["knee", "--preset", "mlperf-offline", *common]) == 2

@@ -111,6 +111,11 @@ def test_prices_are_the_users(tmp_path: Path, results: list[str], capsys: pytest
     # The example has none: a forgotten one is refused, and never counts as free.
     assert main(["report", *results, "-o", str(tmp_path / "x.html"), "--prices", str(EXAMPLE)]) == 2
     assert "Prices are yours to fill in" in capsys.readouterr().err
+    named = '"instances": {"a": {"per_hour": 1}}'
+    for content in (f"{{{named}}}", f'{{"currency": 5, {named}}}', f'{{"currency": " ", {named}}}'):
+        (tmp_path / "p.json").write_text(content)
+        with pytest.raises(CannotStartError, match='--prices: expected "currency" in'):
+            read_prices(tmp_path / "p.json")
     for content in ("[]", '{"instances": {}}', '{"instances": {"a": {"per_hour": 0}}}', "{"):
         (tmp_path / "p.json").write_text(content)
         with pytest.raises(CannotStartError, match="--prices"):
@@ -121,6 +126,8 @@ def test_prices_are_the_users(tmp_path: Path, results: list[str], capsys: pytest
 def test_each_result_has_its_machine() -> None:
     one, two = Price("one", 1.0, "EUR"), Price("two", 2.0, "EUR")
     assert choose_prices([], [], 2) == [None, None]
+    with pytest.raises(CannotStartError, match="--instance: expected --prices"):
+        choose_prices([], ["one"], 2)
     assert choose_prices([one], [], 2) == [one, one]
     assert choose_prices([one, two], ["two"], 2) == [two, two]
     assert choose_prices([one, two], ["two", "one"], 2) == [two, one]

@@ -44,12 +44,8 @@ def server() -> Iterator[Simulated]:
 
 
 def run(host: str, *arguments: str, rate: float = 100, duration_s: float = 0.4) -> int:
-    return main(
-        [
-            *("run", "--host", host, "--rate", str(rate), "--duration-s", str(duration_s), "--warm-up-s", "0.1"),
-            *(*TEXTS, *LENIENT, *arguments),
-        ]
-    )
+    shaped = ("--rate", str(rate), "--duration-s", str(duration_s)) if "--trace" not in arguments else ()
+    return main(["run", "--host", host, *shaped, "--warm-up-s", "0.1", *TEXTS, *LENIENT, *arguments])
 
 
 def test_every_task_runs_and_is_right(server: Simulated, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,9 +120,11 @@ def test_what_cannot_start(server: Simulated, capsys: pytest.CaptureFixture[str]
 def test_all_at_once_and_traces(server: Simulated, tmp_path: Path) -> None:
     server.service_s = 0.01
     output = tmp_path / "run.json"
-    assert run(server.host, "--shape", "at-once", "--count", "40", "--max-connections", "4", "-o", str(output)) == 0
+    at_once = ("run", "--host", server.host, *TEXTS, "--shape", "at-once", "--count", "40", "--max-connections", "4")
+    assert main([*at_once, *LENIENT, "-o", str(output)]) == 0
     result = read_result(output)
     assert (result["summary"]["requests"], result["generator"]["most_in_flight"]) == (40, 40)
+    assert main([*at_once, "--max-cpu", "0.000001"]) == 2
     (tmp_path / "trace.txt").write_text("".join(f"{0.01 * number}\n" for number in range(30)))
     assert run(server.host, "--trace", str(tmp_path / "trace.txt"), "-o", str(output)) == 0
     assert read_result(output)["summary"]["requests"] == 20
@@ -211,6 +209,7 @@ def test_an_interrupt_still_gives_a_verdict(server: Simulated) -> None:
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
         assert "VOID" not in output
+        assert re.search(r"NOTE       interrupted: the numbers are those of the first [\d.]+ s of 60 s", output)
     finally:
         process.kill()
         process.communicate()
