@@ -293,7 +293,7 @@ def _percentile(collector: Collector, part: float, limit_ms: float, slow: int) -
     rank = math.ceil(part * (collector.good + slow))
     if rank > collector.good:
         refused = f"{collector.refused} of {collector.total} requests were refused (429) and count as longer"
-        return False, f"{name} beyond every answer, since {refused} (limit them with --slo-refused-rate),"
+        return False, f"{name} beyond every answer, since {refused} (--slo-refused-rate allows some),"
     measured_ms = collector.latency.at_rank(rank)
     assert measured_ms is not None  # There are good requests, and each has a latency.
     with_refused = f" ({slow} refused requests count as longer)" if slow else ""

@@ -91,9 +91,14 @@ class _Probe:
                 return error.code, error.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or repr(error)
-            raise CannotStartError(
-                f"no answer from {self.host}{path}: {reason}. Is the server running, and is --host right?"
-            ) from error
+            advice = "Is the server running, and is --host right?"
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                advice = (
+                    "Does --host have the name in the certificate, and --ca (for Locust: SSL_CERT_FILE) its authority?"
+                )
+            elif isinstance(reason, ssl.SSLError):
+                advice = "Does the server speak HTTPS?"
+            raise CannotStartError(f"no answer from {self.host}{path}: {reason}. {advice}") from error
 
     def ask_json(self, path: str) -> dict[str, Any]:
         """Sends GET; an answer that is not a JSON object counts as an empty one."""

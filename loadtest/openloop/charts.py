@@ -62,6 +62,13 @@ def _frame(title: str, inside: str, legend: Sequence[str]) -> str:
     )
 
 
+def _alone(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float]]:
+    """Points without a neighbour: a line has no length there, so they are drawn as dots."""
+    heights = [None, *(y for _, y in points), None]
+    neighbours = zip(points, heights, heights[2:], strict=False)
+    return [(x, y) for (x, y), before, after in neighbours if y is not None and before is None and after is None]
+
+
 def lines(
     title: str,
     found: Sequence[Line],
@@ -140,6 +147,9 @@ def lines(
                 path.append(f"{pen}{across(x):.1f} {up(y):.1f}")
                 pen = "L"
         parts.append(f'<path class="line s{index % 8}" d="{" ".join(path)}"/>')
+        for x, y in _alone(line.points):
+            if y > 0 or not log:
+                parts.append(f'<path class="line dot s{index % 8}" d="M{across(x):.1f} {up(y):.1f}h0"/>')
         for (x, y), missed in zip(line.points, line.missed, strict=False):
             if y is not None and (y > 0 or not log):
                 kind = "missed" if missed else "kept"

@@ -141,25 +141,38 @@ def _verdict(result: Mapping[str, Any]) -> str:
     return f'<span class="{kind}">{word}</span>'
 
 
+def _figures(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the overview shows of a result: its best point, its only one, or the whole run where the rate changed."""
+    points = result["points"]
+    if best := _best(result) or (points[0] if len(points) == 1 else None):
+        return best
+    if points or "summary" not in result:
+        return {}
+    summary = result["summary"]
+    latency = {f"{name}_ms": summary["latency_ms"].get(name) for name, _ in _PERCENTILES}
+    return {"answered_per_s": summary["requests_per_s"], "texts_per_s": summary["texts_per_s"], **latency}
+
+
 def _overview(sources: Sequence[Source]) -> str:
     rows = []
     for source in sources:
-        points = source.result["points"]
-        best = _best(source.result) or (points[0] if len(points) == 1 else None)
+        shown = _figures(source.result)
         summary = source.result.get("summary")
         rows.append(
             [
                 _text(source.name),
                 _verdict(source.result),
                 _number(source.result["knee_per_s"]),
-                _number(best["answered_per_s"] if best else None),
-                _number(best["texts_per_s"] if best else None),
-                *(_number(best[f"{name}_ms"] if best else None) for name, _ in _PERCENTILES),
-                _number(100 * (summary["error_rate"] or 0) if summary else None, " %"),
+                *(_number(shown.get(f"{name}_per_s")) for name in ("answered", "texts")),
+                *(_number(shown.get(f"{name}_ms")) for name, _ in _PERCENTILES),
+                _number(100 * ((summary or shown).get("error_rate") or 0) if summary or shown else None, " %"),
             ]
         )
     head = ("result", "limits", "knee, 1/s", "answered/s", "texts/s", "p50 ms", "p95 ms", "p99 ms", "errors")
-    note = "Rates and percentiles are those of the fastest point that kept the limits, or of the only one."
+    note = (
+        "Rates and percentiles are those of the fastest point that kept the limits, of the only one, or of the whole "
+        "run where the rate changed."
+    )
     voids = "".join(
         f'<p class="bad">{_text(source.name)} is void: {_text(reason)}</p>'
         for source in sources
@@ -206,27 +219,27 @@ def _curve(sources: Sequence[Source]) -> str:
 
 
 def _over_time(source: Source) -> str:
-    series = source.result["series"]
+    series, settings = source.result["series"], source.result["settings"]
+    if settings["shape"] == "at-once" and not settings["trace"]:
+        return f"<h3>{_text(source.name)}</h3><p>All requests were to start at once.</p>"
     together = max(1, -(-len(series) // _MOST_PLACES))
     groups = [series[start : start + together] for start in range(0, len(series), together)]
-    merged: list[tuple[float, Counter[int], int]] = []
+    merged: list[tuple[float, Counter[int], float]] = []
     for group in groups:
         counts: Counter[int] = Counter()
         for second in group:
             counts.update(dict(second["latency"]))
-        merged.append((group[0]["second"], counts, sum(second["arrivals"] for second in group)))
+        merged.append((group[0]["second"], counts, sum(second["arrivals"] for second in group) / len(group)))
     latency = [
         Line(name, [(moment, percentile_of(counts, part)) for moment, counts, _ in merged])
         for name, part in _PERCENTILES
     ]
-    marks = (
-        [(source.result["settings"]["warm_up_s"], "end of warm-up")] if source.result["settings"]["warm_up_s"] else []
-    )
+    marks = [(settings["warm_up_s"], "end of warm-up")] if settings["warm_up_s"] else []
     rates = [
-        Line("arrivals/s", [(moment, arrivals / together) for moment, _, arrivals in merged]),
+        Line("arrivals/s", [(moment, arrivals) for moment, _, arrivals in merged]),
         Line(
             "right answers/s",
-            [(group[0]["second"], sum(second["good"] for second in group) / together) for group in groups],
+            [(group[0]["second"], sum(second["good"] for second in group) / len(group)) for group in groups],
         ),
         Line("in flight", [(group[0]["second"], max(second["in_flight"] for second in group)) for group in groups]),
     ]

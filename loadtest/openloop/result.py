@@ -201,7 +201,7 @@ def describe_run(result: Mapping[str, Any]) -> list[str]:
         "load test": f"{result['server']['path']} at {settings['host']}, open model, {arrivals}, "
         f"{summary['measured_s']:.1f} s after the warm-up, {result['workers']} generator(s)",
         "requests": f"{summary['good']} right, {summary['refused']} refused (429), {summary['errors']} errors",
-        "rates": f"{summary['requests'] / (summary['measured_s'] or 1):.1f} arrivals/s, "
+        "rates": f"{summary['requests'] / (summary['measured_s'] or math.inf):.1f} arrivals/s, "
         f"{summary['goodput_per_s']:.1f} goodput/s, {summary['texts_per_s']:.1f} texts/s, "
         + (f"{tokens:.0f} tokens/s" if tokens is not None else "tokens/s unknown (the server does not tell)"),
         "latency": ", ".join(f"{name} {_ms(value)}" for name, value in summary["latency_ms"].items())

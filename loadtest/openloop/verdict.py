@@ -59,7 +59,9 @@ def void_reasons(outcome: Outcome, settings: Settings) -> list[str]:
     # At once: the generator holds back on purpose what the server cannot take yet.
     scheduled = settings.shape != "at-once" or bool(settings.trace)
     lag_ms = outcome.record.lag.percentile(0.99)
-    advice = "give it a core of its own, another machine, or --processes 2"
+    # A process that had time to spare was late since others had the cores: more processes would be no better.
+    spare = outcome.cpu < settings.max_cpu / 2
+    advice = "give it a core of its own, or another machine" + ("" if spare else ", or --processes 2")
     if scheduled and lag_ms is not None and lag_ms > settings.max_lag_ms:
         reasons.append(
             f"the generator was late: it sent 1 % of the requests more than {lag_ms:g} ms after their time (limit "
@@ -84,6 +86,8 @@ def measured_s(outcome: Outcome, settings: Settings) -> float:
     if settings.shape == "at-once" and not settings.trace:
         return last_answer_s
     planned = planned_s(settings)
+    if not planned:  # A trace in which everything comes at once.
+        return max(0.0, last_answer_s - settings.warm_up_s)
     return min(planned, last_sent_s - settings.warm_up_s) if outcome.interrupted or outcome.ended else planned
 
 

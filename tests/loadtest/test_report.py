@@ -15,7 +15,7 @@ from loadtest.measure import Objectives
 from loadtest.openloop.charts import Line, bars, lines
 from loadtest.openloop.commands import main
 from loadtest.openloop.prices import Price, cost_per_million, read_prices
-from loadtest.openloop.report import Source, choose_prices, report_data
+from loadtest.openloop.report import Source, _over_time, choose_prices, report_data
 from loadtest.openloop.schema import KNEE_FORMAT, write_result
 from loadtest.options import CannotStartError
 
@@ -94,6 +94,38 @@ def test_results_without_answers_and_without_prices(tmp_path: Path) -> None:
     assert Page(text).loads == []
     assert "Nothing to draw" in text
     assert "No prices" in text
+
+
+def test_every_shape_has_its_numbers_on_the_page(tmp_path: Path) -> None:
+    """Also where the rate changed, which gives no point, and where everything came at once."""
+    spike = a_result(shape="spike", rate=20.0, rate_to=60.0, spike_every_s=4.0, spike_s=1.0, duration_s=12.0)
+    at_once = a_result(shape="at-once", count=50)
+    for name, result in (("spike", spike), ("once", at_once)):
+        write_result(tmp_path / f"{name}.json", result)
+    page = tmp_path / "page.html"
+    assert main(["report", *(str(tmp_path / f"{name}.json") for name in ("spike", "once")), "-o", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    (row,) = re.findall(r"<tr><td>spike</td>.*?</tr>", text)
+    cells = re.findall(r"<td>([^<]*)</td>", row)
+    summary = spike["summary"]
+    assert cells[2:4] == [f"{summary['requests_per_s']:.4g}", f"{summary['texts_per_s']:.4g}"]
+    assert cells[4:7] == [f"{summary['latency_ms'][name]:.4g}" for name in ("p50", "p95", "p99")]
+    assert "<h3>once</h3><p>All requests were to start at once.</p>" in text
+
+
+def test_a_last_group_of_seconds_is_not_diluted() -> None:
+    """600 s are drawn by twos; of 601, the last stands alone."""
+    result = a_result(rate=2.0, process="constant", duration_s=601.0)
+    drawn = _over_time(Source("long", result))
+    path = re.findall(r'<path class="line s0" d="([^"]*)"', drawn)[-1]
+    heights = [float(point.split(" ")[1]) for point in re.split("[ML]", path)[1:]]
+    assert heights[-1] == pytest.approx(heights[-2], abs=1)
+
+
+def test_points_without_neighbours_are_dots() -> None:
+    found = lines("x", [Line("a", [(0, 1.0), (1, None), (2, 3.0), (3, 4.0)])], x_label="x", y_label="y")
+    assert found.count('class="line dot s0"') == 1
+    assert 'class="line dot' not in lines("x", [Line("a", [(0, 1.0), (1, 2.0)])], x_label="x", y_label="y")
 
 
 def test_a_trial_above_the_knee_was_lucky(tmp_path: Path) -> None:
