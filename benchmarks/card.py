@@ -171,7 +171,11 @@ def knee(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         rate = texts_at_knee(json.loads(path.read_text()))
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(60)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
         if server.stdout is not None:
             server.stdout.close()
     if not rate:
@@ -236,9 +240,10 @@ def index(folder: Path) -> int:
     cards: dict[str, Mapping[str, Any]] = {}
     code = 0
     for path in sorted(folder.glob("*.json")):
-        card = json.loads(path.read_text(encoding="utf-8"))
-        if wrong := card_form.check_card(card):
-            print(f"card: {path}: {'; '.join(wrong)}", file=sys.stderr)
+        try:
+            card = card_form.read_card(path)
+        except ValueError as error:
+            print(f"card: {error}", file=sys.stderr)
             code = 1
             continue
         cards[path.stem] = card
@@ -254,26 +259,42 @@ def compare(base: Path, head: Path) -> int:
     Raises:
         ValueError: A file is no card.
     """
-    cards = [json.loads(path.read_text(encoding="utf-8")) for path in (base, head)]
-    for path, card in zip((base, head), cards, strict=True):
-        if wrong := card_form.check_card(card):
-            raise ValueError(f"{path}: {'; '.join(wrong)}")
+    cards = [card_form.read_card(path) for path in (base, head)]
     speeds = [
         {row["name"]: row["texts_per_s"] for row in (card["parts"]["encoder"] or {"rows": []})["rows"]}
         | ({"at the knee": card["parts"]["knee"]["texts_per_s"]} if card["parts"]["knee"] else {})
         for card in cards
     ]
-    rows = [
-        [name, f"{before:.4g}", f"{after:.4g}", f"{after / before - 1:+.1%}"]
-        for name, before in speeds[0].items()
-        if before and (after := speeds[1].get(name)) is not None
-    ]
+    rows = []
+    for name in dict.fromkeys([*speeds[0], *speeds[1]]):
+        before, after = (speed.get(name) for speed in speeds)
+        shown = ["missing" if speed is None else f"{speed:.4g}" for speed in (before, after)]
+        rows.append([name, *shown, f"{after / before - 1:+.1%}" if before and after else ""])
     print(f"{cards[0]['commit']} and {cards[1]['commit']} on {cards[1]['machine']['cpu']}, texts/s:\n")
     print(report.markdown(["", "base", "change", "difference"], rows))
-    if cards[0]["machine"]["cpu"] != cards[1]["machine"]["cpu"]:
-        print("\nMeasured on different CPUs: the differences say nothing.")
-        return 1
-    return 0
+    if any(card["quick"] for card in cards):
+        print("\nQuick cards: they say that it works, not how fast.")
+    knees = [card["parts"]["knee"] or {} for card in cards]
+    for what, field in (("limits", "slo_p95_ms"), ("variants", "variant")):
+        if all(knees) and knees[0][field] != knees[1][field]:
+            values = " and ".join(str(found[field]) for found in knees)
+            print(f"\nThe knees are of different {what} ({values}): their difference says nothing.")
+    pairs = zip(_facts(cards[0]).items(), _facts(cards[1]).values(), strict=True)
+    unlike = [name for (name, before), after in pairs if None not in (before, after) and before != after]
+    if unlike:
+        print(f"\nMeasured on different {', '.join(unlike)}: the differences say nothing.")
+    return int(bool(unlike))
+
+
+def _facts(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same in two cards that are compared."""
+    machine, encoder = card["machine"], card["parts"]["encoder"] or {}
+    return {
+        "CPUs": machine["cpu"],
+        "numbers of CPUs": machine["cpus"],
+        "models": card["model"],
+        "numbers of threads": encoder.get("threads"),
+    }
 
 
 def _packaged_model() -> Path:
@@ -303,11 +324,19 @@ def main(argv: Sequence[str]) -> int:
     two.add_argument("head", type=Path)
     arguments = parser.parse_args(argv)
     if arguments.command == "compare":
-        return compare(arguments.base, arguments.head)
+        try:
+            return compare(arguments.base, arguments.head)
+        except ValueError as error:
+            print(f"card: {error}", file=sys.stderr)
+            return 2
     if arguments.command == "index":
         return index(arguments.folder)
     if arguments.price is not None and not 0 < arguments.price < 1e6:
         parser.error(f"--price: expected a positive number, got {arguments.price}")
+    if not 0 < arguments.slo_p95_ms < 1e9:
+        parser.error(f"--slo-p95-ms: expected a positive number, got {arguments.slo_p95_ms}")
+    if arguments.output.suffix in (".json", ".html"):
+        arguments.output = arguments.output.with_suffix("")
     if arguments.model is None:
         arguments.model, arguments.name = _packaged_model(), arguments.name or "all-MiniLM-L6-v2"
     arguments.model = arguments.model.resolve()

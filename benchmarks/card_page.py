@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 __all__ = ["card_page", "index_page"]
 
@@ -165,7 +166,7 @@ def index_page(cards: Mapping[str, Mapping[str, Any]]) -> str:
         speed = best["texts_per_s"] if best else None
         per_core = speed * encoder["mean_tokens"] / encoder["threads"] if speed else 0.0
         notes = _warnings(card)
-        name = f'<a href="{escape(stem)}.html">{escape(machine["cpu"])}</a>'
+        name = f'<a href="{quote(stem)}.html">{escape(machine["cpu"])}</a>'
         cells = (
             name + (f"<br><small>{escape(' '.join(notes))}</small>" if notes else ""),
             escape(machine["instance"]),

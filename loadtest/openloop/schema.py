@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,12 @@ KNEE = {
 _FORMS = {RUN_FORMAT: RUN, KNEE_FORMAT: KNEE}
 
 
+@functools.cache
+def _compiled(schema: str) -> Callable[..., Any]:
+    validate: Callable[..., Any] = fastjsonschema.compile(json.loads(schema))
+    return validate
+
+
 def check(value: Any, schema: Mapping[str, Any], name: str = "result") -> str:
     """Compares a value with a schema.
 
@@ -143,7 +150,7 @@ def check(value: Any, schema: Mapping[str, Any], name: str = "result") -> str:
         The first thing that is wrong; empty if nothing is.
     """
     try:
-        fastjsonschema.compile(dict(schema))(value, name_prefix=name)
+        _compiled(json.dumps(schema))(value, name_prefix=name)
     except fastjsonschema.JsonSchemaValueException as error:
         if error.rule == "required":
             return (

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +68,39 @@ def example(**machine: Any) -> dict[str, Any]:
     }
 
 
+def accuracy(engines: dict[str, Any]) -> dict[str, Any]:
+    return {"texts": 5, "pairs": 5, "engines": engines, "missed": []}
+
+
 def test_a_card_has_its_form() -> None:
     assert card_form.check_card(example()) == []
+    found = example()
+    found["parts"]["accuracy"] = accuracy({"a": {"cosine": 1.0}, "b": {"cosine": 0.9}})
+    assert card_form.check_card(found) == []
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a card."""
+    if path:
+        yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        yield from places(inner, (*path, key))
+
+
+def test_whatever_has_the_form_has_a_page() -> None:
+    """Cards come from users: one value of each kind, at every place."""
+    whole = example()
+    whole["parts"]["accuracy"] = accuracy({"a": {"cosine": 1.0}, "b": {"cosine": 0.9}})
+    finding = {"name": "n", "status": "OK", "detail": "d", "advice": "a"}
+    whole["parts"]["doctor"] = {"status": "OK", "findings": [finding], "isa": "neon"}
+    whole["not_run"] = {}
+    for path in places(whole):
+        for value in (None, 0, -1, 5, True, "", "<b>", [], {}, [1], {"a": 1}, {"a": {}}, math.nan, math.inf):
+            found = copy.deepcopy(whole)
+            *parents, last = path
+            functools.reduce(lambda at, key: at[key], parents, found)[last] = value
+            if not card_form.check_card(found):
+                assert "<b>" not in card_page(found) + index_page({"x": found}), path
 
 
 def test_the_knee_of_a_card_is_what_was_answered() -> None:
@@ -92,6 +126,16 @@ def test_the_knee_of_a_card_is_what_was_answered() -> None:
         (
             lambda found: found["parts"]["knee"].update(texts_per_s=-1),
             "card.parts.knee.texts_per_s must be bigger than or equal to 0",
+        ),
+        (lambda found: found["not_run"].update(doctor=5), "card.not_run.doctor must be string"),
+        (lambda found: found["machine"].update(price_per_hour=-1), "card.machine.price_per_hour must be bigger than 0"),
+        (lambda found: found["machine"].update(price_per_hour=math.nan), "price_per_hour: expected a finite number"),
+        (lambda found: found["parts"]["encoder"]["rows"][0].update(texts_per_s=0), "texts_per_s must be bigger than 0"),
+        (lambda found: found["parts"].update(accuracy=accuracy({"a": 5})), "engines.a must be object"),
+        (lambda found: found["parts"].update(accuracy=accuracy({"a": {"cosine": "x"}})), "cosine must be number"),
+        (
+            lambda found: found["parts"].update(accuracy=accuracy({"a": {"cosine": 1.0}, "b": {"recall": 1.0}})),
+            "expected the same measures of each engine",
         ),
         (lambda found: found["not_run"].pop("doctor"), "expected the reason why doctor is missing"),
         (lambda found: found.update(form="other"), "card.form must be one of"),
@@ -152,8 +196,12 @@ def test_index_lists_the_fastest_per_core_first(tmp_path: Path, capsys: pytest.C
     assert re.findall(r'href="([^"]+)"', page) == ["b-fast.html", "a-slow.html", "c-nothing.html"]
     assert all((tmp_path / f"{name}.html").exists() for name in ("a-slow", "b-fast", "c-nothing"))
     (tmp_path / "d.json").write_text("{}")
+    (tmp_path / "e.json").write_text("{")
     assert card.index(tmp_path) == 1
-    assert "d.json: card lacks" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "d.json: card lacks" in printed
+    assert f"card: cannot read {tmp_path / 'e.json'}" in printed
+    assert 'href="javascript%3Ax%23.html"' in index_page({"javascript:x#": example()})
 
 
 def test_cards_that_were_handed_in_are_right_and_listed() -> None:
@@ -173,6 +221,25 @@ def test_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"torch_ext bf16 *\| *400 *\| *440 *\| *\+10\.0%", said)
     assert card.main(["compare", str(tmp_path / "base.json"), str(tmp_path / "other.json")]) == 1
     assert "different CPUs" in capsys.readouterr().out
+    (tmp_path / "bad.json").write_text("{")
+    for wrong in ("bad", "missing"):
+        assert card.main(["compare", str(tmp_path / "base.json"), str(tmp_path / f"{wrong}.json")]) == 2
+        assert f"card: cannot read {tmp_path / wrong}.json" in capsys.readouterr().err
+    # Rows that only one card has are shown, and what makes a difference meaningless is said.
+    head["quick"], head["parts"]["encoder"]["rows"][1]["name"] = True, "torch_ext int8"
+    head["parts"]["knee"].update(slo_p95_ms=50, variant="torch_ext-bf16")
+    (tmp_path / "head.json").write_text(json.dumps(head))
+    assert card.main(["compare", str(tmp_path / "base.json"), str(tmp_path / "head.json")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"torch_ext bf16 *\| *400 *\| *missing", said)
+    assert re.search(r"torch_ext int8 *\| *missing *\| *440", said)
+    assert "Quick cards" in said
+    assert "The knees are of different limits (100 and 50)" in said
+    assert "The knees are of different variants" in said
+    head["parts"]["encoder"]["threads"] = 64
+    (tmp_path / "head.json").write_text(json.dumps(head))
+    assert card.main(["compare", str(tmp_path / "base.json"), str(tmp_path / "head.json")]) == 1
+    assert "different numbers of threads" in capsys.readouterr().out
 
 
 def test_the_machine_says_what_it_is(tmp_path: Path) -> None:
