@@ -48,12 +48,13 @@ def _version() -> str:
 def redacted(command: Sequence[str]) -> list[str]:
     """A command line without its secrets."""
     shown: list[str] = []
+    secret = False
     for argument in command:
-        if shown and shown[-1] == "--api-key":
-            argument = "..."
-        elif argument.startswith("--api-key="):
-            argument = "--api-key=..."
-        shown.append(argument)
+        flag, equals, _ = argument.partition("=")
+        # argparse takes the beginning of an option for the whole.
+        is_key = len(flag) > len("--") and "--api-key".startswith(flag)
+        shown.append("..." if secret else f"{flag}=..." if is_key and equals else argument)
+        secret = is_key and not equals and not secret
     return shown
 
 

@@ -190,3 +190,9 @@ def test_files_of_another_form_are_refused(tmp_path: Any) -> None:
 
 def test_commands_are_shown_without_keys() -> None:
     assert redacted(["run", "--api-key", "a", "--api-key=b"]) == ["run", "--api-key", "...", "--api-key=..."]
+    # argparse takes the beginning of an option; a key may begin as an option does.
+    for short in ("--api-k", "--api", "--a"):
+        assert redacted(["run", short, "secret", f"{short}=secret", "-o", "x"]) == [
+            *("run", short, "...", f"{short}=...", "-o", "x")
+        ]
+    assert redacted(["--api-key", "--api-key", "x"]) == ["--api-key", "...", "x"]
