@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,11 +144,13 @@ class Options:
             *(("inputs_per_request", 1), ("text_count", 1), ("max_chars", 1), ("top_k", 1)),
             *(("think_time_s", 0), ("warm_up_s", 0)),
         ):
-            if not values[name] >= lowest:
-                raise CannotStartError(f"{_flag(name)}: expected at least {lowest}, got {values[name]:g}")
+            if not lowest <= values[name] < math.inf:
+                expected = "a finite number" if values[name] == math.inf else f"at least {lowest}"
+                raise CannotStartError(f"{_flag(name)}: expected {expected}, got {values[name]:g}")
         for name in ("request_timeout_s", "slo_p95_ms"):
-            if values[name] is not None and not values[name] > 0:
-                raise CannotStartError(f"{_flag(name)}: expected more than 0, got {values[name]:g}")
+            if values[name] is not None and not 0 < values[name] < math.inf:
+                expected = "a finite number" if values[name] == math.inf else "more than 0"
+                raise CannotStartError(f"{_flag(name)}: expected {expected}, got {values[name]:g}")
         for name in ("slo_error_rate", "slo_refused_rate"):
             if values[name] is not None and not 0 <= values[name] <= 1:
                 raise CannotStartError(f"{_flag(name)}: expected between 0 and 1, such as 0.01, got {values[name]:g}")

@@ -45,6 +45,10 @@ def test_defaults_are_possible() -> None:
         ("--slo-refused-rate: expected between 0 and 1", ("--slo-refused-rate", "-0.1")),
         ("--slo-p95-ms: expected more than 0", ("--slo-p95-ms", "0")),
         ("--request-timeout-s: expected more than 0", ("--request-timeout-s", "0")),
+        ("--slo-p95-ms: expected a finite number, got inf", ("--slo-p95-ms", "inf")),
+        ("--request-timeout-s: expected a finite number", ("--request-timeout-s", "inf")),
+        ("--think-time-s: expected a finite number", ("--think-time-s", "inf")),
+        ("--warm-up-s: expected a finite number", ("--warm-up-s", "inf")),
         ("ends within its warm-up", ("--run-time", "3", "--warm-up-s", "5")),
     ],
 )
