@@ -197,6 +197,8 @@ def _compare(given: argparse.Namespace) -> int:
 
 
 async def _self_check(given: argparse.Namespace) -> int:
+    if not 0 < given.max_lag_ms < float("inf"):
+        raise CannotStartError(f"--max-lag-ms: expected a finite number above 0, got {given.max_lag_ms:g}")
     outcome, settings = await check_machine(given.rate, given.duration_s)
     kept, message = describe_check(outcome, settings, given.max_lag_ms)
     print(f"{'kept' if kept else 'MISSED':10} {message}")

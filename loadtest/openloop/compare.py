@@ -22,6 +22,8 @@ __all__ = ["FEWEST_BLOCKS", "Change", "blocks_of", "changes_data", "compare_runs
 FEWEST_BLOCKS = 8
 _MOST_BLOCKS = 60
 _RESAMPLES = 1000
+_COARSE = math.log(1.1)
+"""A change for the worse that noise hides is said from here on, as a logarithm."""
 _SAME_SETTINGS = (
     *("task", "inputs_per_request", "lengths", "texts", "text_count", "max_chars", "encoding_format", "top_k"),
     *("shape", "process", "rate", "rate_to", "steps", "spike_every_s", "spike_s", "day_s", "count"),
@@ -224,6 +226,13 @@ def describe_changes(changes: Sequence[Change], confidence: float) -> list[str]:
             f"{change.verdict:8} {change.name:14} {values[0]} -> {values[1]} ({low:+.1%} to {high:+.1%}{unit}, "
             f"{confidence:.0%} sure)"
         )
+    hidden = [
+        f"{change.name.removesuffix('_ms')} up to {math.expm1(change.high):+.0%}"
+        for change in changes
+        if change.verdict == "noise" and _FIGURES[change.name][1] and change.high > _COARSE
+    ]
+    if hidden:
+        rows.append(f"{'note':8} noise may hide {', '.join(hidden)}: longer runs show less")
     return rows
 
 

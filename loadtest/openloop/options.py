@@ -207,12 +207,12 @@ def check_effects(values: dict[str, Any], settings: Settings, *, search: bool = 
     for name in (*_SHAPED, "shape") if settings.trace else ():
         if name != "warm_up_s":
             refuse(name, "with --trace")
-    if settings.trace or search:
+    if settings.trace:
         return
     refuse("trace_speed", "without --trace")
     for name, shapes in _SHAPED.items():
-        if settings.shape not in shapes:
-            refuse(name, f"with --shape {settings.shape}")
+        if settings.shape not in shapes and not (search and name == "rate_to"):
+            refuse(name, "in a search, whose trials are steady" if search else f"with --shape {settings.shape}")
 
 
 def add_load_options(parser: argparse.ArgumentParser, **defaults: float) -> None:

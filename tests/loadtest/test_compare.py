@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from test_openloop import a_result
 
 from loadtest.openloop.commands import main
-from loadtest.openloop.compare import FEWEST_BLOCKS, blocks_of, compare_runs, overall
+from loadtest.openloop.compare import FEWEST_BLOCKS, Change, blocks_of, compare_runs, describe_changes, overall
 from loadtest.openloop.schema import KNEE_FORMAT, write_result
 from loadtest.options import CannotStartError
 
@@ -57,6 +58,17 @@ def test_a_slower_server_is_worse_and_a_faster_one_better(runs: dict[str, Any]) 
 def test_refusals_are_worse_even_if_what_is_answered_is_quick(runs: dict[str, Any]) -> None:
     found = verdicts(runs["same0"], runs["full0"])
     assert found["answered_rate"] == found["error_rate"] == "worse"
+
+
+def test_what_noise_may_hide_is_said() -> None:
+    """Nothing was seen, which is no news if nothing could be seen."""
+
+    def lines(high: float, verdict: str = "noise") -> str:
+        return "\n".join(describe_changes([Change("p99_ms", 5.0, 5.0, -high, high, verdict)], 0.99))
+
+    assert "noise may hide p99 up to +50%: longer runs show less" in lines(math.log(1.5))
+    assert "may hide" not in lines(math.log(1.05))
+    assert "may hide" not in lines(math.log(1.5), "worse")
 
 
 def test_what_cannot_be_compared(runs: dict[str, Any]) -> None:

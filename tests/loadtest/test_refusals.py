@@ -49,6 +49,16 @@ def test_options_without_an_effect(values: dict[str, Any], message: str) -> None
         check_effects(values, settings)
 
 
+def test_a_search_has_no_shape() -> None:
+    settings = Settings.from_values({"rate": 1.0})
+    check_effects({"rate": 1.0, "rate_to": 9.0, "duration_s": 12.0, "process": "constant"}, settings, search=True)
+    for name in ("steps", "spike_s", "day_s", "count"):
+        with pytest.raises(CannotStartError, match="has no effect in a search"):
+            check_effects({name: 3}, settings, search=True)
+    with pytest.raises(CannotStartError, match="--trace-speed has no effect without --trace"):
+        check_effects({"trace_speed": 3}, settings, search=True)
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -330,6 +330,8 @@ def test_the_generator_checks_itself(capsys: pytest.CaptureFixture[str]) -> None
     assert "kept       100 arrivals/s from one core: sent" in capsys.readouterr().out
     assert main([*arguments, "0.000001"]) == 2
     assert main(["self-check", "--rate", "0"]) == 2
+    assert main([*arguments, "nan"]) == 2
+    assert "--max-lag-ms: expected a finite number above 0, got nan" in capsys.readouterr().err
 
 
 def test_open_files_are_allowed_as_far_as_they_may() -> None:
