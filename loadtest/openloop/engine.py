@@ -37,7 +37,7 @@ class Outcome:
 
     Attributes:
         record: What happened to the requests.
-        cpu: The part of a core that the busiest process used.
+        cpu: The part of a core that the busiest process used while it sent, or on the whole if that is more.
         waited: Requests that found no free connection and could not open one.
         peak: Most requests under way at a time.
         in_flight: Most requests under way in each second.
@@ -159,6 +159,10 @@ class Load:
             gc.freeze()
             wall_s, cpu_s = time.monotonic(), time.process_time()
             self.generator = generator
+
+            def cpu() -> float:
+                return (time.process_time() - cpu_s) / max(1e-9, time.monotonic() - wall_s)
+
             generator.start()
             started(self)
             if self.interrupted:
@@ -172,7 +176,10 @@ class Load:
                         generator.stop()
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(finished.wait(), _SAMPLE_S)
-            outcome.cpu = (time.process_time() - cpu_s) / max(1e-9, time.monotonic() - wall_s)
+                if generator.sending:
+                    outcome.cpu = cpu()
+            # Waiting for the last answers costs nothing: a slow server would hide a generator at its limit.
+            outcome.cpu = max(outcome.cpu, cpu())
         finally:
             gc.unfreeze()
             await client.close()

@@ -78,6 +78,11 @@ class Generator:
         self._arrivals = iter(())
         self._look_if_done()
 
+    @property
+    def sending(self) -> bool:
+        """Whether a request is still to be sent."""
+        return self._next_s is not None
+
     def elapsed_s(self) -> float:
         """Seconds since the start of the schedule."""
         return self._clock.time() - self._start_s

@@ -103,6 +103,17 @@ def test_exit_codes(server: Simulated, tmp_path: Path, capsys: pytest.CaptureFix
     assert "x no answer within 0.4 s" in capsys.readouterr().out
 
 
+def test_a_slow_server_does_not_hide_a_busy_generator(
+    server: Simulated, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was busy while it sent, and idle for the longer time in which it waited for the last answers."""
+    start_s = time.monotonic()
+    monkeypatch.setattr("loadtest.openloop.engine.time.process_time", lambda: min(time.monotonic() - start_s, 1.5))
+    server.service_s = 3.0
+    assert run(server.host, "--max-cpu", "0.9", rate=20, duration_s=1.0) == 2
+    assert re.search(r"VOID       the generator used \d+% of a core \(limit 90%\)", capsys.readouterr().out)
+
+
 def test_what_cannot_start(server: Simulated, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (("--slo", "missing.json"), "cannot read missing.json"),
