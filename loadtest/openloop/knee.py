@@ -201,5 +201,7 @@ async def find_knee(
         missed, kept = kept, kept / (1 + search.precision)
     knee.kept, knee.missed = kept, missed
     if verdict is False:
+        # The next lower rate was never tried.
+        knee.kept = None
         knee.void.append("the rate that was found was missed again and again: make trials longer with --duration-s")
     return knee

@@ -78,6 +78,19 @@ def test_a_generator_at_its_limit_makes_the_search_void() -> None:
     assert "the generator used 160% of a core" in knee.void[0]
 
 
+def test_a_rate_that_no_long_trial_confirms_is_no_knee() -> None:
+    """Short trials keep the limits, longer ones never do: nothing was found, rather than a rate that nobody tried."""
+
+    class Tiring(VirtualTeam):
+        async def run(self, settings: Settings, traits: Traits) -> Any:
+            self.server["service_s"] = 1.0 if settings.duration_s > 32 else 0.001
+            return await super().run(settings, traits)
+
+    knee = knee_of(Tiring(service_s=0.001), Objectives(p99_ms=100.0), Search(lowest=10.0, highest=40.0))
+    assert (knee.exit_code, knee.kept) == (2, None)
+    assert "missed again and again" in knee.void[0]
+
+
 def test_what_is_no_search() -> None:
     for search, objectives, message in (
         (Search(), Objectives(error_rate=0.1), "no limit that a higher rate misses"),
