@@ -143,11 +143,25 @@ def test_lint() -> None:
         ({"replicas": 3}, "replicas"),
         ({"cpu": 1.5}, "cpu"),  # Part of a core is nobody's alone.
         ({"autoscaling": {"queueWait": "200ms"}}, "queueWait"),
+        ({"autoscaling": {"queueWait": "0"}}, "queueWait"),
+        ({"autoscaling": {"minReplicas": 5, "maxReplicas": 2}}, "expected minReplicas of at most maxReplicas"),
+        ({"memory": "0Gi"}, "memory"),
+        ({"apiKeySecret": "a b"}, "apiKeySecret"),
+        ({"bundle": {"claim": "A"}}, "claim"),
         ({"nodeSelectorTerms": []}, "nodeSelectorTerms"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
     assert message in helm(values=values, name="x")["error"]
+
+
+def test_labels_can_be_replaced() -> None:
+    """As values.yaml says: Helm merges them, and one label too many would let nobody in."""
+    labels = {"torch-ext-client": None, "team": "search"}, {"app.kubernetes.io/name": None, "app": "prometheus"}
+    policy = chart({"clients": labels[0], "prometheus": {"podLabels": labels[1]}})["NetworkPolicy", "torch-ext"]
+    clients, prometheus = policy["spec"]["ingress"][0]["from"]
+    assert clients["podSelector"]["matchLabels"] == {"team": "search"}
+    assert prometheus["podSelector"]["matchLabels"] == {"app": "prometheus"}
 
 
 # True to the server.
