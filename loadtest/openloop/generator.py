@@ -20,6 +20,9 @@ __all__ = ["Generator"]
 _START_S = 0.02
 """How long before the first arrival the generator is started."""
 
+_MOST_AT_ONCE = 1000
+"""Requests that are sent before answers, timeouts and interrupts have their turn."""
+
 Validate = Callable[[bytes, int], "int | None"]
 
 
@@ -95,7 +98,9 @@ class Generator:
             self._alarm.set(self._start_s + self._next_s)
 
     def _ring(self) -> None:
-        while self._next_s is not None:
+        for _ in range(_MOST_AT_ONCE):
+            if self._next_s is None:
+                break
             lag_s = self._clock.time() - (self._start_s + self._next_s)
             if lag_s < 0:
                 self._alarm.set(self._start_s + self._next_s)
@@ -103,6 +108,8 @@ class Generator:
             intended_s = self._next_s
             self._next_s = next(self._arrivals, None)
             self._send(intended_s, lag_s)
+        if self._next_s is not None:
+            self._alarm.set(self._start_s + self._next_s)
         self._look_if_done()
 
     def _send(self, intended_s: float, lag_s: float) -> None:

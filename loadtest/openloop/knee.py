@@ -13,7 +13,7 @@ from loadtest.options import CannotStartError
 from loadtest.tasks import Traits
 
 from .engine import Outcome
-from .options import Settings
+from .options import MOST_PER_S, Settings
 from .result import steps_of
 from .verdict import EXIT_KEPT, EXIT_MISSED, EXIT_VOID, judge
 
@@ -53,9 +53,10 @@ class Search:
         Raises:
             CannotStartError: One is out of range, or there is no limit that a higher rate misses.
         """
-        if not 0 < self.lowest <= self.highest < math.inf:
+        if not 0 < self.lowest <= self.highest <= MOST_PER_S:
             raise CannotStartError(
-                f"expected 0 < --rate <= --rate-to, got {self.lowest:g} and {self.highest:g} arrivals per second"
+                f"expected 0 < --rate <= --rate-to <= {MOST_PER_S:g}, got {self.lowest:g} and {self.highest:g} "
+                "arrivals per second"
             )
         if not 0.001 <= self.precision <= 1:
             raise CannotStartError(f"--precision: expected between 0.001 and 1, got {self.precision:g}")

@@ -20,6 +20,7 @@ from .lengths import parse_counts, parse_lengths
 from .presets import PRESETS
 
 __all__ = [
+    "MOST_PER_S",
     "OBJECTIVES",
     "SHAPES",
     "Settings",
@@ -32,6 +33,9 @@ __all__ = [
 SHAPES = ("steady", "soak", "steps", "spike", "diurnal", "at-once")
 
 KEY_VARIABLE = "LOADTEST_API_KEY"
+
+MOST_PER_S = 1e6
+"""Arrivals per second; more than any generator sends."""
 
 OBJECTIVES = {
     "p50_ms": "half of the right answers take at most that long",
@@ -143,10 +147,12 @@ class Settings:
         self._expect("steps", self.steps >= 2, "at least 2")
         if self.trace or self.shape == "at-once":
             return
-        self._expect("rate", 0 < self.rate < float("inf"), "arrivals per second, more than 0")
+        self._expect("rate", 0 < self.rate <= MOST_PER_S, f"arrivals per second, more than 0, at most {MOST_PER_S:g}")
         if self.shape in ("steps", "spike", "diurnal"):
             self._expect(
-                "rate_to", self.rate < self.rate_to < float("inf"), f"more than --rate with --shape {self.shape}"
+                "rate_to",
+                self.rate < self.rate_to <= MOST_PER_S,
+                f"more than --rate with --shape {self.shape}, at most {MOST_PER_S:g}",
             )
         if self.shape == "steps":
             step_s = self.duration_s / self.steps

@@ -146,6 +146,8 @@ def test_requests_are_prepared() -> None:
     [
         ({}, "--rate: expected arrivals per second"),
         ({"rate": 10.0, "shape": "steps", "rate_to": 5.0}, "--rate-to: expected more than --rate"),
+        ({"rate": 1e308}, "--rate: expected arrivals per second, more than 0, at most 1e\\+06, got 1e\\+308"),
+        ({"rate": 1.0, "shape": "steps", "rate_to": 1e7}, "--rate-to: expected more than --rate .* at most"),
         ({"rate": 1.0, "warm_up_s": 30.0}, "ends within its warm-up"),
         ({"rate": 1.0, "shape": "spike", "rate_to": 2.0, "spike_s": 60.0}, "--spike-s: expected less than"),
         ({"rate": 1.0, "inputs_per_request": "8-1"}, "--inputs-per-request"),

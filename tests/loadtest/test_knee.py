@@ -95,6 +95,7 @@ def test_what_is_no_search() -> None:
     for search, objectives, message in (
         (Search(), Objectives(error_rate=0.1), "no limit that a higher rate misses"),
         (Search(lowest=5, highest=1), Objectives(p99_ms=1), "--rate <= --rate-to"),
+        (Search(highest=1e300), Objectives(p99_ms=1), "--rate-to <= 1e"),
         (Search(precision=0), Objectives(p99_ms=1), "--precision: expected"),
     ):
         with pytest.raises(CannotStartError, match=message):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from typing import Any
 
 import pytest
-from virtual import closed_loop, run_virtually
+from virtual import REQUEST, VirtualClock, closed_loop, run_virtually
 
 from loadtest.measure import Objectives
 from loadtest.openloop.engine import Outcome
+from loadtest.openloop.generator import Generator
 from loadtest.openloop.options import Settings
 from loadtest.openloop.record import Record, bucket_ms, bucket_of, percentile_of
 from loadtest.openloop.result import describe_run, drift_of, redacted, run_result
@@ -47,6 +49,38 @@ def test_a_pause_is_seen_by_the_open_model_and_hidden_by_the_closed_one() -> Non
     latencies = sorted(closed_loop(4, 100.0, **pauses))
     assert latencies[math.ceil(0.99 * len(latencies)) - 1] < 25
     assert latencies[-1] > 400
+
+
+def test_a_schedule_that_cannot_be_kept_lets_others_have_their_turn() -> None:
+    """Answers, timeouts and an interrupt come between the requests, however late these are."""
+    clock = VirtualClock()
+    turns: list[int] = []
+    sent: list[Any] = []
+
+    class Nowhere:
+        def send(self, request: Any, done: Any) -> None:
+            sent.append(done)
+
+    generator = Generator(
+        clock=clock,
+        client=Nowhere(),
+        arrivals=itertools.repeat(0.0),
+        pick=lambda: REQUEST,
+        validate=lambda content, texts: None,
+    )
+    generator.start()
+
+    def other() -> None:
+        turns.append(len(sent))
+        if len(turns) == 5:
+            generator.stop()
+        else:
+            clock.call_at(clock.time(), other)
+
+    clock.call_at(clock.time() + 0.02, other)
+    clock.run()
+    assert len(turns) == 5
+    assert 0 < turns[1] < len(sent) < 20_000
 
 
 def test_warm_up_is_sent_but_does_not_count() -> None:
