@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import TASKS, TRUNCATION_SIDES, SpecialToken
+from deploy.bundle import CONFIG_FILE, TASKS, TRUNCATION_SIDES, SpecialToken
 from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
@@ -49,7 +49,7 @@ class Tokens:
                 folder, use_fast=True, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:
-            raise ExportError(f"{source.folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+            raise _unreadable(source, folder, error) from error
         backend = Tokenizer.from_str(_fast(source, self._reference))
         backend.no_truncation()
         backend.no_padding()
@@ -150,6 +150,17 @@ class Tokens:
         encodings = self._backend.encode_batch(texts)
         self._backend.no_truncation()
         return [array("q", encoding.ids) for encoding in encodings if len(encoding.ids)]
+
+
+def _unreadable(source: Source, folder: Path, error: Exception) -> ExportError:
+    """What is wrong with a folder whose tokenizer cannot be loaded; transformers 5 looks at `config.json` first."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as cause:
+        return ExportError(f"{source.folder / CONFIG_FILE}: transformers cannot read it: {first_line(cause)}")
+    return ExportError(f"{source.folder}: the tokenizer cannot be loaded: {first_line(error)}")
 
 
 def _fast(source: Source, reference: Any) -> str:

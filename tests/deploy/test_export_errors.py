@@ -307,6 +307,7 @@ def no_bundle(tmp_path: Path) -> bool:
             lambda folder: whole_numbers(folder),
             "expected encoder.layer.0.output.dense.weight of one of the dtypes F32, F16, BF16, F64, got I8",
         ),
+        (lambda folder: unread(folder), "model/config.json: transformers cannot read it: .*id2label"),
         (lambda folder: edit(folder, num_attention_heads=0), "model.safetensors: cannot be loaded: .*modulo by zero"),
         (lambda folder: edit(folder, num_attention_heads=-4), "transformers cannot run the model as its config.json"),
         (
@@ -330,6 +331,7 @@ def no_bundle(tmp_path: Path) -> bool:
         "narrow",
         "not in its shard",
         "integers",
+        "configuration",
         "no heads",
         "fewer than no heads",
         "eps",
@@ -354,6 +356,15 @@ def edit(folder: Path, **fields: Any) -> None:
 
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+
+
+def unread(folder: Path) -> None:
+    """A configuration that transformers reads for the class of the tokenizer, and fails at."""
+    edit(folder, id2label=["a", "b"])
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    del settings["tokenizer_class"]
+    path.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def poison(folder: Path, name: str, row: int) -> None:
