@@ -24,8 +24,9 @@ from typing import Any
 from deploy.bundle import CONFIG_FILE, TASKS, TOKENIZER_FILE
 from deploy.export.errors import ExportError, first_line, is_disk_full, pickle_refused
 from deploy.folder.sentence import read_json
+from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.source import Source
-from deploy.folder.tokenizer import told_token_types, unigram_tokenizer
+from deploy.folder.tokenizer import slow_tokenizer, told_token_types
 
 __all__ = ["load_model", "older_config", "older_tokenizer_config", "readable_folder"]
 
@@ -94,7 +95,8 @@ def readable_folder(source: Source, work: Path) -> Iterator[Path]:
                 settings = read_json(source.folder / name, dict)
                 if (new := older(settings)) != settings:
                     changed[name] = new
-    if (made := unigram_tokenizer(source)) is not None:
+    # transformers reads models of sentencepiece by another library.
+    if not (source.folder / TOKENIZER_FILE).is_file() and (made := slow_tokenizer(source, UNIGRAM_KINDS)) is not None:
         changed[TOKENIZER_FILE] = made
     if not changed:
         yield source.folder

@@ -13,7 +13,7 @@ from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
 from deploy.folder.source import Source
-from deploy.folder.tokenizer import SPECIAL_TOKENS, drop_rowless, gives_token_types, slow_tokenizer
+from deploy.folder.tokenizer import KINDS, SPECIAL_TOKENS, drop_rowless, gives_token_types, slow_tokenizer
 from deploy.tasks import prompted
 
 __all__ = ["Tokens"]
@@ -167,7 +167,7 @@ def _fast(source: Source, reference: Any) -> str:
     """Content of `tokenizer.json`."""
     if reference.is_fast:
         return str(reference.backend_tokenizer.to_str())
-    made = slow_tokenizer(source)  # `Tokens.encode` compares it with the slow one.
+    made = slow_tokenizer(source, KINDS)  # `Tokens.encode` compares it with the slow one.
     if made is None:
         raise ExportError(
             f"{source.folder}: only a slow tokenizer ({type(reference).__name__}), no tokenizer.json; "

@@ -19,7 +19,6 @@ from deploy.bundle import TOKENIZER_FILE, TRUNCATION_SIDES, SpecialToken
 from deploy.folder.chat import with_suffix
 from deploy.folder.errors import FolderError
 from deploy.folder.sentence import read_json, read_settings
-from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
 
@@ -33,7 +32,6 @@ __all__ = [
     "read_tokenizer",
     "slow_tokenizer",
     "told_token_types",
-    "unigram_tokenizer",
 ]
 
 _SETTINGS_FILE = "tokenizer_config.json"
@@ -298,37 +296,22 @@ def _made(source: Source, settings: Mapping[str, Any], name: str, kind: _Kind) -
     return made_of_slow_files(source.folder, name, tokens, settings)
 
 
-def unigram_tokenizer(source: Source) -> dict[str, Any] | None:
-    """What `tokenizer.json` would say where there is only a model of sentencepiece, which transformers cannot read.
+def slow_tokenizer(source: Source, kinds: Collection[str]) -> dict[str, Any] | None:
+    """What `tokenizer.json` would say of the files of a slow tokenizer.
 
     Args:
         source: What the folder says.
-
-    Raises:
-        FolderError: A file is damaged.
-    """
-    settings = read_settings(source.folder / _SETTINGS_FILE)
-    name, kind = _kind(source, settings)
-    if name not in UNIGRAM_KINDS or (source.folder / TOKENIZER_FILE).is_file():
-        return None
-    return _made(source, settings, name, kind)
-
-
-def slow_tokenizer(source: Source) -> dict[str, Any] | None:
-    """What `tokenizer.json` would say of a class that transformers has only as a slow one, such as ESM's.
-
-    Args:
-        source: What the folder says.
+        kinds: Keys of `KINDS`, of which it is one.
 
     Returns:
-        None: the class or its files are not known.
+        None: it is another one, or there are other files.
 
     Raises:
         FolderError: A file is damaged.
     """
     settings = read_settings(source.folder / _SETTINGS_FILE)
     name, kind = _kind(source, settings)
-    made = _made(source, settings, name, kind)
+    made = _made(source, settings, name, kind) if name in kinds else None
     if made is not None:
         _add_tokens(made, settings)
         _normalize(made, settings, kind, lowercase=False)
