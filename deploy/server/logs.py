@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
+from typing import Any
 
 __all__ = ["ACCESS", "log_as_json", "start_logging"]
 
@@ -43,6 +45,11 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+def _log_warning(message: Warning | str, *place: Any) -> None:
+    """Takes the place of `warnings.showwarning`, which prints two lines, with the place in the code."""
+    logging.getLogger("deploy.server").warning("%s", message)
+
+
 def _use(formatter: logging.Formatter) -> None:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(formatter)
@@ -54,6 +61,7 @@ def log_as_json() -> None:
 
 
 def start_logging(as_json: bool = False) -> None:
-    """Sends the server's log to standard error, as lines of text or of JSON."""
+    """Sends the server's log to standard error, as lines of text or of JSON, Python's warnings included."""
     logging.basicConfig(level=logging.WARNING)
+    warnings.showwarning = _log_warning
     _use(_JsonFormatter() if as_json else _TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -22,6 +22,7 @@ from deploy.server.observed import Observed
 from deploy.server.service.request import Result
 from tests.deploy.server_harness import LiveServer, make_manifest, raw, running
 
+ROOT = Path(__file__).resolve().parents[2]
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 HEADER = f"00-{TRACE}-{PARENT}-01"
@@ -212,3 +213,22 @@ def test_without_the_extra_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments = parse(["model"])
         assert arguments.otlp_endpoint == ("http://x:4317" if there else None)
         assert any("torch-ext[otel]" in line for line in arguments.idle) != there
+
+
+_WARNING = """
+import sys, warnings
+from deploy.server.logs import start_logging
+start_logging(sys.argv[1] == "json")
+warnings.warn("layers: 1 in config.json, 2 in the weights", stacklevel=1)
+"""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_warnings_are_lines_of_the_log(form: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _WARNING, form], cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    if form == "json":
+        assert json.loads(line)["message"] == "layers: 1 in config.json, 2 in the weights"
+        assert json.loads(line)["level"] == "WARNING"
+    else:
+        assert line.endswith("WARNING deploy.server: layers: 1 in config.json, 2 in the weights")
