@@ -45,7 +45,7 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def _log_warning(message: Warning | str, *place: Any) -> None:
+def _log_warning(message: Warning | str, *place: Any, **more: Any) -> None:
     """Takes the place of `warnings.showwarning`, which prints two lines, with the place in the code."""
     logging.getLogger("deploy.server").warning("%s", message)
 
