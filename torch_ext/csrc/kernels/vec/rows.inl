@@ -1,4 +1,5 @@
-// Row kernels of vec_kernels.h on the vector type of simd.inl.
+// Row kernels of vec_kernels.h on the vector type of simd.inl. Longer than other files, since it has a section for each
+// kernel of that table.
 
 // ---- epilogue ---------------------------------------------------------------------------------------------------
 
