@@ -69,7 +69,7 @@ class App:
         self.settings = settings
         self._rows = routes
         self._counted: list[Metrics] = []
-        self._leaving = Leaving()
+        self._leaving = Leaving(self.budget)
         self._cors = Cors(settings.cors_allow_origin) if settings.cors_allow_origin else None
         self._observer = Observer(settings)
         self._meters = Meters()

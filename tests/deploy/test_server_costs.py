@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,19 @@ def test_an_answer_is_encoded_before_it_leaves(manifest: Manifest, monkeypatch: 
         assert len(json.loads(body)["embeddings"]) == 20_000
         wait_until(lambda: not server.app._leaving._waiting_bytes)
         assert "content-length" in server("POST", "/api/embed", {"inputs": ["w1"] * 20_000}).headers
+
+
+@pytest.mark.parametrize(("limit_bytes", "whole"), [(8 * 11_999, False), (8 * 12_000, True)])
+def test_little_memory_has_room_for_fewer_encoded_answers(limit_bytes: int, whole: bool) -> None:
+    large = bodies.Large({"": list(range(1000))}, "", 1)  # About 12,000 bytes.
+
+    async def aside(function: Callable[..., bytes], *arguments: Any) -> bytes:
+        return function(*arguments)
+
+    begun = leaving.Leaving(MemoryBudget(limit_bytes, lambda: "1")).begin(large, aside, in_chunks=True)
+    data, rest = asyncio.run(begun)
+    assert (rest is None) == whole
+    assert json.loads(b"".join((data, *(rest or ())))) == list(range(1000))
 
 
 def test_a_client_that_leaves_a_large_answer(manifest: Manifest) -> None:

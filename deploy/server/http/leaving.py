@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 
+from ..limits.budget import MemoryBudget
 from ..limits.callers import Caller, CallerLeft
 from .bodies import Large, encode_in_parts, parts
 from .exchange import Send
@@ -20,7 +21,8 @@ WHOLE_BYTES = 4 << 20
 """About the longest answer that is encoded before it leaves."""
 
 ALL_BYTES = 32 << 20
-"""So much of such answers may wait for their clients to read; those that come then leave in parts."""
+"""So much of such answers may wait for their clients to read, or an eighth of `--max-memory-mb`, if that is less; those
+that come then leave in parts."""
 
 _VALUE_BYTES = 12
 """Of a number of an answer in JSON, about."""
@@ -29,7 +31,13 @@ _VALUE_BYTES = 12
 class Leaving:
     """The large answers of a server that are leaving. Methods are called on the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: MemoryBudget) -> None:
+        """None yet.
+
+        Args:
+            budget: What requests and connections may hold.
+        """
+        self._budget = budget
         self._waiting_bytes = 0
 
     async def begin(self, large: Large, aside: Aside, in_chunks: bool) -> tuple[bytes, Iterator[bytes] | None]:
@@ -44,7 +52,8 @@ class Leaving:
             What leaves first, and what makes the rest; None: that is all.
         """
         about_bytes = _VALUE_BYTES * len(large.body[large.key]) * large.values_each
-        if not in_chunks or (about_bytes <= WHOLE_BYTES and self._waiting_bytes + about_bytes <= ALL_BYTES):
+        room_bytes = min(ALL_BYTES, self._budget.limit_bytes // 8) - self._waiting_bytes
+        if not in_chunks or about_bytes <= min(WHOLE_BYTES, room_bytes):
             return await aside(encode_in_parts, large), None
         rest = parts(large)
         return await aside(next, rest), rest
