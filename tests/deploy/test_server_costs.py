@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import platform
@@ -256,6 +257,33 @@ def test_a_server_settles_its_allocator(manifest: Manifest, monkeypatch: pytest.
     with running(manifest, Settings(port=0)):
         assert len(settled) == 1
         assert settled != [threading.main_thread().name]  # It takes some ms, while the model is loaded.
+
+
+@pytest.mark.parametrize("kind", ["answered", "wrong", "full", "late"])
+def test_requests_leave_no_garbage(manifest: Manifest, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever refers to itself stays until Python's collector comes, which holds everybody up."""
+    body = {"inputs": 1 if kind == "wrong" else "w1 w2"}
+    status = {"answered": 200, "wrong": 422, "full": 429, "late": 429}[kind]
+    with running(manifest, Settings(port=0, max_queue_tokens=1000)) as server, Client(server.port) as client:
+        admission = server.batcher.admission
+        assert client("POST", "/api/embed", {"inputs": "w1"}).status == 200
+        if kind == "full":
+            admission.line_costs[0] = 999
+        if kind == "late":
+            admission.line_costs[0] = 10
+            admission.speed.known = True
+            monkeypatch.setattr(type(admission.speed), "cost_per_s", 1.0)
+            monkeypatch.setattr(admission.speed, "line_cost_per_s", lambda line: 1.0)
+        for _ in range(20):
+            assert client("POST", "/api/embed", body).status == status
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(100):
+                client("POST", "/api/embed", body)
+            assert gc.collect() < 100
+        finally:
+            gc.enable()
 
 
 # Large answers.

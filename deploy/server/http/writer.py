@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -25,7 +26,7 @@ class Writer:
         Args:
             cycle: A request that has not been answered.
         """
-        self._cycle = cycle
+        self._cycle = weakref.ref(cycle)  # Which has this: requests would stay until Python's collector comes.
         self._transport: asyncio.Transport = cycle.transport
         self._head: bytes | None = None
         cycle.transport = self  # type: ignore[assignment]
@@ -35,10 +36,15 @@ class Writer:
         if self._head:
             head, self._head = self._head, b""
             self._transport.writelines((head, data))
-        elif self._head is None and self._cycle.response_started and self._cycle.scope["method"] != "HEAD":
+        elif self._head is None and self._is_head_of_body():
             self._head = data
         else:
             self._transport.write(data)
+
+    def _is_head_of_body(self) -> bool:
+        """Whether what is written is the head of an answer with a body, and no interim answer."""
+        cycle = self._cycle()
+        return cycle is not None and cycle.response_started and cycle.scope["method"] != "HEAD"
 
     def close(self) -> None:
         """Closes the connection, once all is written."""
