@@ -54,8 +54,8 @@ READING_GRACE_S = 5.0
 """While draining, how long a client may read nothing of its answer."""
 
 GC_THRESHOLDS = (10_000, 50, 50)
-"""When Python's collector looks for garbage. Requests leave none, and those that wait are what it looks through: 2,000 of
-them took 100 ms, in which nobody was answered."""
+"""When Python's collector looks for garbage. Requests leave none, and those that wait are what it looks through: 2,000
+took 100 ms, in which nobody was answered."""
 
 
 class Server(uvicorn.Server):
