@@ -281,6 +281,8 @@ class App:
         except ApiError as error:
             self._observer.error(observed, error)
             response, data = self._error(error, scope, observed)
+            # Frames in it may hold the error, which would all stay until Python's collector comes.
+            error.__traceback__ = None
         except CallerLeft:
             observed.metrics.abandoned()
             return

@@ -214,12 +214,8 @@ class Admission:
             raise self.try_later(f"{self.queued_cost} tokens are waiting and the queue holds {self.max_queue_cost}")
         if self.line_costs[work.line] and self.speed.known:
             left_s = math.inf if work.deadline_s is None else work.deadline_s - time.perf_counter()
-            error = self._late(work.waiting, work.line, left_s)
-            if error is not None:
-                try:
-                    raise error
-                finally:
-                    del error  # It holds this frame: the two would stay until Python's collector comes.
+            if (error := self._late(work.waiting, work.line, left_s)) is not None:
+                raise error
         self.line_costs[work.line] += work.waiting
         self._waiting.add(work)
 
@@ -254,10 +250,7 @@ class Admission:
         if before and self.speed.known:
             late = [self._late(cost, self.line_of(cost, texts), with_reserved=True) for cost in costs]
             if late[0] is not None and late[1] is not None:
-                try:
-                    raise late[0]
-                finally:
-                    del late  # See `admit`.
+                raise late[0]
         self._reserved.append(kept)
         return kept
 
