@@ -197,6 +197,19 @@ def test_headers_and_trailers_without_end_are_refused(server: LiveServer, flood:
     assert server("POST", "/api/embed", GOOD).status == 200
 
 
+def test_who_goes_on_sending_is_cut_off_and_can_read_why(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LINGER_S", 0.2)
+    with connected(server) as sock:
+        sock.sendall(b"POST /api/embed HTTP/1.1\r\nHost: x\r\na: " + b"b" * 100_000)
+        begun_s = time.monotonic()
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            while time.monotonic() - begun_s < 10:
+                sock.sendall(b"b")
+                time.sleep(0.02)
+        assert time.monotonic() - begun_s < 5
+        assert statuses(sock.recv(1 << 16)) == [b"431"]
+
+
 def test_idle_connections_are_closed(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, keep_alive_s=0.5)) as server, connected(server) as sock:
         for _ in range(3):  # Not while it is busy.
