@@ -19,7 +19,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -32,6 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report import command_line, commit  # noqa: E402
 from deploy.bundle import Manifest, ModelInfo, SpecialToken  # noqa: E402
 from deploy.engines.batch import batches  # noqa: E402
 from deploy.engines.engine import Engine  # noqa: E402
@@ -181,13 +181,6 @@ def table(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def commit() -> str:
-    """The commit that was measured; with `+` if files were changed since."""
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> int:
     """Measures; the exit code is 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -223,9 +216,7 @@ def main() -> int:
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         },
         "commit": commit(),
-        "command": " ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]).replace(
-            str(arguments.model), arguments.model.name
-        ),
+        "command": command_line(["python", "benchmarks/accuracy.py", *sys.argv[1:]]),
     }
     versions = report["versions"]
     text = (

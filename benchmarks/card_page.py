@@ -81,7 +81,8 @@ def card_page(card: Mapping[str, Any]) -> str:
     machine, parts = card["machine"], card["parts"]
     price, currency = machine["price_per_hour"], escape(machine["currency"])
     cost_of = f"{currency} per million texts"
-    body = [f"<h1>{escape(machine['cpu'])}</h1>", f"<p>{escape(card['model'])} on {escape(machine['instance'])}</p>"]
+    instance = "an instance of unknown type" if machine["instance"] == "unknown" else machine["instance"]
+    body = [f"<h1>{escape(machine['cpu'])}</h1>", f"<p>{escape(card['model'])} on {escape(instance)}</p>"]
     body += [f'<p class="note">{escape(text)}</p>' for text in _warnings(card)]
     facts = {
         "CPUs": str(machine["cpus"]),

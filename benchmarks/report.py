@@ -69,6 +69,11 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def command_line(words: Sequence[str]) -> str:
+    """A command as results show it: of absolute paths the last part, since where files are on a machine is private."""
+    return shlex.join(Path(word).name if word.startswith("/") else word for word in words)
+
+
 def machine(
     command: Sequence[str], packages: Iterable[str] = ("torch", "transformers", "onnxruntime")
 ) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def machine(
         "python": platform.python_version(),
         "versions": {**versions(*packages), "torch_ext": torch_ext.__version__},
         "isa": torch_ext.isa_report(),
-        "command": shlex.join(command),
+        "command": command_line(command),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

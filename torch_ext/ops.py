@@ -46,7 +46,7 @@ __all__ = [
     "varlen_attention",
 ]
 
-Activation = Literal["none", "gelu", "gelu_tanh", "relu", "tanh", "silu", "quick_gelu"]
+Activation = Literal["none", "gelu", "gelu_tanh", "relu", "tanh", "silu", "quick_gelu", "sigmoid", "leaky_relu"]
 
 load_library()
 importlib.import_module("torch_ext._fakes")  # They are registered with the ops, which are there now.
@@ -153,7 +153,7 @@ def linear(
         packed: the weight ``[N, K]``, from :func:`pack_linear_weight` or :func:`pack_linear_weight_int8`.
         bias: fp32 or bf16 ``[N]``.
         activation: applied in fp32, before rounding: ``none``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``tanh``,
-            ``silu``, ``quick_gelu`` (CLIP's: ``x * sigmoid(1.702 * x)``).
+            ``silu``, ``quick_gelu`` (CLIP's: ``x * sigmoid(1.702 * x)``), ``sigmoid``, ``leaky_relu`` (0.01 x below 0).
         out_dtype: ``torch.float32`` or ``torch.bfloat16``; by default that of ``x``.
         residual: fp32 or bf16 ``[..., N]``, added after the activation, before rounding.
 

@@ -13,7 +13,7 @@ __all__ = ["DENSE_ACTIVATIONS", "DENSE_FILE", "Dense", "Role", "Sparse", "TokenV
 DENSE_FILE = "dense.npz"
 """Weights of the linear stages, for the ONNX variants; those of torch_ext have them in their own files."""
 
-DENSE_ACTIVATIONS = ("none", "tanh", "relu", "silu", "gelu")
+DENSE_ACTIVATIONS = ("none", "tanh", "relu", "silu", "gelu", "sigmoid", "leaky_relu")
 
 _STRATEGIES = ("max", "sum")
 _ACTIVATIONS = ("relu", "log1p_relu")

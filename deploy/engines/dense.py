@@ -27,6 +27,8 @@ _ACTIVATIONS: dict[str, Callable[[Floats], Any]] = {
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": _gelu,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "leaky_relu": lambda x: np.maximum(x, np.float32(0.01) * x),
 }
 
 

@@ -123,7 +123,7 @@ def load(state: Export) -> None:
         with readable_folder(source, state.folder / "readable.tmp") as folder:
             tokens = Tokens(source, folder, state.folder / TOKENIZER_FILE)
             ids = tokens.encode(state.texts.texts)
-            state.model = load_model(source, folder)
+            state.model = load_model(source, folder, state.progress.warn)
         state.config = state.model.config
         # With tied ones counted twice, as every file but the model's own has them.
         state.parameters = sum(tensor.numel() for tensor in state.model.state_dict().values())

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,15 @@ _NOT_DAMAGE = (
 )
 """What transformers raises of configurations that make no sense, and of weights that it cannot find."""
 
+_LAYERS_FIELDS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+"""How `config.json` may call the number of layers."""
+
+_LAYERS = 1000
+"""No encoder has more; some share the weights of theirs."""
+
+_LAYER = re.compile(r"^(.*?\b(?:layers?|block|h)\.)(\d+)\.")
+"""A weight of a layer: what is before the layer's number, and that."""
+
 _COMPUTED = ".inv_freq"
 """How buffers end that follow from `config.json`: transformers 4 writes those of ESM, transformers 5 none."""
 
@@ -138,12 +148,13 @@ _ENCODERS_OF_TWO = ("t5", "mt5", "umt5")
 """How `model_type` is called where AutoModel has a decoder, too, which does not embed texts."""
 
 
-def load_model(source: Source, folder: Path) -> Any:
+def load_model(source: Source, folder: Path, warn: Callable[[str], None]) -> Any:
     """The model in fp32, with every weight that its task needs.
 
     Args:
         source: What the model's folder says.
         folder: Where the installed transformers reads its files; see `readable_folder`.
+        warn: Is told what is left out.
 
     Raises:
         ExportError: Files are damaged, hold code, or lack weights of the task.
@@ -158,7 +169,7 @@ def load_model(source: Source, folder: Path) -> Any:
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()  # Of its own, since 5.
     try:
-        _check_dtypes(source)
+        _check_weights(source)
         model, info = getattr(transformers, auto_class).from_pretrained(
             folder,
             dtype=torch.float32,
@@ -181,6 +192,8 @@ def load_model(source: Source, folder: Path) -> Any:
         raise ExportError(
             f"{source.folder / source.weights}: damaged: {first_line(error)}; save the model again in safetensors"
         ) from error
+    if left_out := _layers_left_out(model.state_dict().keys(), info["unexpected_keys"]):
+        warn(left_out)
     absent = {
         name
         for name in info["missing_keys"]
@@ -223,20 +236,48 @@ def _weight_files(source: Source) -> list[Path]:
     return [source.folder / name for name in sorted(set(read_json(path, dict)["weight_map"].values()))]
 
 
-def _check_dtypes(source: Source) -> None:
-    """Checks that weights are no whole numbers, which transformers 5 converts without a word.
+def _check_weights(source: Source) -> None:
+    """Checks what transformers does not: it converts whole numbers, and builds as many layers as it is told.
 
     Raises:
-        ValueError: One is, or is of another dtype that needs a scale.
+        ValueError: A weight is of a dtype that needs a scale, or `config.json` counts more layers than weights.
     """
     from safetensors import safe_open
 
+    count = 0
     for path in _weight_files(source) if source.safe_format else ():
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
+                count += 1
                 kind = file.get_slice(name).get_dtype() if name.endswith((".weight", ".bias")) else _FLOATS[0]
                 if kind not in _FLOATS:
                     raise ValueError(f"expected {name} of one of the dtypes {', '.join(_FLOATS)}, got {kind}")
+    layers = source.config.get(_layers_field(source.config))
+    if isinstance(layers, int) and layers > max(count, _LAYERS):
+        raise ValueError(f"expected weights of {layers} layers, as config.json counts them, got {count} tensors")
+
+
+def _layers_field(config: Mapping[str, Any]) -> str:
+    return next((name for name in _LAYERS_FIELDS if name in config), _LAYERS_FIELDS[0])
+
+
+def _layers_left_out(names: Collection[str], unexpected: Collection[str]) -> str | None:
+    """What to say of weights of layers that `config.json` does not count, or None.
+
+    Args:
+        names: Of the model's weights.
+        unexpected: Of weights in the files that it has not. Those of a part that is not used, such as a decoder, are no
+            layers here.
+    """
+    layers = [(match[1], int(match[2])) for name in names if (match := _LAYER.match(name))]
+    parts = {part for part, _ in layers}
+    others = [(match[1], int(match[2])) for name in unexpected if (match := _LAYER.match(name))]
+    # Names in files may have the encoder's name in front, or lack it.
+    more = [number for own, number in others if any(own.endswith(part) or part.endswith(own) for part in parts)]
+    counted, found = (max(numbers, default=-1) + 1 for numbers in ((number for _, number in layers), more))
+    if found <= counted:
+        return None
+    return f"layers: {counted} in config.json, {found} in the weights; the last ones are left out"
 
 
 def _shape_of(source: Source, name: str) -> str:

@@ -75,6 +75,8 @@ _DENSE_ACTIVATIONS: Mapping[str, str] = {
     "ReLU": "relu",
     "SiLU": "silu",
     "GELU": "gelu",
+    "Sigmoid": "sigmoid",
+    "LeakyReLU": "leaky_relu",
 }
 """Of Dense modules, by the class of torch that their files name."""
 

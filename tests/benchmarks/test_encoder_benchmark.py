@@ -290,6 +290,7 @@ def test_short_run(tiny_model: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in data["latency"]] == names
     assert "PyTorch bf16, compile" in data["left_out"]
     assert data["machine"]["commit"]
+    assert str(tmp_path) not in data["machine"]["command"]
     assert data["machine"]["versions"]["torch"]
     assert data["threads"] == 1
     assert data["texts"]["count"] == 24

@@ -22,6 +22,11 @@ def test_markdown_pads_and_escapes() -> None:
     assert lines[3].replace(" ", "") == "|c||"
 
 
+def test_commands_in_results_say_nothing_of_where_files_are() -> None:
+    words = ["python", "benchmarks/encoder.py", "--model", "/home/me/my models/a b", "--output", "results"]
+    assert report.command_line(words) == "python benchmarks/encoder.py --model 'a b' --output results"
+
+
 def test_markdown_refuses_ragged_rows() -> None:
     with pytest.raises(ValueError, match=r"expected 2 cells in every row, got \[2, 1\]"):
         report.markdown(["a", "b"], [["only one"]])

@@ -46,6 +46,10 @@ inline double activation_bound(Activation a, double x, double y, DType t) {
       return 2e-6 * std::fabs(y);
     case Activation::kSilu:
       return 1e-6 * std::fabs(y) + 2e-36;
+    case Activation::kSigmoid:
+      return 1e-6 * y + 2e-38;
+    case Activation::kLeakyRelu:
+      return kRoundF32 * std::fabs(y);
     case Activation::kQuickGelu:
       return (1e-6 + 3e-7 * std::fabs(x)) * std::fabs(y) + 2e-36;
   }

@@ -57,6 +57,10 @@ inline double reference_activation(Activation a, double x) {
       return std::tanh(x);
     case Activation::kSilu:
       return x < -700 ? -0.0 : x / (1.0 + std::exp(-x));
+    case Activation::kSigmoid:
+      return x < -700 ? 0.0 : 1.0 / (1.0 + std::exp(-x));
+    case Activation::kLeakyRelu:
+      return x < 0 ? static_cast<double>(0.01f) * x : x;
     case Activation::kQuickGelu:
       return x < -400 ? -0.0 : x / (1.0 + std::exp(-1.702 * x));
   }

@@ -155,15 +155,18 @@ TORCH_EXT_TEST(activations_of_infinity_and_nan) {
       context("%s %s", vec->name, activation_name(activation));
       std::vector<float> x = {kInf, -kInf, 0.0f, -0.0f};
       activate(*vec, activation, x);
-      EXPECT(x[0] == (activation == Activation::kTanh ? 1.0f : kInf), "of inf is %g", static_cast<double>(x[0]));
-      if (activation == Activation::kNone) {
+      const bool bounded = activation == Activation::kTanh || activation == Activation::kSigmoid;
+      EXPECT(x[0] == (bounded ? 1.0f : kInf), "of inf is %g", static_cast<double>(x[0]));
+      if (activation == Activation::kNone || activation == Activation::kLeakyRelu) {
         EXPECT(x[1] == -kInf, "of -inf is %g", static_cast<double>(x[1]));
       } else {
         const double limit = activation == Activation::kTanh ? -1 : 0;
         const double bound = activation_bound(activation, -100, limit, DType::kF32) + kSmallest;
         EXPECT(within(x[1], limit, bound), "of -inf is %g", static_cast<double>(x[1]));
       }
-      EXPECT(x[2] == 0.0f && x[3] == 0.0f, "of zero is %g, %g", static_cast<double>(x[2]), static_cast<double>(x[3]));
+      const float origin = activation == Activation::kSigmoid ? 0.5f : 0.0f;
+      EXPECT(x[2] == origin && x[3] == origin, "of zero is %g, %g", static_cast<double>(x[2]),
+             static_cast<double>(x[3]));
       // Quiet and signalling, both signs, with all kinds of payload.
       std::vector<uint32_t> payloads = {0x7fc00000, 0x7f800001, 0x7fffffff, 0xffc00000, 0xff800001, 0xffffffff};
       for (size_t i = 0; i < 1000; ++i) {

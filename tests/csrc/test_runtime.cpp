@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -581,8 +582,9 @@ Model random_model() {
   Random& random = random_source();
   Model model{.encoder = kEncoder, .head = {}, .dtype = {}, .tensors = {}};
   Fields& e = model.encoder;
-  static constexpr const char* kActivations[] = {"\"gelu\"", "\"gelu_tanh\"", "\"relu\"",      "\"silu\"",
-                                                 "\"none\"", "\"tanh\"",      "\"quick_gelu\""};
+  static constexpr const char* kActivations[] = {"\"gelu\"",    "\"gelu_tanh\"",  "\"relu\"",
+                                                 "\"silu\"",    "\"none\"",       "\"tanh\"",
+                                                 "\"sigmoid\"", "\"leaky_relu\"", "\"quick_gelu\""};
   static constexpr const char* kTypes[] = {"bf16", "fp32", "int8"};
   model.dtype = kTypes[random.below(3)];
   const size_t heads = random.between(1, 3), head_size = 2 * random.between(1, 9), hidden = heads * head_size;
@@ -590,7 +592,7 @@ Model random_model() {
   e["hidden_size"] = std::to_string(hidden);
   e["num_layers"] = number(1, 3);
   e["intermediate_size"] = number(1, 40);
-  e["activation"] = kActivations[random.below(7)];
+  e["activation"] = kActivations[random.below(std::size(kActivations))];
   e["vocab_size"] = number(1, 40);
   e["type_vocab_size"] = number(0, 3);
   e["max_positions"] = number(1, 60);
@@ -649,7 +651,7 @@ Model random_model() {
     h["task"] = quoted(kTasks[random.below(5)]);
     h["hidden_size"] = e["hidden_size"];
     h["num_outputs"] = number(1, 50);
-    h["activation"] = kActivations[random.below(7)];
+    h["activation"] = kActivations[random.below(std::size(kActivations))];
     h["norm"] = random.coin() ? "true" : "false";
     if (random.below(3) == 0) h["dense_size"] = number(1, 20);
     if (random.below(3) == 0) {
@@ -659,7 +661,7 @@ Model random_model() {
       h.erase("dense_size");
     }
     if (random.coin()) h["pooling"] = "\"mean\"";
-    if (random.below(3) == 0) h["out_activation"] = kActivations[random.below(6)];
+    if (random.below(3) == 0) h["out_activation"] = kActivations[random.below(std::size(kActivations))];
   }
   add_weights(model);
   return model;

@@ -56,6 +56,7 @@ def save(model: Path, target: Path, stages: Sequence[tuple[int, str, bool]], nor
         ([(32, "Tanh", True)], True, "torch_ext-fp32,torch_ext-bf16,torch_ext-int8,onnx-fp32,onnx-int8"),
         ([(96, "Identity", False), (48, "Identity", True)], False, "torch_ext-fp32"),
         ([(96, "GELU", True), (40, "Identity", False)], True, "torch_ext-fp32,onnx-fp32"),
+        ([(96, "LeakyReLU", True), (40, "Sigmoid", True)], True, "torch_ext-fp32,torch_ext-bf16,onnx-fp32"),
     ],
 )
 def test_embeddings_are_those_of_sentence_transformers(

@@ -488,6 +488,17 @@ def test_architectures_that_the_encoder_does_not_run(
     )
 
 
+def test_layers_that_the_configuration_does_not_count(
+    tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["num_hidden_layers"] == 2
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}), encoding="utf-8")
+    load_manifest_of(folder, tmp_path / "a", "--variants", "torch_ext-bf16")
+    assert "warning: layers: 1 in config.json, 2 in the weights; the last ones are left out" in capsys.readouterr().err
+
+
 def test_options_that_the_encoder_does_not_run(
     tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -308,6 +308,10 @@ def no_bundle(tmp_path: Path) -> bool:
             "expected encoder.layer.0.output.dense.weight of one of the dtypes F32, F16, BF16, F64, got I8",
         ),
         (lambda folder: unread(folder), "model/config.json: transformers cannot read it: .*id2label"),
+        (
+            lambda folder: edit(folder, num_hidden_layers=10**7),
+            "weights of 10000000 layers.*, got [0-9]+ tensors",
+        ),
         (lambda folder: edit(folder, num_attention_heads=0), "model.safetensors: cannot be loaded: .*modulo by zero"),
         (lambda folder: edit(folder, num_attention_heads=-4), "transformers cannot run the model as its config.json"),
         (
@@ -332,6 +336,7 @@ def no_bundle(tmp_path: Path) -> bool:
         "not in its shard",
         "integers",
         "configuration",
+        "ten million layers",
         "no heads",
         "fewer than no heads",
         "eps",

@@ -26,10 +26,12 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
     "silu": F.silu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+    "leaky_relu": F.leaky_relu,
 }
 
 # The largest slope of each activation: how much of an error before it is left after it.
-SLOPES = {"none": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0, "tanh": 1.0, "silu": 1.1, "quick_gelu": 1.1}
+SLOPES = dict.fromkeys(ACTIVATIONS, 1.0) | {"gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1, "quick_gelu": 1.1}
 
 # Activations are polynomials or rational functions in fp32: 32 units of rounding of the value, or of 1 if it is
 # smaller.
@@ -105,7 +107,7 @@ def linear(
     if bias is not None:
         exact = exact + bias.double()
         bound = bound + EPS32 * exact.abs()
-    if rounds_product() and activation == "quick_gelu":  # the one that PyTorch does not fuse
+    if rounds_product() and activation in ("quick_gelu", "sigmoid", "leaky_relu"):  # those that oneDNN does not fuse
         bound = bound + EPS16 * (exact.abs() + bound)
     exact = ACTIVATIONS[activation](exact)
     if activation != "none":

@@ -32,7 +32,7 @@ bounds = torch.tensor([0, 3, 12, 13], dtype=torch.int32)
 results = []
 for dtype in (torch.float32, torch.bfloat16):
     x = rand(13, 64).to(dtype)
-    for activation in ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu", "quick_gelu"):
+    for activation in ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu", "quick_gelu", "sigmoid", "leaky_relu"):
         x = torch_ext.linear(x, torch_ext.pack_linear_weight(rand(64, 64) / 8), rand(64) / 8, activation, None, x)
         results.append(x)
     x = torch_ext.linear(x, torch_ext.pack_linear_weight(rand(192, 64) / 8))

@@ -24,7 +24,17 @@ __all__ = [
 
 Dtype = Literal["bf16", "fp32", "int8"]
 
-ACTIVATIONS: tuple[str, ...] = ("none", "gelu", "gelu_tanh", "relu", "tanh", "silu", "quick_gelu")
+ACTIVATIONS: tuple[str, ...] = (
+    "none",
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "tanh",
+    "silu",
+    "quick_gelu",
+    "sigmoid",
+    "leaky_relu",
+)
 
 PoolingMode = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 

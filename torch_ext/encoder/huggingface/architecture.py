@@ -19,6 +19,8 @@ _ACTIVATIONS = {
     "swish": "silu",
     "tanh": "tanh",
     "quick_gelu": "quick_gelu",
+    "sigmoid": "sigmoid",
+    "leaky_relu": "leaky_relu",
 }
 
 # What configurations call the fields of a specification, unless an architecture says otherwise.

@@ -315,6 +315,12 @@ TORCH_EXT_INLINE vf quick_gelu(vf x) {
   return low / (exp_approx(low * -1.702f) + 1.0f);
 }
 
+/// 1 / (1 + exp(-x)). Relative error below 1e-6; below -87 it gives sigmoid(-87), which is 1.6e-38.
+TORCH_EXT_INLINE vf sigmoid(vf x) { return 1.0f / (exp_approx(-x) + 1.0f); }
+
+/// x, and below 0 a hundredth of it.
+TORCH_EXT_INLINE vf leaky_relu(vf x) { return max_nan(x * 0.01f, x); }
+
 /// GELU in its tanh form: x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))). Absolute error below 5e-7, relative below
 /// 5e-7 for x > 1.
 TORCH_EXT_INLINE vf gelu_tanh(vf x) {
