@@ -40,7 +40,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "too_large": ErrorKind(
         413, "body, inputs, length of a text, tokens, or numbers of the answer above a limit, which the message names"
     ),
-    "unsupported_media_type": ErrorKind(415, "the body is in a coding other than gzip"),
+    "unsupported_media_type": ErrorKind(415, "the body is in a coding other than gzip and deflate"),
     "no_inputs": ErrorKind(422, "an empty list of inputs"),
     "invalid_request": ErrorKind(422, "not JSON in UTF-8, a missing or unknown field, a wrong type, or an empty list"),
     "queue_full": ErrorKind(

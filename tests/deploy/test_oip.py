@@ -7,6 +7,7 @@ import gzip
 import json
 import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,21 @@ def test_gzip_both_ways(server: LiveServer) -> None:
         assert (asked.headers["content-encoding"], asked.headers["vary"]) == ("gzip", "accept-encoding")
         assert gzip.decompress(asked.body) == plain.body
         assert server("POST", "/embed", body, Accept_Encoding="gzip, deflate, br").body == plain.body
+
+
+def test_bodies_as_other_clients_compress_them(server: LiveServer) -> None:
+    """tritonclient offers gzip and deflate, which is zlib's format; x-gzip is an old name of gzip."""
+    body = json.dumps({"inputs": ["w1"] * 30_000}).encode()
+    plain = server("POST", "/embed", body).body
+    for coding, coded in (("deflate", zlib.compress(body)), ("x-gzip", gzip.compress(body))):
+        assert server("POST", "/embed", coded, Content_Encoding=coding).body == plain
+    good = zlib.compress(b'{"inputs": "w1"}')
+    for wrong in (b"", good[:-1], good + b"rest", gzip.compress(b"{}")):
+        reply = server("POST", "/embed", wrong, Content_Encoding="deflate")
+        assert reply.status == 422, wrong
+        assert "content-encoding: expected deflate" in reply.json["error"]
+    bomb = zlib.compress(b" " * (200 << 20))
+    assert server("POST", "/embed", bomb, Content_Encoding="deflate").status == 413
 
 
 def test_what_is_no_gzip_is_refused(server: LiveServer) -> None:

@@ -273,7 +273,7 @@ def test_chunked_body_is_refused_while_it_is_read(server: LiveServer) -> None:
 
 
 def test_a_body_in_another_coding_is_refused(server: LiveServer) -> None:
-    for coding in ("br", "deflate", "gzip, gzip"):
+    for coding in ("br", "zstd", "gzip, gzip"):
         reply = server("POST", "/api/embed", gzip.compress(json.dumps(GOOD).encode()), Content_Encoding=coding)
         assert (reply.status, reply.kind) == (415, "unsupported_media_type")
     assert server("POST", "/api/embed", GOOD, Content_Encoding="identity").status == 200

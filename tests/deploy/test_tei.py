@@ -310,6 +310,9 @@ def test_predict(classifier: LiveServer) -> None:
     assert classifier("POST", "/", {"inputs": "w1", "parameters": {"top_k": 1}}).json == [one[:1]]
     scores = classifier("POST", "/", {"inputs": "w1", "parameters": {"function_to_apply": "softmax"}}).json[0]
     assert sum(item["score"] for item in scores) == pytest.approx(1.0)
+    # Labels that a client names are another task (zero-shot), and scores of the model's own would be taken for theirs.
+    named = {"inputs": "w1", "parameters": {"candidate_labels": ["a", "b"]}}
+    assert "zero-shot" in bad(classifier("POST", "/", named), 422, "Validation")
     # The tokenizer of this test puts no special tokens around pairs.
     assert "at least one token" in bad(classifier("POST", "/predict", {"inputs": ["", ""]}), 422, "Validation")
     # A single label ranks; these are two.

@@ -17,7 +17,7 @@ from ...tasks.answers import AnswerOptions
 from ...tasks.rows import Mapped
 from ..limits.bounds import MAX_TOP_K
 from ..service import structured
-from .hub_masks import encode_fillings, filling_values
+from .hub_masks import FILLINGS, FillMaskParameters, RootFillMaskRequest, encode_fillings, filling_values
 from .route import (
     JSON_HEADER,
     ApiError,
@@ -31,7 +31,7 @@ from .route import (
     encode_rows,
     server_timing,
 )
-from .schemas import BOUND, Inputs, MaskedInputs, bound, texts_of
+from .schemas import BOUND, Inputs, bound, texts_of
 from .tei import embed, predict, rerank, row, similarity
 from .tei_schemas import (
     Cut,
@@ -82,6 +82,7 @@ class ClassifyParameters(Struct):
 
     top_k: _MANY | None = None
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
+    candidate_labels: Annotated[Any, bound("nothing")] = None
 
 
 class RootClassifyRequest(Struct):
@@ -97,32 +98,6 @@ class RootClassifyRequest(Struct):
     query: Annotated[str | None, bound("text if any")] = None
     texts: Annotated[list[str] | None, bound("texts if any")] = None
     return_text: bool = False
-
-
-class FillMaskParameters(Struct):
-    """How a pipeline answers."""
-
-    top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K)] | None = None
-    targets: Annotated[list[str] | None, bound("nothing")] = None
-
-
-class RootFillMaskRequest(Struct):
-    """Texts with at least one mask token each."""
-
-    inputs: MaskedInputs
-    parameters: FillMaskParameters | None = None
-
-
-class MaskFilling(Struct):
-    """A token that may stand at the mask, and the text with it."""
-
-    score: float
-    token: int
-    token_str: str
-    sequence: str
-
-
-_FILLINGS = list[MaskFilling | list[MaskFilling | list[MaskFilling]]]
 
 
 async def root_embed(context: Context, request: RootEmbedRequest, caller: Caller) -> Response:
@@ -179,6 +154,13 @@ async def root_classify(context: Context, request: RootClassifyRequest, caller: 
     if options is None:
         wanted = TeiPredictRequest(request.inputs, request.raw_scores, request.truncate, request.truncation_direction)
         return await predict(context, wanted, caller)
+    if options.candidate_labels is not None:
+        labels = ", ".join((context.service.manifest.labels or ())[:5])
+        raise ApiError(
+            "invalid_request",
+            "parameters.candidate_labels: expected none, this server has no zero-shot classification; its model has the "
+            f"labels {labels}",
+        )
     if isinstance(request.inputs, list) and all(isinstance(text, str) for text in request.inputs):
         inputs: list[Any] = request.inputs
     elif isinstance(request.inputs, str):
@@ -352,7 +334,7 @@ ROUTES = (
         root_fill_mask,
         RootFillMaskRequest,
         {"inputs": "Paris is the {mask} of France.", "parameters": {"top_k": 3}},
-        _FILLINGS,
+        FILLINGS,
         limits=Limits.of_masked_texts,
         values=filling_values,
         value_bytes=16,

@@ -1,23 +1,52 @@
-"""Answers to `POST /` for fill-mask: as a pipeline of transformers has them, made while they are encoded."""
+"""`POST /` for fill-mask: as a pipeline of transformers has it; answers are made while they are encoded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta, Struct
 
 from ...bundle import Manifest
 from ...tasks.rows import Items, Mapped, places
 from ..http.bodies import VALUE_CHARS
+from ..limits.bounds import MAX_TOP_K
 from .route import encode_rows
-from .schemas import texts_of
+from .schemas import MaskedInputs, bound, texts_of
 
 if TYPE_CHECKING:
     from ..service import TextTokenizer
 
-__all__ = ["encode_fillings", "filling_values"]
+__all__ = ["FILLINGS", "FillMaskParameters", "RootFillMaskRequest", "encode_fillings", "filling_values"]
 
 _PREDICTION_VALUES = 4
+
+
+class FillMaskParameters(Struct):
+    """How a pipeline answers."""
+
+    top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K)] | None = None
+    targets: Annotated[list[str] | None, bound("nothing")] = None
+
+
+class RootFillMaskRequest(Struct):
+    """Texts with at least one mask token each."""
+
+    inputs: MaskedInputs
+    parameters: FillMaskParameters | None = None
+
+
+class MaskFilling(Struct):
+    """A token that may stand at the mask, and the text with it."""
+
+    score: float
+    token: int
+    token_str: str
+    sequence: str
+
+
+FILLINGS = list[MaskFilling | list[MaskFilling | list[MaskFilling]]]
 
 
 class _Filling(Items):

@@ -1,4 +1,4 @@
-"""gzip: of bodies that clients send, and of answers where a client asks for it.
+"""gzip and deflate of bodies that clients send, and gzip of answers where a client asks for it.
 
 Compressing an answer costs about as much as computing it with a small model, and HTTP libraries name gzip in every
 request, wanted or not. So an answer is compressed for a client that names gzip alone (`Accept-Encoding: gzip`).
@@ -15,31 +15,37 @@ from ..limits.bounds import exceeded
 from ..limits.budget import MemoryBudget
 from ..limits.callers import Caller
 
-__all__ = ["LEAST_BYTES", "compress", "compressed", "decompress"]
+__all__ = ["CODINGS", "LEAST_BYTES", "compress", "compressed", "decompress"]
 
 LEAST_BYTES = 1024
 """Shorter answers are sent as they are."""
 
 _GZIP = 31
+
+CODINGS = {b"gzip": _GZIP, b"x-gzip": _GZIP, b"deflate": 15}
+"""Codings that bodies may have, with zlib's number for each: deflate is zlib's format (RFC 9110, 8.4.1)."""
+
 _LEVEL = 1
 _PART_BYTES = 128 << 10
 
 
-async def decompress(body: bytes, limit_bytes: int, budget: MemoryBudget, caller: Caller) -> bytes:
-    """A body that came in gzip, decompressed part by part: other requests get their turn in between.
+async def decompress(body: bytes, coding: bytes, limit_bytes: int, budget: MemoryBudget, caller: Caller) -> bytes:
+    """A compressed body, decompressed part by part: other requests get their turn in between.
 
     Args:
         body: As it came.
+        coding: Key in `CODINGS`.
         limit_bytes: Longest body, decompressed.
         budget: Where memory for it is held.
         caller: Who sends it.
 
     Raises:
-        ApiError: It is no gzip (422) or too long (413), or there is no memory for it (429).
+        ApiError: It is not of this coding (422) or too long (413), or there is no memory for it (429).
     """
     found: list[bytes] = []
     size = 0
-    coder = zlib.decompressobj(_GZIP)
+    name = coding.decode("ascii")
+    coder = zlib.decompressobj(CODINGS[coding])
     ended = False
     try:
         while not ended:
@@ -50,15 +56,15 @@ async def decompress(body: bytes, limit_bytes: int, budget: MemoryBudget, caller
             if size > limit_bytes:
                 raise ApiError("too_large", exceeded("body_bytes", limit_bytes, None, "body, decompressed: "))
             if not part and not ended:
-                raise ApiError("invalid_request", "content-encoding: expected gzip to its end, got a part of it")
+                raise ApiError("invalid_request", f"content-encoding: expected {name} to its end, got a part of it")
             if len(part) == _PART_BYTES:
                 budget.hold_body(caller, len(part))
                 await asyncio.sleep(0)
             found.append(part)
             if coder.unused_data:  # Another member.
-                body, coder, ended = coder.unused_data, zlib.decompressobj(_GZIP), False
+                body, coder, ended = coder.unused_data, zlib.decompressobj(CODINGS[coding]), False
     except zlib.error as error:
-        raise ApiError("invalid_request", f"content-encoding: expected gzip, got something else ({error})") from None
+        raise ApiError("invalid_request", f"content-encoding: expected {name}, got something else ({error})") from None
     return b"".join(found)
 
 

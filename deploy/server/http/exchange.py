@@ -10,7 +10,7 @@ from ..limits.bounds import exceeded
 from ..limits.budget import SMALL_BODY_BYTES, MemoryBudget
 from ..limits.callers import Caller, CallerLeft
 from .bodies import Large
-from .coding import decompress
+from .coding import CODINGS, decompress
 
 __all__ = [
     "JSON_HEADER",
@@ -72,15 +72,15 @@ async def read_body(
     only after it has written, gets the answer.
 
     Raises:
-        ApiError: The body is too large (413) or in a coding other than gzip (415), or there is no memory for it (429).
+        ApiError: The body is too large (413) or in another coding (415), or there is no memory for it (429).
         CallerLeft: The client has left.
     """
     told = int(headers.get(b"content-length", b"0"))
     if told > limit_bytes:
         raise _too_large(limit_bytes, told)
     coding = headers.get(b"content-encoding", b"identity").lower()
-    if coding not in (b"identity", b"gzip"):
-        raise ApiError("unsupported_media_type", "content-encoding: expected gzip or none")
+    if coding != b"identity" and coding not in CODINGS:
+        raise ApiError("unsupported_media_type", "content-encoding: expected gzip, deflate or none")
     if told > SMALL_BODY_BYTES:
         budget.hold_body(caller, told)
     message = await receive()
@@ -105,7 +105,7 @@ async def read_body(
         body = b"".join(parts)
     if len(body) > limit_bytes:
         raise _too_large(limit_bytes, len(body))
-    return body if coding == b"identity" else await decompress(body, limit_bytes, budget, caller)
+    return body if coding == b"identity" else await decompress(body, coding, limit_bytes, budget, caller)
 
 
 def _too_large(limit_bytes: int, found: int | None = None) -> ApiError:
