@@ -147,6 +147,14 @@ def check_sparse(answer: Any, count: int, traits: Traits) -> None:
             check_number(word.get("value"), "each word of a sparse vector", "value")
 
 
+def check_by_type(answer: dict[str, Any], count: int, traits: Traits) -> None:
+    """Embeddings as Cohere answers them: by their type, here floats."""
+    by_type = answer.get("embeddings")
+    if not isinstance(by_type, dict):
+        raise InvalidResponseError(f"expected embeddings by type, got {by_type!r:.80}")
+    check_vectors(by_type.get("float"), count, traits)
+
+
 def check_vectors(answer: Any, count: int, traits: Traits) -> None:
     """Per text an embedding."""
     for vector in expect_list(answer, "embeddings", count):

@@ -198,7 +198,13 @@ _ROWS = (
         answers.check_cosines,
         answers=list,
     ),
-    # Rerankers as Cohere and Jina have them.
+    # Embeddings and rerankers as Cohere and Jina have them.
+    Task(
+        "cohere-embed",
+        "/v2/embed",
+        lambda texts, traits: _dump({"model": traits.model, "texts": list(texts), "input_type": "search_document"}),
+        answers.check_by_type,
+    ),
     Task("cohere-rerank", "/v2/rerank", _rank("documents", with_model=True), answers.check_results),
     Task("jina-rerank", "/v1/rerank", _rank("documents", with_model=True), answers.check_results),
     # The Open Inference Protocol v2 (KServe, Triton), in JSON. What the model computes is the model's affair.

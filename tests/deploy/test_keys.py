@@ -196,6 +196,7 @@ def test_requests_of_a_key_are_refused_in_the_form_of_each_dialect(server: LiveS
         ("/embed", {"inputs": "w1"}, {"error", "error_type"}),
         ("/v1/embeddings", {"input": "w1"}, {"error"}),
         ("/v1/rerank", {"query": "w1", "documents": ["w1"]}, {"message", "detail"}),
+        ("/v2/embed", {"texts": ["w1"]}, {"message", "detail"}),
         ("/v2/models/fake/infer", body, {"error"}),
         ("/api/embed", {"inputs": "w1"}, {"error"}),
     ):

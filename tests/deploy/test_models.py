@@ -125,6 +125,8 @@ RANK = {"query": "w1", "documents": ["w2"]}
         ("/v1/embeddings", {"input": "w1", "model": "org/second"}, "org/second"),
         ("/v1/embeddings", {"input": ["w1"] * 3000, "model": "org/second"}, "org/second"),
         ("/embeddings", {"input": "w1", "model": "org/second"}, "org/second"),
+        ("/v1/embed", {"texts": ["w1"], "model": "org/second"}, "org/second"),
+        ("/v2/embed", {"texts": ["w1"]}, "first"),
         ("/v1/rerank", {**RANK, "model": "ranker"}, "ranker"),
         ("/v2/rerank", {**RANK, "model": "ranker"}, "ranker"),
         ("/rerank", {**RANK, "model": "ranker"}, "ranker"),

@@ -176,6 +176,10 @@ def test_answers_in_parts_are_the_same_bytes(rows: int) -> None:
     for items, each in ((values, 384), ([{"embedding": row, "index": 1} for row in values], 384), ([[]] * rows, 0)):
         body = {"object": "list", "data": items, "model": "ü", "usage": {"tokens": 3}}
         assert encode_in_parts(Large(body, "data", each)) == encode(body)
+        both = {**body, "data": {"float": items, "other": items[:1]}}
+        large = Large(both, "data", each)
+        assert encode_in_parts(large) == encode(both)
+        assert large.values == each * (rows + len(items[:1]))
 
 
 def test_rows_that_are_large_lists_are_cut_too() -> None:

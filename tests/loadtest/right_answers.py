@@ -42,6 +42,7 @@ def right_answer(path: str, body: dict[str, Any]) -> Any:
         },
         "/api/similarity": {"similarities": [0.5] * count, "model": "stub"},
         "/v1/embeddings": _openai(count, body),
+        "/v2/embed": {"id": "1", "embeddings": {"float": [_VECTOR] * count}},
         "/embed": [_VECTOR] * count,
         "/embed_all": [[_VECTOR] * 3] * count,
         "/embed_sparse": [[{"index": 3, "value": 0.5}]] * count,

@@ -37,7 +37,7 @@ def test_right_answers_pass(task: str, encoding_format: str) -> None:
         TASKS[task].validate(content, 3, known)
 
 
-OTHER_PATHS = {"/", "/invocations", "/embeddings", "/v2/models/{model}/versions/1/infer"}
+OTHER_PATHS = {"/", "/invocations", "/embeddings", "/v1/embed", "/v2/models/{model}/versions/1/infer"}
 
 
 def test_tasks_are_those_of_the_server() -> None:
@@ -81,6 +81,8 @@ def wrong(task: str, change: Any) -> bytes:
         ("tei-predict-pairs", lambda a: a.__setitem__(0, []), "at least one of labels"),
         ("tei-rerank", lambda a: a[0].update(index=1), "each index from 0 to 0 once"),
         ("tei-similarity", lambda a: a.append(0.1), "expected 1 similarities"),
+        ("cohere-embed", lambda a: a.pop("embeddings"), "embeddings by type"),
+        ("cohere-embed", lambda a: a["embeddings"].update(float=[[0.5]]), "got 1"),
         ("cohere-rerank", lambda a: a["results"][0].pop("relevance_score"), "a finite relevance_score"),
         ("oip", lambda a: a["outputs"][0]["data"].pop(), r"expected 2 values in an output of shape \[1, 2\], got 1"),
         ("oip", lambda a: a["outputs"][0].update(shape=[2, 1]), "expected 1 rows in each output"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import hub, native, oip, openai, operations, rerank, structured, tei, tei_vectors
+from . import cohere, hub, native, oip, openai, operations, rerank, structured, tei, tei_vectors
 
 __all__ = ["ROUTES"]
 
@@ -13,6 +13,7 @@ ROUTES = (
     *tei_vectors.ROUTES,
     *openai.ROUTES,
     *rerank.ROUTES,
+    *cohere.ROUTES,
     *oip.ROUTES,
     *hub.ROUTES,
     *operations.ROUTES,

@@ -29,7 +29,7 @@ from .route import (
 from .schemas import BOUND
 from .tei_schemas import texts_or_ids
 
-__all__ = ["OPENAI", "ROUTES"]
+__all__ = ["OPENAI", "ROUTES", "base64_row", "check_width"]
 
 _STARTED_S = int(time.time())
 _FIELD = re.compile(r"\$\.(\w+)|^(dimensions|input|model)\b")
@@ -145,16 +145,20 @@ def _error(error: ApiError) -> bytes:
 OPENAI = Dialect("openai", "/v1/", _error, OpenAIError, _STATUSES)
 
 
+def base64_row(row: Any) -> str:
+    """A row of f32 [width] in base64, little-endian."""
+    return base64.b64encode(row).decode("ascii")
+
+
 def _base64(rows: Sequence[Any]) -> list[str]:
-    return [base64.b64encode(row).decode("ascii") for row in rows]
+    return [base64_row(row) for row in rows]
 
 
 async def embeddings(context: Context, request: OpenAIEmbeddingsRequest, caller: Caller) -> Response:
     """POST /v1/embeddings."""
     service, limits = context.service, context.limits
     dimensions = request.dimensions
-    if dimensions is not None and dimensions not in service.dimensions:
-        raise ApiError("invalid_request", _wrong_width(service.model, service.dimensions, service.width, dimensions))
+    check_width("dimensions", dimensions, service)
     texts, ids = texts_or_ids(request.input, service.settings.accept_token_ids)
     if ids:
         result = await service.embed_ids(ids, caller, limits, dimensions=dimensions)
@@ -172,14 +176,29 @@ async def embeddings(context: Context, request: OpenAIEmbeddingsRequest, caller:
     return Response(encode_list(body, "data", dimensions or service.width), (JSON_HEADER, server_timing(result)))
 
 
-def _wrong_width(model: str, known: Sequence[int], width: int, found: int) -> str:
-    if found > width or isinstance(known, range):
-        return f"dimensions: expected 1 to {width}, the width of {model}, got {found}"
-    widths = ", ".join(map(str, known))
-    return (
-        f"dimensions: expected {widths}, which {model} was trained for, got {found}; the option --any-dimensions cuts "
-        "embeddings to any width"
-    )
+def check_width(field: str, found: int | None, service: Service) -> None:
+    """Checks to how many numbers embeddings are to be cut.
+
+    Args:
+        field: What the request calls it.
+        found: What it says; None: nothing.
+        service: The model.
+
+    Raises:
+        ApiError: The model was not trained for so many (400).
+    """
+    known = service.dimensions
+    if found is None or found in known:
+        return
+    if found > service.width or isinstance(known, range):
+        message = f"{field}: expected 1 to {service.width}, the width of {service.model}, got {found}"
+    else:
+        widths = ", ".join(map(str, known))
+        message = (
+            f"{field}: expected {widths}, which {service.model} was trained for, got {found}; the option "
+            "--any-dimensions cuts embeddings to any width"
+        )
+    raise ApiError("invalid_request", message)
 
 
 async def models(context: Context, request: None, caller: Caller) -> Response:

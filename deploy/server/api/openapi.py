@@ -154,6 +154,7 @@ def _bounds(limits: Limits, manifest: Manifest, tokenizer: TextTokenizer, settin
         "prompt": {"anyOf": [{"enum": prompts}, nothing] if prompts else [nothing]},
         "nothing": {"anyOf": [nothing]},
         "window": {"maximum": manifest.max_tokens},
+        "whole window": {"anyOf": [{"type": "integer", "minimum": manifest.max_tokens}, nothing]},
         "masked": {**text, "pattern": f"^{no_nul}{masked}{no_nul}$"},
         "texts or ids": {"anyOf": [some_text, lists[0], *([some_ids, lists[1]] if settings.accept_token_ids else [])]},
         "dimensions": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": manifest.width}, nothing]},

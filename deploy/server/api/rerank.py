@@ -25,7 +25,7 @@ from .route import (
 )
 from .schemas import bound
 
-__all__ = ["RERANK", "ROUTES", "documents"]
+__all__ = ["RERANK", "ROUTES", "RerankMeta", "documents"]
 
 _Text = Annotated[str, bound("text")]
 

@@ -201,20 +201,26 @@ class Large(NamedTuple):
 
     Attributes:
         body: The answer.
-        key: Its field that is large, a list; empty: the answer is this list alone, without the object around it.
-        values_each: About how many numbers each item of the list holds.
+        key: Its field that is large, a list or an object of lists; empty: the answer is this list alone, without the
+            object around it.
+        values_each: About how many numbers each item of a list holds.
     """
 
     body: dict[str, Any]
     key: str
     values_each: int
 
+    @property
+    def values(self) -> int:
+        """About how many numbers the answer holds."""
+        found = self.body[self.key]
+        return self.values_each * (sum(map(len, found.values())) if isinstance(found, dict) else len(found))
+
 
 def encode_list(body: dict[str, Any], key: str, values_each: int) -> bytes | Large:
     """The same of an answer that may be large; see `Large`."""
-    if len(body[key]) * values_each > INLINE_VALUES:
-        return Large(body, key, values_each)
-    return encode(body)
+    large = Large(body, key, values_each)
+    return large if large.values > INLINE_VALUES else encode(body)
 
 
 def encode_rows(rows: Sequence[Any], values_each: int) -> bytes | Large:
@@ -247,13 +253,18 @@ def parts(large: Large) -> Iterator[bytes]:
         if name != large.key:
             before += encode(value) + b","
             continue
-        before += b"["
-        for piece in _pieces(value, large.values_each):
-            before += piece
-            if len(before) >= _PART_BYTES:
-                yield before
-                before = b""
-        before += b"],"
+        lists = value.items() if isinstance(value, dict) else ((None, value),)
+        before += b"{" if isinstance(value, dict) else b""
+        for inner, items in lists:
+            before += b"[" if inner is None else encode(inner) + b":["
+            for piece in _pieces(items, large.values_each):
+                before += piece
+                if len(before) >= _PART_BYTES:
+                    yield before
+                    before = b""
+            before += b"],"
+        if isinstance(value, dict):
+            before = before[:-1] + b"},"
     yield before[:-1] + (b"}" if large.key else b"")
 
 

@@ -51,7 +51,7 @@ class Leaving:
         Returns:
             What leaves first, and what makes the rest; None: that is all.
         """
-        about_bytes = _VALUE_BYTES * len(large.body[large.key]) * large.values_each
+        about_bytes = _VALUE_BYTES * large.values
         room_bytes = min(ALL_BYTES, self._budget.limit_bytes // 8) - self._waiting_bytes
         if not in_chunks or about_bytes <= min(WHOLE_BYTES, room_bytes):
             return await aside(encode_in_parts, large), None

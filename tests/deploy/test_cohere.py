@@ -1,0 +1,125 @@
+"""Embeddings in Cohere's dialect, through a socket."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from server_harness import WIDTH, LiveServer, make_manifest, running
+
+from deploy.bundle import Prompts
+from deploy.server.api import cohere
+from deploy.server.http.bodies import INLINE_VALUES
+from deploy.server.limits.bounds import Settings
+
+TEXTS = ["w1", "w2 w3"]
+PROMPTS = Prompts({"Query": "w4 ", "passage": "w5 ", "clustering": "w6 ", "other": "w7 "}, default="other")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    manifest = make_manifest(tmp_path_factory.mktemp("fake"))
+    with running(dataclasses.replace(manifest, prompts=PROMPTS), Settings(port=0, any_dimensions=True)) as live:
+        yield live
+
+
+def rows(server: LiveServer, *texts: str, **fields: Any) -> Any:
+    """What the model has made of these texts, by OpenAI's route, which adds the default prompt."""
+    reply = server("POST", "/v1/embeddings", {"input": list(texts), **fields})
+    return np.array([item["embedding"] for item in reply.json["data"]], np.float32)
+
+
+def test_types(server: LiveServer) -> None:
+    kinds = ["float", "base64", "ubinary", "binary", "float"]
+    reply = server("POST", "/v2/embed", {"texts": TEXTS, "embedding_types": kinds, "model": "any", "images": None})
+    answer = msgspec.json.decode(reply.body, type=cohere.CohereResponse, strict=True)
+    expected = rows(server, *TEXTS)
+    found = answer.embeddings
+    np.testing.assert_array_equal(np.float32(found.floats), expected)
+    coded = [np.frombuffer(base64.b64decode(row), "<f4") for row in found.base64]  # type: ignore[union-attr]
+    np.testing.assert_array_equal(coded, expected)
+    bits = np.packbits(expected > 0, axis=1)
+    np.testing.assert_array_equal(found.ubinary, bits)
+    np.testing.assert_array_equal(found.binary, (bits.astype(int) - 128))
+    assert answer.texts == TEXTS
+    assert answer.meta.billed_units == {"input_tokens": 9}
+    assert answer.id
+
+
+@pytest.mark.parametrize("numbers", [[1.0, -1.0, 0.0, 2.0, -0.0], [1.0] * 8, [-1.0] * 3 + [1.0] * 14])
+def test_bits(numbers: list[float]) -> None:
+    expected = np.packbits(np.array(numbers) > 0)
+    assert cohere._ubinary(numbers) == expected.tolist()
+    assert cohere._binary(numbers) == (expected.astype(int) - 128).tolist()
+
+
+def test_v1_and_v2_differ_without_types(server: LiveServer) -> None:
+    plain = server("POST", "/v1/embed", {"texts": TEXTS})
+    floats = msgspec.json.decode(plain.body, type=cohere.CohereV1Response, strict=True)
+    assert (floats.response_type, floats.meta.api_version) == ("embeddings_floats", {"version": "1"})
+    np.testing.assert_array_equal(np.float32(plain.json["embeddings"]), rows(server, *TEXTS))
+    for path, fields in (("/v2/embed", {}), ("/v1/embed", {"embedding_types": ["float"]})):
+        by_type = server("POST", path, {"texts": TEXTS, **fields}).json
+        assert by_type["response_type"] == "embeddings_by_type"
+        assert by_type["embeddings"] == {"float": plain.json["embeddings"]}
+
+
+def test_the_type_of_inputs_chooses_the_prompt(server: LiveServer) -> None:
+    for kind, prompt in (
+        ("search_query", "w4 "),
+        ("search_document", "w5 "),
+        ("clustering", "w6 "),
+        ("classification", "w7 "),  # None of its own: the default.
+        (None, "w7 "),
+    ):
+        server.engine.batches.clear()
+        assert server("POST", "/v2/embed", {"texts": ["w1"], "input_type": kind}).status == 200
+        named = list(server.engine.batches)
+        server.engine.batches.clear()
+        expected = server("POST", "/tokenize", {"inputs": f"{prompt}w1", "prompt_name": None}).json[0]
+        # The default prompt was added to the tokenized text, too.
+        words = [token["text"] for token in expected if not token["special"]][1:]
+        ids = {token["text"]: token["id"] for token in expected}
+        assert [list(text)[1:-1] for batch in named for text in batch] == [[ids[word] for word in words]]
+
+
+def test_dimensions_and_long_texts(server: LiveServer) -> None:
+    cut = server("POST", "/v2/embed", {"texts": TEXTS, "output_dimension": 4}).json["embeddings"]["float"]
+    np.testing.assert_array_equal(np.float32(cut), rows(server, *TEXTS, dimensions=4))
+    long = {"texts": [" ".join(f"w{index}" for index in range(1, 30))]}
+    end, start = (
+        server("POST", "/v2/embed", {**long, "truncate": side}).json["embeddings"]["float"] for side in ("END", "START")
+    )
+    assert end == server("POST", "/v2/embed", long).json["embeddings"]["float"] != start
+    for wrong, words in (
+        ({**long, "truncate": "NONE"}, "16"),
+        ({"texts": TEXTS, "output_dimension": WIDTH + 1}, "output_dimension: expected 1 to"),
+        ({"texts": TEXTS, "max_tokens": 15}, "max_tokens: expected none, or at least 16"),
+        ({"texts": TEXTS, "embedding_types": ["int8"]}, "int8"),
+        ({"texts": TEXTS, "input_type": "image"}, "image"),
+        ({"texts": []}, "at least one input"),
+        ({"images": ["data:"]}, "texts"),
+    ):
+        refused = server("POST", "/v2/embed", wrong)
+        assert (refused.status, set(refused.json)) == (400, {"message", "detail"}), wrong
+        assert words in refused.json["message"], wrong
+    assert server("POST", "/v2/embed", {"texts": TEXTS, "max_tokens": 16}).status == 200
+
+
+def test_large_answers_leave_in_parts(server: LiveServer) -> None:
+    many = INLINE_VALUES // WIDTH + 1
+    reply = server("POST", "/v2/embed", {"texts": ["w1"] * many, "embedding_types": ["ubinary", "float"]})
+    found = reply.json["embeddings"]
+    assert list(found) == ["ubinary", "float"]
+    assert {len(rows) for rows in found.values()} == {many}
+    assert reply.json["meta"]["billed_units"]["input_tokens"] == 4 * many
