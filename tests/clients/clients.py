@@ -12,7 +12,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="0", LITELLM_LOCAL_MODEL_COST_MAP="True", HAYSTACK_TELEMETRY_ENABLED="False")
+os.environ.update(
+    HF_HUB_OFFLINE="0",
+    LITELLM_LOCAL_MODEL_COST_MAP="True",
+    HAYSTACK_TELEMETRY_ENABLED="False",
+    ANONYMIZED_TELEMETRY="False",
+)
+KEY = os.environ["CLIENTS_KEY"]
+"""The key of the server `keys`: one request a minute."""
 
 TEXTS = ["the name of the file", "a list of the values", "is it?"]
 LONG = "the name of the file " * 3000
@@ -80,6 +87,70 @@ def openai_errors(url: str) -> None:
     assert "check_embedding_ctx_length=False" in str(error)
 
 
+@call("openai, async", "feature-extraction")
+def openai_async(url: str) -> None:
+    import asyncio
+
+    import httpx
+    import openai
+
+    async def many(**options: Any) -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", **options) as client:
+            return await asyncio.gather(*(client.embeddings.create(model="any", input=TEXTS) for _ in range(20)))
+
+    for options in ({}, {"http_client": openai.DefaultAioHttpClient()}, {"http_client": httpx.AsyncClient(http2=True)}):
+        for found in asyncio.run(many(**options)):
+            vectors([item.embedding for item in found.data], 3)
+
+
+@call("openai, keys", "keys")
+def openai_keys(url: str) -> None:
+    import openai
+
+    def ask(key: str) -> Any:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+        return client.embeddings.create(model="any", input=TEXTS)
+
+    assert refusal(openai.AuthenticationError, lambda: ask("wrong")).type == "authentication_error"
+    error = refusal(openai.RateLimitError, lambda: [ask(KEY) for _ in range(2)])
+    assert 0 < int(error.response.headers["retry-after"]) <= 60
+
+
+@call("pydantic-ai", "feature-extraction")
+def pydantic_ai_embeddings(url: str) -> None:
+    import cohere
+    from pydantic_ai import Embedder
+    from pydantic_ai.embeddings.cohere import CohereEmbeddingModel
+    from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
+    from pydantic_ai.providers.cohere import CohereProvider
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    of_openai = OpenAIEmbeddingModel("any", provider=OpenAIProvider(base_url=f"{url}/v1", api_key="none"))
+    client = cohere.AsyncClientV2(api_key="none", base_url=url)
+    of_cohere = CohereEmbeddingModel("any", provider=CohereProvider(cohere_client=client))
+    for model in (of_openai, of_cohere):
+        found = Embedder(model).embed_documents_sync(TEXTS)
+        vectors(found.embeddings, 3)
+        assert found.usage.input_tokens > 6
+
+
+@call("llama-index, OpenAI embeddings", "feature-extraction")
+def llama_index_openai(url: str) -> None:
+    from llama_index.embeddings.openai_like import OpenAILikeEmbedding
+
+    model = OpenAILikeEmbedding(model_name="any", api_base=f"{url}/v1", api_key="none")
+    vectors(model.get_text_embedding_batch(TEXTS), 3)
+
+
+@call("chromadb", "feature-extraction")
+def chromadb_embeddings(url: str) -> None:
+    from chromadb.utils import embedding_functions
+
+    os.environ["CHROMA_OPENAI_API_KEY"] = "none"
+    vectors(embedding_functions.HuggingFaceEmbeddingServer(url=f"{url}/embed")(TEXTS), 3)
+    vectors(embedding_functions.OpenAIEmbeddingFunction(api_base=f"{url}/v1", model_name="any")(TEXTS), 3)
+
+
 @call("langchain-openai", "feature-extraction")
 def langchain_embeddings(url: str) -> None:
     from langchain_openai import OpenAIEmbeddings
@@ -99,6 +170,8 @@ def litellm_embeddings(url: str) -> None:
     found = litellm.embedding(
         model="huggingface/any", input=TEXTS, api_base=f"{url}/embed", api_key="none", input_type="feature-extraction"
     )
+    vectors([item["embedding"] for item in found.data], 3)
+    found = litellm.embedding(model="cohere/any", input=TEXTS, api_base=f"{url}/v2/embed", api_key="none")
     vectors([item["embedding"] for item in found.data], 3)
 
 
@@ -148,6 +221,24 @@ def hub_classes(url: str) -> None:
     assert [label.label for label in labels]
     assert labels[0].score >= labels[1].score
     assert len(hub(url).text_classification(TEXTS[0], top_k=1)) == 1
+    import huggingface_hub.errors as errors
+
+    # Scores of the model's own labels would be taken for those of the candidates.
+    error = refusal(errors.HfHubHTTPError, lambda: hub(url).zero_shot_classification(TEXTS[0], candidate_labels=["a"]))
+    assert error.response.status_code == 422
+
+
+@call("huggingface_hub, keys", "keys")
+def hub_keys(url: str) -> None:
+    import huggingface_hub
+    import huggingface_hub.errors as errors
+
+    def ask(key: str) -> Any:
+        client = huggingface_hub.InferenceClient(model=url, token=key, provider="hf-inference")
+        return client.feature_extraction(TEXTS[0])
+
+    assert refusal(errors.HfHubHTTPError, lambda: ask("wrong")).response.status_code == 401
+    assert refusal(errors.HfHubHTTPError, lambda: [ask(KEY) for _ in range(2)]).response.status_code == 429
 
 
 @call("huggingface_hub, fill_mask", "fill-mask")
@@ -227,6 +318,41 @@ def cohere_rerank(url: str) -> None:
         assert 1 >= found.results[0].relevance_score >= found.results[1].relevance_score >= 0
 
 
+@call("cohere, embeddings", "feature-extraction")
+def cohere_embeddings(url: str) -> None:
+    import cohere
+    import numpy as np
+
+    kinds = ["float", "base64", "ubinary", "binary"]
+    arguments: dict[str, Any] = {"model": "any", "texts": TEXTS, "input_type": "search_document"}
+    clients = (cohere.Client(api_key="none", base_url=url), cohere.ClientV2(api_key="none", base_url=url))
+    for client in clients:
+        found = client.embed(**arguments, embedding_types=kinds)
+        vectors(found.embeddings.float_, 3)
+        bits = np.packbits(np.array(found.embeddings.float_) > 0, axis=1)
+        assert np.array_equal(found.embeddings.ubinary, bits)
+        assert np.array_equal(found.embeddings.binary, bits.astype(int) - 128)
+        assert len(found.embeddings.base64) == 3
+        assert found.meta.billed_units.input_tokens > 6
+    one, two = (client.embed(**arguments) for client in clients)
+    assert one.embeddings == two.embeddings.float_
+    many = clients[1].embed(**{**arguments, "texts": TEXTS * 70})  # It sends 96 at once.
+    vectors(many.embeddings.float_, 210)
+
+
+@call("cohere, errors and keys", "keys")
+def cohere_keys(url: str) -> None:
+    import cohere
+
+    def ask(key: str, **arguments: Any) -> Any:
+        client = cohere.ClientV2(api_key=key, base_url=url)
+        wanted = {"model": "any", "texts": TEXTS, "input_type": "search_query", "embedding_types": ["float"]}
+        return client.embed(**{**wanted, **arguments}, request_options={"max_retries": 0})
+
+    assert refusal(cohere.UnauthorizedError, lambda: ask("wrong")).body["message"]
+    assert refusal(cohere.TooManyRequestsError, lambda: [ask(KEY) for _ in range(2)]).body["message"]
+
+
 @call("tritonclient", "feature-extraction")
 def triton_embeddings(url: str) -> None:
     import numpy as np
@@ -250,7 +376,7 @@ def triton_embeddings(url: str) -> None:
         given.set_data_from_numpy(texts, binary_data=binary)
         wanted = [triton.InferRequestedOutput("embedding", binary_data=binary)]
         for outputs in (wanted, None):
-            for coding in (None, "gzip"):
+            for coding in (None, "gzip", "deflate"):
                 result = client.infer(
                     name,
                     [given],
@@ -265,6 +391,43 @@ def triton_embeddings(url: str) -> None:
     vectors(found[0], 3)
     assert all(np.abs(other - found[0]).max() < 1e-6 for other in found)
     assert refusal(InferenceServerException, lambda: client.infer("nope", [given])).message()
+
+
+@call("tritonclient, asyncio", "feature-extraction")
+def triton_async(url: str) -> None:
+    import asyncio
+
+    import numpy as np
+    import tritonclient.http.aio as triton
+
+    async def ask() -> None:
+        async with triton.InferenceServerClient(url.removeprefix("http://")) as client:
+            assert await client.is_model_ready("tiny/feature-extraction")
+            given = triton.InferInput("text", [3], "BYTES")
+            given.set_data_from_numpy(np.array([text.encode() for text in TEXTS], dtype=np.object_))
+            for coding in (None, "gzip", "deflate"):
+                result = await client.infer(
+                    "tiny/feature-extraction",
+                    [given],
+                    request_compression_algorithm=coding,
+                    response_compression_algorithm=coding,
+                )
+                vectors(result.as_numpy("embedding"), 3)
+
+    asyncio.run(ask())
+
+
+@call("prometheus_client", "feature-extraction")
+def prometheus(url: str) -> None:
+    import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+
+    # What Prometheus sends; the server has the older format alone.
+    accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+    answer = httpx.get(f"{url}/metrics", headers={"accept": accept})
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    names = {family.name for family in text_string_to_metric_families(answer.text)}
+    assert {"serve_request_seconds", "serve_queue_tokens", "process_resident_memory_bytes"} <= names
 
 
 @call("tritonclient, pairs", "text-classification")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -56,9 +57,9 @@ def bundle(folder: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
+def served(folder: Path, *options: str) -> Iterator[str]:
     """A server of a bundle; gives its address."""
-    command = [sys.executable, "-m", "deploy", "serve", str(folder), "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "deploy", "serve", str(folder), "--port", "0", "--threads", "1", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -71,13 +72,35 @@ def served(folder: Path) -> Iterator[str]:
         process.wait(30)
 
 
+def make_key(file: Path) -> str:
+    """An API key for one request a minute, in a new file."""
+    command = [
+        sys.executable,
+        "-m",
+        "deploy",
+        "key",
+        "--file",
+        str(file),
+        "--name",
+        "few",
+        "--requests-per-minute",
+        "1",
+    ]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 def main() -> int:
     """Runs all clients."""
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         work = Path(temporary)
         python = environment(Path(sys.argv[1]) if len(sys.argv) > 1 else work / "environment")
         addresses = {name: stack.enter_context(served(bundle(work, name))) for name in MODELS}
-        return subprocess.run([str(python), str(HERE / "clients.py"), json.dumps(addresses)]).returncode
+        keys = work / "keys"
+        environment_of_clients = {**os.environ, "CLIENTS_KEY": make_key(keys)}
+        embedder = work / "feature-extraction"
+        addresses["keys"] = stack.enter_context(served(embedder, "--api-keys-file", str(keys)))
+        command = [str(python), str(HERE / "clients.py"), json.dumps(addresses)]
+        return subprocess.run(command, env=environment_of_clients).returncode
 
 
 if __name__ == "__main__":

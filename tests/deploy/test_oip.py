@@ -168,7 +168,7 @@ def test_gzip_both_ways(server: LiveServer) -> None:
 
 
 def test_bodies_as_other_clients_compress_them(server: LiveServer) -> None:
-    """tritonclient offers gzip and deflate, which is zlib's format; x-gzip is an old name of gzip."""
+    """Deflate is zlib's format, which tritonclient and aiohttp offer; x-gzip is an old name of gzip."""
     body = json.dumps({"inputs": ["w1"] * 30_000}).encode()
     plain = server("POST", "/embed", body).body
     for coding, coded in (("deflate", zlib.compress(body)), ("x-gzip", gzip.compress(body))):

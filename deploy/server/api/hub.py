@@ -158,8 +158,8 @@ async def root_classify(context: Context, request: RootClassifyRequest, caller: 
         labels = ", ".join((context.service.manifest.labels or ())[:5])
         raise ApiError(
             "invalid_request",
-            "parameters.candidate_labels: expected none, this server has no zero-shot classification; its model has the "
-            f"labels {labels}",
+            "parameters.candidate_labels: expected none, this server has no zero-shot classification; its model has "
+            f"the labels {labels}",
         )
     if isinstance(request.inputs, list) and all(isinstance(text, str) for text in request.inputs):
         inputs: list[Any] = request.inputs
