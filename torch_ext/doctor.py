@@ -159,8 +159,8 @@ def _check_result() -> Finding:
 
     rows, columns, depth = 13, 37, 129
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, depth, generator=generator).bfloat16()
-    weight = torch.randn(columns, depth, generator=generator).bfloat16()
+    x = torch.randn(rows, depth, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
+    weight = torch.randn(columns, depth, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
     try:
         result = linear(x, pack_linear_weight(weight), out_dtype=torch.float32)
     except RuntimeError as error:

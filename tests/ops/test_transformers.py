@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import torch_ext
 from tests.ops import reference
 from torch_ext import Encoder, Head
+from torch_ext.encoder.calibrate import balanced_weights, calibrated_weights, with_random_texts
 from torch_ext.encoder.files import save_unpacked
 from torch_ext.encoder.huggingface.models import read_encoder
 
@@ -439,6 +440,38 @@ def test_models_of_other_dtypes_can_be_read(dtype: torch.dtype) -> None:
         expected = part.from_transformers(copy.deepcopy(model).float(), "fp32").weights()
         actual = part.from_transformers(model, "fp32").weights()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16, torch.bfloat16, "meta"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "mpnet"])
+def test_defaults_of_torch_change_nothing(
+    name: str, default: torch.dtype | str, generator: torch.Generator, tmp_path: Path
+) -> None:
+    """Neither ``torch.set_default_dtype`` nor ``torch.set_default_device`` reaches what an encoder is made of."""
+    model = make("Model", name)
+    model.save_pretrained(tmp_path)
+    ids, bounds = batch(generator)
+
+    def run() -> list[Tensor]:
+        results = []
+        for dtype in ("fp32", "int8"):
+            made = Encoder.from_transformers(model, dtype), Encoder.from_pretrained(tmp_path, dtype)
+            results += [encoder(ids, bounds) for encoder in made]
+            results.append(made[0].run_reference(ids, bounds))
+        spec, weights = read_encoder(model)
+        balanced = balanced_weights(spec, weights, *with_random_texts(spec, ids, bounds))
+        return [*results, Encoder(spec, calibrated_weights(spec, balanced, ids, bounds), "int8")(ids, bounds)]
+
+    expected = run()
+    try:
+        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+        actual = run()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 def test_refusals() -> None:

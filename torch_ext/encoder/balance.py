@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from torch_ext.encoder.spec import EncoderSpec
-from torch_ext.encoder.weights import LazyWeights
+from torch_ext.encoder.weights import FP32, LazyWeights
 
 __all__ = ["Observe", "balance", "random_texts"]
 
@@ -63,8 +63,8 @@ def random_texts(spec: EncoderSpec) -> tuple[Tensor, Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     lengths = [min(_LENGTHS[index % len(_LENGTHS)], spec.max_positions) for index in range(_TEXTS)]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return torch.randint(spec.vocab_size, (sum(lengths),), generator=generator), bounds
+    bounds = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
+    return torch.randint(spec.vocab_size, (sum(lengths),), generator=generator, device="cpu"), bounds
 
 
 def balance(
@@ -132,7 +132,7 @@ def balance(
             changed[f"{after.rpartition('.')[0]}.residual_scale"] = scale
     for name, shift in shifts.items():
         if shift:
-            changed[f"{name}.shift"] = torch.full((spec.intermediate_size,), shift)
+            changed[f"{name}.shift"] = torch.full((spec.intermediate_size,), shift, **FP32)
             changed[f"{name}.down.bias"] = wide(f"{name}.down.bias") - shift * wide(f"{name}.down.weight").sum(1)
     return _Balanced(weights, changed, scales)
 
@@ -168,7 +168,7 @@ class _Balanced(LazyWeights):
             return self._changed[name]
         base = self._weights
         tensor = base.outline(name) if isinstance(base, LazyWeights) else base[name]
-        return torch.zeros(()).expand(tensor.shape) if name in self._scales else tensor
+        return torch.zeros((), **FP32).expand(tensor.shape) if name in self._scales else tensor
 
     def make(self, name: str, dtype: torch.dtype, passing: bool = False) -> Tensor:
         own = name in self._changed or name in self._scales
@@ -184,7 +184,7 @@ def _by_range(x: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
         x: fp32 ``[T, K]``.
         centered: whether the centers may be others than 0; the norms of some models have no bias to move channels with.
     """
-    center = x.mean(0) if centered else torch.zeros(x.shape[1])
+    center = x.mean(0) if centered else torch.zeros(x.shape[1], **FP32)
     reach = torch.maximum(x.amax(0) - center, center - x.amin(0))
     reach = reach.clamp_min(_LEAST_RANGE * float(reach.mean())).clamp_min(1e-30)
     return center, (reach / reach.log().mean().exp()) ** _EXPONENT
@@ -267,13 +267,13 @@ def _shift(x: Tensor, weight: Tensor, row_weights: Tensor | None) -> float:
     """
     picked = slice(None, None, -(-len(x) // _SHIFTED_ROWS))
     rows, wide = x[picked].float(), weight.float()
-    counts = torch.ones(len(rows)) if row_weights is None else row_weights[picked]
+    counts = torch.ones(len(rows), **FP32) if row_weights is None else row_weights[picked]
     powers = (rows @ wide.T).square().sum(1)
     counts = counts / (powers + powers.median()).clamp_min(1e-30)
     middle = float((rows.amax(1) + rows.amin(1)).median()) / 2
     best, least = 0.0, math.inf
     for step in range(_SHIFTS + 1):
-        shift = float(torch.tensor(-2 * middle * step / _SHIFTS).bfloat16())
+        shift = float(torch.tensor(-2 * middle * step / _SHIFTS, **FP32).bfloat16())
         moved = (rows + shift).bfloat16().float()
         unit = (moved.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
         lost = (moved / unit).round_().mul_(unit).sub_(rows).sub_(shift)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch_ext.encoder.balance import balance, random_texts
 from torch_ext.encoder.model import Encoder
 from torch_ext.encoder.spec import EncoderSpec, is_matrix, scale_name
+from torch_ext.encoder.weights import FP32
 from torch_ext.quantize import dequantize_weight, exact_scale, quantize_weight
 
 __all__ = ["balanced_weights", "calibrated_weights", "round_to_inputs", "with_random_texts"]
@@ -162,7 +163,7 @@ def round_to_inputs(weight: Tensor, x: Tensor, row_weights: Tensor | None = None
     def completed(quantized: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         exact = weight.detach().float() @ (mean + lost_mean)
         left = exact - dequantize_weight(quantized, scale) @ mean
-        return quantized, scale, left if bool(torch.isfinite(left).all()) else torch.zeros(len(weight))
+        return quantized, scale, left if bool(torch.isfinite(left).all()) else torch.zeros(len(weight), **FP32)
 
     plain = completed(*quantize_weight(weight))
     moments, lost = _moments(x, row_weights, mean, lost_mean)
@@ -196,13 +197,13 @@ def _rounded(x: Tensor, row_weights: Tensor | None) -> Iterator[tuple[Tensor, Te
         rows = x[begin : begin + _ROWS].float()
         step = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
         rounded = (rows / step).round_().mul_(step)
-        counts = torch.ones(len(rows)) if row_weights is None else row_weights[begin : begin + _ROWS]
+        counts = torch.ones(len(rows), **FP32) if row_weights is None else row_weights[begin : begin + _ROWS]
         yield rounded, rows - rounded, counts[:, None]
 
 
 def _means(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Means over rows of ``r`` and ``x - r``, each ``[K]``, where ``r`` is what int8 makes of ``x``."""
-    mean, lost = torch.zeros(x.shape[1]), torch.zeros(x.shape[1])
+    mean, lost = torch.zeros(x.shape[1], **FP32), torch.zeros(x.shape[1], **FP32)
     for rounded, rest, counts in _rounded(x, row_weights):
         mean += (rounded * counts).sum(0)
         lost += (rest * counts).sum(0)
@@ -213,7 +214,7 @@ def _means(x: Tensor, row_weights: Tensor | None) -> tuple[Tensor, Tensor]:
 def _moments(x: Tensor, row_weights: Tensor | None, mean: Tensor, lost_mean: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over rows of ``r rᵀ`` and ``r (x - r)ᵀ``, each ``[K, K]``, about the means of ``r`` and ``x - r``."""
     width = x.shape[1]
-    moments, lost = torch.zeros(width, width), torch.zeros(width, width)
+    moments, lost = torch.zeros(width, width, **FP32), torch.zeros(width, width, **FP32)
     for rounded, rest, counts in _rounded(x, row_weights):
         rounded -= mean
         weighted = rounded * counts
@@ -284,11 +285,11 @@ def _round_in_order(weight: Tensor, scale: Tensor, upper: Tensor, order: Tensor)
     """
     left = weight.T[order].contiguous()  # [K, N]: a column of the weight is one piece of memory.
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
-    rounded = torch.empty(left.shape, dtype=torch.int8)
+    rounded = torch.empty(left.shape, dtype=torch.int8, device="cpu")
     width = len(left)
     for begin in range(0, width, _COLUMNS):
         end = min(begin + _COLUMNS, width)
-        errors = torch.empty(end - begin, left.shape[1])
+        errors = torch.empty(end - begin, left.shape[1], **FP32)
         for index in range(begin, end):
             steps = (left[index] * inverse).round_().clamp_(-127, 127)
             rounded[index] = steps

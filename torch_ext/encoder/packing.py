@@ -9,6 +9,7 @@ from torch import Tensor
 
 import torch_ext.ops  # noqa: F401 - registers the ops
 from torch_ext.encoder.spec import EncoderSpec
+from torch_ext.encoder.weights import FP32
 
 __all__ = ["LAYER_PARTS", "pack_encoder"]
 
@@ -38,7 +39,7 @@ LAYER_PARTS = (
     "ffn.shift",
 )
 
-_NONE = torch.empty(0)
+_NONE = torch.empty(0, **FP32)
 
 
 def pack_encoder(

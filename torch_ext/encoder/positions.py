@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_ext.encoder.spec import EncoderSpec
+from torch_ext.encoder.weights import FP32
 
 __all__ = ["relative_bias_table", "relative_buckets", "rotary_table"]
 
@@ -23,7 +24,7 @@ def rotary_table(spec: EncoderSpec, theta: float) -> Tensor:
         fp32 ``[max_positions, D]``. Angles are rounded to fp32, as models were trained with.
     """
     size, factor = spec.size_of_heads, spec.rotary_factor
-    table: Tensor = torch.ops.torch_ext._rotary_table(torch.empty(0), spec.max_positions, size, theta, factor)
+    table: Tensor = torch.ops.torch_ext._rotary_table(torch.empty(0, **FP32), spec.max_positions, size, theta, factor)
     return table
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec, is_matrix, scale_name
 
-__all__ = ["TABLE_DTYPES", "LazyWeights", "check_weights"]
+__all__ = ["FP32", "TABLE_DTYPES", "LazyWeights", "check_weights"]
 
 TABLE_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}
 """By the dtype of an encoder, that of its tables and its hidden state."""
+
+
+FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""For new tensors, whatever ``torch.set_default_dtype`` and ``set_default_device`` say."""
 
 
 class LazyWeights(Mapping[str, Tensor]):

@@ -31,7 +31,7 @@ from torch_ext.encoder.huggingface.projection import project_all
 from torch_ext.encoder.huggingface.safetensors import StoredTensor
 from torch_ext.encoder.huggingface.table import ARCHITECTURES, HEAD_CLASSES, find_architecture, text_config
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
-from torch_ext.encoder.weights import LazyWeights
+from torch_ext.encoder.weights import FP32, LazyWeights
 
 __all__ = ["encoder_in_folder", "head_in_folder", "read_encoder", "read_head"]
 
@@ -58,7 +58,7 @@ def _gather(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     def gather(source: Part) -> Tensor:
         if isinstance(source, int):
-            return torch.zeros(source)
+            return torch.zeros(source, **FP32)
         if isinstance(source, Rows):
             return weights[source.name][source.begin : source.end]
         if isinstance(source, Shifted):
@@ -187,7 +187,7 @@ class _FolderWeights(LazyWeights):
     def __init__(self, model: FolderModel, spec: EncoderSpec | HeadSpec) -> None:
         self._shapes = spec.shapes()
         self._parts = {name: model.tensors[name] for name in self._shapes}
-        self._passing = torch.empty(0)
+        self._passing = torch.empty(0, **FP32)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -198,17 +198,17 @@ class _FolderWeights(LazyWeights):
     def outline(self, name: str) -> Tensor:
         kinds = {part.dtype for part in self._parts[name]}
         kind = torch.bfloat16 if kinds == {"BF16"} else torch.float32
-        return torch.zeros((), dtype=kind).expand(self._shapes[name])
+        return torch.zeros((), dtype=kind, device="cpu").expand(self._shapes[name])
 
     def make(self, name: str, dtype: torch.dtype, passing: bool = False) -> Tensor:
         shape = self._shapes[name]
         if not passing:
-            result = torch.empty(shape, dtype=dtype)
+            result = torch.empty(shape, dtype=dtype, device="cpu")
         else:
             # Blocks that come and go among blocks that stay leave as many holes in the heap.
             size = math.prod(shape)
             if self._passing.dtype != dtype or self._passing.numel() < size:
-                self._passing = torch.empty(size, dtype=dtype)
+                self._passing = torch.empty(size, dtype=dtype, device="cpu")
             result = self._passing[:size].view(shape)
         flat, filled = result.view(-1), 0
         for part in self._parts[name]:
