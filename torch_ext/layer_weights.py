@@ -59,6 +59,8 @@ def check_tensors(what: str, *tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{what}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.device.type != "cpu":
             raise ValueError(
                 f"{what}: expected tensors on the CPU, got {tensor.device}: "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torch_ext.layer_weights import PackedDtype as PackedDtype
 from torch_ext.layer_weights import check_dtype, check_tensors
@@ -23,7 +24,7 @@ def optimize(
     *,
     keep_bf16: Skip = (),
     accuracy: float | None = None,
-    sample: Sequence[Sample] | None = None,
+    sample: Iterable[Sample] | None = None,
     report: Callable[[Report], object] | None = None,
 ) -> nn.Module:
     """Swap every ``nn.Linear`` of a model for a :class:`PackedLinear`, in place.
@@ -67,11 +68,11 @@ def optimize(
 
     Raises:
         ValueError: ``dtype`` is not known, the model has no ``nn.Linear``, a pattern in ``skip`` or ``keep_bf16``
-            matches none, options do not go together, a weight is not on the CPU, a layer is packed in another dtype
+            matches none, options do not go together, a weight is not on the CPU or is made at the first call, a layer is packed in another dtype
             already, accelerate has put hooks on a layer (offloading), or a weight for int8 is not finite or has more
             than :data:`torch_ext.quantize.MAX_INT8_INPUTS` inputs. The model is unchanged then.
-        TypeError: ``model`` is not a module, or a weight is neither fp32 nor bf16 nor fp16. The model is unchanged
-            then.
+        TypeError: ``model`` is not a module, a weight is neither fp32 nor bf16 nor fp16, or an option is of another
+            type. The model is unchanged then.
         torch_ext.sensitivity.AccuracyError: a ValueError; not even bf16 is as accurate. The model is unchanged then.
 
     Example:
@@ -85,8 +86,13 @@ def optimize(
     check_dtype("optimize", dtype)
     if dtype != "int8" and (keep_bf16 != () or accuracy is not None):
         raise ValueError(f"optimize: keep_bf16 and accuracy mean nothing with dtype={dtype!r}, only with 'int8'")
-    if (accuracy is None) != (not sample):
+    if isinstance(sample, (Tensor, Mapping, str)):
+        raise TypeError(f"optimize: expected a list of inputs as sample, got {type(sample).__name__}: pass [sample]")
+    inputs = [] if sample is None else list(sample)
+    if (accuracy is None) != (not inputs):
         raise ValueError("optimize: expected accuracy and a sample of inputs together, got one without the other")
+    if accuracy is not None and not isinstance(accuracy, (float, int)):
+        raise TypeError(f"optimize: expected a number as accuracy, got {type(accuracy).__name__}")
     if accuracy is not None and not 0 < accuracy <= 1:
         raise ValueError(f"optimize: expected accuracy above 0 and at most 1, got {accuracy}")
     skipped, unused = matcher(skip)
@@ -97,6 +103,11 @@ def optimize(
     kept: set[int] = set()
     bf16: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
+        if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
+            raise ValueError(
+                f"optimize: {name or 'the model'} is a {type(module).__name__} whose weights are made at the first call: "
+                "call the model once before"
+            )
         if isinstance(module, PackedLinear):
             seen = True
             packed.setdefault(id(module), (name, module))
@@ -136,8 +147,8 @@ def optimize(
 
     swap = Swap(model, targets)
     low = {id(module) for _, module in targets} if dtype == "bf16" else bf16
-    if accuracy is not None and sample is not None:
-        result = choose(swap, low, accuracy, sample)
+    if accuracy is not None:
+        result = choose(swap, low, accuracy, inputs)
         low = low | {swap.ids[name] for name in result.kept}
         if report is not None:
             report(result)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import is_tensor_like
 
 from torch_ext._imports import when_imported
 from torch_ext._library import load_library
@@ -164,7 +166,7 @@ def linear(
         RuntimeError: a shape, dtype or activation does not fit, ``packed`` is not a packed weight of this CPU, or a
             tensor requires grad.
     """
-    refuse_derivatives("linear", x, bias, residual)
+    check_arguments("linear", x, packed, optional=(bias, residual))
     return cast(Tensor, torch.ops.torch_ext.linear(x, packed, bias, activation, out_dtype, residual))
 
 
@@ -184,7 +186,7 @@ def matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
-    refuse_derivatives("matmul", a, b)
+    check_arguments("matmul", a, b)
     return cast(Tensor, torch.ops.torch_ext.matmul(a, b, out_dtype))
 
 
@@ -201,7 +203,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
-    refuse_derivatives("bmm", a, b)
+    check_arguments("bmm", a, b)
     return cast(Tensor, torch.ops.torch_ext.bmm(a, b))
 
 
@@ -221,7 +223,7 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1)
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
-    refuse_derivatives("addmm", bias, a, b)
+    check_arguments("addmm", bias, a, b)
     return cast(Tensor, torch.ops.torch_ext.addmm(bias, a, b, beta, alpha))
 
 
@@ -261,7 +263,7 @@ def varlen_attention(
         RuntimeError: a shape or dtype does not fit, ``cu_seqlens`` does not go from 0 to T without falling, or ``qkv``
             requires grad.
     """
-    refuse_derivatives("varlen_attention", qkv, relative_bias, position_keys, position_queries)
+    check_arguments("varlen_attention", qkv, optional=(relative_bias, position_keys, position_queries))
     tables = relative_bias, position_keys, position_queries, position_reach, causal
     return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale, window, *tables))
 
@@ -290,7 +292,7 @@ def add_layer_norm(
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
-    refuse_derivatives("add_layer_norm", x, residual, weight, bias, residual_scale)
+    check_arguments("add_layer_norm", x, weight, bias, optional=(residual, residual_scale))
     return cast(Tensor, torch.ops.torch_ext.add_layer_norm(x, residual, weight, bias, eps, residual_scale))
 
 
@@ -309,7 +311,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     Raises:
         RuntimeError: a shape or dtype does not fit, or a tensor requires grad.
     """
-    refuse_derivatives("add_rms_norm", x, residual, weight)
+    check_arguments("add_rms_norm", x, weight, optional=(residual,))
     return cast(Tensor, torch.ops.torch_ext.add_rms_norm(x, residual, weight, eps))
 
 
@@ -330,7 +332,7 @@ def rotary_embedding(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, cos_sin: T
     Raises:
         RuntimeError: a shape or dtype does not fit, a sequence is longer than P, or a tensor requires grad.
     """
-    refuse_derivatives("rotary_embedding", qkv, cos_sin)
+    check_arguments("rotary_embedding", qkv, cos_sin)
     return cast(Tensor, torch.ops.torch_ext.rotary_embedding(qkv, cu_seqlens, num_heads, cos_sin))
 
 
@@ -347,7 +349,7 @@ def gate(x: Tensor, activation: Activation) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or activation does not fit, or ``x`` requires grad.
     """
-    refuse_derivatives("gate", x)
+    check_arguments("gate", x)
     return cast(Tensor, torch.ops.torch_ext.gate(x, activation))
 
 
@@ -388,7 +390,7 @@ def embed_layer_norm(
         RuntimeError: a shape or dtype does not fit, an id is out of range, a sequence is longer than the position
             table, or a tensor requires grad.
     """
-    refuse_derivatives("embed_layer_norm", word, position, token_type, weight, bias)
+    check_arguments("embed_layer_norm", word, weight, bias, optional=(position, token_type))
     return cast(
         Tensor,
         torch.ops.torch_ext.embed_layer_norm(
@@ -425,7 +427,9 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode | str = "mean", n
     Raises:
         RuntimeError: a shape, dtype or mode does not fit, a sequence is empty, or ``hidden`` requires grad.
     """
-    refuse_derivatives("pool", hidden)
+    check_arguments("pool", hidden)
+    if not isinstance(mode, str):
+        raise TypeError(f"pool: expected the name of a mode, got {type(mode).__name__}")
     if "+" in mode:
         vectors = torch.cat([torch.ops.torch_ext.pool(hidden, cu_seqlens, part, False) for part in mode.split("+")], 1)
         return torch.nn.functional.normalize(vectors) if normalize else vectors
@@ -459,24 +463,35 @@ def encoder_forward(
     return cast(Tensor, torch.ops.torch_ext.encoder_forward(input_ids, cu_seqlens, token_type_ids, packed, fp32))
 
 
-def refuse_derivatives(op: str, *tensors: Tensor | None) -> None:
-    """Raise for derivatives that a kernel cannot see coming: those of ``torch.func`` and of forward mode.
+def check_arguments(op: str, *tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> None:
+    """Raise for what kernels cannot refuse, or PyTorch would refuse in its dispatcher's words.
 
-    PyTorch takes their wrappers off before it calls a kernel. What requires grad in the ordinary way, kernels refuse.
+    That is what is no tensor, tensors without strides, and derivatives of ``torch.func`` and of forward mode, whose
+    wrappers PyTorch takes off before it calls a kernel. What requires grad in the ordinary way, kernels refuse.
 
     Args:
         op: the name of what was called.
-        tensors: its floating-point arguments.
+        tensors: its tensors.
+        optional: those that may be None.
 
     Raises:
-        RuntimeError: one of them is being differentiated.
+        TypeError: one of them is no tensor.
+        RuntimeError: one of them is sparse, nested or being differentiated.
     """
-    if torch.compiler.is_compiling() or (
-        forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None
-    ):
+    if torch.compiler.is_compiling():
         return
-    for tensor in tensors:
-        if tensor is not None and _is_differentiated(tensor):
+    given = (*tensors, *(tensor for tensor in optional if tensor is not None))
+    for tensor in given:
+        if isinstance(tensor, Tensor):
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                what = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+                raise RuntimeError(f"{op}: expected tensors that are neither sparse nor nested, got {what}")
+        elif not is_tensor_like(tensor):
+            raise TypeError(f"{op}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None:
+        return
+    for tensor in given:
+        if _is_differentiated(tensor):
             raise RuntimeError(
                 f"{op}: an argument is being differentiated, by torch.func or in forward mode, but torch_ext is for "
                 "inference only and has no gradients: call it under torch.no_grad(), or pass tensor.detach()"

@@ -8,13 +8,13 @@ import functools
 import weakref
 from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from torch_ext.layer_weights import FLOATS, PackedDtype, as_bias, check_dtype, check_tensors, pack_as, state_of
-from torch_ext.ops import layer_weight, refuse_derivatives
+from torch_ext.ops import check_arguments, layer_weight
 from torch_ext.read_only import ReadOnlyTensor
 
 __all__ = ["PackedLinear"]
@@ -25,6 +25,9 @@ _unpack = torch.ops.torch_ext.unpack_linear_weight.default
 
 _pack_int8 = torch.ops.torch_ext.pack_linear_weight_int8.default
 _unpack_int8 = torch.ops.torch_ext.unpack_linear_weight_int8.default
+
+_WIDENED = (torch.float16, torch.float64)
+"""Of inputs, what is converted to fp32."""
 
 _ADVICE = (
     "a torch_ext.PackedLinear computes with a packed copy of its weight and bias, which the write would not reach. "
@@ -200,26 +203,32 @@ class PackedLinear(nn.Module):
             ``[..., N]`` in the dtype of ``x``; under autocast in that of autocast, unless ``x`` is fp64.
 
         Raises:
-            RuntimeError: ``x`` requires grad while gradients are enabled, or its shape or dtype does not fit.
+            RuntimeError: ``x`` requires grad while gradients are enabled, its shape or dtype does not fit, or it is
+                sparse or nested.
+            TypeError: ``x`` is no tensor.
         """
+        if isinstance(x, fx.Proxy):
+            # An nn.Linear is one node of what torch.fx traces, and so is what stands for it.
+            node: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
+            return cast(Tensor, node)
+        check_arguments("PackedLinear", x)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "PackedLinear: the input requires grad, but torch_ext.optimize() makes a model for inference only: "
                 "call the model under torch.inference_mode() or torch.no_grad(), or train the original model"
             )
-        refuse_derivatives("PackedLinear", x)
         if not torch.compiler.is_compiling() and self._parameters:
             self._follow_ties()
         dtype = out_dtype = x.dtype
         if torch.is_autocast_enabled("cpu") and dtype is not torch.float64:
             out_dtype = torch.get_autocast_dtype("cpu")
-        if dtype not in FLOATS and x.is_floating_point():
+        if dtype not in FLOATS:
+            if dtype not in _WIDENED:
+                raise RuntimeError(f"PackedLinear: expected x of fp32, bf16, fp16 or fp64, got {dtype}")
             x = x.float()
         if out_dtype in FLOATS:
             result: Tensor = _linear(x, self._packed, self._bias, "none", out_dtype)
             return result
-        if not x.is_floating_point():
-            raise RuntimeError(f"PackedLinear: expected x of fp32, bf16, fp16 or fp64, got {dtype}")
         wide: Tensor = _linear(x, self._packed, self._bias, "none", torch.float32)
         return wide.to(out_dtype)
 
@@ -242,7 +251,7 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # Called by to(), float(), cuda() and their like with what they do to a tensor.
-        weight = fn(torch.empty(0, dtype=self._weight_dtype))
+        weight = fn(torch.empty(0, dtype=self._weight_dtype, device="cpu"))
         if weight.device.type != "cpu":
             raise RuntimeError(
                 f"PackedLinear: cannot move to {weight.device}: packed weights are for the CPU. Move the original "
@@ -251,7 +260,7 @@ class PackedLinear(nn.Module):
         if weight.is_floating_point():
             self._weight_dtype = weight.dtype
             if self._bias_dtype is not None:
-                self._bias_dtype = fn(torch.empty(0, dtype=self._bias_dtype)).dtype
+                self._bias_dtype = fn(torch.empty(0, dtype=self._bias_dtype, device="cpu")).dtype
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -282,7 +291,9 @@ class PackedLinear(nn.Module):
                 continue
             shape = [self.out_features, self.in_features][: 2 if name == "weight" else 1]
             tensor = state_dict[key]
-            if list(tensor.shape) != shape:
+            if not isinstance(tensor, Tensor):
+                error_msgs.append(f"{key}: expected a tensor, got {type(tensor).__name__}")
+            elif list(tensor.shape) != shape:
                 error_msgs.append(f"size mismatch for {key}: expected {shape}, got {list(tensor.shape)}")
             elif not tensor.is_floating_point() or tensor.device.type != "cpu":
                 error_msgs.append(

@@ -9,8 +9,16 @@ __all__ = ["as_patterns", "matches", "select"]
 
 
 def as_patterns(patterns: str | Iterable[str]) -> list[str]:
-    """A pattern or several, as a list."""
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+    """A pattern or several, as a list.
+
+    Raises:
+        TypeError: they are neither a string nor several.
+    """
+    several = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
+    for pattern in several:
+        if not isinstance(pattern, str):
+            raise TypeError(f"expected a name or pattern of layers, or several, got {type(pattern).__name__}")
+    return several
 
 
 def matches(name: str, patterns: Iterable[str]) -> set[str]:

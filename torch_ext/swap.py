@@ -19,12 +19,17 @@ Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it does what nn.Linear does: no subclass, no parametrization, no forward of its own; and is not empty."""
+    """Whether it is what nn.Linear is: no subclass, no parametrization, no forward, buffers or modules of its own.
+
+    And it is not empty.
+    """
     # accelerate leaves nn.Linear's own behind when it takes its hooks off.
     own = module.__dict__.get("forward")
     return (
         type(module) is nn.Linear
         and set(module._parameters) == {"weight", "bias"}
+        and not module._buffers
+        and not module._modules
         and (own is None or getattr(own, "__func__", None) is nn.Linear.forward)
         and module.weight.numel() > 0
     )
@@ -93,7 +98,9 @@ class Swap:
 
     def __call__(self, bf16: set[int]) -> nn.Module:
         """Pack every target: in bf16 those with these ids, the others in int8. Returns the model."""
-        made = [(name, self._make(module, "bf16" if id(module) in bf16 else "int8")) for name, module in self._targets]
+        made = [
+            (name, self._make(name, module, "bf16" if id(module) in bf16 else "int8")) for name, module in self._targets
+        ]
         for name, module in made:
             if not name:
                 return module
@@ -114,21 +121,31 @@ class Swap:
         parent, _, child = name.rpartition(".")
         setattr(self._model.get_submodule(parent), child, module)
 
-    def _make(self, module: nn.Linear, dtype: PackedDtype) -> PackedLinear:
-        """The layer that stands for ``module``, with its hooks, in eval mode."""
+    def _make(self, name: str, module: nn.Linear, dtype: PackedDtype) -> PackedLinear:
+        """The layer that stands for ``module``, with its hooks and attributes, in eval mode."""
         key = id(module), dtype
         if key not in self._made:
             weight = id(module.weight), dtype
-            tied = {name: self._others[id(own)] for name, own in module._parameters.items() if id(own) in self._others}
-            result = PackedLinear(module.weight, module.bias, self._packed.get(weight), dtype, tied)
+            tied = {kind: self._others[id(own)] for kind, own in module._parameters.items() if id(own) in self._others}
+            try:
+                result = PackedLinear(module.weight, module.bias, self._packed.get(weight), dtype, tied)
+            except ValueError as error:
+                raise ValueError(f"optimize: {name or 'the model'}: {error}") from error
             self._packed[weight] = result._packed
-            for name in (
+            for shared in (
                 "_forward_hooks",
                 "_forward_hooks_with_kwargs",
+                "_forward_hooks_always_called",
                 "_forward_pre_hooks",
                 "_forward_pre_hooks_with_kwargs",
+                "_state_dict_hooks",
+                "_state_dict_pre_hooks",
+                "_load_state_dict_post_hooks",
             ):
-                result.__dict__[name] = module.__dict__[name]
+                result.__dict__[shared] = module.__dict__[shared]
+            for attribute, value in module.__dict__.items():
+                if attribute != "forward":  # Those that a user gave it.
+                    result.__dict__.setdefault(attribute, value)
             self._made[key] = result.eval()
         return self._made[key]
 

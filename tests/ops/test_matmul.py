@@ -297,6 +297,22 @@ def test_errors() -> None:
             call()
 
 
+def test_what_is_no_dense_tensor_is_refused() -> None:
+    a, b = torch.ones(3, 20), torch.ones(20, 7)
+    packed = torch_ext.pack_linear_weight(b.T)
+    for error, match, call in (
+        (TypeError, "matmul: expected a torch.Tensor, got list", lambda: torch_ext.matmul(a, [1.0])),
+        (TypeError, "matmul: expected a torch.Tensor, got NoneType", lambda: torch_ext.matmul(None, None)),
+        (TypeError, "linear: expected a torch.Tensor, got NoneType", lambda: torch_ext.linear(a, None)),
+        (TypeError, "linear: expected a torch.Tensor, got int", lambda: torch_ext.linear(a, packed, 1)),
+        (TypeError, "pool: expected the name of a mode, got NoneType", lambda: torch_ext.pool(a, a, None)),
+        (RuntimeError, "matmul: .* neither sparse nor nested", lambda: torch_ext.matmul(a.to_sparse(), b)),
+        (RuntimeError, "addmm: .* neither sparse nor nested", lambda: torch_ext.addmm(b[0], a, b.to_sparse())),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
 def test_gradients_are_refused() -> None:
     def leaf(*shape: int) -> Tensor:
         return torch.ones(shape, dtype=BF16, requires_grad=True)

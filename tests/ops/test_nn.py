@@ -141,6 +141,78 @@ def test_hooks_are_kept() -> None:
     assert calls == ["before", "after"]
 
 
+def test_hooks_for_errors_and_state_dicts_are_kept() -> None:
+    model = nn.Sequential(nn.Linear(24, 13))
+    calls: list[str] = []
+    model[0].register_forward_hook(lambda module, args, output: calls.append("always"), always_call=True)
+    model[0].register_state_dict_pre_hook(lambda module, prefix, keep_vars: calls.append(f"save {prefix}"))
+    model[0].register_state_dict_post_hook(lambda module, state, prefix, metadata: calls.append("saved"))
+    model[0].register_load_state_dict_post_hook(lambda module, keys: calls.append("loaded"))
+    torch_ext.optimize(model)
+    with pytest.raises(RuntimeError, match="K=24"):
+        model(torch.ones(2, 3))
+    model.load_state_dict(model.state_dict())
+    assert calls == ["always", "save 0.", "saved", "loaded"]
+
+
+def test_what_a_user_gave_a_layer_is_kept() -> None:
+    """Attributes move on to the packed layer. Buffers and modules are part of the model's state: it stays as it is."""
+    model = nn.Sequential(nn.Linear(24, 13), nn.Linear(13, 13), nn.Linear(13, 13))
+    model[0].note = ["of", "a", "user"]
+    model[1].register_buffer("mask", torch.ones(13))
+    model[2].adapter = nn.ReLU()
+    names = set(model.state_dict())
+    torch_ext.optimize(model)
+    assert isinstance(model[0], PackedLinear)
+    assert model[0].note == ["of", "a", "user"]
+    assert copy.deepcopy(model)[0].note == ["of", "a", "user"]
+    assert type(model[1]) is nn.Linear
+    assert type(model[2]) is nn.Linear
+    assert set(model.state_dict()) == names
+
+
+def test_fx_traces_a_layer_as_one_node(model: nn.Sequential, generator: torch.Generator) -> None:
+    """As it does an nn.Linear."""
+    torch_ext.optimize(model)
+    traced = torch.fx.symbolic_trace(model)
+    names = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    assert {"0.mlp.up", "0.mlp.down", "1"} <= names
+    x = torch.randn(6, 24, generator=generator)
+    assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "x"),
+    [
+        (TypeError, "got list", [1.0] * 24),
+        (TypeError, "got NoneType", None),
+        (TypeError, "got ndarray", torch.ones(2, 24).numpy()),
+        (RuntimeError, "neither sparse nor nested, got torch.sparse_coo", torch.ones(2, 24).to_sparse()),
+        (RuntimeError, "x of fp32, bf16, fp16 or fp64, got torch.int64", torch.ones(2, 24, dtype=torch.int64)),
+        (RuntimeError, "got torch.float8_e5m2", torch.ones(2, 24).to(torch.float8_e5m2)),
+    ],
+)  # fmt: skip
+def test_inputs_that_are_refused(error: type[Exception], match: str, x: object) -> None:
+    with pytest.raises(error, match=f"PackedLinear: expected .*{match}"):
+        torch_ext.optimize(nn.Linear(24, 13))(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_are_refused(layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor([torch.ones(2, 24), torch.ones(3, 24)], layout=layout)
+    with pytest.raises(RuntimeError, match="neither sparse nor nested, got a nested tensor"):
+        torch_ext.optimize(nn.Linear(24, 13))(x)
+
+
+def test_casts_under_a_default_device(model: nn.Sequential) -> None:
+    """That of ``torch.set_default_device`` is not where the packed weights go."""
+    torch_ext.optimize(model)
+    with torch.device("meta"):
+        model.half()
+    assert model[1].weight.dtype == torch.float16
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_transformer_encoder_calls_the_layers(generator: torch.Generator) -> None:
     layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, activation="gelu")
@@ -572,6 +644,19 @@ def test_gradients_are_refused(model: nn.Sequential) -> None:
         (TypeError, "expected fp32, bf16 or fp16", lambda model: PackedLinear(torch.ones(3, 4).double())),
         (ValueError, r"expected weight \[N, K\]", lambda model: PackedLinear(torch.ones(3))),
         (ValueError, r"bias \[N\]", lambda model: PackedLinear(torch.ones(3, 4), torch.ones(4))),
+        (TypeError, "expected a torch.Tensor, got list", lambda model: PackedLinear([[1.0]])),
+        (TypeError, "a name or pattern of layers, or several, got int", lambda model: torch_ext.optimize(model, skip=[1])),
+        (TypeError, "a name or pattern of layers, .* NoneType", lambda model: torch_ext.optimize(model, skip=None)),
+        (TypeError, r"a list of inputs as sample, got dict: pass \[sample\]",
+         lambda model: torch_ext.optimize(model, "int8", accuracy=0.9, sample={"input": torch.ones(2, 24)})),
+        (TypeError, "a list of inputs as sample, got Tensor",
+         lambda model: torch_ext.optimize(model, "int8", accuracy=0.9, sample=torch.ones(2, 24))),
+        (TypeError, "a number as accuracy, got str",
+         lambda model: torch_ext.optimize(model, "int8", accuracy="0.9", sample=[torch.ones(2, 24)])),
+        (ValueError, "more is a LazyLinear whose weights are made at the first call",
+         lambda model: torch_ext.optimize(nn.ModuleDict({"model": model, "more": nn.LazyLinear(3)}))),
+        (ValueError, "optimize: 1: cannot quantize .*: row 2 holds",
+         lambda model: (model[1].weight.data[2, 3].fill_(torch.nan), torch_ext.optimize(model, "int8"))),
     ],
 )  # fmt: skip
 def test_errors_leave_the_model_alone(
@@ -581,6 +666,12 @@ def test_errors_leave_the_model_alone(
         call(model)
     assert sum(isinstance(module, nn.Linear) for module in model.modules()) == 3
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_sample_may_be_an_iterator(model: nn.Sequential, generator: torch.Generator) -> None:
+    inputs = [torch.randn(6, 24, generator=generator) for _ in range(2)]
+    optimized = torch_ext.optimize(model, "int8", accuracy=0.5, sample=iter(inputs))
+    assert isinstance(optimized[1], PackedLinear)
 
 
 @pytest.mark.compile
