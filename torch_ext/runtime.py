@@ -16,11 +16,12 @@ Programs that are not Python have the same in ``torch_ext/include/torch_ext_runt
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from torch_ext.states import Array, Pooling, States, at_least_1, integers
+from torch_ext.states import Array, Pooling, States, integers, whole_number
 
 try:
     from torch_ext import _runtime
@@ -241,11 +242,17 @@ class Encoder:
 
         Raises:
             ValueError: A specification is not valid, or the weights do not fit it.
+            TypeError: An argument is of another type.
         """
+        for what, mapping in (("spec", spec), ("tensors", tensors)):
+            if not isinstance(mapping, Mapping):
+                raise TypeError(f"Encoder: expected {what} as a mapping, got {type(mapping).__name__}")
         parts: list[tuple[str, Tensor, bool]] = []
         for weight, given in tensors.items():
-            group: Sequence[Tensor] = (given,) if isinstance(given, Tensor) else given
+            group = given if isinstance(given, (list, tuple)) and not isinstance(given, Tensor) else (given,)
             parts += ((weight, part, False) for part in group)
+        if not parts:
+            raise ValueError(f"{name}: expected the weights of an encoder, got none")
         return cls._pack(name, spec, head, parts, _options(dtype, threads, cpus, pin, shared))
 
     @classmethod
@@ -259,7 +266,7 @@ class Encoder:
     ) -> Encoder:
         """Packs parts of weights, each with whether it is of a file that is mapped shared and read-only."""
         given = [
-            (weight, _element_type(weight, part), tuple(part.shape), part.data, mapped)
+            (weight, _element_type(weight, part), _shape(weight, part), part.data, mapped)
             for weight, part, mapped in parts
         ]
         head_json = None if head is None else json.dumps(dict(head))
@@ -377,11 +384,24 @@ def finite_rows(rows: Any) -> bytes:
 
 
 def _element_type(weight: str, part: Tensor) -> int:
+    if not isinstance(part, Tensor):
+        raise TypeError(f"Encoder: expected {weight} as a torch_ext.runtime.Tensor, got {type(part).__name__}")
     if part.dtype not in _ELEMENT_TYPES:
         known = ", ".join(_ELEMENT_TYPES)
         raise ValueError(f"Encoder: expected {weight} of one of the dtypes {known}, got {part.dtype!r}")
     return _ELEMENT_TYPES[part.dtype]
 
 
+def _shape(weight: str, part: Tensor) -> tuple[int, ...]:
+    shape = tuple(whole_number(f"sizes of {weight}", size, 1) for size in part.shape)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"Encoder: expected {weight} with 1 or 2 dimensions, got {list(shape)}")
+    return shape
+
+
 def _options(dtype: str | None, threads: int | None, cpus: Iterable[int], pin: bool, shared: bool) -> _Options:
-    return dtype, 0 if threads is None else at_least_1(threads), tuple(cpus), pin, shared
+    try:
+        numbers = tuple(operator.index(cpu) for cpu in cpus)
+    except TypeError:
+        raise TypeError(f"Encoder: expected cpus as numbers of CPUs, got {cpus!r}") from None
+    return dtype, 0 if threads is None else whole_number("threads", threads, 1), numbers, pin, shared

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from array import array
 from typing import Any, Literal, Protocol
 
-__all__ = ["Array", "Pooling", "States", "at_least_1", "integers"]
+__all__ = ["Array", "Pooling", "States", "integers", "whole_number"]
 
 Pooling = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 
@@ -61,9 +62,12 @@ class States:
         Raises:
             ValueError: ``mode`` is not known or not what the head was made for, there are not as many dimensions, or
                 ``skipped`` is negative.
+            TypeError: an argument is of another type.
         """
-        kept = 0 if dimensions is None else at_least_1(dimensions)
-        result: Array = self._states.pool(mode, normalize, kept, skipped)
+        if not isinstance(mode, str):
+            raise TypeError(f"Encoder: expected the name of a pooling, got {type(mode).__name__}")
+        kept = 0 if dimensions is None else whole_number("dimensions", dimensions, 1)
+        result: Array = self._states.pool(mode, normalize, kept, whole_number("skipped", skipped, 0))
         return result
 
     def token_vectors(self, normalize: bool = False) -> Array:
@@ -117,7 +121,7 @@ class States:
             ValueError: The model has no head, or ``k`` or a row is out of range.
             TypeError: ``rows`` are no int64.
         """
-        indices, probabilities = self._states.top_k(integers(rows, "q"), k)
+        indices, probabilities = self._states.top_k(integers(rows, "q"), whole_number("k", k))
         return indices, probabilities
 
     def sparse(self, *, total: bool = False, twice: bool = False) -> tuple[Array, Array, Array]:
@@ -142,10 +146,21 @@ class States:
         return bounds, indices, values
 
 
-def at_least_1(number: int) -> int:
-    """The number, or ValueError if it is below 1."""
-    if number < 1:
-        raise ValueError(f"Encoder: expected a number of at least 1, got {number}")
+def whole_number(name: str, number: int, least: int | None = None) -> int:
+    """The number.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below ``least``, or does not fit into 32 bits.
+    """
+    try:
+        number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"Encoder: expected {name} as an integer, got {type(number).__name__}") from None
+    if least is not None and number < least:
+        raise ValueError(f"Encoder: expected {name} of at least {least}, got {number}")
+    if number.bit_length() > 31:
+        raise ValueError(f"Encoder: expected {name} of at most 32 bits, got {number}")
     return number
 
 

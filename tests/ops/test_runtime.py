@@ -158,6 +158,10 @@ def test_every_head_gives_the_same_bits(
     for k in (0, -1, spec.num_outputs + 1):
         with pytest.raises(ValueError, match=f"expected k from 1 to {spec.num_outputs}, got {k}"):
             states.top_k(rows, k)
+    with pytest.raises(ValueError, match="expected k of at most 32 bits"):
+        states.top_k(rows, 2**70)
+    with pytest.raises(TypeError, match="expected k as an integer, got str"):
+        states.top_k(rows, "5")  # type: ignore[arg-type]
     for dtype_of_rows in (torch.int32, torch.float64):
         with pytest.raises(TypeError, match="expected rows of int64"):
             states.token_logits(rows.to(dtype_of_rows))
@@ -527,9 +531,23 @@ def test_poolings_are_checked(encoder: runtime.Encoder) -> None:
     for dimensions in (33, 10**9):
         with pytest.raises(ValueError, match=f"expected dimensions from 0 to 32, got {dimensions}"):
             states.pool("mean", dimensions=dimensions)
-    for dimensions in (0, -1):
-        with pytest.raises(ValueError, match=f"expected a number of at least 1, got {dimensions}"):
+    for dimensions in (0, -1, -(2**70)):
+        with pytest.raises(ValueError, match=f"expected dimensions of at least 1, got {dimensions}"):
             states.pool("mean", dimensions=dimensions)
+    with pytest.raises(ValueError, match="expected skipped of at least 0, got -1"):
+        states.pool("mean", skipped=-1)
+    for name in ("dimensions", "skipped"):
+        with pytest.raises(ValueError, match=f"expected {name} of at most 32 bits, got {2**70}"):
+            states.pool("mean", **{name: 2**70})
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("the name of a pooling, got NoneType", {"mode": None}),
+        ("dimensions as an integer, got str", {"dimensions": "5"}),
+        ("dimensions as an integer, got float", {"dimensions": 5.0}),
+        ("skipped as an integer, got NoneType", {"skipped": None}),
+    ]
+    for match, options in wrong:
+        with pytest.raises(TypeError, match=f"Encoder: expected {match}"):
+            states.pool(**options)
 
 
 # ---- what goes out ---------------------------------------------------------------------------------------------------
@@ -751,13 +769,23 @@ def test_weights_in_memory(generator: torch.Generator, tmp_path: Path) -> None:
         ({bias: []}, ValueError, "missing embeddings.norm.bias"),
         ({"more": runtime.Tensor("F32", (1,), np.zeros(1, np.float32))}, ValueError, "unexpected more"),
         ({bias: runtime.Tensor("F32", (2**31, 2**31, 4), b"")}, ValueError, "dimensions|bytes|sizes"),
-        ({bias: runtime.Tensor("F32", (0,), b"")}, ValueError, "sizes of at least 1"),
+        ({bias: runtime.Tensor("F32", (0,), b"")}, ValueError, f"sizes of {bias} of at least 1"),
+        ({bias: runtime.Tensor("F32", (-32,), np.zeros(32, np.float32))}, ValueError, "of at least 1, .*got -32"),
+        ({bias: runtime.Tensor("F32", ("32",), np.zeros(32, np.float32))}, TypeError, "as an integer, got str"),  # type: ignore[arg-type]
+        ({bias: runtime.Tensor("F32", (), b"1234")}, ValueError, "with 1 or 2 dimensions"),
+        ({bias: ("F32", (32,), np.zeros(32, np.float32))}, TypeError, "as a torch_ext.runtime.Tensor, got str"),
+        ({bias: 5}, TypeError, "as a torch_ext.runtime.Tensor, got int"),
     ]
     for changed, error, match in wrong:
         with pytest.raises(error, match=match):
             runtime.Encoder.pack(spec, given(**changed), head_spec)
     with pytest.raises(ValueError, match="MiniLM has no valid specification of the encoder: expected hidden_size"):
         runtime.Encoder.pack({**spec, "hidden_size": -1}, given(), head_spec, name="MiniLM")
+    with pytest.raises(ValueError, match="MiniLM: expected the weights of an encoder, got none"):
+        runtime.Encoder.pack(spec, {}, name="MiniLM")
+    for arguments in ((None, given()), (spec, list(given()))):
+        with pytest.raises(TypeError, match="as a mapping, got"):
+            runtime.Encoder.pack(*arguments)  # type: ignore[arg-type]
 
 
 # ---- shared images ---------------------------------------------------------------------------------------------------
@@ -1120,9 +1148,16 @@ def test_threads_and_cpus_are_options(file: Path) -> None:
     for cpu in (-1, 2**31, 2**70):
         with pytest.raises(ValueError, match="expected numbers of CPUs, got"):
             runtime.Encoder.open(file, cpus=[cpu])
+    for cpus in (0, "01", [0.5]):
+        with pytest.raises(TypeError, match="expected cpus as numbers of CPUs, got"):
+            runtime.Encoder.open(file, cpus=cpus)  # type: ignore[arg-type]
     for threads in (0, -1):
-        with pytest.raises(ValueError, match=f"expected a number of at least 1, got {threads}"):
+        with pytest.raises(ValueError, match=f"expected threads of at least 1, got {threads}"):
             runtime.Encoder.open(file, threads=threads)
+    with pytest.raises(ValueError, match="expected threads of at most 32 bits"):
+        runtime.Encoder.open(file, threads=2**70)
+    with pytest.raises(TypeError, match="expected threads as an integer, got str"):
+        runtime.Encoder.open(file, threads="2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected threads of at most 4096, got 5000"):
         runtime.Encoder.open(file, threads=5000)
 
