@@ -106,7 +106,7 @@ def test_dimensions_and_long_texts(server: LiveServer) -> None:
         ({**long, "truncate": "NONE"}, "16"),
         ({"texts": TEXTS, "output_dimension": WIDTH + 1}, "output_dimension: expected 1 to"),
         ({"texts": TEXTS, "max_tokens": 15}, "max_tokens: expected none, or at least 16"),
-        ({"texts": TEXTS, "embedding_types": ["int8"]}, "int8"),
+        ({"texts": TEXTS, "embedding_types": ["float", "int8"]}, "float, base64, ubinary, binary, got 'int8'"),
         ({"texts": TEXTS, "input_type": "image"}, "image"),
         ({"texts": []}, "at least one input"),
         ({"images": ["data:"]}, "texts"),

@@ -39,6 +39,9 @@ _PROMPTS: Mapping[str, Sequence[str]] = {
 """Names of prompts for each `input_type`: Cohere's, then those of sentence-transformers."""
 
 
+_KINDS = ["float", "base64", "ubinary", "binary"]
+
+
 class CohereEmbedRequest(Struct):
     """Texts to embed, in Cohere's format; fields that are not listed are ignored."""
 
@@ -54,7 +57,7 @@ class CohereEmbedRequest(Struct):
         ),
     ] = None
     embedding_types: Annotated[
-        list[Literal["float", "base64", "binary", "ubinary"]] | None,
+        list[Annotated[str, Meta(extra_json_schema={"enum": _KINDS})]] | None,
         Meta(
             description="base64: little-endian float32. ubinary: a bit for each number, 1 above zero, the first one "
             "highest; binary: these bytes less 128."
@@ -147,6 +150,13 @@ async def _embed(
 ) -> Response:
     service = context.service
     check_width("output_dimension", request.output_dimension, service)
+    for kind in types or ():
+        if kind not in _KINDS:
+            raise ApiError(
+                "invalid_request",
+                f"embedding_types: expected some of {', '.join(_KINDS)}, got {kind[:40]!r}; int8 and uint8 need "
+                "the ranges of Cohere's models",
+            )
     longest = service.manifest.max_tokens
     if request.max_tokens is not None and request.max_tokens < longest:
         raise ApiError(
