@@ -448,6 +448,19 @@ def test_header_lines_are_bounded(server: LiveServer) -> None:
     assert server("POST", "/api/embed", GOOD).status == 200
 
 
+@pytest.mark.parametrize("scheme", [b"http", b"HTTP", b"https"])
+def test_targets_as_proxies_are_sent_them(server: LiveServer, scheme: bytes) -> None:
+    """RFC 9112, 3.2.2: every server takes them, with an empty path too, which is the root."""
+    line = b"GET %s://[::1]:80%s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    for rest, mark in ((b"", b"<!doctype"), (b"?a=/b", b"<!doctype"), (b"/?a", b"<!doctype"), (b"/health", b"status")):
+        answer = raw(server.port, line % (scheme, rest))
+        assert statuses(answer) == [b"200"], (rest, answer)
+        assert mark in answer
+    for target in (b"x:443", b"x"):
+        assert statuses(raw(server.port, b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % target)) == [b"400"]
+    assert server("POST", "/api/embed", GOOD).status == 200
+
+
 def test_trailers_are_bounded_and_are_no_headers(manifest: Manifest) -> None:
     with running(manifest, Settings(port=0, api_key="sesame")) as server:
         chunk = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)

@@ -221,6 +221,9 @@ class HttpProtocol(HttpToolsProtocol):
         headers = dict(self.headers)
         if self._framing_bytes > MAX_HEADER_BYTES or b"host" not in headers or b"transfer-encoding" in headers:
             self._check(headers)
+        if self.url[:1] not in b"/*":  # A proxy's form, whose path may be empty (RFC 9112, 3.2.2).
+            head, mark, query = self.url.partition(b"?")
+            self.url = head + b"/" * (head.count(b"/") == 2) + mark + query
         self._in_head = False
         if self.parser.should_upgrade():
             self._offer = headers
