@@ -33,10 +33,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import command_line, commit  # noqa: E402
 from deploy.bundle import Manifest, ModelInfo, SpecialToken  # noqa: E402
+from deploy.ending import end  # noqa: E402
 from deploy.engines.batch import batches  # noqa: E402
 from deploy.engines.engine import Engine  # noqa: E402
 from deploy.folder.source import read_source  # noqa: E402
 from deploy.machine import cpu_name  # noqa: E402
+from deploy.options import model_folder  # noqa: E402
 from deploy.tasks import open_task  # noqa: E402
 from deploy.texts import docstrings, sample  # noqa: E402
 
@@ -184,7 +186,7 @@ def table(measured: dict[str, Any]) -> str:
 def main() -> int:
     """Measures; the exit code is 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an embedding model")
+    parser.add_argument("model", type=model_folder, metavar="MODEL", help="folder of an embedding model")
     parser.add_argument("--name", help="of the model, for the report; default: the folder's")
     parser.add_argument("--texts", type=int, default=2000, help="texts to compare (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=2000, help="queries and documents (default: %(default)s)")
@@ -235,4 +237,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(end(main))

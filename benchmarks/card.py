@@ -29,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import card_form, report  # noqa: E402
 from benchmarks.card_page import card_page, index_page  # noqa: E402
+from deploy.ending import end  # noqa: E402
+from deploy.options import model_folder  # noqa: E402
 from torch_ext.machine import Machine  # noqa: E402
 
 CARDS = ROOT / "benchmarks" / "cards"
@@ -309,7 +311,9 @@ def main(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("collect", help="measure this machine")
     one.add_argument("-o", "--output", type=Path, default=Path("card"), help="path without a suffix (default: card)")
-    one.add_argument("--model", type=Path, help="folder of an embedding model (default: the packaged all-MiniLM-L6-v2)")
+    one.add_argument(
+        "--model", type=model_folder, help="folder of an embedding model (default: the packaged all-MiniLM-L6-v2)"
+    )
     one.add_argument("--name", help="of the model; default: the folder's")
     one.add_argument("--instance", default="", help="type of the instance, such as c8g.xlarge (default: firmware's)")
     one.add_argument("--price", type=float, help="what an hour of it costs you")
@@ -318,10 +322,10 @@ def main(argv: Sequence[str]) -> int:
     one.add_argument("--skip", action="append", default=[], choices=card_form.PARTS, help="leave this part out")
     one.add_argument("--quick", action="store_true", help="less of everything: says that it works, not how fast")
     all_cards = commands.add_parser("index", help="pages of all cards")
-    all_cards.add_argument("folder", nargs="?", type=Path, default=CARDS)
+    all_cards.add_argument("folder", nargs="?", type=Path, default=CARDS, help="of the cards")
     two = commands.add_parser("compare", help="what changed between two cards of one machine")
-    two.add_argument("base", type=Path)
-    two.add_argument("head", type=Path)
+    two.add_argument("base", type=Path, help="card.json of the commit before")
+    two.add_argument("head", type=Path, help="card.json of the commit after")
     arguments = parser.parse_args(argv)
     if arguments.command == "compare":
         try:
@@ -346,4 +350,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(end(lambda: main(sys.argv[1:])))

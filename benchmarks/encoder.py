@@ -304,9 +304,10 @@ def main(words: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from deploy.machine import usable_cpus
+    from deploy.options import model_folder
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, help="folder of a model (default: the packaged all-MiniLM-L6-v2)")
+    parser.add_argument("--model", type=model_folder, help="folder of a model (default: the packaged all-MiniLM-L6-v2)")
     parser.add_argument("--threads", type=int, default=usable_cpus(), help="of every candidate (default: %(default)s)")
     parser.add_argument("--texts", type=int, help="default: 512, or 48 with --quick")
     parser.add_argument("--max-tokens", type=int, default=256, help="longer texts are cut (default: %(default)s)")

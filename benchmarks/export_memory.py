@@ -77,4 +77,9 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(
+            f"usage: export_memory.py FOLDER -o DIR [OPTION ...]\n\n{__doc__}\nOptions: python -m deploy export --help"
+        )
+        sys.exit()
     sys.exit(main(sys.argv[1:]))

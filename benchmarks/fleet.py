@@ -26,6 +26,8 @@ if __name__ == "__main__":  # In place of this folder, whose modules are those o
 
 from benchmarks.balancing import POLICIES, Load, Service  # noqa: E402
 from benchmarks.simulation import Outcome, Scaling, Simulation  # noqa: E402
+from deploy.ending import end as end_program  # noqa: E402
+from deploy.options import bundle_folder, positive  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 
@@ -140,7 +142,7 @@ def losses(seed: int) -> str:
 TABLES = {"balancing": balancing, "gateways": gateways, "autoscaling": autoscaling, "losses": losses}
 
 
-def measure(bundle: str, threads: int) -> dict[str, float]:
+def measure(bundle: Path, threads: int) -> dict[str, float]:
     """Fits seconds = batch_s + tokens / tokens_per_s to batches of the bundle's engine, each the least of many runs.
 
     With one thread the seconds are the process's CPU time, which other work on the machine hardly changes.
@@ -155,7 +157,7 @@ def measure(bundle: str, threads: int) -> dict[str, float]:
     from deploy.server.service.service import embed_options
     from deploy.texts import sample
 
-    manifest = load_manifest(Path(bundle), verify=False, variants=())
+    manifest = load_manifest(bundle, verify=False, variants=())
     tokenizer = TextTokenizer.from_manifest(manifest)
     engine, _ = load_engine(manifest, manifest.variant("torch_ext-bf16"), threads, tokenizer.token)
     ids = tokenizer.encode(sample(256), True)
@@ -175,11 +177,18 @@ def measure(bundle: str, threads: int) -> dict[str, float]:
 
 def main() -> None:
     """Prints tables, or writes them into the page."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__.partition(chr(10))[0]} Without options all tables are written into docs/scaling.md."
+    )
     parser.add_argument("--only", choices=TABLES, help="print one table")
-    parser.add_argument("--measure", metavar="BUNDLE", help="service times of this machine")
-    parser.add_argument("--threads", type=int, default=1, help="of --measure")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--measure",
+        metavar="BUNDLE",
+        type=bundle_folder,
+        help="print service times of this machine, in place of tables",
+    )
+    parser.add_argument("--threads", type=positive, default=1, help="of --measure (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of arrivals and texts (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.threads)))
@@ -199,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(end_program(main))

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from deploy.options import bundle_folder  # noqa: E402
 from deploy.server.sockets import listen  # noqa: E402
 from deploy.texts import sample  # noqa: E402
 
@@ -325,14 +326,14 @@ def judge(answers: Sequence[Answer], killed_s: float) -> dict[str, Any]:
 def main() -> None:
     """Runs both measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("bundle", help="folder that `deploy export` wrote")
+    parser.add_argument("bundle", type=bundle_folder, help="folder that `deploy export` wrote")
     parser.add_argument("--texts", type=int, default=8, help="texts of a request")
     parser.add_argument("--seconds", type=float, default=5, help="length of a turn")
     parser.add_argument("--turns", type=int, default=7, help="turns of each server")
     parser.add_argument("--load", type=float, default=0.7, help="part of what two replicas can do")
     parser.add_argument("--before", type=float, default=15, help="seconds of load before the kill")
     parser.add_argument("--after", type=float, default=60, help="seconds of load after the kill")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of arrivals (default: %(default)s)")
     parser.add_argument("--options", default="", help="more options of both servers, in one text")
     parser.add_argument("--only-kill", action="store_true", help="leave the throughput out")
     arguments = parser.parse_args()
@@ -342,7 +343,12 @@ def main() -> None:
     body = json.dumps({"inputs": sample(arguments.texts)}).encode()
 
     os.environ.update({name: os.environ.get(name, value) for name, value in (PATIENCE | ROUTING).items()})
-    import ray
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "ray_cluster: Ray is not installed: pip install 'ray[serve]>=2.60,<3' (docs/ray-serve.md)"
+        ) from None
     from ray import serve
     from ray.cluster_utils import Cluster
 

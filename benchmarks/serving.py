@@ -239,13 +239,18 @@ def main() -> int:
     parser.add_argument("bundle", nargs="?", help="folder written by python -m deploy export")
     parser.add_argument("--model", help="the model's folder, for the Flask server; without it that is left out")
     parser.add_argument("--variants", default="torch_ext-bf16", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2, help="of each server (default: %(default)s)")
+    parser.add_argument("--connections", type=int, default=32, help="of the client (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=8.0, help="per server and round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--texts", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "serving.json")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each server (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=2000, help="how many different texts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which texts (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / "serving.json",
+        help="(default: benchmarks/results/serving.json)",
+    )
     parser.add_argument("--peers", action="store_true", help="other servers, too; needs --model and packages")
     parser.add_argument("--frameworks", action="store_true", help="compare HTTP frameworks instead")
     parser.add_argument("--framework", choices=FRAMEWORKS, help=argparse.SUPPRESS)

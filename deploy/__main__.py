@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+
+from deploy.ending import end
+from deploy.extras import is_ours, missing
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("deploy.export.cli", "prepare a model: verified bf16, int8 and fp32 variants in one bundle"),
@@ -21,6 +25,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("deploy.server.main", "serve a bundle, or a model's folder as it is, over HTTP"),
     "run": ("deploy.run", "export a model once, into a folder of bundles, then serve it"),
 }
+
+EXTRAS: Mapping[str, str] = {"export": "export", "verify": "serve,onnx"}
+"""What has the packages of a command; of the others, `serve` has them."""
 
 USAGE = """\
 usage: python -m deploy COMMAND ...
@@ -55,7 +62,8 @@ def _use_malloc() -> None:
         return
     if glibc:
         os.environ["PYTHONMALLOC"] = "malloc"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        with contextlib.suppress(OSError):  # Without permission to start it again, this process goes on as it is.
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _leave_on_signals() -> None:
@@ -97,9 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if name in {"serve", "run"}:
         _leave_on_signals()
-    command = importlib.import_module(COMMANDS[name][0])
     try:
+        command = importlib.import_module(COMMANDS[name][0])
         return int(command.main(rest) or 0)
+    except ModuleNotFoundError as error:
+        if is_ours(error):
+            raise
+        print(f"python -m deploy {name}: {missing(error, EXTRAS.get(name, 'serve'))}", file=sys.stderr)
+        return 2
     except SystemExit as leaving:  # argparse leaves this way, for --help too.
         if leaving.code is None or isinstance(leaving.code, int):
             return leaving.code or 0
@@ -110,4 +123,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] in (["serve"], ["run"]):
         _use_malloc()
-    sys.exit(main())
+    sys.exit(end(main))

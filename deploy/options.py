@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-__all__ = ["positive", "url_prefix"]
+__all__ = ["bundle_folder", "model_folder", "positive", "url_prefix"]
 
 
 def positive(text: str) -> int:
@@ -13,6 +14,22 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
+
+
+def model_folder(text: str) -> Path:
+    """A folder with a model of transformers."""
+    return _folder_with(text, "config.json", "of a model")
+
+
+def bundle_folder(text: str) -> Path:
+    """A folder that export wrote."""
+    return _folder_with(text, "manifest.json", "of a bundle (python -m deploy export MODEL -o DIR)")
+
+
+def _folder_with(text: str, name: str, kind: str) -> Path:
+    if not (Path(text) / name).is_file():
+        raise argparse.ArgumentTypeError(f"expected the folder {kind}, which has {name}, got {text}")
+    return Path(text)
 
 
 def url_prefix(text: str) -> str:

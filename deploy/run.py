@@ -40,7 +40,8 @@ usage: python -m deploy run MODEL [OPTION ...]
        python -m deploy run --model-id MODEL [OPTION ...]
 
 Export a model once, into a folder of BUNDLES, and serve it. MODEL is an id on the hub, or a model's folder; a bundle
-is served as it is. Options are those of python -m deploy serve; --revision, --pooling and --task hold for the export.
+is served as it is. Options are those of python -m deploy serve; --revision, --pooling,
+--task, --hf-token and --huggingface-hub-cache hold for the export.
 
 environment:
   BUNDLES      folder that keeps bundles (default: bundles)
@@ -175,7 +176,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0
     revision, rest = _settle_hub(argv, os.environ)
-    arguments = parse(rest)
+    arguments = parse(rest, "run")
     model: str = arguments.model
     if (Path(model) / MANIFEST_FILE).exists():
         return serve(rest)

@@ -31,7 +31,7 @@ RUN --mount=type=secret,id=ca --mount=type=bind,from=wheelhouse,target=/wheelhou
 # The load test takes its texts from deploy/texts.py, and nothing else of deploy/.
 FROM build AS application
 COPY loadtest /app/loadtest
-COPY deploy/__init__.py deploy/texts.py /app/deploy/
+COPY deploy/__init__.py deploy/ending.py deploy/extras.py deploy/texts.py /app/deploy/
 RUN python -m compileall -q /app/loadtest /app/deploy && chmod -R a+rX /app/loadtest /app/deploy
 
 # PID 1: static, so that it needs nothing of the base image.

@@ -10,11 +10,18 @@ from typing import Any, Protocol
 from loadtest.measure import Objectives
 from loadtest.tasks import TASKS
 
-__all__ = ["CannotStartError", "Options", "add_options", "bearer"]
+__all__ = ["CannotStartError", "Options", "add_options", "bearer", "why"]
 
 
 class CannotStartError(Exception):
     """The load test cannot start; the message says why and what to do."""
+
+
+def why(error: OSError | ValueError) -> str:
+    """Why a file could not be read, as UTF-8 or JSON, or not be written; messages name the file themselves."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"it is no {'UTF-8' if isinstance(error, UnicodeDecodeError) else 'JSON'} ({error})"
 
 
 def bearer(key: str) -> dict[str, str]:

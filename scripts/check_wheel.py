@@ -7,6 +7,7 @@ code 1 if a library asks for more. Needs binutils' readelf, of any architecture,
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -84,11 +85,15 @@ def name_platform(wheel: Path) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Checks all wheels, names those that are right, and prints their paths; returns the exit code."""
-    if not argv:
-        print("usage: python scripts/check_wheel.py WHEEL...", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python scripts/check_wheel.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("wheels", nargs="+", type=Path, metavar="WHEEL")
     code = 0
-    for wheel in map(Path, argv):
+    for wheel in parser.parse_args(argv).wheels:
+        if not zipfile.is_zipfile(wheel):
+            found_there = "another file" if wheel.exists() else "nothing"
+            print(f"check_wheel: {wheel}: expected a wheel, found {found_there}", file=sys.stderr)
+            code = 2
+            continue
         if found := check(wheel):
             print("\n".join(f"check_wheel: {line}" for line in found), file=sys.stderr)
             code = 1

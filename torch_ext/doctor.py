@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import platform
 import re
 import sys
@@ -332,7 +333,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 1 if anything failed, else 0.
     """
-    parser = argparse.ArgumentParser(prog="python -m torch_ext.doctor", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_ext.doctor", description=__doc__.split("\n\n")[1], allow_abbrev=False
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
     findings = diagnose()
@@ -348,4 +351,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        # `| head -1`, or a full disk. Python's own attempt to write the rest, as it ends, would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: cannot write the findings: {error.strerror}", file=sys.stderr)
+        sys.exit(141 if isinstance(error, BrokenPipeError) else 2)
+    sys.exit(code)

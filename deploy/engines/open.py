@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..bundle import BundleError, Manifest
+from ..extras import how_to_install
 from ..tasks import open_task
 from .engine import Engine, Image
 
@@ -14,9 +15,9 @@ __all__ = ["Image", "load_engine", "open_engine"]
 
 
 _INSTALL = {
-    "onnxruntime": "pip install 'torch-ext[onnx]'",
-    "torch": "pip install 'torch-ext[torch]' numpy",
-    "torch_ext": "install it",
+    "onnxruntime": how_to_install("onnx"),
+    "torch": "pip install 'torch>=2.10' numpy",
+    "torch_ext": how_to_install("serve"),
 }
 """How to get what an engine needs."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from deploy.bundle import DEFAULT_VARIANTS, POOLING_MODES, TASKS, VARIANTS, BundleError
 from deploy.export.errors import ExportError, Interrupted, first_line, is_disk_full
+from deploy.extras import missing
 from deploy.folder.errors import FolderError
 from deploy.options import positive
 from deploy.tasks.bounds import BOUND_NAMES
@@ -49,9 +50,14 @@ exit codes: 0 done, 1 a bug, 2 something you can put right (the message says wha
 """
 
 
+_PACKAGES = ("numpy", "safetensors", "tokenizers")
+"""Those of the extra that are imported before `needs.import_libraries` looks for the rest."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deploy export",
+        usage="%(prog)s MODEL -o DIR [OPTION ...]    (--help lists the options)",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -189,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             2,
         )
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in _PACKAGES:
+            return _fail(options, missing(error, "export"), 2)
         if is_disk_full(error):
             return _fail(
                 options, f"-o {options.output}: the disk is full ({first_line(error)}); nothing was left there", 2

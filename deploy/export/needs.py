@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from deploy.bundle import VARIANTS
 from deploy.export.errors import ExportError, first_line
 from deploy.export.progress import megabytes
+from deploy.extras import how_to_install
 from deploy.folder.source import Source
 from deploy.machine import available_memory_bytes
 
@@ -17,7 +18,7 @@ __all__ = ["check_disk", "import_libraries", "memory_note", "onnx_missing", "thr
 
 _ONNX_PACKAGES = {"optimum": "optimum-onnx", "onnx": "onnx", "onnxruntime": "onnxruntime"}
 """Modules that ONNX variants are written with, and the packages that hold them."""
-_ONNX_EXTRA = "pip install 'torch-ext[export-onnx]'"
+_ONNX_EXTRA = how_to_install("export-onnx")
 
 
 def onnx_missing() -> str | None:
@@ -52,9 +53,7 @@ def import_libraries(names: Sequence[str]) -> None:
 
         del tokenizers, torch, transformers
     except ImportError as error:
-        raise ExportError(
-            f"export needs more packages ({first_line(error)}): pip install 'torch-ext[export]'"
-        ) from error
+        raise ExportError(f"export needs more packages ({first_line(error)}): {how_to_install('export')}") from error
     if any(VARIANTS[name].engine == "onnxruntime" for name in names):
         try:
             import onnx

@@ -28,6 +28,10 @@ def deferred_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Does nothing."""
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Turns SIGINT, SIGTERM and SIGHUP into `Interrupted`, once: what cleans up is not interrupted again.
@@ -40,8 +44,8 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for other in _SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
+        for other in _SIGNALS:  # Python complains if one has come for a handler that is SIG_IGN by now.
+            signal.signal(other, _ignore)
         raise Interrupted(number)
 
     try:

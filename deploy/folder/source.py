@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import CONFIG_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts, Sparse
+from deploy.bundle import CONFIG_FILE, MANIFEST_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts, Sparse
 from deploy.folder.chat import Chat, read_chat
 from deploy.folder.errors import FolderError, refuse_pointer
 from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files, read_settings
@@ -332,6 +332,10 @@ def _check_tokenizer(folder: Path) -> None:
 def _find_weights(folder: Path) -> tuple[str, int]:
     """Name of the weights file, and the size of all of them."""
     weights = next((item for item in _WEIGHTS if (folder / item).is_file()), None)
+    if weights is None and (folder / MANIFEST_FILE).is_file():
+        raise FolderError(
+            f"{folder}: a bundle, which export has written; serve it with: python -m deploy serve {folder}"
+        )
     if weights is None:
         raise FolderError(
             f"{folder}: no weights (none of {', '.join(_WEIGHTS)}); save them there with model.save_pretrained"

@@ -32,10 +32,11 @@ def _workers(text: str) -> int | str:
     return text if text == "auto" else _positive(text)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "serve") -> argparse.ArgumentParser:
     defaults = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m deploy serve",
+        prog=f"python -m deploy {command}",
+        usage="%(prog)s MODEL [OPTION ...]    (--help lists the options)",
         description="Serve a bundle, or a model as it is, over HTTP. GET /docs on the running server describes its "
         "API.",
         epilog="Exit codes: 0 stopped by a signal, every accepted request answered; 1 some were not, or a bug; "
@@ -244,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Reads the options; see the parser's help."""
-    parser = _parser()
+def parse(argv: Sequence[str], command: str = "serve") -> argparse.Namespace:
+    """Reads the options; see the parser's help. Messages name the command."""
+    parser = _parser(command)
     return settle_tei_options(parser, argv, parser.parse_args(argv), os.environ)

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from ..bundle import BundleError
+from ..extras import missing
 from .cli import parse
 from .logs import start_logging
-from .process import Process, UsageError, missing, port_of
+from .process import Process, UsageError, port_of
 from .serving import serve
 
 __all__ = ["main"]
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"python -m deploy serve: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"python -m deploy serve: {missing(error)}", file=sys.stderr)
+        print(f"python -m deploy serve: {missing(error, 'serve')}", file=sys.stderr)
         return 2
     finally:
         gc.enable()

@@ -24,7 +24,6 @@ __all__ = [
     "Loaded",
     "Process",
     "UsageError",
-    "missing",
     "open_admin",
     "open_listener",
     "port_of",
@@ -39,11 +38,6 @@ PORT_VARIABLE = "PORT"
 
 class UsageError(Exception):
     """Something the caller can put right; its message is one line."""
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """What to do about a package that is not there."""
-    return f"the package {error.name} is missing; install the extra: pip install 'torch-ext[serve]'"
 
 
 def open_admin(address: str) -> socket.socket:

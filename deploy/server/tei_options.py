@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bundle import BundleError, Manifest, Prompts
+from ..extras import how_to_install
 
 __all__ = ["add_tei_options", "fit_manifest", "settle_tei_options"]
 
@@ -36,6 +37,7 @@ class _Option:
 
     Attributes:
         ours: Where our options have it; None: nowhere.
+        told: What the help says; None: the option of ours that it stands for, or that it has no effect.
         kind: Makes a value of its text.
         expected: What errors say of it.
         environment: Whether the variable of its name is read, too.
@@ -49,28 +51,33 @@ class _Option:
     environment: bool = True
     added: bool = True
     flag: bool = False
+    told: str | None = None
 
 
 _NUMBER: dict[str, Any] = {"kind": _count, "expected": "a number from 1"}
 _BOOLEAN: dict[str, Any] = {"kind": _flag, "expected": "true or false", "flag": True}
 _OPTIONS: Mapping[str, _Option] = {
-    "--model-id": _Option("model"),
-    "--served-model-name": _Option("served_model_name"),
+    "--model-id": _Option("model", told="MODEL"),
+    "--served-model-name": _Option("served_model_name", told="name that answers and clients use for MODEL"),
     "--hostname": _Option("host", environment=False),  # Containers set the variable to their name.
     "--max-batch-tokens": _Option("max_batch_tokens", **_NUMBER, added=False),
-    "--max-batch-requests": _Option("max_batch_requests", **_NUMBER),
-    "--max-concurrent-requests": _Option("max_concurrent_requests", **_NUMBER),
+    "--max-batch-requests": _Option("max_batch_requests", **_NUMBER, told="texts in a batch (default: any)"),
+    "--max-concurrent-requests": _Option(
+        "max_concurrent_requests", **_NUMBER, told="requests that may wait or run; more are answered with 429"
+    ),
     "--max-client-batch-size": _Option("max_inputs", **_NUMBER),
     "--payload-limit": _Option("max_body_bytes", **_NUMBER),
-    "--tokenization-workers": _Option("tokenization_workers", **_NUMBER),
-    "--auto-truncate": _Option("auto_truncate", **_BOOLEAN),
-    "--default-prompt": _Option("default_prompt"),
-    "--default-prompt-name": _Option("default_prompt_name"),
-    "--pooling": _Option("pooling"),
-    "--dtype": _Option("dtype"),
+    "--tokenization-workers": _Option("tokenization_workers", **_NUMBER, told="threads that tokenize"),
+    "--auto-truncate": _Option(
+        "auto_truncate", **_BOOLEAN, told="false: refuse texts above the model's limit, in place of cutting them"
+    ),
+    "--default-prompt": _Option("default_prompt", told="text before every text"),
+    "--default-prompt-name": _Option("default_prompt_name", told="the same, by the name of a prompt of the model"),
+    "--pooling": _Option("pooling", told="has to be that of the model"),
+    "--dtype": _Option("dtype", told="float32 or bfloat16: the variant of that type; others as without --variant"),
     "--api-key": _Option("api_key", added=False),
     "--cors-allow-origin": _Option("cors_allow_origin", lambda text: text.split(","), added=False),
-    "--json-output": _Option("json_output", **_BOOLEAN),
+    "--json-output": _Option("json_output", **_BOOLEAN, told="write the log as JSON"),
     "--revision": _Option(),
     "--dense-path": _Option(),
     "--uds-path": _Option(environment=False),
@@ -78,8 +85,10 @@ _OPTIONS: Mapping[str, _Option] = {
     "--hf-api-token": _Option(environment=False),
     "--huggingface-hub-cache": _Option(environment=False),
     "--disable-spans": _Option(**_BOOLEAN),
-    "--otlp-endpoint": _Option("otlp_endpoint"),
-    "--otlp-service-name": _Option("otlp_service_name"),
+    "--otlp-endpoint": _Option(
+        "otlp_endpoint", told="collector of OpenTelemetry that gets spans; needs the extra otel"
+    ),
+    "--otlp-service-name": _Option("otlp_service_name", told="name of the server in spans (default: torch-ext)"),
     "--prometheus-port": _Option(),
 }
 
@@ -120,7 +129,7 @@ def add_tei_options(parser: argparse.ArgumentParser) -> None:
                 name,
                 dest=f"tei {name}",
                 metavar="VALUE",
-                help=told or ("no effect" if not option.ours else None),
+                help=option.told or told or "no effect",
                 **few,
             )
     parser.set_defaults(**_DEFAULTS)
@@ -171,7 +180,7 @@ def settle_tei_options(
     if arguments.dtype is not None and arguments.dtype not in _VARIANTS:
         idle.append(f"--dtype {arguments.dtype}")
     if arguments.otlp_endpoint is not None and not _can_trace():
-        idle.append("--otlp-endpoint (pip install 'torch-ext[otel]')")
+        idle.append(f"--otlp-endpoint ({how_to_install('otel')})")
         arguments.otlp_endpoint = None
     arguments.idle = idle
     return arguments

@@ -84,6 +84,11 @@ def describe(model: str, task: str | None) -> tuple[Manifest, bool]:
             raise UsageError(
                 f"--task {task}: only for a model that was not exported; {model} is a bundle, which says it"
             )
+        if not (folder / MANIFEST_FILE).exists():
+            raise UsageError(
+                f"{model}: neither a bundle (no {MANIFEST_FILE}) nor a model's folder (no {CONFIG_FILE}); make one "
+                "with: python -m deploy export MODEL -o DIR"
+            )
         return load_manifest(folder, verify=False, variants=()), True
     from ..folder.describe import describe_folder
     from ..folder.errors import FolderError

@@ -20,15 +20,16 @@ class ToolError(Exception):
     """The command cannot do what was asked; the message says what was expected, what came, and what to do."""
 
 
-def make_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a tool, with the argument that all of them have."""
+def make_parser(name: str, description: str, target: str = "folder of a bundle") -> argparse.ArgumentParser:
+    """The parser of a tool, with the argument that all of them have, and what that names."""
     parser = argparse.ArgumentParser(
         prog=f"python -m deploy {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        epilog="exit codes: 0 all is well, 2 something is wrong, which the output says; 130 stopped by Ctrl-C.",
     )
-    parser.add_argument("model", metavar="DIR", help="folder of a bundle")
+    parser.add_argument("model", metavar="DIR", help=target)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

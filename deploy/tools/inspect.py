@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "inspect",
         "Say what a bundle holds, or what would be served of a model's folder: task, limits, prompts, variants with\n"
         "their sizes, accuracy and speed, and files. No weights are loaded; `verify` compares hashes.",
+        "folder of a bundle, or a model's folder",
     )
     return run(parser, _inspect, argv)
 

@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "profile",
         "Say where the time of a request goes (tokenizer, kinds of ops of the model, pooling, HTTP), what Amdahl's\n"
         "law predicts of each variant and number of workers, and what was measured. Of a model's folder, too.",
+        "folder of a bundle, or a model's folder",
     )
     parser.add_argument("--variants", metavar="A,B", help="default: all of the bundle")
     parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="length of the text (default 64)")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.options import CannotStartError
+from loadtest.options import CannotStartError, why
 
 __all__ = ["PROCESSES", "Profile", "diurnal", "gaps", "read_trace", "spikes", "steady", "steps", "times"]
 
@@ -160,7 +160,7 @@ def read_trace(path: str | Path, speed: float = 1.0) -> list[float]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CannotStartError(f"--trace: cannot read {path}: {error}") from error
+        raise CannotStartError(f"--trace: cannot read {path}: {why(error)}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

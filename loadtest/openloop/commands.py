@@ -11,9 +11,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from deploy.ending import is_of_output
 from loadtest.measure import Objectives
-from loadtest.options import CannotStartError
+from loadtest.options import CannotStartError, why
 from loadtest.probe import check_host, check_server, learn_traits
 from loadtest.tasks import TASKS, Traits
 
@@ -34,21 +36,38 @@ __all__ = ["main", "parser"]
 
 def parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    whole = argparse.ArgumentParser(prog="python -m loadtest", description=__doc__)
+    whole = argparse.ArgumentParser(
+        prog="python -m loadtest",
+        description="Load tests whose requests have scheduled times. Each command has its own --help.",
+        epilog="exit codes: 0 the limits were kept, 1 one was missed (compare: worse), 2 void, or it could not start; "
+        "130 stopped by Ctrl-C.",
+    )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="send requests at their times, whether or not the server keeps up")
+    def command(name: str, text: str, usage: str | None = None) -> argparse.ArgumentParser:
+        if usage is not None:
+            usage = f"%(prog)s {usage} [OPTION ...]    (--help lists the options)"
+        sentence = text[0].upper() + text[1:] + ("" if text.endswith("?") else ".")
+        return commands.add_parser(name, help=text, description=sentence, usage=usage, allow_abbrev=False)
+
+    run = command("run", "send requests at their times, whether or not the server keeps up", "--host URL --rate PER_S")
     add_load_options(run)
     add_slo_options(run)
     run.add_argument("-o", "--output", default="", metavar="FILE", help="write the result as JSON")
 
-    knee = commands.add_parser("knee", help="search the highest rate that keeps the limits")
-    add_load_options(knee, duration_s=12.0, rate=1.0, rate_to=100_000.0)
+    knee = command("knee", "search the highest rate that keeps the limits", "--host URL --slo-p99-ms MS")
+    add_load_options(knee, search=True, duration_s=12.0, rate=1.0, rate_to=100_000.0)
     add_slo_options(knee)
-    knee.add_argument("--precision", type=float, default=0.05, metavar="PART", help="when to end (default: 0.05)")
+    knee.add_argument(
+        "--precision",
+        type=float,
+        default=0.05,
+        metavar="PART",
+        help="end when the rates kept and missed differ by less (default: 0.05)",
+    )
     knee.add_argument("-o", "--output", default="", metavar="FILE", help="write the result as JSON")
 
-    report = commands.add_parser("report", help="write one page on some results, without network")
+    report = command("report", "write one page on some results, without network")
     report.add_argument("results", nargs="+", metavar="RESULT", help="files that run and knee wrote")
     report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
     report.add_argument("--json", default="", metavar="FILE", help="write the same as JSON, too")
@@ -57,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         "--instance", action="append", default=[], metavar="NAME", help="the machine of all results, or once for each"
     )
 
-    compare = commands.add_parser("compare", help="is a run better than another, worse, or is it noise?")
+    compare = command("compare", "is a run better than another, worse, or is it noise?")
     compare.add_argument("before", metavar="BEFORE", help="a file that run wrote")
     compare.add_argument("after", metavar="AFTER", help="another one, of the same load")
     compare.add_argument(
@@ -69,14 +88,14 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples (default: 0)")
     compare.add_argument("--json", default="", metavar="FILE", help="write the comparison as JSON")
 
-    check = commands.add_parser("self-check", help="does the generator keep its schedule on this machine?")
+    check = command("self-check", "does the generator keep its schedule on this machine?")
     check.add_argument(
         "--rate", type=float, default=1000.0, metavar="PER_S", help="arrivals per second (default: 1000)"
     )
     check.add_argument("--duration-s", type=float, default=10.0, metavar="S", help="of the run (default: 10)")
     check.add_argument("--max-lag-ms", type=float, default=2.0, metavar="MS", help="limit at p99 (default: 2)")
 
-    worker = commands.add_parser("worker", help="make a part of the load of a leader on this machine")
+    worker = command("worker", "make a part of the load of a leader on this machine")
     worker.add_argument("--join", required=True, metavar="HOST:PORT", help="where the leader listens (its --bind)")
     return whole
 
@@ -123,10 +142,29 @@ def _team(given: argparse.Namespace) -> tuple[int, int, float, str]:
     return given.processes, given.expect_workers, given.expect_workers_max_wait_s, given.bind
 
 
-async def _run(given: argparse.Namespace, command: Sequence[str]) -> int:
+class _Prepared(NamedTuple):
+    """What a load needs. It is read before there is an event loop, in which the first Ctrl-C would wait for its end."""
+
+    objectives: Objectives
+    settings: Settings
+    search: Search | None
+    traits: Traits
+
+
+def _prepare(given: argparse.Namespace) -> _Prepared:
     objectives = read_objectives(vars(given))
     settings = _settings(given, objectives)
-    traits = _learn(settings)
+    search = None
+    if given.command == "knee":
+        if settings.shape != "steady" or settings.trace or settings.preset:
+            raise CannotStartError("knee: expected no --shape, --trace or --preset; each trial has one rate")
+        search = Search(settings.rate, settings.rate_to, given.precision)
+        search.check(objectives)
+    return _Prepared(objectives, settings, search, _learn(settings))
+
+
+async def _run(given: argparse.Namespace, command: Sequence[str], prepared: _Prepared) -> int:
+    objectives, settings, _, traits = prepared
     async with lead(*_team(given)) as team:
         _stop_on_interrupt(team)
         outcome = await team.run(settings, traits)
@@ -140,14 +178,9 @@ async def _run(given: argparse.Namespace, command: Sequence[str]) -> int:
     return verdict.exit_code
 
 
-async def _knee(given: argparse.Namespace, command: Sequence[str]) -> int:
-    objectives = read_objectives(vars(given))
-    settings = _settings(given, objectives)
-    if settings.shape != "steady" or settings.trace or settings.preset:
-        raise CannotStartError("knee: expected no --shape, --trace or --preset; each trial has one rate")
-    search = Search(settings.rate, settings.rate_to, given.precision)
-    search.check(objectives)
-    traits = _learn(settings)
+async def _knee(given: argparse.Namespace, command: Sequence[str], prepared: _Prepared) -> int:
+    objectives, settings, search, traits = prepared
+    assert search is not None
     async with lead(*_team(given)) as team:
         _stop_on_interrupt(team)
         found = await find_knee(team, settings, traits, objectives, search, lambda line: print(line, flush=True))
@@ -172,7 +205,7 @@ def _write(path: str, text: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CannotStartError(f"cannot write {path}: {error}") from error
+        raise CannotStartError(f"cannot write {path}: {why(error)}") from error
 
 
 def _report(given: argparse.Namespace) -> int:
@@ -218,9 +251,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         match given.command:
             case "run":
-                return asyncio.run(_run(given, arguments))
+                return asyncio.run(_run(given, arguments, _prepare(given)))
             case "knee":
-                return asyncio.run(_knee(given, arguments))
+                return asyncio.run(_knee(given, arguments, _prepare(given)))
             case "self-check":
                 return asyncio.run(_self_check(given))
             case "compare":
@@ -231,7 +264,9 @@ def main(arguments: Sequence[str]) -> int:
                 return asyncio.run(work(given.join))
     except CannotStartError as error:
         print(f"loadtest: {error}", file=sys.stderr, flush=True)
-    except Exception:  # Python's own exit code would be that of a missed limit.
+    except Exception as error:  # Python's own exit code would be that of a missed limit.
+        if is_of_output(error):
+            raise
         traceback.print_exc()
         print("loadtest: void: this is a fault of the load test", file=sys.stderr, flush=True)
     return EXIT_VOID

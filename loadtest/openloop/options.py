@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.measure import Objectives
-from loadtest.options import CannotStartError, bearer
+from loadtest.options import CannotStartError, bearer, why
 from loadtest.tasks import TASKS
 
 from .arrivals import PROCESSES
@@ -147,7 +147,10 @@ class Settings:
         self._expect("steps", self.steps >= 2, "at least 2")
         if self.trace or self.shape == "at-once":
             return
-        self._expect("rate", 0 < self.rate <= MOST_PER_S, f"arrivals per second, more than 0, at most {MOST_PER_S:g}")
+        expected = f"arrivals per second, more than 0, at most {MOST_PER_S:g}"
+        if self.rate == 0:  # The default.
+            raise CannotStartError(f"--rate: expected {expected}, got none")
+        self._expect("rate", 0 < self.rate <= MOST_PER_S, expected)
         if self.shape in ("steps", "spike", "diurnal"):
             self._expect(
                 "rate_to",
@@ -190,6 +193,12 @@ _OF_TASKS = {
 """Options that only some tasks read."""
 
 
+_NOT_IN_A_SEARCH = (
+    "--preset", "--shape", "--steps", "--spike-every-s", "--spike-s", "--day-s", "--count", "--trace", "--trace-speed"
+)  # fmt: skip
+"""Its trials are steady."""
+
+
 def check_effects(values: dict[str, Any], settings: Settings, *, search: bool = False) -> None:
     """Refuses options that nothing reads: who gives one expects that it changes the load.
 
@@ -221,11 +230,12 @@ def check_effects(values: dict[str, Any], settings: Settings, *, search: bool = 
             refuse(name, "in a search, whose trials are steady" if search else f"with --shape {settings.shape}")
 
 
-def add_load_options(parser: argparse.ArgumentParser, **defaults: float) -> None:
+def add_load_options(parser: argparse.ArgumentParser, *, search: bool = False, **defaults: float) -> None:
     """Adds what says what is sent, and when.
 
     Args:
         parser: Of a command.
+        search: Whether it searches for the knee: the help is silent about options that this refuses.
         defaults: Those that are others than in `Settings`, by name.
     """
     known = {field.name: field.default for field in dataclasses.fields(Settings)} | defaults
@@ -235,7 +245,9 @@ def add_load_options(parser: argparse.ArgumentParser, **defaults: float) -> None
         default = known[name]
         if name in defaults:
             more["default"] = default
-        if default not in ("", 0.0) or flag == "--seed":
+        if search and flag in _NOT_IN_A_SEARCH:
+            text = argparse.SUPPRESS
+        elif default not in ("", 0.0) or flag == "--seed":
             text += f" (default: {default})"
         if not isinstance(default, str):
             more = {"type": type(default), "metavar": flag.rpartition("-")[2].upper(), **more}
@@ -268,9 +280,12 @@ def add_load_options(parser: argparse.ArgumentParser, **defaults: float) -> None
     )
     add(group, "--shape", "rate over time", choices=SHAPES)
     add(group, "--process", "arrivals at random, or evenly spread", choices=PROCESSES)
-    add(group, "--rate", "arrivals per second; the lowest with steps, spike and diurnal", metavar="PER_S")
-    add(group, "--rate-to", "the highest rate, with steps, spike and diurnal", metavar="PER_S")
-    add(group, "--duration-s", "of the run")
+    lowest, highest = "; the lowest with steps, spike and diurnal", ", with steps, spike and diurnal"
+    if search:
+        lowest, highest = " of the first trial", " to try"
+    add(group, "--rate", f"arrivals per second{lowest}", metavar="PER_S")
+    add(group, "--rate-to", f"the highest rate{highest}", metavar="PER_S")
+    add(group, "--duration-s", "of each trial, with its warm-up" if search else "of the run, with its warm-up")
     add(group, "--warm-up-s", "requests count that are to start from then on")
     add(group, "--steps", "how many, with --shape steps", metavar="N")
     add(group, "--spike-every-s", "interval with one spike, with --shape spike")
@@ -318,7 +333,7 @@ def read_objectives(values: dict[str, Any]) -> Objectives:
         try:
             limits = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
-            raise CannotStartError(f"--slo: cannot read {path}: {error}") from error
+            raise CannotStartError(f"--slo: cannot read {path}: {why(error)}") from error
         if not isinstance(limits, dict):
             raise CannotStartError(f"--slo: expected a JSON object in {path}, got {type(limits).__name__}")
     if unknown := sorted(set(limits) - set(OBJECTIVES)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest.options import CannotStartError
+from loadtest.options import CannotStartError, why
 
 __all__ = ["Price", "cost_per_million", "read_prices"]
 
@@ -46,7 +46,7 @@ def read_prices(path: str | Path) -> list[Price]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise CannotStartError(f"--prices: cannot read {path}: {error}") from error
+        raise CannotStartError(f"--prices: cannot read {path}: {why(error)}") from error
     instances = found.get("instances") if isinstance(found, dict) else None
     if not isinstance(instances, dict) or not instances:
         raise CannotStartError(

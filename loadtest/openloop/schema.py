@@ -11,7 +11,7 @@ from typing import Any
 
 import fastjsonschema
 
-from loadtest.options import CannotStartError
+from loadtest.options import CannotStartError, why
 
 __all__ = ["KNEE", "RUN", "check", "check_output", "read_result", "write_result"]
 
@@ -169,7 +169,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CannotStartError(f"cannot read {path}: {error}") from error
+        raise CannotStartError(f"cannot read {path}: {why(error)}") from error
     kind = found.get("format") if isinstance(found, dict) else None
     if kind not in _FORMS:
         raise CannotStartError(
@@ -193,7 +193,7 @@ def check_output(path: str | Path) -> None:
         reason = "is a folder" if path.is_dir() else "may not be written"
         writable = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
     except OSError as error:
-        raise CannotStartError(f"-o: cannot write {path}: {error}") from error
+        raise CannotStartError(f"-o: cannot write {path}: {why(error)}") from error
     if not writable:
         raise CannotStartError(f"-o: cannot write {path}: it {reason}")
 
@@ -211,4 +211,4 @@ def write_result(path: str | Path, result: Mapping[str, Any]) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, allow_nan=False, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise CannotStartError(f"-o: cannot write {path}: {error}") from error
+        raise CannotStartError(f"-o: cannot write {path}: {why(error)}") from error

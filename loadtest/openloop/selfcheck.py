@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -133,4 +134,5 @@ def describe_check(outcome: Outcome, settings: Settings, limit_ms: float) -> tup
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process too, which ends with its parent.
     asyncio.run(_serve())

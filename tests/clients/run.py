@@ -7,6 +7,7 @@ how many calls failed.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -91,9 +92,12 @@ def make_key(file: Path) -> str:
 
 def main() -> int:
     """Runs all clients."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="keeps the environment")
+    kept: Path | None = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         work = Path(temporary)
-        python = environment(Path(sys.argv[1]) if len(sys.argv) > 1 else work / "environment")
+        python = environment(work / "environment" if kept is None else kept)
         addresses = {name: stack.enter_context(served(bundle(work, name))) for name in MODELS}
         keys = work / "keys"
         environment_of_clients = {**os.environ, "CLIENTS_KEY": make_key(keys)}

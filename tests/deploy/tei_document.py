@@ -9,6 +9,7 @@ answer does not fit.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -116,4 +117,6 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("document", metavar="openapi.json", help="of text-embeddings-inference")
+    sys.exit(main(parser.parse_args().document))

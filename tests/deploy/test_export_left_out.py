@@ -17,6 +17,7 @@ from deploy.export import write_onnx
 from deploy.export.cli import main
 from deploy.export.errors import ExportError
 from deploy.export.needs import onnx_missing
+from deploy.extras import how_to_install
 from deploy.tasks.comparison import Labels, Masks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ def test_without_the_packages_of_onnx(
     tiny_model: ModelMaker, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "optimum", None)
-    reason = "ONNX variants need optimum-onnx, which is not installed (pip install 'torch-ext[export-onnx]')"
+    reason = f"ONNX variants need optimum-onnx, which is not installed ({how_to_install('export-onnx')})"
     assert main([str(tiny_model()), "-o", str(tmp_path / "a"), *QUICK, "--variants", "onnx-fp32"]) == 2
     ours = "torch_ext-bf16,torch_ext-int8,torch_ext-fp32"
     assert capsys.readouterr().err == f"error: {reason}, or pass --variants {ours}\n"

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ...bundle import BundleError
+from ...extras import missing
 from ..access import FILES, open_tls, read_api_keys
 from ..cli import parse
 from ..loading import begin
 from ..logs import start_logging
-from ..process import Process, UsageError, missing, settle_threads
+from ..process import Process, UsageError, settle_threads
 from .channel import Channel
 from .job import digest
 
@@ -111,7 +112,7 @@ def main(fd: int) -> int:
         channel.send("failed", {"reason": str(error)})
         return 2
     except ModuleNotFoundError as error:
-        channel.send("failed", {"reason": missing(error)})
+        channel.send("failed", {"reason": missing(error, "serve")})
         return 2
     except Exception as error:  # What the engine says of a file.
         channel.send("failed", {"reason": f"the bundle cannot be loaded: {type(error).__name__}: {error}"})

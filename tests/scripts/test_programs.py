@@ -1,0 +1,120 @@
+"""What every program of the checkout does for a newcomer: --help, an interrupt, an output that nobody reads."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Started by other programs, with arguments of theirs: no person calls them.
+PARTS = ("benchmarks/instructions_target.py", "benchmarks/peers/", "tests/clients/clients.py")
+SCRIPTS = [
+    path
+    for folder in ("benchmarks", "scripts", "tests/clients", "tests/deploy")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
+    and not path.relative_to(ROOT).as_posix().startswith(PARTS)
+]
+MODULES = [
+    "deploy", *(f"deploy {name}" for name in ("export", "serve", "run", "verify", "inspect", "profile", "key")),
+    "loadtest", *(f"loadtest {name}" for name in ("run", "knee", "report", "compare", "self-check", "worker")),
+    "torch_ext.doctor",
+]  # fmt: skip
+
+
+def start(command: list[str], cwd: Path = ROOT, **more: object) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=cwd, env={**os.environ, "PYTHONPATH": path}, text=True, **pipes
+    )  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_scripts_explain_themselves(script: Path, tmp_path: Path) -> None:
+    if script.name == "plain_server.py":
+        pytest.importorskip("flask")
+    process = start([str(script), "--help"], tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert out.startswith("usage: ")
+    assert not list(tmp_path.iterdir()), "--help has written something"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_explain_themselves(name: str) -> None:
+    process = start(["-m", *name.split(), "--help"])
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    # Every option of these has a word on what it does.
+    for option in re.findall(r"^  (--?\S.*)$", out, re.MULTILINE):
+        assert re.search(r"\S {2,}\S", option) or re.search(
+            rf"^  {re.escape(option)}\n {{10,}}\S", out, re.MULTILINE
+        ), f"{name}: no help for {option}"
+
+
+PRINTERS = ["deploy --help", "deploy key", "loadtest compare RUN RUN", "torch_ext.doctor"]
+
+
+def command_of(words: str) -> list[str]:
+    if "RUN" not in words:
+        return ["-m", *words.split()]
+    # The command alone, without two files of a run.
+    return ["-c", "import sys; from deploy.ending import end\nsys.exit(end(lambda: print('noise ' * 4000)))"]
+
+
+@pytest.mark.parametrize("words", PRINTERS)
+def test_a_reader_that_leaves(words: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        process = start(command_of(words), stdout=write)
+        err = process.communicate(timeout=60)[1]
+    finally:
+        os.close(write)
+    assert process.returncode == 128 + signal.SIGPIPE, err
+    assert "Error" not in err
+
+
+@pytest.mark.parametrize("words", PRINTERS)
+def test_an_output_that_takes_no_more(words: str) -> None:
+    with open("/dev/full", "w") as full:
+        process = start(command_of(words), stdout=full)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, err
+    assert "No space left on device" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "words", ["deploy verify FOLDER", "loadtest run --host http://127.0.0.1:1 --slo FOLDER/manifest.json"]
+)
+def test_ctrl_c(words: str, tmp_path: Path) -> None:
+    fifo = tmp_path / "manifest.json"
+    os.mkfifo(fifo)
+    process = start(["-m", *words.replace("FOLDER", str(tmp_path)).split()])
+    writer = None
+    try:
+        end_s = time.monotonic() + 60
+        while writer is None and time.monotonic() < end_s and process.poll() is None:
+            try:
+                writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # Nobody reads it yet.
+                time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.communicate()
+        if writer is not None:
+            os.close(writer)
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert err == "stopped by SIGINT\n"
