@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,35 @@ def test_first_screen() -> None:
     assert places == sorted(places)
     code = "".join(re.findall(r"^```\w+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
     assert len([line for line in code.splitlines() if line]) <= 6
+
+
+# What stays in the foreground until it is stopped.
+SERVERS = re.compile(
+    r"-m deploy (serve|run) |(?<!\S)serve run |^docker run (?!.*(--detach|-d |--entrypoint|imagetools))"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_server_is_not_waited_for(page: Path) -> None:
+    """Who pastes a block into a shell would wait at the server; the next command says that it goes into another one."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for block in re.findall(r"^```sh(?:ell)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        lines = block.replace("\\\n", " ").splitlines()
+        for line, after in itertools.pairwise(lines):
+            if SERVERS.search(line) and not after.startswith("#"):
+                assert "another shell" in after or re.search(r"# +or (so|an|with)\b", after), f"{page}: {after}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_shell_blocks_are_shell(page: Path) -> None:
+    for block in re.findall(
+        r"^ *```sh(?:ell)?\n(.*?)^ *```$", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL
+    ):
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{page}: {done.stderr}{block}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_python_blocks_are_python(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        compile(block, str(page), "exec")
