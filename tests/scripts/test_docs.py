@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.openloop.options import OBJECTIVES
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     path.relative_to(ROOT)
@@ -138,3 +140,29 @@ def test_shell_blocks_are_shell(page: Path) -> None:
 def test_python_blocks_are_python(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL):
         compile(block, str(page), "exec")
+
+
+def test_endpoints_are_listed() -> None:
+    from deploy.server.api import ROUTES
+
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    table = page[page.index("## Endpoints") : page.index("Answers of TEI's routes")]
+    for route in ROUTES:
+        path = route.path.replace("/versions/{version}", "").replace("/versions/1", "")
+        assert f"`{path}`" in table or f" {path}`" in table, f"docs/serving.md lacks {route.path}"
+
+
+# Of docker, kubectl, Locust and curl, in blocks of these pages.
+FOREIGN = {"--platform", "--read-only", "--csv", "--html", "--headless", "--master", "--worker", "--entrypoint",
+           "--expect-workers-max-wait", "--unix-socket", "--detach"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["serving.md", "export.md", "load-test.md", "tools.md"])
+def test_options_exist(name: str) -> None:
+    known = set(FOREIGN)
+    for folder in ("deploy", "loadtest"):
+        for path in (ROOT / folder).rglob("*.py"):
+            known |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', path.read_text(encoding="utf-8")))
+    known |= {f"--slo-{limit.replace('_', '-')}" for limit in OBJECTIVES}
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= known

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
+
+import deploy.__main__
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,12 +33,12 @@ MODULES = [
 ]  # fmt: skip
 
 
-def start(command: list[str], cwd: Path = ROOT, **more: object) -> subprocess.Popen[str]:
+def start(command: list[str], cwd: Path = ROOT, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+    environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.Popen(
-        [sys.executable, *command], cwd=cwd, env={**os.environ, "PYTHONPATH": path}, text=True, **pipes
-    )  # type: ignore[call-overload, no-any-return]
+        [sys.executable, *command], cwd=cwd, env=environment, text=True, stdout=stdout, stderr=subprocess.PIPE
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -118,3 +121,28 @@ def test_ctrl_c(words: str, tmp_path: Path) -> None:
             os.close(writer)
     assert process.returncode == 128 + signal.SIGINT, err
     assert err == "stopped by SIGINT\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"), [("export", "export"), ("verify", "serve,onnx"), ("profile", "serve"), ("serve", "serve")]
+)
+def test_a_missing_package(
+    command: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    monkeypatch.setattr("importlib.import_module", fails)
+    monkeypatch.setattr(deploy.__main__, "_leave_on_signals", lambda: None)
+    assert deploy.__main__.main([command, "DIR"]) == 2
+    assert capsys.readouterr().err == (
+        f"python -m deploy {command}: the package numpy is missing; install the extra: make wheel, then pip install "
+        f'"$(echo dist/torch_ext-*.whl)[{extra}]"\n'
+    )
+
+
+def test_a_missing_package_where_there_is_none(tmp_path: Path) -> None:
+    process = start(["-S", "-m", "deploy", "profile", str(tmp_path)])  # -S: without site-packages.
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, err
+    assert re.match(r"python -m deploy profile: the package \w+ is missing; install the extra: ", err), err
