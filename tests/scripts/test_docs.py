@@ -50,6 +50,15 @@ def test_every_page_is_listed() -> None:
         assert f"](docs/{page.name})" in README, f"README.md lacks {page.name}"
 
 
+def test_pages_begin_with_what_they_are_for() -> None:
+    for page in PAGES:
+        if page.parts[0] != "benchmarks" and page.name != "CHANGELOG.md":
+            title, first = (ROOT / page).read_text(encoding="utf-8").split("\n\n")[:2]
+            assert title.startswith("# ")
+            assert not first.startswith(("|", "```", "-", "#", "!")), f"{page}: begins without a sentence"
+            assert first.rstrip(" .").count(" ") > 5
+
+
 def test_targets_of_make_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for page in PAGES:

@@ -146,3 +146,13 @@ def test_a_missing_package_where_there_is_none(tmp_path: Path) -> None:
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 2, err
     assert re.match(r"python -m deploy profile: the package \w+ is missing; install the extra: ", err), err
+
+
+def test_a_process_that_may_not_start_again_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.delenv("PYTHONMALLOC", raising=False)
+    monkeypatch.setattr(os, "execv", refused)
+    deploy.__main__._use_malloc()
+    monkeypatch.delenv("PYTHONMALLOC", raising=False)
