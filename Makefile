@@ -72,6 +72,7 @@ bundle: $(VENV)/.demo $(VENV)/.built ## export MODEL into BUNDLE
 
 .PHONY: serve
 serve: $(VENV)/.demo $(VENV)/.built ## serve BUNDLE on 127.0.0.1:PORT
+	@[ -d "$(BUNDLE)" ] || { echo "error: no folder $(BUNDLE): make it by make bundle, or name another by BUNDLE=..." >&2; exit 2; }
 	@$(PY) -m deploy serve "$(BUNDLE)" --port $(PORT) $(ARGS)
 
 .PHONY: load

@@ -175,3 +175,14 @@ def test_options_exist(name: str) -> None:
     known |= {f"--slo-{limit.replace('_', '-')}" for limit in OBJECTIVES}
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= known
+
+
+def test_what_the_load_test_and_the_examples_write_is_ignored() -> None:
+    """`git add .` after an afternoon with the documentation commits no keys and no results."""
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            for name in re.findall(r"(?:-o |--file |--json |--tls-cert |--tls-key |>)([\w.-]+)(?=\s|$)", block):
+                kept = [f"/{name}", f"/{name}/", f"/*{Path(name).suffix}"]
+                assert any(line in ignored for line in kept), f"{page} writes {name}, which .gitignore lacks"

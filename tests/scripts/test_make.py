@@ -173,3 +173,15 @@ def test_e2e_asks_for_a_browser(checkout: Path, tmp_path: Path) -> None:
     )
     assert result.returncode == 1
     assert result.stderr == "error: no Chromium: install it (Debian, Ubuntu: apt-get install chromium)\n"
+
+
+def test_serve_without_a_bundle(checkout: Path) -> None:
+    """A name without a folder would be one of the hub."""
+    for stamp in ("venv", ".demo", ".built"):
+        (checkout / ".venv").mkdir(exist_ok=True)
+        (checkout / ".venv" / stamp).touch()
+    result = make(checkout, "serve", BUNDLE="bundles/none")
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        "error: no folder bundles/none: make it by make bundle, or name another by BUNDLE=...\n"
+    )
