@@ -20,6 +20,7 @@ from deploy.tasks.bounds import BOUND_NAMES
 from deploy.texts import TextsError
 
 if TYPE_CHECKING:
+    from deploy.bundle import Manifest
     from deploy.folder.source import Source
 
 __all__ = ["main"]
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with interruptible():
-            return _run(options)
+            manifest, elapsed_s = _run(options)
     except (FolderError, BundleError, TextsError) as error:
         return _fail(options, str(error), 2)
     except Interrupted as stop:
@@ -205,6 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(options, f"-o {options.output}: {error}; nothing was left there", 2)
         kind = type(error).__name__
         return _fail(options, f"unexpected {kind}: {first_line(error)}; run again with --debug for the traceback", 1)
+    if not options.quiet:  # The bundle is there by now, whether or not somebody reads this.
+        _tell(options, manifest, elapsed_s)
+    return 0
 
 
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:
@@ -214,7 +218,18 @@ def _fail(options: argparse.Namespace, message: str, code: int) -> int:
     return code
 
 
-def _run(options: argparse.Namespace) -> int:
+def _tell(options: argparse.Namespace, manifest: Manifest, elapsed_s: float) -> None:
+    from deploy.export.progress import megabytes
+    from deploy.export.report import print_table
+
+    print_table(manifest)
+    size = megabytes(sum(entry.bytes for entry in manifest.files.values()))
+    print(f"\n{options.output}: {size}, {len(manifest.variants)} variants, {elapsed_s:.0f} s. Serve it with:")
+    print(f"  python -m deploy serve {options.output}")
+
+
+def _run(options: argparse.Namespace) -> tuple[Manifest, float]:
+    """Exports; returns what was written, and the seconds that it took."""
     # First the checks that need no model.
     _check_accuracy(options, options.variants)
     from deploy.export.staging import check_target
@@ -237,8 +252,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from deploy.export.options import Options
     from deploy.export.pipeline import export, step_count
-    from deploy.export.progress import Progress, megabytes
-    from deploy.export.report import print_table
+    from deploy.export.progress import Progress
 
     progress = Progress(step_count(variants), silent=options.quiet)
     pooling = ""
@@ -262,14 +276,7 @@ def _run(options: argparse.Namespace) -> int:
         ),
         progress,
     )
-    if not options.quiet:
-        print_table(manifest)
-        size = megabytes(sum(entry.bytes for entry in manifest.files.values()))
-        print(
-            f"\n{options.output}: {size}, {len(manifest.variants)} variants, {progress.elapsed_s:.0f} s. Serve it with:"
-        )
-        print(f"  python -m deploy serve {options.output}")
-    return 0
+    return manifest, progress.elapsed_s
 
 
 def _check_accuracy(options: argparse.Namespace, variants: Sequence[str]) -> None:

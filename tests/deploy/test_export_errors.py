@@ -866,6 +866,23 @@ def test_links_are_followed(tmp_path: Path) -> None:
     assert (tmp_path / "real" / "data").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+def test_a_table_that_nobody_reads(
+    error: OSError, tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle is there: no message may say that it is not. What the output's end means is said by `deploy.ending`."""
+
+    def no_reader(manifest: object) -> None:
+        raise error
+
+    monkeypatch.setattr("deploy.export.report.print_table", no_reader)
+    arguments = [str(tiny_model()), "-o", str(tmp_path / "out"), *(word for word in QUICK if word != "--quiet")]
+    with pytest.raises(type(error)):
+        main(arguments)
+    assert "nothing was left" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
 # What is missing on this machine
 
 
