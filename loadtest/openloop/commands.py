@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,6 +163,16 @@ def _prepare(given: argparse.Namespace) -> _Prepared:
     return _Prepared(objectives, settings, search, _learn(settings))
 
 
+def _tell(lines: Sequence[str], path: str, save: Callable[[str], None]) -> None:
+    """Saves a result and prints its lines: a reader that leaves costs no file, and a full disk no line."""
+    try:
+        if path:
+            save(path)
+    finally:
+        if lines:
+            print("\n".join(lines), flush=True)
+
+
 async def _run(given: argparse.Namespace, command: Sequence[str], prepared: _Prepared) -> int:
     objectives, settings, _, traits = prepared
     async with lead(*_team(given)) as team:
@@ -170,11 +180,9 @@ async def _run(given: argparse.Namespace, command: Sequence[str], prepared: _Pre
         outcome = await team.run(settings, traits)
     verdict = judge(outcome, settings, objectives)
     result = run_result(command, settings, objectives, traits, outcome, verdict)
-    print("\n".join(describe_run(result)), flush=True)
+    _tell(describe_run(result), given.output, lambda path: write_result(path, result))
     for note in result["notes"]:
         print(f"loadtest: {note}", file=sys.stderr, flush=True)
-    if given.output:
-        write_result(given.output, result)
     return verdict.exit_code
 
 
@@ -184,13 +192,12 @@ async def _knee(given: argparse.Namespace, command: Sequence[str], prepared: _Pr
     async with lead(*_team(given)) as team:
         _stop_on_interrupt(team)
         found = await find_knee(team, settings, traits, objectives, search, lambda line: print(line, flush=True))
-    for reason in found.void:
-        print(f"{'VOID':10} {reason}")
+    lines = [f"{'VOID':10} {reason}" for reason in found.void]
     if found.kept is not None:
         upper = f", missed at {found.missed:.4g}/s" if found.missed else ""
-        print(f"{'knee':10} {found.kept:.4g} requests/s keep the limits{upper}")
-    if given.output:
-        write_result(given.output, knee_result(command, settings, objectives, traits, found.as_fields()))
+        lines.append(f"{'knee':10} {found.kept:.4g} requests/s keep the limits{upper}")
+    result = knee_result(command, settings, objectives, traits, found.as_fields())
+    _tell(lines, given.output, lambda path: write_result(path, result))
     return found.exit_code
 
 
@@ -223,9 +230,8 @@ def _report(given: argparse.Namespace) -> int:
 def _compare(given: argparse.Namespace) -> int:
     before, after = read_result(given.before), read_result(given.after)
     changes = compare_runs(before, after, confidence=given.confidence, tolerance=given.tolerance, seed=given.seed)
-    print("\n".join([*describe_changes(changes, given.confidence), f"{'all':8} {overall(changes)}"]))
-    if given.json:
-        _write(given.json, json.dumps(changes_data(changes), indent=1) + "\n")
+    lines = [*describe_changes(changes, given.confidence), f"{'all':8} {overall(changes)}"]
+    _tell(lines, given.json, lambda path: _write(path, json.dumps(changes_data(changes), indent=1) + "\n"))
     return EXIT_MISSED if overall(changes) == "worse" else EXIT_KEPT
 
 

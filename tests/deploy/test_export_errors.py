@@ -870,7 +870,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
 def test_a_table_that_nobody_reads(
     error: OSError, tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bundle is there: no message may say that it is not. What the output's end means is said by `deploy.ending`."""
+    """The bundle is there: no message may say that it is not."""
 
     def no_reader(manifest: object) -> None:
         raise error

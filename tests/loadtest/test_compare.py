@@ -116,3 +116,27 @@ def test_the_command(runs: dict[str, Any], tmp_path: Path, capsys: pytest.Captur
     assert main(["compare", slow, same]) == 0
     assert "all      better" in capsys.readouterr().out
     assert main(["compare", same, "missing"]) == 2
+
+
+def test_the_file_is_written_whoever_reads_the_lines(
+    runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = tmp_path / "same.json"
+    write_result(same, runs["same0"])
+
+    class Left:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None: ...
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Left())
+        with pytest.raises(BrokenPipeError):
+            main(["compare", str(same), str(same), "--json", str(tmp_path / "changes.json")])
+    assert json.loads((tmp_path / "changes.json").read_text(encoding="utf-8"))
+    # And a file that cannot be written costs no line.
+    assert main(["compare", str(same), str(same), "--json", "/dev/full"]) == 2
+    out, err = capsys.readouterr()
+    assert out.endswith("noise\n")
+    assert "cannot write /dev/full: No space left on device" in err
