@@ -166,3 +166,12 @@ def test_the_build_context_holds_what_the_images_need_and_no_more(path: str, exp
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line.strip() and not line.startswith("#")
     ]
     assert ignored(path, patterns) is expected
+
+
+def test_the_load_test_has_what_it_imports_of_the_server() -> None:
+    copied = re.findall(r"deploy/\w+\.py", (ROOT / "dockerfiles" / "loadtest.Dockerfile").read_text(encoding="utf-8"))
+    needed = {"deploy/__init__.py"}
+    for path in [*(ROOT / "loadtest").rglob("*.py"), *(ROOT / name for name in copied)]:
+        names = re.findall(r"^ *from deploy\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        needed |= {f"deploy/{name}.py" for name in names}
+    assert set(copied) == needed
