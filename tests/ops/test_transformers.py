@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import torch_ext
 from tests.ops import reference
@@ -472,6 +473,50 @@ def test_defaults_of_torch_change_nothing(
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+
+
+def test_what_is_not_run_is_said() -> None:
+    """Weights that others are added to are refused with advice, and of hooks there is a warning."""
+    model = make("ForSequenceClassification", "bert")
+    pruned = copy.deepcopy(model)
+    prune.l1_unstructured(pruned.bert.encoder.layer[0].output.dense, "weight", amount=0.5)
+    normed = copy.deepcopy(model)
+    nn.utils.parametrizations.weight_norm(normed.classifier)
+    advice = r"make plain weights of them first, by merge_and_unload\(\) of peft, remove_parametrizations\(\)"
+    with pytest.raises(ValueError, match=rf"pruned weights \(bert.*output.dense.weight_orig\): {advice}"):
+        Encoder.from_transformers(pruned)
+    with pytest.raises(ValueError, match=rf"\(classifier.parametrizations.weight.original0\): {advice}"):
+        Head.from_transformers(normed)
+
+    def ours(module: nn.Module, inputs: Any, output: Any = None) -> None:
+        pass
+
+    Encoder.from_transformers(normed)
+    inner = model.bert.encoder.layer[0].output.dense
+    inner.register_forward_hook(ours)
+    with pytest.warns(UserWarning, match=r"encoder\.layer\.0\.output\.dense has a forward hook, which an Encoder") as warned:
+        Encoder.from_transformers(model)
+    assert warned[0].filename == __file__
+    Head.from_transformers(model)
+    model.classifier.register_forward_pre_hook(ours)
+    with pytest.warns(UserWarning, match="classifier has a forward hook"):
+        Head.from_transformers(model)
+
+
+def test_hooks_of_transformers_are_fine(generator: torch.Generator) -> None:
+    """Version 5 has some that collect hidden states, and stay where they are."""
+    model = make("Model", "bert")
+    model(batch(generator)[0][None, :30], output_hidden_states=True)
+    Encoder.from_transformers(model)
+
+
+@pytest.mark.compile
+def test_compiled_models_can_be_read() -> None:
+    model = make("ForSequenceClassification", "bert")
+    for part in (Encoder, Head):
+        expected = part.from_transformers(model).weights()
+        actual = part.from_transformers(torch.compile(model)).weights()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
 
 
 def test_refusals() -> None:

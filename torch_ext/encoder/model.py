@@ -124,7 +124,9 @@ class Encoder(Reference):
         Args:
             model: of an architecture in :data:`torch_ext.encoder.ARCHITECTURES`, such as ``BertModel``, or a model
                 with a head on top of one (the head is left behind; see :class:`Head`), fp32, bf16, fp16 or fp64 on the
-                CPU. One that :func:`torch_ext.optimize` has been over will do, too.
+                CPU. One that :func:`torch_ext.optimize` has been over will do, too, and so does what ``torch.compile``
+                returned. Only its weights and configuration are read: code that was put into it is not run, and there
+                is a warning of forward hooks.
             dtype: ``"bf16"``, ``"fp32"`` or ``"int8"``.
             keep_bf16: linear layers of an int8 encoder to leave in bf16: names, or ``fnmatch`` patterns of names, such
                 as ``"layers.0.ffn.down"``; ``"layers.0"`` means all in that layer. The layers of a model are named by
@@ -137,8 +139,9 @@ class Encoder(Reference):
 
         Raises:
             TypeError: ``model`` has no transformers configuration.
-            ValueError: the architecture, or an option of it, is not supported; the message says what is. Or
-                ``keep_bf16`` names no linear layer, or the model has no such ``adapter``.
+            ValueError: the architecture, or an option of it, is not supported; the message says what is. Or the model
+                has adapters of peft, parametrizations or pruned weights, ``keep_bf16`` names no linear layer, or the
+                model has no such ``adapter``.
         """
         spec, weights = read_encoder(model, adapter)
         return cls(spec, cls.balanced(spec, weights) if dtype == "int8" else weights, dtype, keep_bf16)

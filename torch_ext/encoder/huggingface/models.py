@@ -5,9 +5,12 @@ Looks at a model's attributes only: the package is not needed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -39,6 +42,43 @@ _PIECE_BYTES = 1 << 22
 """Of a weight in a file, converted at a time."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+_REPARAMETRIZED = re.compile(r"\.(lora_\w+|base_layer|parametrizations|weight_(orig|mask|g|v|u))(\.|$)")
+"""In the names of weights, what adapters of peft, parametrizations and pruning leave there."""
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """The model behind what ``torch.compile`` returned; any other model as it is."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+@contextlib.contextmanager
+def _plain(model: nn.Module, read: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Warn of code that an Encoder does not run; and where weights do not fit since others are added, say so.
+
+    Args:
+        model: all of it.
+        read: what is taken out of it, by name.
+    """
+    try:
+        yield
+    except ValueError as error:
+        found = next((name for name in model.state_dict() if _REPARAMETRIZED.search(f".{name}")), None)
+        if found is None:
+            raise
+        raise ValueError(
+            f"{type(model).__name__} has adapters, parametrizations or pruned weights ({found}): make plain weights of "
+            "them first, by merge_and_unload() of peft, remove_parametrizations() or prune.remove() of torch.nn.utils"
+        ) from error
+    for name, module in read:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+            warnings.warn(
+                f"torch_ext: {name or type(module).__name__} has a forward hook, which an Encoder or Head does not call",
+                stacklevel=5,
+            )
 
 
 def _read_config(model: nn.Module) -> tuple[Any, Architecture]:
@@ -110,13 +150,15 @@ def read_encoder(model: nn.Module, adapter: str | None = None) -> tuple[EncoderS
         TypeError: ``model`` has no transformers configuration.
         ValueError: the architecture, or an option of it, is not supported; the message says what is.
     """
+    model = _compiled(model)
     config, architecture = _read_config(model)
     base = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)
     if architecture.beside:
         base = getattr(base, architecture.base, base)
     weights = _own_weights(base, config, adapter)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    spec, plan = describe_encoder(config, architecture.named_as(weights), shapes, type(model).__name__)
+    with _plain(model, base.named_modules()):
+        spec, plan = describe_encoder(config, architecture.named_as(weights), shapes, type(model).__name__)
     return spec, _gather(plan, weights)
 
 
@@ -127,6 +169,7 @@ def read_head(model: nn.Module) -> tuple[HeadSpec, dict[str, Tensor]]:
         TypeError: ``model`` has no transformers configuration.
         ValueError: the model has no head that is supported.
     """
+    model = _compiled(model)
     config, architecture = _read_config(model)
     # The class tells heads apart whose weights have the same names: those for texts and for tokens, say.
     ends = (suffix for base in type(model).__mro__ for suffix in HEAD_CLASSES if base.__name__.endswith(suffix))
@@ -140,13 +183,15 @@ def read_head(model: nn.Module) -> tuple[HeadSpec, dict[str, Tensor]]:
         names = architecture.heads[task]
         if names.bias in weights:
             weights.setdefault(f"{names.out}.bias", weights[names.bias])
-    if not _has_head(architecture, task, weights, base):
-        raise ValueError(
-            f"{type(model).__name__} has no supported head; supported: "
-            f"{', '.join(f'*{name}' for name in HEAD_CLASSES)} of {', '.join(ARCHITECTURES)}"
-        )
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    spec, plan = describe_head(config, architecture, task, shapes, type(model).__name__, base)
+    own = [(name, module) for name, module in model.named_modules() if name.split(".")[0] != base]
+    with _plain(model, own):
+        if not _has_head(architecture, task, weights, base):
+            raise ValueError(
+                f"{type(model).__name__} has no supported head; supported: "
+                f"{', '.join(f'*{name}' for name in HEAD_CLASSES)} of {', '.join(ARCHITECTURES)}"
+            )
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        spec, plan = describe_head(config, architecture, task, shapes, type(model).__name__, base)
     return spec, _gather(plan, weights)
 
 
