@@ -68,7 +68,8 @@ class PackedLinear(nn.Module):
 
     A weight or bias that is tied to a parameter of another module stays tied: the parameter is also a parameter of
     this layer, and ``state_dict()`` has it, unrounded, so that ``save_pretrained()`` finds it tied. After a write to
-    the parameter, the next call packs it again (a call of compiled code does not).
+    the parameter, the next call packs it again (a call of compiled code does not). A write through ``.data`` or numpy,
+    of which PyTorch keeps no record, is noticed only if it changes one of 64 elements, spread over the parameter.
 
     Args:
         weight: fp32, bf16 or fp16 ``[N, K]`` on the CPU.
@@ -145,11 +146,12 @@ class PackedLinear(nn.Module):
 
         It is unpacked when its values are read, and kept while the returned tensor lives.
         """
-        columns, dtype, is_int8 = self.in_features, self._weight_dtype, self._is_int8
+        dtype, is_int8 = self._weight_dtype, self._is_int8
         if torch.compiler.is_compiling():
-            result: Tensor = _layer_weight(self._packed, columns, dtype, is_int8)
+            result: Tensor = _layer_weight(self._packed, self.in_features, dtype, is_int8)
             return result
         self._follow_ties()
+        columns = self.in_features
         unread = self._unread
         if unread is None or unread.dtype is not dtype or not unread.is_from(self._packed):
             make = functools.partial(_unpacked_for, weakref.ref(self), self._packed, columns, dtype, is_int8)
@@ -240,6 +242,8 @@ class PackedLinear(nn.Module):
                 continue
             if name == "weight":
                 self._packed = pack_as(self.dtype, parameter.detach())
+                # Whoever resizes an embedding assigns another size to `.data`.
+                self.out_features, self.in_features = parameter.shape
             else:
                 self._bias = as_bias(parameter)
             self._tied_states[name] = state

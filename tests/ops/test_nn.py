@@ -591,6 +591,27 @@ def test_ties_stay(copied: Callable[[nn.Module], nn.Module], kind: torch_ext.nn.
         model.head.weight = nn.Parameter(torch.ones(13, 24))
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tied_weight_may_be_resized(kind: torch_ext.nn.PackedDtype, bias: bool, generator: torch.Generator) -> None:
+    """As by ``resize_token_embeddings`` of transformers, which reads the shape of the weight to resize the bias."""
+    model = nn.ModuleDict({"embedding": nn.Embedding(13, 24), "head": nn.Linear(24, 13, bias=bias), "own": nn.Module()})
+    model["head"].weight = model["embedding"].weight
+    if bias:
+        model["own"].bias = model["head"].bias
+    torch_ext.optimize(model, kind)
+    model["embedding"].weight.data = torch.randn(17, 24, generator=generator)
+    assert model["head"].weight.shape == (17, 24)
+    if bias:
+        model["head"].bias.data = nn.functional.pad(model["head"].bias.data, (0, 4))
+    x = torch.randn(3, 24, generator=generator)
+    result = model["head"](x)
+    expected = nn.functional.linear(x, model["embedding"].weight, model["head"].bias)
+    assert nn.functional.cosine_similarity(result, expected).min() > 0.995
+    assert model["head"].out_features == 17
+    assert torch.equal(copy.deepcopy(model)["head"](x), result)
+
+
 def test_load_by_assignment_ends_a_tie() -> None:
     model = torch_ext.optimize(Tied())
     state = {name: torch.full_like(tensor, index) for index, (name, tensor) in enumerate(model.state_dict().items())}
