@@ -68,9 +68,10 @@ def optimize(
 
     Raises:
         ValueError: ``dtype`` is not known, the model has no ``nn.Linear``, a pattern in ``skip`` or ``keep_bf16``
-            matches none, options do not go together, a weight is not on the CPU or is made at the first call, a layer is packed in another dtype
-            already, accelerate has put hooks on a layer (offloading), or a weight for int8 is not finite or has more
-            than :data:`torch_ext.quantize.MAX_INT8_INPUTS` inputs. The model is unchanged then.
+            matches none, options do not go together, a weight is not on the CPU or is made at the first call only, a
+            layer is packed in another dtype already, accelerate has put hooks on a layer (offloading), or a weight for
+            int8 is not finite or has more than :data:`torch_ext.quantize.MAX_INT8_INPUTS` inputs. The model is
+            unchanged then.
         TypeError: ``model`` is not a module, a weight is neither fp32 nor bf16 nor fp16, or an option is of another
             type. The model is unchanged then.
         torch_ext.sensitivity.AccuracyError: a ValueError; not even bf16 is as accurate. The model is unchanged then.
@@ -105,8 +106,8 @@ def optimize(
     for name, module in model.named_modules(remove_duplicate=False):
         if any(is_lazy(tensor) for tensor in (*module._parameters.values(), *module._buffers.values())):
             raise ValueError(
-                f"optimize: {name or 'the model'} is a {type(module).__name__} whose weights are made at the first call: "
-                "call the model once before"
+                f"optimize: {name or 'the model'} is a {type(module).__name__} whose weights are made at the first "
+                "call: call the model once before"
             )
         if isinstance(module, PackedLinear):
             seen = True

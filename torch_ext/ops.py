@@ -463,7 +463,7 @@ def encoder_forward(
     return cast(Tensor, torch.ops.torch_ext.encoder_forward(input_ids, cu_seqlens, token_type_ids, packed, fp32))
 
 
-def check_arguments(op: str, *tensors: Tensor, optional: Sequence[Tensor | None] = ()) -> None:
+def check_arguments(op: str, *tensors: Any, optional: Sequence[Any] = ()) -> None:
     """Raise for what kernels cannot refuse, or PyTorch would refuse in its dispatcher's words.
 
     That is what is no tensor, tensors without strides, and derivatives of ``torch.func`` and of forward mode, whose
@@ -486,7 +486,7 @@ def check_arguments(op: str, *tensors: Tensor, optional: Sequence[Tensor | None]
             if tensor.layout is not torch.strided or tensor.is_nested:
                 what = "a nested tensor" if tensor.is_nested else str(tensor.layout)
                 raise RuntimeError(f"{op}: expected tensors that are neither sparse nor nested, got {what}")
-        elif not is_tensor_like(tensor):
+        elif not is_tensor_like(tensor):  # type: ignore[no-untyped-call]
             raise TypeError(f"{op}: expected a torch.Tensor, got {type(tensor).__name__}")
     if forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None:
         return

@@ -209,10 +209,11 @@ class PackedLinear(nn.Module):
                 sparse or nested.
             TypeError: ``x`` is no tensor.
         """
-        if isinstance(x, fx.Proxy):
+        given: Any = x
+        if isinstance(given, fx.Proxy):
             # An nn.Linear is one node of what torch.fx traces, and so is what stands for it.
-            node: Any = x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
-            return cast(Tensor, node)
+            tracer: Any = given.tracer
+            return cast(Tensor, tracer.create_proxy("call_module", tracer.path_of_module(self), (given,), {}))
         check_arguments("PackedLinear", x)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(

@@ -418,6 +418,7 @@ def test_input_errors(generator: torch.Generator) -> None:
         (TypeError, "expected token_type_ids of torch.int64", (ids, bounds, types.float())),
         (ValueError, r"input_ids with 1 dimension, got \[1, 31\]: texts are concatenated", (ids[None], bounds)),
         (ValueError, "expected input_ids on the CPU, got meta", (ids.to("meta"), bounds)),
+        (ValueError, "expected input_ids as a dense tensor, got torch.sparse_coo", (ids.to_sparse(), bounds)),
         (ValueError, "at least one text", (ids[:0], cu(0))),
         (ValueError, "at least one text", (ids[:0], cu())),
         (ValueError, "text 0 has no tokens", (ids[:0], cu(0, 0))),
@@ -517,6 +518,8 @@ def test_head(generator: torch.Generator, dtype: torch_ext.encoder.Dtype, norm: 
         (ValueError, r"expected hidden \[T, 32\]", (hidden[:, :31], rows)),
         (TypeError, "fp32 or bf16", (hidden.double(), rows)),
         (TypeError, "rows of int64 or int32", (hidden, rows.float())),
+        (TypeError, "rows as a torch.Tensor, got list", (hidden, [0])),
+        (TypeError, "hidden as a torch.Tensor, got list", (hidden.tolist(),)),
         (ValueError, "rows with 1 dimension", (hidden, rows[None])),
         (ValueError, "rows from 0 to 8, got 9", (hidden, torch.tensor([0, 9]))),
         (ValueError, "rows from 0 to 8, got -1", (hidden, torch.tensor([-1]))),
@@ -665,6 +668,8 @@ def test_save_errors(generator: torch.Generator, tmp_path: Path) -> None:
     for head in (Head(other, make_weights(other, generator)), Head(HEAD, make_weights(HEAD, generator), "fp32")):
         with pytest.raises(ValueError, match="expected a head of hidden_size=32, bf16"):
             encoder.save(tmp_path / "a.safetensors", head)
+    with pytest.raises(TypeError, match=r"expected a torch_ext\.Head, got str"):
+        encoder.save(tmp_path / "a.safetensors", "fill-mask")
     with pytest.raises(OSError, match="missing"):
         encoder.save(tmp_path / "missing" / "a.safetensors")
     assert list(tmp_path.iterdir()) == []

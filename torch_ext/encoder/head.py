@@ -102,6 +102,8 @@ class Head(Weighted[HeadSpec]):
             return self._run(hidden if rows is None else hidden.index_select(0, rows))
         self._check_hidden(hidden)
         if rows is not None:
+            if not isinstance(rows, Tensor):
+                raise TypeError(f"Head: expected rows as a torch.Tensor, got {type(rows).__name__}")
             if rows.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"Head: expected rows of int64 or int32, got {rows.dtype}")
             if rows.dim() != 1:
@@ -140,6 +142,8 @@ class Head(Weighted[HeadSpec]):
             return self._run(_pool(hidden, cu_seqlens, self.spec.pooling, False))
 
     def _check_hidden(self, hidden: Tensor) -> None:
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"Head: expected hidden as a torch.Tensor, got {type(hidden).__name__}")
         if hidden.dim() != 2 or hidden.shape[1] != self.spec.hidden_size:
             raise ValueError(f"Head: expected hidden [T, {self.spec.hidden_size}], got {list(hidden.shape)}")
         if hidden.dtype not in TABLE_DTYPES.values():

@@ -249,6 +249,8 @@ class Encoder(Reference):
                 )
             if tensor.device.type != "cpu":
                 raise ValueError(f"Encoder: expected {name} on the CPU, got {tensor.device}")
+            if tensor.layout is not torch.strided:
+                raise ValueError(f"Encoder: expected {name} as a dense tensor, got {tensor.layout}")
         bounds = cu_seqlens.tolist()
         tokens = input_ids.shape[0]
         if len(bounds) < 2:
@@ -286,11 +288,14 @@ class Encoder(Reference):
 
         Raises:
             ValueError: ``head`` does not fit the encoder.
+            TypeError: ``head`` is no Head.
             OSError: the file cannot be written.
         """
         weights = self.weights()
         metadata = {"encoder": json.dumps(dataclasses.asdict(self.spec))}
         if head is not None:
+            if not isinstance(head, Head):
+                raise TypeError(f"Encoder.save: expected a torch_ext.Head, got {type(head).__name__}")
             kind = "bf16" if self.dtype == "int8" else self.dtype
             if not head.spec.fits(self.spec.hidden_size) or head.dtype != kind:
                 raise ValueError(

@@ -75,10 +75,8 @@ def _plain(model: nn.Module, read: Iterable[tuple[str, nn.Module]]) -> Iterator[
     for name, module in read:
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
-            warnings.warn(
-                f"torch_ext: {name or type(module).__name__} has a forward hook, which an Encoder or Head does not call",
-                stacklevel=5,
-            )
+            what = name or type(module).__name__
+            warnings.warn(f"torch_ext: {what} has a forward hook, which an Encoder or Head does not call", stacklevel=5)
 
 
 def _read_config(model: nn.Module) -> tuple[Any, Architecture]:
