@@ -480,7 +480,7 @@ def check_arguments(op: str, *tensors: Any, optional: Sequence[Any] = ()) -> Non
     """
     if torch.compiler.is_compiling():
         return
-    given = (*tensors, *(tensor for tensor in optional if tensor is not None))
+    given = (*tensors, *(tensor for tensor in optional if tensor is not None)) if optional else tensors
     for tensor in given:
         if isinstance(tensor, Tensor):
             if tensor.layout is not torch.strided or tensor.is_nested:

@@ -210,7 +210,7 @@ class PackedLinear(nn.Module):
             TypeError: ``x`` is no tensor.
         """
         given: Any = x
-        if isinstance(given, fx.Proxy):
+        if not isinstance(given, Tensor) and isinstance(given, fx.Proxy):
             # An nn.Linear is one node of what torch.fx traces, and so is what stands for it.
             tracer: Any = given.tracer
             return cast(Tensor, tracer.create_proxy("call_module", tracer.path_of_module(self), (given,), {}))

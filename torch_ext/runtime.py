@@ -19,9 +19,10 @@ import json
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch_ext.states import Array, Pooling, States, integers, whole_number
+from torch_ext.tensor import Tensor, element_type, shape_of
 
 try:
     from torch_ext import _runtime
@@ -44,22 +45,6 @@ __all__ = [
 ]
 
 _Options = tuple[str | None, int, tuple[int, ...], bool, bool]
-
-_ELEMENT_TYPES = {"F32": 0, "F16": 1, "BF16": 2, "I8": 3}  # As torch_ext_runtime.h numbers them.
-
-
-class Tensor(NamedTuple):
-    """A weight in memory, or a part of one.
-
-    Attributes:
-        dtype: ``F32``, ``F16``, ``BF16`` or ``I8``, as safetensors name them.
-        shape: Its sizes.
-        data: Any object with the buffer protocol that holds the elements, row after row.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: Any
 
 
 class Encoder:
@@ -266,7 +251,7 @@ class Encoder:
     ) -> Encoder:
         """Packs parts of weights, each with whether it is of a file that is mapped shared and read-only."""
         given = [
-            (weight, _element_type(weight, part), _shape(weight, part), part.data, mapped)
+            (weight, element_type(weight, part), shape_of(weight, part), part.data, mapped)
             for weight, part, mapped in parts
         ]
         head_json = None if head is None else json.dumps(dict(head))
@@ -381,22 +366,6 @@ def finite_rows(rows: Any) -> bytes:
     """
     finite: bytes = _runtime.finite_rows(rows)
     return finite
-
-
-def _element_type(weight: str, part: Tensor) -> int:
-    if not isinstance(part, Tensor):
-        raise TypeError(f"Encoder: expected {weight} as a torch_ext.runtime.Tensor, got {type(part).__name__}")
-    if part.dtype not in _ELEMENT_TYPES:
-        known = ", ".join(_ELEMENT_TYPES)
-        raise ValueError(f"Encoder: expected {weight} of one of the dtypes {known}, got {part.dtype!r}")
-    return _ELEMENT_TYPES[part.dtype]
-
-
-def _shape(weight: str, part: Tensor) -> tuple[int, ...]:
-    shape = tuple(whole_number(f"sizes of {weight}", size, 1) for size in part.shape)
-    if len(shape) not in (1, 2):
-        raise ValueError(f"Encoder: expected {weight} with 1 or 2 dimensions, got {list(shape)}")
-    return shape
 
 
 def _options(dtype: str | None, threads: int | None, cpus: Iterable[int], pin: bool, shared: bool) -> _Options:
