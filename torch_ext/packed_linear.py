@@ -153,7 +153,8 @@ class PackedLinear(nn.Module):
         self._follow_ties()
         columns = self.in_features
         unread = self._unread
-        if unread is None or unread.dtype is not dtype or not unread.is_from(self._packed):
+        # torch.utils.swap_tensors() may have made another tensor of it.
+        if not isinstance(unread, ReadOnlyTensor) or unread.dtype is not dtype or not unread.is_from(self._packed):
             make = functools.partial(_unpacked_for, weakref.ref(self), self._packed, columns, dtype, is_int8)
             unread = ReadOnlyTensor(make, (self.out_features, columns), dtype, _ADVICE, self._packed)
             self._unread = unread

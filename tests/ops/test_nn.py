@@ -482,6 +482,16 @@ def test_writes_are_refused(write: Callable[[nn.Module, str], object], which: st
     assert torch.equal(getattr(layer, which), values)
 
 
+def test_swapped_tensors_do_not_reach_the_layer(model: nn.Sequential, generator: torch.Generator) -> None:
+    """``torch.utils.swap_tensors`` makes another tensor of what ``weight`` returned; the layer's is made anew."""
+    torch_ext.optimize(model)
+    x = torch.randn(6, 24, generator=generator)
+    expected, weight = model(x), model[1].weight.clone()
+    torch.utils.swap_tensors(model[1].weight, torch.ones(5, 37))
+    assert torch.equal(model[1].weight, weight)
+    assert torch.equal(model(x), expected)
+
+
 def test_the_error_for_writes_says_what_to_do() -> None:
     layer = PackedLinear.from_linear(nn.Linear(24, 13))
     with pytest.raises(
