@@ -263,7 +263,7 @@ def varlen_attention(
         RuntimeError: a shape or dtype does not fit, ``cu_seqlens`` does not go from 0 to T without falling, or ``qkv``
             requires grad.
     """
-    check_arguments("varlen_attention", qkv, optional=(relative_bias, position_keys, position_queries))
+    check_arguments("varlen_attention", qkv, cu_seqlens, optional=(relative_bias, position_keys, position_queries))
     tables = relative_bias, position_keys, position_queries, position_reach, causal
     return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale, window, *tables))
 
@@ -332,7 +332,7 @@ def rotary_embedding(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, cos_sin: T
     Raises:
         RuntimeError: a shape or dtype does not fit, a sequence is longer than P, or a tensor requires grad.
     """
-    check_arguments("rotary_embedding", qkv, cos_sin)
+    check_arguments("rotary_embedding", qkv, cu_seqlens, cos_sin)
     return cast(Tensor, torch.ops.torch_ext.rotary_embedding(qkv, cu_seqlens, num_heads, cos_sin))
 
 
@@ -390,7 +390,8 @@ def embed_layer_norm(
         RuntimeError: a shape or dtype does not fit, an id is out of range, a sequence is longer than the position
             table, or a tensor requires grad.
     """
-    check_arguments("embed_layer_norm", word, weight, bias, optional=(position, token_type))
+    optional = token_type_ids, position, token_type
+    check_arguments("embed_layer_norm", input_ids, cu_seqlens, word, weight, bias, optional=optional)
     return cast(
         Tensor,
         torch.ops.torch_ext.embed_layer_norm(
@@ -427,7 +428,7 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode | str = "mean", n
     Raises:
         RuntimeError: a shape, dtype or mode does not fit, a sequence is empty, or ``hidden`` requires grad.
     """
-    check_arguments("pool", hidden)
+    check_arguments("pool", hidden, cu_seqlens)
     if not isinstance(mode, str):
         raise TypeError(f"pool: expected the name of a mode, got {type(mode).__name__}")
     if "+" in mode:
@@ -460,6 +461,7 @@ def encoder_forward(
         RuntimeError: a shape or dtype does not fit, an id is out of range, a sequence is longer than the position
             table, or ``packed`` is not an encoder packed for this kind of CPU.
     """
+    check_arguments("encoder_forward", input_ids, cu_seqlens, packed, optional=(token_type_ids,))
     return cast(Tensor, torch.ops.torch_ext.encoder_forward(input_ids, cu_seqlens, token_type_ids, packed, fp32))
 
 
@@ -491,7 +493,7 @@ def check_arguments(op: str, *tensors: Any, optional: Sequence[Any] = ()) -> Non
     if forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None:
         return
     for tensor in given:
-        if _is_differentiated(tensor):
+        if tensor.is_floating_point() and _is_differentiated(tensor):
             raise RuntimeError(
                 f"{op}: an argument is being differentiated, by torch.func or in forward mode, but torch_ext is for "
                 "inference only and has no gradients: call it under torch.no_grad(), or pass tensor.detach()"

@@ -306,6 +306,9 @@ def test_what_is_no_dense_tensor_is_refused() -> None:
         (TypeError, "linear: expected a torch.Tensor, got NoneType", lambda: torch_ext.linear(a, None)),
         (TypeError, "linear: expected a torch.Tensor, got int", lambda: torch_ext.linear(a, packed, 1)),
         (TypeError, "pool: expected the name of a mode, got NoneType", lambda: torch_ext.pool(a, a, None)),
+        (TypeError, "pool: expected a torch.Tensor, got list", lambda: torch_ext.pool(a, [0, 3])),
+        (TypeError, "varlen_attention: .* got list", lambda: torch_ext.varlen_attention(a, [0, 3], 1)),
+        (TypeError, "encoder_forward: .* got list", lambda: torch_ext.encoder_forward([1], [0, 1], None, packed)),
         (RuntimeError, "matmul: .* neither sparse nor nested", lambda: torch_ext.matmul(a.to_sparse(), b)),
         (RuntimeError, "addmm: .* neither sparse nor nested", lambda: torch_ext.addmm(b[0], a, b.to_sparse())),
     ):
