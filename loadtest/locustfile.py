@@ -12,8 +12,8 @@ refused waits as ``Retry-After`` says, at most a second.
 
 Exit code: 0 if the limits are kept, 1 if one is missed, 2 if the test could not start or is void. Without a limit on
 errors: 1 on any error. With several processes or machines (``--processes``, ``--master``, ``--worker``) the master
-alone judges. A run is void if one of its workers is lost: killed, cut off, or gone before the master ended the run. The
-master then ends it at once.
+alone judges. A run is void if a process that sends was busy for more than ``--max-cpu`` of the time, or if a worker is
+lost: killed, cut off, or gone before the master ended the run. The master then ends it at once.
 """
 
 # Locust's events carry no annotations.
@@ -311,13 +311,14 @@ def on_finish(environment: Environment, **_: Any) -> None:
         _session.hand_over()
     else:
         runner: Any = environment.runner
-        runner.send_message(FINISHED, {"measured_s": 0.0})
+        runner.send_message(FINISHED, {"measured_s": 0.0, "cpu": 0.0})
 
 
 def on_finished(msg: Any, **_: Any) -> None:
     """The master notes that a worker is done. Its last report came before, on the same connection."""
     if _session is not None:
         _session.finished_workers[msg.node_id] = msg.data["measured_s"]
+        _session.cpu[msg.node_id] = msg.data["cpu"]
         if _session.ends_s is None and not _interrupted:
             _session.lose(msg.node_id, "left during the run (its own output says why)")
 
@@ -345,6 +346,7 @@ def on_quitting(environment: Environment, **_: Any) -> None:
         return
     # After Ctrl-C users still run.
     session.stop_sending()
+    session.look_for_saturation()
     assert environment.parsed_options is not None
     csv_prefix: str | None = environment.parsed_options.csv_prefix
     if csv_prefix:
@@ -365,9 +367,7 @@ def on_quitting(environment: Environment, **_: Any) -> None:
         "inputs_per_request": session.options.inputs_per_request,
         "warm_up_s": session.options.warm_up_s,
         **session.collector.summary(session.measured_s),
-        "generator_saturated": bool(
-            getattr(runner, "cpu_warning_emitted", False) or getattr(runner, "worker_cpu_warning_emitted", False)
-        ),
+        "generator_cpu": max(session.cpu.values(), default=None),
         "limits": [{"kept": passed, "message": message} for passed, message in verdicts],
         "void": list(session.lost.values()),
         "kept": kept and not session.lost,

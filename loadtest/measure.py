@@ -329,8 +329,8 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
         "latency": ", ".join(f"{name} {_milliseconds(value)}" for name, value in summary["latency_ms"].items()),
         "in server": ", ".join(stages) + " (mean of each stage)" if summary["server_ms"] else "no Server-Timing header",
     }
-    if summary["generator_saturated"]:
-        lines["note"] = "the load generator used over 90 % of a core: latencies hold its own delay; try --processes 2"
+    if summary["generator_cpu"] is not None:
+        lines["generator"] = f"its busiest process used {summary['generator_cpu']:.2f} of a core"
     verdicts = ((("kept" if limit["kept"] else "MISSED"), limit["message"]) for limit in summary["limits"])
     void = (("VOID", reason) for reason in summary["void"])
     return [f"{name:10} {text}" for name, text in (*lines.items(), *verdicts, *void)]

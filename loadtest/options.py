@@ -95,6 +95,14 @@ def add_options(parser: _Parser) -> None:
     parser.add_argument(
         "--api-key", default="", env_var="LOADTEST_API_KEY", is_secret=True, help="sent as a bearer token"
     )
+    parser.add_argument(
+        "--max-cpu",
+        type=float,
+        default=0.9,
+        metavar="CORES",
+        help="the run is void if a process of the load test uses more of a core than that: it was the limit, not the "
+        "server (default: 0.9)",
+    )
     group = parser.add_argument_group("Limits that decide the exit code (0 kept, 1 missed, 2 not started or void)")
     add = group.add_argument
     add("--slo-p95-ms", type=float, metavar="MS", help="95 %% of the right answers take at most that long")
@@ -131,6 +139,7 @@ class Options:
     mask_token: str
     top_k: int
     api_key: str
+    max_cpu: float
     slo_p95_ms: float | None
     slo_error_rate: float | None
     slo_refused_rate: float | None
@@ -158,6 +167,8 @@ class Options:
             if values[name] is not None and not 0 < values[name] < math.inf:
                 expected = "a finite number" if values[name] == math.inf else "more than 0"
                 raise CannotStartError(f"{_flag(name)}: expected {expected}, got {values[name]:g}")
+        if not values["max_cpu"] > 0:
+            raise CannotStartError(f"--max-cpu: expected more than 0, such as 0.9, got {values['max_cpu']:g}")
         for name in ("slo_error_rate", "slo_refused_rate"):
             if values[name] is not None and not 0 <= values[name] <= 1:
                 raise CannotStartError(f"{_flag(name)}: expected between 0 and 1, such as 0.01, got {values[name]:g}")

@@ -50,8 +50,9 @@ class Session:
         warm_up: The greenlet that waits for the end of the warm-up.
         handed_over: Whether this worker has sent its last report.
         finished_workers: Of each worker that has sent its last report, for how many seconds its requests counted.
+        cpu: What part of a core each process that sent requests took meanwhile, by worker; "" is this one.
         heard_s: When the master last heard from each worker that takes part, on the monotonic clock.
-        lost: Why the run is void, by worker.
+        lost: Why the run is void, by worker; "" is the load test as a whole.
     """
 
     runner: Any
@@ -68,6 +69,8 @@ class Session:
     warm_up: gevent.Greenlet | None = None
     handed_over: bool = False
     finished_workers: dict[str, float] = field(default_factory=dict)
+    cpu: dict[str, float] = field(default_factory=dict)
+    cpu_from_s: float = 0.0
     heard_s: dict[str, float] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
 
@@ -89,7 +92,7 @@ class Session:
         """Ends the warm-up. Locust's own rates, in its tables, CSV and HTML, start here too."""
         if self.starts_s is None and self.ends_s is None:
             self.runner.stats.reset_all()
-            self.starts_s = time.monotonic()
+            self.starts_s, self.cpu_from_s = time.monotonic(), time.process_time()
             if isinstance(self.runner, MasterRunner):
                 self.runner.send_message(START)
 
@@ -97,13 +100,15 @@ class Session:
         """Ends what is measured; requests under way still count."""
         if self.ends_s is None:
             self.ends_s = time.monotonic()
+            if self.starts_s is not None and not isinstance(self.runner, MasterRunner):
+                self.cpu[""] = (time.process_time() - self.cpu_from_s) / max(self.ends_s - self.starts_s, 1e-9)
 
     def hand_over(self) -> None:
         """Ends a worker's part: sends no more, waits for answers, and gives its last report to the master."""
         self.stop_sending()
         self.wait_for_answers()
         self.runner._send_stats()
-        self.runner.send_message(FINISHED, {"measured_s": self.measured_s})
+        self.runner.send_message(FINISHED, {"measured_s": self.measured_s, "cpu": self.cpu.get("", 0.0)})
         self.handed_over = True
 
     def is_silent(self, worker: str) -> bool:
@@ -120,6 +125,17 @@ class Session:
         if worker not in self.lost:
             self.lost[worker] = f"worker {worker} {reason}: its part of the load is missing; run the test again"
             logger.error("the run is void: %s", self.lost[worker])
+
+    def look_for_saturation(self) -> None:
+        """Makes the run void if a process that sends was busy all the time."""
+        busiest = max(self.cpu, key=self.cpu.__getitem__, default=None)
+        if busiest is not None and self.cpu[busiest] > self.options.max_cpu:
+            self.lost[""] = (
+                f"{f'worker {busiest}' if busiest else 'the load test'} used {self.cpu[busiest]:.2f} of a core, more "
+                f"than --max-cpu {self.options.max_cpu:g}: it was the limit, not the server; use more --processes "
+                "or workers"
+            )
+            logger.error("the run is void: %s", self.lost[""])
 
     def look_for_losses(self) -> None:
         """Notes workers that went while the test runs."""

@@ -170,7 +170,7 @@ def start_locust(*arguments: str, heartbeat_timeout_s: float = 60) -> Program:
     """Starts Locust with this repository's load test; the caller ends it.
 
     Args:
-        arguments: Locust's.
+        arguments: Locust's. Without --max-cpu, no run is void on a machine that is slower than the stub.
         heartbeat_timeout_s: After how long a worker gives its master up; Locust has no option for it.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
@@ -180,6 +180,8 @@ def start_locust(*arguments: str, heartbeat_timeout_s: float = 60) -> Program:
         f"runners.MASTER_HEARTBEAT_TIMEOUT = {heartbeat_timeout_s}; main.main()"
     )
     locustfile = str(ROOT / "loadtest" / "locustfile.py")
+    if "--max-cpu" not in arguments:
+        arguments = (*arguments, "--max-cpu", "inf")
     return warm.python("locust.main").start(
         *("-c", program, "-f", locustfile, *arguments), env=environment, cwd=ROOT.parent, merged=True
     )

@@ -198,16 +198,36 @@ def test_server_is_looked_at_first(locust: Locust, stubs: list[Stub]) -> None:
 
 
 @pytest.mark.long
+def test_a_load_test_that_was_the_limit_is_void(locust: Locust, stubs: list[Stub]) -> None:
+    """No machine sends to a stub without using a thousandth of a core; and none uses a core while its users wait."""
+    stubs[0].delay_s, stubs[1].delay_s = 0.02, 0.5
+
+    busy, idle = together(
+        lambda: locust(stubs[0].host, "--max-cpu", "0.001", "--slo-p95-ms", "9000"),
+        lambda: locust(stubs[1].host, "--max-cpu", "0.9", "--slo-p95-ms", "9000"),
+    )
+    assert busy.code == 2, busy.output
+    assert "VOID       the load test used " in busy.output
+    assert "of a core, more than --max-cpu 0.001: it was the limit, not the server; use more --pro" in busy.output
+    assert busy.summary["kept"] is False
+    assert len(busy.summary["void"]) == 1
+    assert 0.001 < busy.summary["generator_cpu"] < 1.1
+    assert idle.code == 0, idle.output
+    assert idle.summary["generator_cpu"] < 0.9
+    assert idle.summary["void"] == []
+
+
 def test_master_alone_judges(stubs: list[Stub], tmp_path: Path) -> None:
-    for folder in ("kept", "missed"):
+    for folder in ("kept", "missed", "void"):
         (tmp_path / folder).mkdir()
     together(
         lambda: judged_by_master(stubs[0], tmp_path / "kept", "1000", 0),
         lambda: judged_by_master(stubs[1], tmp_path / "missed", "20", 1),
+        lambda: judged_by_master(stubs[2], tmp_path / "void", "1000", 2, "--max-cpu", "0.001"),
     )
 
 
-def judged_by_master(stub: Stub, tmp_path: Path, limit_ms: str, code: int) -> None:
+def judged_by_master(stub: Stub, tmp_path: Path, limit_ms: str, code: int, *more: str) -> None:
     stub.delay_s = 0.05
     port = str(free_port())
     workers = [
@@ -217,7 +237,7 @@ def judged_by_master(stub: Stub, tmp_path: Path, limit_ms: str, code: int) -> No
         *("--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--expect-workers", "2"),
         *("--host", stub.host, "--headless", "-u", "4", "-r", "100", "-t", "5s", "--warm-up-s", "1", "--only-summary"),
         *("--csv", str(tmp_path / "out"), "--html", str(tmp_path / "report.html"), "--slo-p95-ms", limit_ms),
-        *OWN_TEXTS,
+        *(*OWN_TEXTS, *more),
     )
     processes = [master, *workers]
     try:
@@ -227,8 +247,7 @@ def judged_by_master(stub: Stub, tmp_path: Path, limit_ms: str, code: int) -> No
             process.kill()
     assert master.returncode == code, outputs[0]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
-    verdict = "kept       p95" if code == 0 else "MISSED     p95"
-
+    verdict = ("kept       p95", "MISSED     p95", "VOID       worker ")[code]
     assert [output.count(verdict) for output in outputs] == [1, 0, 0]
     run = Run(master.returncode, outputs[0], tmp_path)
     assert 0 < run.summary["requests_per_s"] <= 80

@@ -135,7 +135,7 @@ def test_description_names_every_number() -> None:
         "think_time_s": 0.0,
         "inputs_per_request": 2,
         **counts.summary(10),
-        "generator_saturated": True,
+        "generator_cpu": 0.614,
         "void": ["worker box_1 quit during the run"],
         "limits": [
             {"kept": passed, "message": message}
@@ -146,7 +146,7 @@ def test_description_names_every_number() -> None:
     for expected in (
         *("100 right", "2 refused (429)", "1 errors", "10.0 requests/s", "20.0 texts/s", "100 tokens/s"),
         *("p50 50 ms", "p95 95 ms", "p99 99 ms", "max 100 ms", "infer 25.25 ms (p95 47.5 ms)", "closed loop"),
-        *("MISSED     p95 95 ms > 50 ms", "kept       error rate", "--processes"),
+        *("MISSED     p95 95 ms > 50 ms", "kept       error rate", "used 0.61 of a core"),
         "VOID       worker box_1 quit during the run",
     ):
         assert expected in text, (expected, text)
