@@ -95,7 +95,9 @@ def add_options(parser: _Parser) -> None:
     parser.add_argument(
         "--api-key", default="", env_var="LOADTEST_API_KEY", is_secret=True, help="sent as a bearer token"
     )
-    parser.add_argument(
+    group = parser.add_argument_group("Limits that decide the exit code (0 kept, 1 missed, 2 not started or void)")
+    add = group.add_argument
+    add(
         "--max-cpu",
         type=float,
         default=0.9,
@@ -103,8 +105,6 @@ def add_options(parser: _Parser) -> None:
         help="the run is void if a process of the load test uses more of a core than that: it was the limit, not the "
         "server (default: 0.9)",
     )
-    group = parser.add_argument_group("Limits that decide the exit code (0 kept, 1 missed, 2 not started or void)")
-    add = group.add_argument
     add("--slo-p95-ms", type=float, metavar="MS", help="95 %% of the right answers take at most that long")
     add(
         "--slo-error-rate",

@@ -51,6 +51,7 @@ class Session:
         handed_over: Whether this worker has sent its last report.
         finished_workers: Of each worker that has sent its last report, for how many seconds its requests counted.
         cpu: What part of a core each process that sent requests took meanwhile, by worker; "" is this one.
+        cpu_from_s: CPU time of this process when requests began to count.
         heard_s: When the master last heard from each worker that takes part, on the monotonic clock.
         lost: Why the run is void, by worker; "" is the load test as a whole.
     """

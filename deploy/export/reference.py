@@ -252,13 +252,14 @@ def _check_weights(source: Source) -> None:
                 kind = file.get_slice(name).get_dtype() if name.endswith((".weight", ".bias")) else _FLOATS[0]
                 if kind not in _FLOATS:
                     raise ValueError(f"expected {name} of one of the dtypes {', '.join(_FLOATS)}, got {kind}")
-    layers = source.config.get(_layers_field(source.config))
+    layers = next((source.config[name] for name in _LAYERS_FIELDS if name in source.config), None)
     if isinstance(layers, int) and layers > max(count, _LAYERS):
         raise ValueError(f"expected weights of {layers} layers, as config.json counts them, got {count} tensors")
 
 
-def _layers_field(config: Mapping[str, Any]) -> str:
-    return next((name for name in _LAYERS_FIELDS if name in config), _LAYERS_FIELDS[0])
+def _layers(names: Collection[str]) -> list[tuple[str, int]]:
+    """Of each weight of a layer, what its name has before the layer's number, and that."""
+    return [(match[1], int(match[2])) for name in names if (match := _LAYER.match(name))]
 
 
 def _layers_left_out(names: Collection[str], unexpected: Collection[str]) -> str | None:
@@ -269,12 +270,12 @@ def _layers_left_out(names: Collection[str], unexpected: Collection[str]) -> str
         unexpected: Of weights in the files that it has not. Those of a part that is not used, such as a decoder, are no
             layers here.
     """
-    layers = [(match[1], int(match[2])) for name in names if (match := _LAYER.match(name))]
+    layers = _layers(names)
     parts = {part for part, _ in layers}
-    others = [(match[1], int(match[2])) for name in unexpected if (match := _LAYER.match(name))]
+    counted = max((number for _, number in layers), default=-1) + 1
     # Names in files may have the encoder's name in front, or lack it.
-    more = [number for own, number in others if any(own.endswith(part) or part.endswith(own) for part in parts)]
-    counted, found = (max(numbers, default=-1) + 1 for numbers in ((number for _, number in layers), more))
+    more = (number for own, number in _layers(unexpected) if any(own.endswith(p) or p.endswith(own) for p in parts))
+    found = max(more, default=-1) + 1
     if found <= counted:
         return None
     return f"layers: {counted} in config.json, {found} in the weights; the last ones are left out"

@@ -39,7 +39,21 @@ _PROMPTS: Mapping[str, Sequence[str]] = {
 """Names of prompts for each `input_type`: Cohere's, then those of sentence-transformers."""
 
 
-_KINDS = ["float", "base64", "ubinary", "binary"]
+def _ubinary(row: Sequence[float]) -> list[int]:
+    """A bit for each number, 1 above zero; the first one is the highest of its byte, and the last byte is filled up."""
+    size = -(-len(row) // 8)
+    bits = "".join(["1" if value > 0 else "0" for value in row]).ljust(8 * size, "0")
+    return list(int(bits, 2).to_bytes(size, "big"))
+
+
+def _binary(row: Sequence[float]) -> list[int]:
+    return [byte - 128 for byte in _ubinary(row)]
+
+
+_TYPES: Mapping[str, Callable[[Any], Any]] = {"base64": base64_row, "ubinary": _ubinary, "binary": _binary}
+"""What makes an embedding of a type of its numbers."""
+
+_KINDS = ["float", *_TYPES]
 
 
 class CohereEmbedRequest(Struct):
@@ -113,20 +127,6 @@ class CohereV1Response(Struct):
     texts: list[str]
     embeddings: list[list[float]] | CohereEmbeddings
     meta: RerankMeta
-
-
-def _ubinary(row: Sequence[float]) -> list[int]:
-    """A bit for each number, 1 above zero; the first one is the highest of its byte, and the last byte is filled up."""
-    size = -(-len(row) // 8)
-    bits = "".join(["1" if value > 0 else "0" for value in row]).ljust(8 * size, "0")
-    return list(int(bits, 2).to_bytes(size, "big"))
-
-
-def _binary(row: Sequence[float]) -> list[int]:
-    return [byte - 128 for byte in _ubinary(row)]
-
-
-_TYPES: Mapping[str, Callable[[Any], Any]] = {"base64": base64_row, "binary": _binary, "ubinary": _ubinary}
 
 
 def _prompt(prompts: Mapping[str, str], input_type: str | None) -> str | None:
