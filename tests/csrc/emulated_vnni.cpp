@@ -28,11 +28,11 @@ TORCH_EXT_INLINE vdot load_dot(const int8_t* p) { return _mm256_loadu_si256(rein
 TORCH_EXT_INLINE vdot broadcast_dot(int32_t four) { return _mm256_set1_epi32(four); }
 
 /// Bytes 0 and 2 of each word, then 1 and 3, as products of 16 bits.
-TORCH_EXT_INLINE vdot dot(vdot acc, vdot a, vdot b) {
+TORCH_EXT_INLINE void add_dot(vdot& acc, vdot a, vdot b) {
   const vdot low = _mm256_set1_epi16(0xff);
   const vdot even = _mm256_madd_epi16(_mm256_and_si256(a, low), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
   const vdot odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
-  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  acc = _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }
 #include "kernels/x86/gemm_dpbusd.inl"
 

@@ -145,6 +145,15 @@ def test_kernels_under_emulation(cpu: str, seed: int) -> None:
         assert all(re.search("bf16_fmla|bfmmla|smmla|sdot", name) for name in left_out)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_sanitizers_find_nothing(seed: int) -> None:
+    """`make nightly` runs them on all kinds of shapes, and on 10,000 random batches; that of threads, too."""
+    done = run("sanitize", "--quick", "--seed", str(seed))
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert " 0 failed" in done.stdout
+
+
 def test_a_run_without_tests_fails() -> None:
     assert run("native", "--filter", "no such test").returncode == 1
     assert run("native", "--no-such-option").returncode == 2

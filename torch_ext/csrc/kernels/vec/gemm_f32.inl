@@ -130,9 +130,14 @@ TORCH_EXT_INLINE void put_four(bf16* p, v4f v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-TORCH_EXT_INLINE float widen_one(float x) { return x; }
-TORCH_EXT_INLINE float widen_one(bf16 x) {
-  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+/// Of any alignment: pairs of bf16 are read as one float (gemm_dot_bf16.inl).
+TORCH_EXT_INLINE float get_one(const float* p) {
+  float f;
+  __builtin_memcpy(&f, p, sizeof f);
+  return f;
+}
+TORCH_EXT_INLINE float get_one(const bf16* p) {
+  const uint32_t u = static_cast<uint32_t>(p->bits) << 16;
   float f;
   __builtin_memcpy(&f, &u, sizeof f);
   return f;
@@ -166,13 +171,13 @@ static void pack_panel_nxk(size_t cols, size_t block_cols, size_t k, const void*
     }
     for (; p < padded; ++p) {
       for (size_t i = j; i < j + 4; ++i) {
-        put_one(d + p * block_cols + i, p < k ? widen_one(s[i * ld + p]) : 0.0f);
+        put_one(d + p * block_cols + i, p < k ? get_one(s + i * ld + p) : 0.0f);
       }
     }
   }
   for (; j < block_cols; ++j) {
     for (size_t p = 0; p < padded; ++p) {
-      put_one(d + p * block_cols + j, j < cols && p < k ? widen_one(s[j * ld + p]) : 0.0f);
+      put_one(d + p * block_cols + j, j < cols && p < k ? get_one(s + j * ld + p) : 0.0f);
     }
   }
 }

@@ -63,6 +63,27 @@ TORCH_EXT_INLINE vhh larger(vhh a, vhh b) {
 #endif
 }
 
+TORCH_EXT_INLINE uint32_t largest_lane(vhh m) {
+#if defined(TORCH_EXT_VEC_NEON)
+  return vmaxvq_u16((uint16x8_t)m);
+#elif defined(TORCH_EXT_VEC_AVX2) || defined(TORCH_EXT_VEC_AVX512)
+#if defined(TORCH_EXT_VEC_AVX512)
+  const __m256i half = _mm256_max_epu16(_mm512_maskz_extracti64x4_epi64(0xff, (__m512i)m, 0),
+                                        _mm512_maskz_extracti64x4_epi64(0xff, (__m512i)m, 1));
+#else
+  const __m256i half = (__m256i)m;
+#endif
+  const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  // SSE4.1 has the least of eight.
+  return 0xffffu ^ static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_minpos_epu16(~eight)));
+#else
+  uint16_t lanes[2 * kWidth], largest = 0;
+  __builtin_memcpy(lanes, &m, sizeof m);
+  for (size_t i = 0; i < 2 * kWidth; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  return largest;
+#endif
+}
+
 static float largest_magnitude(const bf16* s, size_t k) {
   vhh m = {}, second = {};
   size_t p = 0;
@@ -80,15 +101,8 @@ static float largest_magnitude(const bf16* s, size_t k) {
     const uint32_t bits = s[p].bits & 0x7fffu;
     largest = bits > largest ? bits : largest;
   }
-#if defined(TORCH_EXT_VEC_NEON)
-  const uint32_t m_largest = vmaxvq_u16((uint16x8_t)m);
-  largest = m_largest > largest ? m_largest : largest;
-#else
-  uint16_t lanes[2 * kWidth];
-  __builtin_memcpy(lanes, &m, sizeof m);
-  for (size_t i = 0; i < 2 * kWidth; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-#endif
-  largest <<= 16;
+  const uint32_t of_lanes = largest_lane(m);
+  largest = (of_lanes > largest ? of_lanes : largest) << 16;
   float result;
   __builtin_memcpy(&result, &largest, sizeof result);
   return result;
@@ -136,7 +150,17 @@ typedef vb Quantized;
 template <typename Src>
 TORCH_EXT_INLINE Quantized quantize(const Src* s, float inverse) {
   // 1.5 * 2^23: adding it rounds to an integer, whose low byte is the low byte of the sum.
-  return __builtin_convertvector(as_int(Io<Src>::get(s) * inverse + 12582912.0f), vb);
+  const vi sums = as_int(Io<Src>::get(s) * inverse + 12582912.0f);
+  // GCC 12 narrows to bytes one by one.
+#if defined(TORCH_EXT_VEC_AVX512)
+  return (vb)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)sums);
+#elif defined(TORCH_EXT_VEC_AVX2)
+  const __m256i low_bytes = _mm256_shuffle_epi8((__m256i)sums, _mm256_set1_epi32(0x0c080400));
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(low_bytes), _mm256_extracti128_si256(low_bytes, 1));
+  return (vb)_mm_cvtsi128_si64(both);
+#else
+  return __builtin_convertvector(sums, vb);
+#endif
 }
 #endif
 

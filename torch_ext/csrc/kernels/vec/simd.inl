@@ -67,6 +67,11 @@ TORCH_EXT_INLINE uint16_t* as_words(bf16* p) { return reinterpret_cast<uint16_t*
 TORCH_EXT_INLINE vf load_bf16(const bf16* p) {
 #if defined(TORCH_EXT_VEC_NEON)
   return (vf)vshll_n_u16(vld1_u16(as_words(p)), 16);
+#elif defined(TORCH_EXT_VEC_AVX512)
+  // GCC 12 converts and joins halves otherwise.
+  __m256i h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (vf)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, h), 16);
 #else
   vh h;
   __builtin_memcpy(&h, p, sizeof h);
@@ -87,7 +92,12 @@ TORCH_EXT_INLINE void store_bf16(bf16* p, vf v) {
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const vu quiet = (u >> 16) | 0x40u;
   const vu is_number = (vu)(v == v);
-  const vh h = __builtin_convertvector((rounded & is_number) | (quiet & ~is_number), vh);
+  const vu words = (rounded & is_number) | (quiet & ~is_number);
+#if defined(TORCH_EXT_VEC_AVX512)
+  const __m256i h = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words);
+#else
+  const vh h = __builtin_convertvector(words, vh);
+#endif
   __builtin_memcpy(p, &h, sizeof h);
 #endif
 }

@@ -26,7 +26,9 @@ namespace {
 typedef __m512i vdot;
 TORCH_EXT_INLINE vdot load_dot(const int8_t* p) { return _mm512_loadu_si512(p); }
 TORCH_EXT_INLINE vdot broadcast_dot(int32_t four) { return _mm512_set1_epi32(four); }
-TORCH_EXT_INLINE vdot dot(vdot acc, vdot a, vdot b) { return _mm512_dpbusd_epi32(acc, a, b); }
+TORCH_EXT_INLINE void add_dot(vdot& acc, vdot a, vdot b) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+}
 #include "kernels/x86/gemm_dpbusd.inl"
 
 constexpr UKernel kUKernels[] = {

@@ -25,7 +25,9 @@ namespace {
 typedef __m256i vdot;
 TORCH_EXT_INLINE vdot load_dot(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 TORCH_EXT_INLINE vdot broadcast_dot(int32_t four) { return _mm256_set1_epi32(four); }
-TORCH_EXT_INLINE vdot dot(vdot acc, vdot a, vdot b) { return _mm256_dpbusd_avx_epi32(acc, a, b); }
+TORCH_EXT_INLINE void add_dot(vdot& acc, vdot a, vdot b) {
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+}
 #include "kernels/x86/gemm_dpbusd.inl"
 
 constexpr UKernel kUKernels[] = {

@@ -153,7 +153,7 @@ static void pack_panel_nxk_halves(size_t cols, size_t block_cols, size_t k, cons
   }
   for (size_t j = 0; j < kNr; ++j) {
     for (size_t p = whole; p < padded; ++p) {
-      put_one(d + place_in_halves(j, p), j < cols && p < k ? widen_one(s[j * ld + p]) : 0.0f);
+      put_one(d + place_in_halves(j, p), j < cols && p < k ? get_one(s + j * ld + p) : 0.0f);
     }
   }
 }

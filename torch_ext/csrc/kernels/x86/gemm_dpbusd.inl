@@ -1,7 +1,8 @@
 // Micro-kernels on VPDPBUSD, which adds to each s32 of a vector the products of four u8 with four s8. Included by
 // gemm_avx512_vnni.cpp and gemm_avx_vnni.cpp, after simd.inl and quantize.inl; theirs are
 //
-//   vdot dot(vdot acc, vdot a, vdot b)      the instruction on their vectors
+//   void add_dot(vdot& acc, vdot a, vdot b)   the instruction on their vectors; in assembly, since GCC 12 copies each
+//                                             accumulator from register to register before and after the intrinsic
 //   vdot load_dot(const int8_t*), broadcast_dot(int32_t)
 //
 // Rows are stored as q + 128, unsigned, so that a sum is too large by 128 times the sum of the column; the panel ends
@@ -26,8 +27,8 @@ static void dot_tile(size_t steps, const void* lhs_block, const void* rhs_panel,
       int32_t four;
       __builtin_memcpy(&four, lhs + i * kKr, sizeof four);
       const vdot a = broadcast_dot(four);
-      acc[i][0] = dot(acc[i][0], a, b0);
-      acc[i][1] = dot(acc[i][1], a, b1);
+      add_dot(acc[i][0], a, b0);
+      add_dot(acc[i][1], a, b1);
     }
     lhs += kMr * kKr;
     rhs += kNr * kKr;
