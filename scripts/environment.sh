@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets up .venv: scripts/environment.sh demo | dev | kubernetes | build
+# Sets up .venv: scripts/environment.sh demo | dev | kubernetes | newest | build
 #
 #   demo        torch, the extension built in place, and what export, server and load test need
 #   dev         the same, and the tools of tests and lint
 #   kubernetes  what the tests of the manifests need, beside dev
+#   newest      transformers 5 in .venv/newest, to be laid over dev, whose ONNX exporter needs transformers 4
 #   build       compiles the extension again, in place
 #
 # torch is installed first and alone, and held there: nothing that comes later may replace it by another build.
@@ -117,6 +118,11 @@ case ${1-} in
     touch "$VENV/.demo"
     ;;
   kubernetes) install kubernetes ;;
+  newest)
+    say "installing transformers 5"
+    pip install --upgrade --no-warn-conflicts --target "$VENV/newest" 'transformers>=5.24,<6'
+    touch "$VENV/.newest"
+    ;;
   build)
     check_tools
     build
