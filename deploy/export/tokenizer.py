@@ -13,7 +13,8 @@ from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
 from deploy.folder.source import Source
-from deploy.folder.tokenizer import KINDS, SPECIAL_TOKENS, drop_rowless, gives_token_types, slow_tokenizer
+from deploy.folder.tokenizer import SPECIAL_TOKENS, drop_rowless, gives_token_types, slow_tokenizer
+from deploy.folder.tokenizer_kinds import KINDS
 from deploy.tasks import prompted
 
 __all__ = ["Tokens"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deploy.bundle import TOKENIZER_FILE, TRUNCATION_SIDES, SpecialToken
@@ -21,10 +22,9 @@ from deploy.folder.errors import FolderError
 from deploy.folder.sentence import read_json, read_settings
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
+from deploy.folder.tokenizer_kinds import ANY, KIND_OF_MODEL, KINDS, Kind
 
 __all__ = [
-    "KINDS",
-    "KIND_OF_MODEL",
     "SPECIAL_TOKENS",
     "FolderTokenizer",
     "drop_rowless",
@@ -39,82 +39,52 @@ _SPECIAL_FILE = "special_tokens_map.json"
 
 SPECIAL_TOKENS = ("pad", "mask", "cls", "sep", "unk")
 
-_BRACKETS = {"pad": "[PAD]", "mask": "[MASK]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
-_ANGLES = {"pad": "<pad>", "mask": "<mask>", "cls": "<s>", "sep": "</s>", "unk": "<unk>"}
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What a class of tokenizers takes for granted.
-
-    Attributes:
-        special: Its special tokens.
-        token_types: Whether models are given token types.
-        lowercase: Fields of the normalizer that its settings decide, by their names there, and their values where the
-            settings are silent.
-        space: Whether its settings decide on a space in front of the text.
-    """
-
-    special: Mapping[str, str]
-    token_types: bool
-    lowercase: Mapping[str, tuple[str, Any]]
-    space: bool = False
-
-
-_BERT_NORMALIZER: Mapping[str, tuple[str, Any]] = {
-    "lowercase": ("do_lower_case", True),
-    "strip_accents": ("strip_accents", None),
-    "handle_chinese_chars": ("tokenize_chinese_chars", True),
-}
-_MPNET_NORMALIZER = {name: _BERT_NORMALIZER[name] for name in ("lowercase", "strip_accents")}
-_ANY = _Kind({}, True, {})
-KINDS: Mapping[str, _Kind] = {
-    "Bert": _Kind(_BRACKETS, True, _BERT_NORMALIZER),
-    "Electra": _Kind(_BRACKETS, True, _BERT_NORMALIZER),
-    "DistilBert": _Kind(_BRACKETS, False, _BERT_NORMALIZER),
-    "MPNet": _Kind(
-        {**_ANGLES, "unk": "[UNK]"}, False, {name: _BERT_NORMALIZER[name] for name in ("lowercase", "strip_accents")}
-    ),
-    "Roberta": _Kind(_ANGLES, False, {}, space=True),
-    "XLMRoberta": _Kind(_ANGLES, False, {}),
-    "Camembert": _Kind(_ANGLES, False, {}),
-    "Albert": _Kind({**_BRACKETS, "pad": "<pad>", "unk": "<unk>"}, True, {}),
-    "Deberta": _Kind(_BRACKETS, True, {}, space=True),
-    "DebertaV2": _Kind(_BRACKETS, True, {}),
-    "Esm": _Kind({"pad": "<pad>", "mask": "<mask>", "cls": "<cls>", "sep": "<eos>", "unk": "<unk>"}, False, {}),
-    "T5": _Kind({"pad": "<pad>", "unk": "<unk>", "eos": "</s>"}, False, {}),
-}
-"""By the name of the class, without what it ends in; others have nothing of their own."""
-
-KIND_OF_MODEL: Mapping[str, str] = {
-    "bert": "Bert",
-    "ernie": "Bert",
-    "megatron-bert": "Bert",
-    "nomic_bert": "Bert",
-    "electra": "Electra",
-    "distilbert": "DistilBert",
-    "mpnet": "MPNet",
-    "roberta": "Roberta",
-    "roberta-prelayernorm": "Roberta",
-    "data2vec-text": "Roberta",
-    "xlm-roberta": "XLMRoberta",
-    "xlm-roberta-xl": "XLMRoberta",
-    "camembert": "Camembert",
-    "albert": "Albert",
-    "deberta": "Deberta",
-    "deberta-v2": "DebertaV2",
-    "esm": "Esm",
-    "t5": "T5",
-    "mt5": "T5",
-}
-"""Which class transformers takes where no file names one."""
-
-
 _TOKEN_TYPES_OF_5 = ("Bert", "Electra", "Deberta", "DebertaV2")
 """The classes that give models token types in transformers 5; in transformers 4, all do but those of `KINDS`."""
 
 _CAUSAL = ("qwen3",)
 """Models whose classifiers read the last token that is not padding."""
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What a folder says of its tokenizer outside of `tokenizer.json`.
+
+    Attributes:
+        settings: Content of `tokenizer_config.json`; empty without it.
+        older: Content of `special_tokens_map.json`; empty without it.
+        name: Class of the tokenizer, without what it ends in; empty if neither a file nor the model says.
+        kind: What that class takes for granted.
+    """
+
+    settings: Mapping[str, Any]
+    older: Mapping[str, Any]
+    name: str
+    kind: Kind
+
+    @classmethod
+    def read(cls, source: Source) -> _Declared:
+        """Reads the settings of a model's folder.
+
+        Raises:
+            FolderError: A file is damaged.
+        """
+        settings = read_settings(source.folder / _SETTINGS_FILE)
+        named = settings.get("tokenizer_class") or source.config.get("tokenizer_class")
+        name = _class_name(named) if isinstance(named, str) else KIND_OF_MODEL.get(source.model_type, "")
+        return cls(settings, read_settings(source.folder / _SPECIAL_FILE), name, KINDS.get(name, ANY))
+
+    def special_token(self, name: str) -> str | None:
+        """A special token by its name, such as `pad`; None if there is none."""
+        key = f"{name}_token"
+        given = self.settings[key] if key in self.settings else self.older.get(key, self.kind.special.get(name))
+        token = given.get("content") if isinstance(given, dict) else given
+        return token if isinstance(token, str) else None
+
+    def made_of_slow_files(self, folder: Path) -> dict[str, Any] | None:
+        """Content of `tokenizer.json` as the files of a slow tokenizer give it; see `slow.made_of_slow_files`."""
+        tokens = {name: self.special_token(name) or usual for name, usual in self.kind.special.items()}
+        return made_of_slow_files(folder, self.name, tokens, self.settings)
 
 
 @dataclass(frozen=True)
@@ -145,16 +115,16 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
         source: What the folder says.
 
     Raises:
-        FolderError: There is no `tokenizer.json`, a file is damaged, or the tokenizer does not belong to the model.
+        FolderError: There are neither `tokenizer.json` nor files that it can be made of, a file is damaged, or the
+            tokenizer does not belong to the model.
     """
-    settings = read_settings(source.folder / _SETTINGS_FILE)
-    name, kind = _kind(source, settings)
-    tokenizer = _tokenizer(source, settings, name, kind)
+    declared = _Declared.read(source)
+    settings, kind = declared.settings, declared.kind
+    tokenizer = _tokenizer(source, declared)
     _add_tokens(tokenizer, settings)
-    _normalize(tokenizer, settings, kind, source.lowercase)
+    _normalize(tokenizer, declared, source.lowercase)
     size = source.config.get("vocab_size")
-    older = read_settings(source.folder / _SPECIAL_FILE)
-    special = {part: _given(part, settings, older, kind) for part in SPECIAL_TOKENS}
+    special = {name: declared.special_token(name) for name in SPECIAL_TOKENS}
     drop_rowless(tokenizer, size, special.values())
     ids = dict(_vocabulary(tokenizer))
     if isinstance(size, int) and max(ids.values(), default=-1) >= size:
@@ -169,13 +139,13 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
             f"{side!r:.80}"
         )
     # Without a limit of its own a tokenizer says 1e30.
-    declared = settings.get("model_max_length")
-    known = isinstance(declared, int | float) and 3 <= declared <= source.max_positions
+    limit = settings.get("model_max_length")
+    known = isinstance(limit, int | float) and 3 <= limit <= source.max_positions
     told = told_token_types(settings)
     text = json.dumps(tokenizer, ensure_ascii=False)
     padding = _padding_behind(source, text)
     suffix = "" if padding else source.suffix
-    longest = source.max_tokens or (int(declared) if known else source.max_positions)  # type: ignore[arg-type]
+    longest = source.max_tokens or (int(limit) if known else source.max_positions)  # type: ignore[arg-type]
     return FolderTokenizer(
         text=text if suffix is None else with_suffix(text, suffix, source.folder),
         max_tokens=longest - padding,
@@ -246,10 +216,11 @@ def gives_token_types(source: Source, installed: bool) -> bool:
         source: What the folder says.
         installed: What the installed transformers makes of it, for classes that are not known here.
     """
-    settings = read_settings(source.folder / _SETTINGS_FILE)
-    told = told_token_types(settings)
-    name, kind = _kind(source, settings)
-    return told if told is not None else kind.token_types if name in {*KINDS, "PreTrained"} else installed
+    declared = _Declared.read(source)
+    told = told_token_types(declared.settings)
+    if told is not None:
+        return told
+    return declared.kind.token_types if declared.name in {*KINDS, "PreTrained"} else installed
 
 
 def _padding_behind(source: Source, text: str) -> int:
@@ -265,35 +236,23 @@ def _padding_behind(source: Source, text: str) -> int:
     return len(ids) if set(ids) == {source.config.get("pad_token_id")} else 0
 
 
-def _kind(source: Source, settings: Mapping[str, Any]) -> tuple[str, _Kind]:
-    named = settings.get("tokenizer_class") or source.config.get("tokenizer_class")
-    name = _class_name(named) if isinstance(named, str) else KIND_OF_MODEL.get(source.model_type, "")
-    return name, KINDS.get(name, _ANY)
-
-
 def _class_name(named: str) -> str:
     """What a class of tokenizers is called without what all are called."""
     return named.removesuffix("Fast").removesuffix("Tokenizer")
 
 
-def _tokenizer(source: Source, settings: Mapping[str, Any], name: str, kind: _Kind) -> dict[str, Any]:
+def _tokenizer(source: Source, declared: _Declared) -> dict[str, Any]:
     """What `tokenizer.json` says, or would say."""
     path = source.folder / TOKENIZER_FILE
     if path.is_file():
         return dict(read_json(path, dict))
-    made = _made(source, settings, name, kind)
+    made = declared.made_of_slow_files(source.folder)
     if made is None:
         raise FolderError(
             f"{source.folder}: no {TOKENIZER_FILE}, only files of a slow tokenizer, which takes transformers: save a "
             "fast one there with AutoTokenizer.from_pretrained(...).save_pretrained, or export the model"
         )
     return made
-
-
-def _made(source: Source, settings: Mapping[str, Any], name: str, kind: _Kind) -> dict[str, Any] | None:
-    older = read_settings(source.folder / _SPECIAL_FILE)
-    tokens = {key: _given(key, settings, older, kind) or usual for key, usual in kind.special.items()}
-    return made_of_slow_files(source.folder, name, tokens, settings)
 
 
 def slow_tokenizer(source: Source, kinds: Collection[str]) -> dict[str, Any] | None:
@@ -309,21 +268,12 @@ def slow_tokenizer(source: Source, kinds: Collection[str]) -> dict[str, Any] | N
     Raises:
         FolderError: A file is damaged.
     """
-    settings = read_settings(source.folder / _SETTINGS_FILE)
-    name, kind = _kind(source, settings)
-    made = _made(source, settings, name, kind) if name in kinds else None
+    declared = _Declared.read(source)
+    made = declared.made_of_slow_files(source.folder) if declared.name in kinds else None
     if made is not None:
-        _add_tokens(made, settings)
-        _normalize(made, settings, kind, lowercase=False)
+        _add_tokens(made, declared.settings)
+        _normalize(made, declared, lowercase=False)
     return made
-
-
-def _given(name: str, settings: Mapping[str, Any], older: Mapping[str, Any], kind: _Kind) -> str | None:
-    """A special token by its name."""
-    key = f"{name}_token"
-    given = settings.get(key) if key in settings else older.get(key, kind.special.get(name))
-    token = given.get("content") if isinstance(given, dict) else given
-    return token if isinstance(token, str) else None
 
 
 def _add_tokens(tokenizer: dict[str, Any], settings: Mapping[str, Any]) -> None:
@@ -343,8 +293,9 @@ def _add_tokens(tokenizer: dict[str, Any], settings: Mapping[str, Any]) -> None:
     added.sort(key=lambda token: int(token["id"]))
 
 
-def _normalize(tokenizer: dict[str, Any], settings: Mapping[str, Any], kind: _Kind, lowercase: bool) -> None:
+def _normalize(tokenizer: dict[str, Any], declared: _Declared, lowercase: bool) -> None:
     """Has the tokenizer change texts as its settings say, whatever its own file says."""
+    settings, kind = declared.settings, declared.kind
     normalizer = tokenizer.get("normalizer")
     if isinstance(normalizer, dict):
         for name, (setting, usual) in kind.lowercase.items():

@@ -21,7 +21,7 @@ from deploy.engines.open import load_engine
 from deploy.export.cli import main
 from deploy.folder.describe import describe_folder
 from deploy.folder.errors import FolderError
-from deploy.folder.tokenizer import KIND_OF_MODEL, KINDS
+from deploy.folder.tokenizer_kinds import KIND_OF_MODEL, KINDS
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants import Selection
 from tests.deploy.conftest import SUFFIXES
