@@ -35,7 +35,9 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
-def test_fillings_are_those_of_the_pipeline(architecture: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_fillings_are_those_of_the_pipeline(
+    architecture: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny_model(architecture, "fill-mask")
     assert main([str(folder), "-o", str(tmp_path / "out"), *QUICK]) == 0
     manifest = load_manifest(tmp_path / "out")
@@ -45,7 +47,9 @@ def test_fillings_are_those_of_the_pipeline(architecture: str, tiny_model: Calla
 
     async def fill(service: Any) -> Any:
         result = await service.fill(texts, Caller(), LIMITS, top_k=4, truncate=True)
-        answer = encode_fillings(texts, result.values, service.tokenizer, mask.id, single=False)
+        # The request's ids are enough: texts are not tokenised again, on the event loop, for the answer.
+        monkeypatch.delattr(service.tokenizer.__class__, "encode")
+        answer = encode_fillings(texts, result, service.tokenizer, mask.id, single=False)
         return json.loads(bytes(answer)), service.tokenizer.token
 
     found, token_text = ask(manifest, "torch_ext-fp32", fill)

@@ -201,7 +201,7 @@ async def root_fill_mask(context: Context, request: RootFillMaskRequest, caller:
     mask = context.service.manifest.special_tokens["mask"]
     assert mask is not None  # The manifest was checked.
     single = isinstance(request.inputs, str)
-    answer = encode_fillings(texts, result.values, context.service.tokenizer, mask.id, single)
+    answer = encode_fillings(texts, result, context.service.tokenizer, mask.id, single)
     return Response(answer, (JSON_HEADER, server_timing(result)))
 
 

@@ -17,6 +17,7 @@ from .schemas import MaskedInputs, bound, texts_of
 
 if TYPE_CHECKING:
     from ..service import TextTokenizer
+    from ..service.request import Result
 
 __all__ = ["FILLINGS", "FillMaskParameters", "RootFillMaskRequest", "encode_fillings", "filling_values"]
 
@@ -96,23 +97,22 @@ def filling_values(manifest: Manifest, request: Any) -> int:
     return _values(top_k, max(map(len, texts_of(request.inputs)), default=0))
 
 
-def encode_fillings(
-    texts: Sequence[str], found: Sequence[Any], tokenizer: TextTokenizer, mask: int, single: bool
-) -> Any:
+def encode_fillings(texts: Sequence[str], result: Result, tokenizer: TextTokenizer, mask: int, single: bool) -> Any:
     """The answer.
 
     A text is what its tokens read as, as a pipeline makes it: of one with a single mask without special tokens.
 
     Args:
         texts: Of the request.
-        found: Per text, per mask its best tokens.
+        result: Per text, per mask its best tokens.
         tokenizer: Of the model.
         mask: Id of the mask token.
         single: Answer the first text alone, without a list around it.
     """
+    found = result.values
 
     def fillings(index: int) -> Any:
-        (ids,) = tokenizer.encode([texts[index]], truncate=True)
+        ids = result.ids[index]
         decode = partial(tokenizer.decode, skip_special_tokens=len(found[index]) == 1)
         masks = zip(places(ids, mask), found[index], strict=True)
         rows = [_Filling(ids, place, tokens, decode) for place, tokens in masks]

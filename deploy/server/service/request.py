@@ -32,6 +32,7 @@ class Result(NamedTuple):
         queue_s: Then, how long the first text waited.
         infer_s: How long the batches took that held a text of it.
         started_s: When tokenising began, by `time.perf_counter`.
+        ids: Per text the token ids that the model read, or those of a pair.
     """
 
     values: list[Any]
@@ -40,6 +41,7 @@ class Result(NamedTuple):
     queue_s: float
     infer_s: float
     started_s: float = 0.0
+    ids: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)

@@ -330,7 +330,7 @@ class Service:
         tokenize_s = work.submitted_s - started_s
         self._metrics.stages(tokenize_s, queue_s, work.infer_s)
         caller.result = Result([], work.tokens, tokenize_s, queue_s, work.infer_s, started_s)
-        return Result(values, work.tokens, tokenize_s, queue_s, work.infer_s, started_s)
+        return Result(values, work.tokens, tokenize_s, queue_s, work.infer_s, started_s, ids)
 
     # How it is done.
 
