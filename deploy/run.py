@@ -6,6 +6,7 @@ runs in a process of its own, so that the server holds neither torch nor its mem
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -14,9 +15,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from .bundle import MANIFEST_FILE
 from .server.cli import parse
@@ -30,7 +30,7 @@ VARIANTS = "torch_ext-bf16,torch_ext-int8,torch_ext-fp32"
 """What is exported unless EXPORT_ARGS says so: the image has no ONNX."""
 
 STOP_S = 1.5
-"""How long an exporter that is told to stop has to remove what it wrote."""
+"""How long an exporter that is told to stop has to remove what it wrote, before it is killed."""
 
 # Options of TEI that say how a model is fetched: the server alone has no use for them.
 _REVISION, _TOKENS, _CACHE = "--revision", ("--hf-token", "--hf-api-token"), "--huggingface-hub-cache"
@@ -104,37 +104,77 @@ def with_bundle(argv: Sequence[str], model: str, bundle: str) -> list[str]:
     return [bundle, *argv]  # The model came by --model-id or MODEL_ID; MODEL goes before both.
 
 
-def _export(model: str, target: Path, options: Sequence[str]) -> int:
-    """Runs the exporter; on a signal, ends it and this process."""
+class _Stopped(BaseException):
+    """A signal asked this process to end while the exporter ran."""
+
+
+def _export(model: str, target: Path, options: Sequence[str]) -> int | None:
+    """Runs the exporter.
+
+    Returns:
+        Its exit code; None: a signal asked this process to end, and the exporter has ended.
+    """
     command = [sys.executable, "-m", "deploy", "export", model, "-o", str(target), *options]
     process: subprocess.Popen[bytes] | None = None
     asked = False
 
     def stop(number: int, frame: object) -> None:
         nonlocal asked
-        asked = True
-        if process is not None:
-            _end(process)
+        first, asked = not asked, True
+        if first and process is not None:
+            raise _Stopped
 
     # Before there is a process: one that has just begun must not outlive this one.
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    process = subprocess.Popen(command, stdout=sys.stderr)
-    if asked:
-        _end(process)
-    code = process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        process = subprocess.Popen(command, stdout=sys.stderr)
+        if asked:
+            raise _Stopped
+        code = process.wait()
+    except _Stopped:
+        assert process is not None
+        process.terminate()
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
 
-def _end(process: subprocess.Popen[bytes]) -> NoReturn:
-    """Ends the exporter, and this process."""
-    process.terminate()
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    os._exit(0)  # Nothing was accepted, and whoever stops a server expects 0.
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock file, which goes at the end, and so do folders that were made for it and have stayed empty.
+
+    Raises:
+        OSError: The file cannot be made, or its file system has no locks.
+    """
+    made: list[Path] = []
+    while True:
+        made += [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = open(path, "a")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            if path.parent.exists():
+                raise
+            continue  # Another process has removed the folder, which was empty, in this moment.
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                continue  # Whoever held it has removed it: there may be a new one.
+            try:
+                yield
+            finally:
+                path.unlink()
+                for folder in made:
+                    with contextlib.suppress(OSError):  # Not empty.
+                        folder.rmdir()
+            return
 
 
 def _settle_hub(argv: Sequence[str], environ: MutableMapping[str, str]) -> tuple[str | None, list[str]]:
@@ -184,13 +224,13 @@ def main(argv: Sequence[str]) -> int:
     bundles = Path(os.environ.get(BUNDLES_VARIABLE) or "bundles")
     target = bundles / bundle_name(model, options)
     try:
-        bundles.mkdir(parents=True, exist_ok=True)
         # Several containers may share the folder: one exports, the others wait for it.
-        with open(bundles / f".{target.name}.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(bundles / f".{target.name}.lock"):
             if not (target / MANIFEST_FILE).exists():
                 print(f"exporting {model} into {target}", file=sys.stderr, flush=True)
                 code = _export(model, target, options)
+                if code is None:
+                    return 0  # Nothing was accepted, and whoever stops a server expects 0.
                 if code != 0:
                     return code
     except OSError as error:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,10 +124,40 @@ def test_a_bundle_is_served_as_it_is(calls: Calls, tmp_path: Path) -> None:
     assert calls.served == [[str(tmp_path)]]
 
 
-def test_a_failed_export_ends_it(calls: Calls) -> None:
+def test_a_failed_export_ends_it_and_leaves_nothing(calls: Calls, tmp_path: Path) -> None:
     calls.code = 2
     assert run.main(["some/model"]) == 2
     assert calls.served == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_is_all_that_an_export_leaves(calls: Calls, tmp_path: Path) -> None:
+    (tmp_path / "bundles").mkdir()
+    calls.code = 2
+    assert run.main(["other/model"]) == 2
+    calls.code = 0
+    assert run.main(["some/model"]) == 0
+    assert list((tmp_path / "bundles").iterdir()) == [calls.exports[1][1]]
+
+
+def test_one_process_at_a_time_exports(tmp_path: Path) -> None:
+    """A lock file that its holder removes is no lock for those who still wait for it."""
+    path = tmp_path / "bundles" / ".lock"
+    inside: list[int] = []
+    most: list[int] = []
+
+    def hold() -> None:
+        for _ in range(50):
+            with run._locked(path):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(1e-4)
+                inside.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(hold) for _ in range(4)]:
+            done.result()
+    assert (max(most), len(most)) == (1, 200)
 
 
 def test_a_folder_that_cannot_be_written_to(
@@ -156,4 +187,4 @@ def test_a_signal_ends_the_exporter(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
-    assert (tmp_path / "ended").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "ended", "python"]
