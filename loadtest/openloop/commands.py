@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 from deploy.ending import is_of_output
 from loadtest.measure import Objectives
-from loadtest.options import CannotStartError, why
+from loadtest.options import KEY_VARIABLE, CannotStartError, flag_of, why
 from loadtest.probe import check_host, check_server, learn_traits
 from loadtest.tasks import TASKS, Traits
 
 from .compare import changes_data, compare_runs, describe_changes, overall
 from .knee import Search, find_knee
-from .options import KEY_VARIABLE, Settings, add_load_options, add_slo_options, check_effects, read_objectives
+from .options import Settings, add_load_options, add_slo_options, check_effects, read_objectives
 from .presets import with_preset
 from .prices import read_prices
 from .report import Source, choose_prices, report_data, report_html
@@ -132,9 +132,7 @@ def _stop_on_interrupt(team: Team) -> None:
 def _team(given: argparse.Namespace) -> tuple[int, int, float, str]:
     for name in ("processes", "expect_workers"):
         if getattr(given, name) < (name == "processes"):
-            raise CannotStartError(
-                f"--{name.replace('_', '-')}: expected a number of processes, got {getattr(given, name)}"
-            )
+            raise CannotStartError(f"{flag_of(name)}: expected a number of processes, got {getattr(given, name)}")
     if not 0 < given.expect_workers_max_wait_s < float("inf"):
         raise CannotStartError(
             f"--expect-workers-max-wait-s: expected more than 0, got {given.expect_workers_max_wait_s:g}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.measure import Objectives
-from loadtest.options import CannotStartError, bearer, why
+from loadtest.options import KEY_VARIABLE, CannotStartError, RequestOptions, flag_of, request_headers, why
 from loadtest.tasks import TASKS
 
 from .arrivals import PROCESSES
@@ -32,8 +32,6 @@ __all__ = [
 
 SHAPES = ("steady", "soak", "steps", "spike", "diurnal", "at-once")
 
-KEY_VARIABLE = "LOADTEST_API_KEY"
-
 MOST_PER_S = 1e6
 """Arrivals per second; more than any generator sends."""
 
@@ -52,29 +50,18 @@ OBJECTIVES = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(RequestOptions):
     """What one run sends, when, and how; the API key is not part of it. Names and units are those of the options."""
 
     host: str = ""
-    task: str = "embed"
     inputs_per_request: str = "1"
     lengths: str = "texts"
-    texts: str = ""
-    text_count: int = 2000
-    max_chars: int = 2000
-    seed: int = 0
-    encoding_format: str = "float"
-    model: str = ""
-    mask_token: str = ""
-    top_k: int = 5
     ca: str = ""
-    request_timeout_s: float = 30.0
     shape: str = "steady"
     process: str = "poisson"
     rate: float = 0.0
     rate_to: float = 0.0
     duration_s: float = 30.0
-    warm_up_s: float = 2.0
     steps: int = 8
     spike_every_s: float = 60.0
     spike_s: float = 10.0
@@ -85,7 +72,6 @@ class Settings:
     connections: int = 16
     max_connections: int = 4096
     max_lag_ms: float = 10.0
-    max_cpu: float = 0.9
     preset: str = ""
     bound_ms: float = 0.0
     least_s: float = 0.0
@@ -112,8 +98,7 @@ class Settings:
     @property
     def headers(self) -> dict[str, str]:
         """Headers of every request."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        return headers | bearer(os.environ.get(KEY_VARIABLE, ""))
+        return request_headers(os.environ.get(KEY_VARIABLE, ""))
 
     def trust(self) -> ssl.SSLContext | None:
         """Which certificates are trusted; None for those of this system.
@@ -170,8 +155,7 @@ class Settings:
 
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
-            flag = "--" + name.replace("_", "-")
-            raise CannotStartError(f"{flag}: expected {expected}, got {getattr(self, name):g}")
+            raise CannotStartError(f"{flag_of(name)}: expected {expected}, got {getattr(self, name):g}")
 
 
 _SHAPED = {
@@ -213,8 +197,7 @@ def check_effects(values: dict[str, Any], settings: Settings, *, search: bool = 
 
     def refuse(name: str, beside: str) -> None:
         if values.get(name):
-            flag = "--" + name.replace("_", "-")
-            raise CannotStartError(f"{flag} has no effect {beside}: leave it out")
+            raise CannotStartError(f"{flag_of(name)} has no effect {beside}: leave it out")
 
     for name, tasks in _OF_TASKS.items():
         if settings.task not in tasks:
@@ -318,7 +301,7 @@ def add_slo_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Limits that decide the exit code (0 kept, 1 missed, 2 void)")
     group.add_argument("--slo", default="", metavar="FILE", help='a JSON object of limits, such as {"p99_ms": 200}')
     for name, text in OBJECTIVES.items():
-        group.add_argument("--slo-" + name.replace("_", "-"), type=float, metavar="NUMBER", help=text)
+        group.add_argument(flag_of(f"slo_{name}"), type=float, metavar="NUMBER", help=text)
 
 
 def read_objectives(values: dict[str, Any]) -> Objectives:
