@@ -28,6 +28,7 @@ from deploy.folder.sentence import read_json
 from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.source import Source
 from deploy.folder.tokenizer import slow_tokenizer, told_token_types
+from torch_ext.encoder.huggingface.folder import layers_left_out
 
 __all__ = ["load_model", "older_config", "older_tokenizer_config", "readable_folder"]
 
@@ -278,7 +279,7 @@ def _layers_left_out(names: Collection[str], unexpected: Collection[str]) -> str
     found = max(more, default=-1) + 1
     if found <= counted:
         return None
-    return f"layers: {counted} in config.json, {found} in the weights; the last ones are left out"
+    return layers_left_out(counted, found)
 
 
 def _shape_of(source: Source, name: str) -> str:

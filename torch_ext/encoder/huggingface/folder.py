@@ -32,7 +32,7 @@ from torch_ext.encoder.huggingface.stages import read_stages
 from torch_ext.encoder.huggingface.table import HEAD_CLASSES, find_architecture, text_values
 from torch_ext.encoder.spec import EncoderSpec, HeadSpec
 
-__all__ = ["AUTO", "FolderModel", "head_task", "read_config", "read_folder"]
+__all__ = ["AUTO", "FolderModel", "head_task", "layers_left_out", "read_config", "read_folder"]
 
 AUTO = "auto"
 """The head that ``config.json`` names, if the weights have it."""
@@ -179,6 +179,16 @@ def _read(config: dict[str, Any], stored: Mapping[str, StoredTensor], head: str 
     return FolderModel(spec, head_spec, {**tensors, **_tensors(head_plan, weights, head_spec)})
 
 
+def layers_left_out(counted: int, found: int) -> str:
+    """What to tell of a folder whose ``config.json`` counts fewer layers than there are weights of.
+
+    Args:
+        counted: layers by ``config.json``.
+        found: layers in the weights.
+    """
+    return f"layers: {counted} in config.json, {found} in the weights; the last ones are left out"
+
+
 def _beyond(config: Any, architecture: Architecture, names: Collection[str]) -> list[str]:
     """Weights of layers that the configuration does not count; they are left out, as transformers does."""
     before, numbered, _ = architecture.layer.partition("{}")
@@ -187,10 +197,7 @@ def _beyond(config: Any, architecture: Architecture, names: Collection[str]) -> 
     numbers = {name: int(found[1]) for name, found in layers.items() if found is not None}
     beyond = [name for name, number in numbers.items() if number >= count]
     if beyond and count > 0:
-        warnings.warn(
-            f"layers: {count} in config.json, {max(numbers.values()) + 1} in the weights; the last ones are left out",
-            stacklevel=2,
-        )
+        warnings.warn(layers_left_out(count, max(numbers.values()) + 1), stacklevel=2)
     return beyond
 
 
