@@ -99,10 +99,9 @@ def lazy_names(
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
-            raise ImportError(
-                f"{package}.{name} needs torch>=2.10, which is not installed: pip install 'torch-ext[torch]'",
-                name="torch",
-            ) from error
+            from torch_ext._library import needs_torch
+
+            raise needs_torch(f"{package}.{name}") from error
         namespace[name] = module if home is None else getattr(module, name)
         return namespace[name]
 

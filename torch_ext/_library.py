@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["LIBRARY", "load_library"]
+__all__ = ["LIBRARY", "TORCH", "is_too_old", "load_library", "needs_torch"]
+
+_OLDEST_TORCH = (2, 10)
+"""Major and minor version: what ``setup.py`` builds the library for, and ``pyproject.toml`` asks for."""
+
+TORCH = f"torch>={_OLDEST_TORCH[0]}.{_OLDEST_TORCH[1]}"
+"""The torch that the ops need, as pip takes it."""
+
+
+def is_too_old(version: str) -> bool:
+    """Whether a version of torch, such as ``2.9.1+cpu``, is older than the ops need."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < _OLDEST_TORCH
+
 
 LIBRARY = Path(__file__).resolve().parent / "_C.abi3.so"
+
+
+def needs_torch(name: str) -> ImportError:
+    """The error where torch is not installed.
+
+    Args:
+        name: what needs it, as the user wrote it.
+    """
+    return ImportError(f"{name} needs {TORCH}, which is not installed: pip install 'torch-ext[torch]'", name="torch")
 
 
 def load_library() -> None:
@@ -20,13 +41,9 @@ def load_library() -> None:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ImportError(
-            "torch.ops.torch_ext needs torch>=2.10, which is not installed: pip install 'torch-ext[torch]'",
-            name="torch",
-        ) from error
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 10):
-        raise ImportError(f"torch_ext needs torch>=2.10, found {torch.__version__}: pip install -U torch")
+        raise needs_torch("torch.ops.torch_ext") from error
+    if is_too_old(torch.__version__):
+        raise ImportError(f"torch_ext needs {TORCH}, found {torch.__version__}: pip install -U torch")
     if not LIBRARY.is_file():
         raise ImportError(
             f"torch_ext: {LIBRARY} is missing: the package was not built for this environment. Install a wheel, or "

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch_ext._library import TORCH, is_too_old
 from torch_ext.machine import Machine
 
 __all__ = ["Finding", "Machine", "diagnose", "main"]
@@ -87,11 +88,10 @@ def _check_torch() -> Finding:
         if isinstance(error, ModuleNotFoundError) and error.name == "torch":
             advice = "pip install 'torch-ext[torch]'"
             return Finding("torch", "WARN", _NO_TORCH, advice)
-        return Finding("torch", "FAIL", f"cannot be imported: {error}", "pip install torch (2.10 or newer)")
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        return Finding("torch", "FAIL", f"cannot be imported: {error}", f"pip install '{TORCH}'")
     detail = f"{torch.__version__}, Python {platform.python_version()}"
-    if version < (2, 10):
-        return Finding("torch", "FAIL", detail, "torch_ext needs torch 2.10 or newer: pip install -U torch")
+    if is_too_old(torch.__version__):
+        return Finding("torch", "FAIL", detail, f"torch_ext needs {TORCH}: pip install -U torch")
     config = torch.__config__.parallel_info()
     if "ATen parallel backend: OpenMP" not in config:
         return Finding("torch", "WARN", f"{detail}, built without OpenMP", "install torch from PyPI or pytorch.org")
