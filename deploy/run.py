@@ -21,6 +21,7 @@ from pathlib import Path
 from .bundle import MANIFEST_FILE
 from .server.cli import parse
 from .server.main import main as serve
+from .server.tei_options import POOLINGS
 
 __all__ = ["main"]
 
@@ -198,8 +199,7 @@ def _export_options(
     options = shlex.split(environ.get(EXPORT_VARIABLE, ""))
     if not any(word.partition("=")[0] == "--variants" for word in options):
         options += ["--variants", VARIANTS]
-    poolings = {"last-token": "lasttoken"}
-    given = {"--revision": revision, "--task": task, "--pooling": poolings.get(pooling or "", pooling)}
+    given = {"--revision": revision, "--task": task, "--pooling": POOLINGS.get(pooling or "", pooling)}
     return [*options, *(word for name, value in given.items() if value for word in (name, value))]
 
 

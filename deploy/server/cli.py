@@ -171,6 +171,7 @@ def _parser(command: str = "serve") -> argparse.ArgumentParser:
     times = parser.add_argument_group("times")
     times.add_argument(
         "--request-timeout",
+        dest="request_timeout_s",
         type=_seconds,
         default=defaults.request_timeout_s,
         metavar="S",
@@ -178,6 +179,7 @@ def _parser(command: str = "serve") -> argparse.ArgumentParser:
     )
     times.add_argument(
         "--response-timeout",
+        dest="response_timeout_s",
         type=_seconds,
         default=defaults.response_timeout_s,
         metavar="S",
@@ -186,6 +188,7 @@ def _parser(command: str = "serve") -> argparse.ArgumentParser:
     )
     times.add_argument(
         "--keep-alive",
+        dest="keep_alive_s",
         type=_seconds,
         default=defaults.keep_alive_s,
         metavar="S",
@@ -193,6 +196,7 @@ def _parser(command: str = "serve") -> argparse.ArgumentParser:
     )
     times.add_argument(
         "--drain-delay",
+        dest="drain_delay_s",
         type=_seconds,
         default=defaults.drain_delay_s,
         metavar="S",
@@ -200,6 +204,7 @@ def _parser(command: str = "serve") -> argparse.ArgumentParser:
     )
     times.add_argument(
         "--drain-timeout",
+        dest="drain_timeout_s",
         type=_seconds,
         default=defaults.drain_timeout_s,
         metavar="S",
@@ -207,6 +212,7 @@ def _parser(command: str = "serve") -> argparse.ArgumentParser:
     )
     times.add_argument(
         "--measure-limit",
+        dest="measure_limit_s",
         type=_seconds,
         default=defaults.measure_limit_s,
         metavar="S",

@@ -6,12 +6,13 @@ Only the standard library is imported before the threads are settled: OpenMP rea
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..bundle import BundleError
 from .access import open_tls, read_api_keys
@@ -29,44 +30,25 @@ __all__ = ["Assembled", "assemble", "serve"]
 
 
 def _settings(arguments: argparse.Namespace, port: int, threads: int, models: int) -> Settings:
-    """The settings of the server, from its options; each of the models has its part of the cache."""
-    return Settings(
-        host=arguments.host,
-        port=port,
-        unix_socket=arguments.unix_socket,
-        tls=arguments.tls_cert is not None,
-        threads=threads,
-        max_batch_tokens=arguments.max_batch_tokens,
-        max_queue_tokens=arguments.max_queue_tokens,
-        max_queue_ms=arguments.max_queue_ms,
-        max_batch_ms=arguments.max_batch_ms,
-        max_body_bytes=arguments.max_body_bytes,
-        max_inputs=arguments.max_inputs,
-        max_chars=arguments.max_chars,
-        max_values=arguments.max_values,
-        max_memory_mb=arguments.max_memory_mb,
-        request_timeout_s=arguments.request_timeout,
-        response_timeout_s=arguments.response_timeout,
-        keep_alive_s=arguments.keep_alive,
-        drain_delay_s=arguments.drain_delay,
-        drain_timeout_s=arguments.drain_timeout,
-        measure_limit_s=arguments.measure_limit,
-        api_key=arguments.api_key or None,
-        api_keys_file=arguments.api_keys_file,
-        access_log=arguments.access_log,
-        accept_token_ids=arguments.accept_token_ids,
-        any_dimensions=arguments.any_dimensions,
-        cors_allow_origin=tuple(arguments.cors_allow_origin),
-        root_path=arguments.root_path,
-        auto_truncate=arguments.auto_truncate,
-        served_model_name=arguments.served_model_name,
-        max_concurrent_requests=arguments.max_concurrent_requests,
-        max_batch_requests=arguments.max_batch_requests,
-        tokenization_workers=arguments.tokenization_workers,
-        cache_mb=None if arguments.cache_mb is None else max(1, arguments.cache_mb // models),
-        otlp_endpoint=arguments.otlp_endpoint,
-        otlp_service_name=arguments.otlp_service_name,
-    )
+    """The settings of the server: the options of their names, but for those that are decided here.
+
+    Args:
+        arguments: See `cli.parse`.
+        port: To listen on.
+        threads: Of all engines together.
+        models: How many there are; each has its part of the cache.
+    """
+    decided: dict[str, Any] = {
+        "port": port,
+        "tls": arguments.tls_cert is not None,
+        "threads": threads,
+        "api_key": arguments.api_key or None,
+        "cors_allow_origin": tuple(arguments.cors_allow_origin),
+        "cache_mb": None if arguments.cache_mb is None else max(1, arguments.cache_mb // models),
+        "workers": Settings.workers,  # `Process.settings` knows.
+    }
+    names = {field.name for field in dataclasses.fields(Settings)} - decided.keys()
+    return Settings(**decided, **{name: getattr(arguments, name) for name in names})
 
 
 def _reload_when_asked(arguments: argparse.Namespace, process: Process, threads: int, app: App, server: Server) -> None:

@@ -15,15 +15,10 @@ from typing import Any
 
 from ..bundle import BundleError, Manifest, Prompts
 from ..extras import how_to_install
+from ..options import positive
+from .limits.bounds import Settings
 
-__all__ = ["add_tei_options", "fit_manifest", "settle_tei_options"]
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+__all__ = ["POOLINGS", "add_tei_options", "fit_manifest", "settle_tei_options"]
 
 
 def _flag(text: str) -> bool:
@@ -54,7 +49,7 @@ class _Option:
     told: str | None = None
 
 
-_NUMBER: dict[str, Any] = {"kind": _count, "expected": "a number from 1"}
+_NUMBER: dict[str, Any] = {"kind": positive, "expected": "a number from 1"}
 _BOOLEAN: dict[str, Any] = {"kind": _flag, "expected": "true or false", "flag": True}
 _OPTIONS: Mapping[str, _Option] = {
     "--model-id": _Option("model", told="MODEL"),
@@ -88,27 +83,31 @@ _OPTIONS: Mapping[str, _Option] = {
     "--otlp-endpoint": _Option(
         "otlp_endpoint", told="collector of OpenTelemetry that gets spans; needs the extra otel"
     ),
-    "--otlp-service-name": _Option("otlp_service_name", told="name of the server in spans (default: torch-ext)"),
+    "--otlp-service-name": _Option(
+        "otlp_service_name", told=f"name of the server in spans (default: {Settings.otlp_service_name})"
+    ),
     "--prometheus-port": _Option(),
 }
 
 _DEFAULTS: Mapping[str, Any] = {
-    "served_model_name": None,
-    "max_batch_requests": None,
-    "max_concurrent_requests": None,
-    "tokenization_workers": None,
-    "auto_truncate": True,
+    "served_model_name": Settings.served_model_name,
+    "max_batch_requests": Settings.max_batch_requests,
+    "max_concurrent_requests": Settings.max_concurrent_requests,
+    "tokenization_workers": Settings.tokenization_workers,
+    "auto_truncate": Settings.auto_truncate,
     "default_prompt": None,
     "default_prompt_name": None,
     "pooling": None,
     "dtype": None,
     "json_output": False,
-    "otlp_endpoint": None,
-    "otlp_service_name": "torch-ext",
+    "otlp_endpoint": Settings.otlp_endpoint,
+    "otlp_service_name": Settings.otlp_service_name,
 }
 """Those that are no options of ours by another name."""
 
-_POOLINGS = {"mean": "mean", "cls": "cls", "last-token": "lasttoken"}
+POOLINGS: Mapping[str, str] = {"last-token": "lasttoken"}
+"""Our poolings by TEI's names; the others are called alike."""
+
 _VARIANTS = {"float32": ("torch_ext-fp32", "onnx-fp32"), "bfloat16": ("torch_ext-bf16",)}
 
 
@@ -167,7 +166,7 @@ def settle_tei_options(
             continue
         try:
             value = option.kind(text)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, argparse.ArgumentTypeError):
             parser.error(f"{source}: expected {option.expected}, got {text[:80]!r}")
         if option.ours not in given:
             setattr(arguments, option.ours, value)
@@ -212,7 +211,7 @@ def fit_manifest(manifest: Manifest, arguments: argparse.Namespace) -> Manifest:
         BundleError: The bundle is for another pooling, or has no such prompt.
     """
     asked = arguments.pooling
-    if asked is not None and manifest.pooling is not None and manifest.pooling.mode != _POOLINGS.get(asked, asked):
+    if asked is not None and manifest.pooling is not None and manifest.pooling.mode != POOLINGS.get(asked, asked):
         raise BundleError(
             f"--pooling {asked}: the bundle was made and verified with {manifest.pooling.mode}; export the model again "
             "with this pooling, or leave the option out"

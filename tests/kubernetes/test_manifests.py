@@ -203,7 +203,7 @@ def test_the_server_is_started_as_it_is_meant(of: str, monkeypatch: pytest.Monke
     if grace is None:
         example = yaml.safe_load((FOLDER / "kserve" / "inferenceservice.yaml").read_text())
         grace = example["spec"]["predictor"]["terminationGracePeriodSeconds"]
-    assert grace >= arguments.drain_delay + arguments.drain_timeout + 5
+    assert grace >= arguments.drain_delay_s + arguments.drain_timeout_s + 5
 
 
 def test_hardened() -> None:

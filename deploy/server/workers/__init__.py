@@ -53,7 +53,7 @@ def supervise(arguments: argparse.Namespace, argv: Sequence[str], port: int) -> 
     listener = open_listener(arguments.host, port, arguments.unix_socket)
     admin = None if arguments.admin_address is None else open_admin(arguments.admin_address)
     url = url_of(listener, tls=arguments.tls_cert is not None)
-    supervisor = Supervisor(listener, url, shares, argv, arguments.drain_delay, arguments.drain_timeout)
+    supervisor = Supervisor(listener, url, shares, argv, arguments.drain_delay_s, arguments.drain_timeout_s)
     if admin is not None:
         from ..admin import Admin
 

@@ -51,7 +51,7 @@ def _prepare(arguments: argparse.Namespace, threads: int) -> tuple[list[dict[str
         digest_then = digest(one.manifest)
         one.begin(open_known=False)
         tokenizer = one.verified()
-        one.selection.prepare(tokenizer.vocab_size, arguments.measure_limit)
+        one.selection.prepare(tokenizer.vocab_size, arguments.measure_limit_s)
         image = one.share()
         if image is not None:
             images.append(image)
