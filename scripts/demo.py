@@ -26,16 +26,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deploy.bundle import BundleError, load_manifest
 from deploy.machine import usable_cpus
+from loadtest.options import RequestOptions
 from scripts.demo_table import BASELINE, Neighbours, Row, accuracy_of, faster_than_chosen, machine, table, weights_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Task:
+    """How models for a task are measured.
+
+    Attributes:
+        endpoint: What ``--task`` of the load test calls it.
+        plain: Whether ``scripts/plain_server.py`` serves such models, too.
+    """
+
+    endpoint: str
+    plain: bool = False
+
+
 TASKS = {
-    "feature-extraction": "embed",
-    "text-classification": "predict",
-    "token-classification": "token-classify",
-    "question-answering": "answer",
-    "fill-mask": "fill-mask",
+    "feature-extraction": Task("embed", plain=True),
+    "text-classification": Task("predict", plain=True),
+    "token-classification": Task("token-classify"),
+    "question-answering": Task("answer"),
+    "fill-mask": Task("fill-mask", plain=True),
+    "sparse-embedding": Task("tei-embed-sparse"),
+    "token-embedding": Task("tei-embed-all"),
 }
+"""By the task of the bundle."""
+
 START_TIMEOUT_S = 120
 ACCURACY_TEXTS = 128
 """Half of what an export compares by default, which takes longer than all load tests on 2 slow cores."""
@@ -227,7 +247,7 @@ def demo(arguments: argparse.Namespace) -> None:
     # Named when it has started; what it measures at its start is measured in this run.
     servers: dict[str, list[str]] = {"": [*serve, "--cache-dir", "none"]}
     servers |= {variant: [*serve, "--variant", variant] for variant in manifest.variants}
-    if Path(model).is_dir():
+    if task.plain and Path(model).is_dir():
         plain = str(ROOT / "scripts" / "plain_server.py")
         servers[BASELINE] = [sys.executable, plain, model, "--task", manifest.task]
         servers[BASELINE] += ["--max-tokens", str(manifest.max_tokens)]
@@ -248,7 +268,7 @@ def demo(arguments: argparse.Namespace) -> None:
                 why = started.why
                 print(f"it took {chosen}: {why}")
             label = server.replace(" ", "-")
-            measured[server] = load_test(started.host, loads / label, task, arguments.users, arguments.seconds)
+            measured[server] = load_test(started.host, loads / label, task.endpoint, arguments.users, arguments.seconds)
         busiest = max(busiest, neighbours.share)
         latency = measured[server]["latency_ms"]
         speed = measured[server]["texts_per_s"]
@@ -271,11 +291,12 @@ def demo(arguments: argparse.Namespace) -> None:
         f"* served without --variant: the server took it by itself ({why})",
         conditions,
         machine(threads),
-        f"{BASELINE}: Flask, one request after the other (scripts/plain_server.py)",
     ]
+    if BASELINE in measured:
+        report.append(f"{BASELINE}: Flask, one request after the other (scripts/plain_server.py)")
     if faster := faster_than_chosen(rows):
         report.append(f"note: {faster} was served faster than the variant that the server took")
-    if limited := [row.name for row in rows if row.load["generator_cpu"] > 0.9]:
+    if limited := [row.name for row in rows if row.load["generator_cpu"] > RequestOptions.max_cpu]:
         report.append(f"note: the load generator was busy all the time with {', '.join(limited)}, which may be faster")
     if busiest > 0.1:
         report.append(f"note: other programs used up to {busiest:.0%} of the CPUs meanwhile: all speeds are too low")

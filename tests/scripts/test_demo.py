@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import signal
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 
+import deploy.tasks
+import loadtest.tasks
 from deploy.server.variants.choice import Choice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +94,17 @@ def test_a_signal_leaves_nothing_running(tmp_path: Path, number: int) -> None:
     while alive(pid) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert not alive(pid)
+
+
+def test_every_task_can_be_shown(demo: ModuleType) -> None:
+    assert demo.TASKS.keys() == deploy.tasks.TASKS.keys()
+    assert {task.endpoint for task in demo.TASKS.values()} <= loadtest.tasks.TASKS.keys()
+    # Read, not imported: it takes Flask and transformers.
+    text = (ROOT / "scripts" / "plain_server.py").read_text(encoding="utf-8")
+    table = next(node.value for node in ast.parse(text).body if isinstance(node, ast.Assign))
+    assert isinstance(table, ast.Dict)
+    served = {ast.literal_eval(key) for key in table.keys if key is not None}
+    assert {name for name, task in demo.TASKS.items() if task.plain} == served
 
 
 def measured(texts_per_s: float) -> dict[str, Any]:
