@@ -365,7 +365,7 @@ def export(source: Source, target: Path, options: Options, progress: Progress) -
         The manifest, its root being `target`.
 
     Raises:
-        ExportError: See its message; nothing is left.
+        FolderError: See its message; nothing is left.
         OSError: The disk is full, or fails; nothing is left.
     """
     texts = read_texts(options)

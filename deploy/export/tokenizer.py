@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import CONFIG_FILE, TASKS, TRUNCATION_SIDES, SpecialToken
+from deploy.bundle import CONFIG_FILE, TASKS, SpecialToken
 from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
 from deploy.folder.source import Source
-from deploy.folder.tokenizer import SPECIAL_TOKENS, drop_rowless, gives_token_types, slow_tokenizer
+from deploy.folder.tokenizer import (
+    SPECIAL_TOKENS,
+    check_vocabulary,
+    checked_side,
+    drop_rowless,
+    gives_token_types,
+    longest_input,
+    no_padding,
+    slow_tokenizer,
+)
 from deploy.folder.tokenizer_kinds import KINDS
 from deploy.tasks import prompted
 
@@ -39,7 +48,7 @@ class Tokens:
             target: Path to write.
 
         Raises:
-            ExportError: It cannot be loaded, is a slow one that nothing fast is known for, or does not belong to the
+            FolderError: It cannot be loaded, is a slow one that nothing fast is known for, or does not belong to the
                 model.
         """
         from tokenizers import Tokenizer, normalizers
@@ -67,18 +76,9 @@ class Tokens:
         self._task, self._source = TASKS[source.task], source
         # Of folders that transformers 4 saved, transformers 5 leaves out token types that models were trained with.
         self.token_types = gives_token_types(source, "token_type_ids" in self._reference.model_input_names)
-        self.truncation_side = str(self._reference.truncation_side)
-        if self.truncation_side not in TRUNCATION_SIDES:
-            raise ExportError(
-                f"{source.folder}: truncation_side: expected one of {', '.join(TRUNCATION_SIDES)}, got "
-                f"{self.truncation_side!r}"
-            )
-        _check_vocabulary(source, backend)
-        # Without a limit of its own a tokenizer says 1e30; files may have anything.
-        declared = self._reference.model_max_length
-        known = isinstance(declared, int | float) and 3 <= declared <= source.max_positions
-        limit = int(declared) if known else source.max_positions
-        self.max_tokens = source.max_tokens or limit
+        self.truncation_side = checked_side(source, self._reference.truncation_side)
+        check_vocabulary(source, max(backend.get_vocab(with_added_tokens=True).values(), default=-1))
+        self.max_tokens = longest_input(source, self._reference.model_max_length)
         self.special = {name: self._special(name) for name in SPECIAL_TOKENS}
         self.special["pad"] = self.special["pad"] or _padding_of_config(source, backend)
         if self._task.needs.mask_token and self.special["mask"] is None:
@@ -187,19 +187,9 @@ def _with_rows(source: Source, backend: Any, special: Sequence[str | None]) -> A
     return Tokenizer.from_str(json.dumps(whole, ensure_ascii=False))
 
 
-def _check_vocabulary(source: Source, backend: Any) -> None:
-    size = source.config.get("vocab_size")
-    highest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-    if isinstance(size, int) and highest >= size:
-        raise ExportError(
-            f"{source.folder}: the tokenizer has ids up to {highest}, the model a vocabulary of {size}; "
-            "they do not belong together"
-        )
-
-
 def _padding_of_config(source: Source, backend: Any) -> SpecialToken:
     declared = source.config.get("pad_token_id")
     token = backend.id_to_token(declared) if isinstance(declared, int) else None
     if token is None:
-        raise ExportError(f"{source.folder}: the tokenizer has no padding token; set tokenizer.pad_token and save it")
+        raise no_padding(source)
     return SpecialToken(int(declared or 0), token)

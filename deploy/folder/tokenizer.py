@@ -27,8 +27,12 @@ from deploy.folder.tokenizer_kinds import ANY, KIND_OF_MODEL, KINDS, Kind
 __all__ = [
     "SPECIAL_TOKENS",
     "FolderTokenizer",
+    "check_vocabulary",
+    "checked_side",
     "drop_rowless",
     "gives_token_types",
+    "longest_input",
+    "no_padding",
     "read_tokenizer",
     "slow_tokenizer",
     "told_token_types",
@@ -127,33 +131,71 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     special = {name: declared.special_token(name) for name in SPECIAL_TOKENS}
     drop_rowless(tokenizer, size, special.values())
     ids = dict(_vocabulary(tokenizer))
-    if isinstance(size, int) and max(ids.values(), default=-1) >= size:
+    check_vocabulary(source, max(ids.values(), default=-1))
+    told = told_token_types(settings)
+    text = json.dumps(tokenizer, ensure_ascii=False)
+    padding = _padding_behind(source, text)
+    suffix = "" if padding else source.suffix
+    return FolderTokenizer(
+        text=text if suffix is None else with_suffix(text, suffix, source.folder),
+        max_tokens=longest_input(source, settings.get("model_max_length")) - padding,
+        truncation_side=checked_side(source, settings.get("truncation_side", "right")),
+        token_types=kind.token_types if told is None else told,
+        special=_special_tokens(source, special, ids),
+        ids=ids,
+    )
+
+
+def check_vocabulary(source: Source, highest: int) -> None:
+    """Checks that the model has an embedding for every token id.
+
+    Args:
+        source: What the model's folder says.
+        highest: The largest id that the tokenizer gives.
+
+    Raises:
+        FolderError: It has not.
+    """
+    size = source.config.get("vocab_size")
+    if isinstance(size, int) and highest >= size:
         raise FolderError(
-            f"{source.folder}: the tokenizer has ids up to {max(ids.values())}, the model a vocabulary of {size}; "
-            "they do not belong together"
+            f"{source.folder}: the tokenizer has ids up to {highest}, the model a vocabulary of {size}; they do not "
+            "belong together"
         )
-    side = settings.get("truncation_side", "right")
+
+
+def checked_side(source: Source, side: object) -> str:
+    """The side from which longer texts are cut.
+
+    Args:
+        source: What the model's folder says.
+        side: `truncation_side` of its tokenizer.
+
+    Raises:
+        FolderError: It is none.
+    """
     if side not in TRUNCATION_SIDES:
         raise FolderError(
             f"{source.folder / _SETTINGS_FILE}: truncation_side: expected one of {', '.join(TRUNCATION_SIDES)}, got "
             f"{side!r:.80}"
         )
-    # Without a limit of its own a tokenizer says 1e30.
-    limit = settings.get("model_max_length")
+    return str(side)
+
+
+def longest_input(source: Source, limit: object) -> int:
+    """The longest input in tokens: what the model's folder says, else its tokenizer, within the model's positions.
+
+    Args:
+        source: What the model's folder says.
+        limit: `model_max_length` of its tokenizer, which files may have as anything; 1e30 stands for none.
+    """
     known = isinstance(limit, int | float) and 3 <= limit <= source.max_positions
-    told = told_token_types(settings)
-    text = json.dumps(tokenizer, ensure_ascii=False)
-    padding = _padding_behind(source, text)
-    suffix = "" if padding else source.suffix
-    longest = source.max_tokens or (int(limit) if known else source.max_positions)  # type: ignore[arg-type]
-    return FolderTokenizer(
-        text=text if suffix is None else with_suffix(text, suffix, source.folder),
-        max_tokens=longest - padding,
-        truncation_side=side,
-        token_types=kind.token_types if told is None else told,
-        special=_special_tokens(source, special, ids),
-        ids=ids,
-    )
+    return source.max_tokens or (int(limit) if known else source.max_positions)  # type: ignore[call-overload]
+
+
+def no_padding(source: Source) -> FolderError:
+    """The error of a tokenizer without a padding token."""
+    return FolderError(f"{source.folder}: the tokenizer has no padding token; set tokenizer.pad_token and save it")
 
 
 def drop_rowless(tokenizer: dict[str, Any], size: Any, special: Collection[str | None]) -> bool:
@@ -335,8 +377,6 @@ def _special_tokens(
         declared = source.config.get("pad_token_id")
         token = next((token for token, number in ids.items() if number == declared), None)
         if token is None:
-            raise FolderError(
-                f"{source.folder}: the tokenizer has no padding token; set tokenizer.pad_token and save it"
-            )
+            raise no_padding(source)
         special["pad"] = SpecialToken(ids[token], token)
     return special
