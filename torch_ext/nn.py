@@ -84,6 +84,24 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: expected a torch.nn.Module, got {type(model).__name__}")
+    inputs = _check_options(dtype, keep_bf16, accuracy, sample)
+    targets, bf16 = _find_layers(model, dtype, skip, keep_bf16)
+    swap = Swap(model, targets)
+    low = {id(module) for _, module in targets} if dtype == "bf16" else bf16
+    if accuracy is not None:
+        result = choose(swap, low, accuracy, inputs)
+        low = low | {swap.ids[name] for name in result.kept}
+        if report is not None:
+            report(result)
+    model = swap(low)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _check_options(
+    dtype: PackedDtype, keep_bf16: Skip, accuracy: float | None, sample: Iterable[Sample] | None
+) -> list[Sample]:
+    """Raise unless the options of :func:`optimize` go together. Returns the inputs of the sample."""
     check_dtype("optimize", dtype)
     if dtype != "int8" and (keep_bf16 != () or accuracy is not None):
         raise ValueError(f"optimize: keep_bf16 and accuracy mean nothing with dtype={dtype!r}, only with 'int8'")
@@ -96,6 +114,17 @@ def optimize(
         raise TypeError(f"optimize: expected a number as accuracy, got {type(accuracy).__name__}")
     if accuracy is not None and not 0 < accuracy <= 1:
         raise ValueError(f"optimize: expected accuracy above 0 and at most 1, got {accuracy}")
+    return inputs
+
+
+def _find_layers(
+    model: nn.Module, dtype: PackedDtype, skip: Skip, keep_bf16: Skip
+) -> tuple[list[tuple[str, nn.Linear]], set[int]]:
+    """Find what :func:`optimize` swaps, and raise unless all of it can be packed.
+
+    Returns:
+        The layers to swap, each under all of its names, and the ids of those that ``keep_bf16`` names.
+    """
     skipped, unused = matcher(skip)
     in_bf16, unused_bf16 = matcher(keep_bf16)
     targets: list[tuple[str, nn.Linear]] = []
@@ -145,14 +174,4 @@ def optimize(
         if dtype == "int8" and id(module) not in bf16:
             check_inputs(f"optimize: {name or 'the model'}", module.in_features)
         check_tensors(f"optimize: {name or 'the model'}", module.weight, module.bias)
-
-    swap = Swap(model, targets)
-    low = {id(module) for _, module in targets} if dtype == "bf16" else bf16
-    if accuracy is not None:
-        result = choose(swap, low, accuracy, inputs)
-        low = low | {swap.ids[name] for name in result.kept}
-        if report is not None:
-            report(result)
-    model = swap(low)
-    model.requires_grad_(False)
-    return model.eval()
+    return targets, bf16
