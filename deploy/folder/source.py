@@ -15,6 +15,7 @@ from deploy.folder.chat import Chat, read_chat
 from deploy.folder.errors import FolderError, refuse_pointer
 from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files, read_settings
 from deploy.folder.token_files import TokenFiles
+from torch_ext.encoder.huggingface.safetensors import files_of_index
 
 __all__ = ["Source", "read_source"]
 
@@ -349,16 +350,12 @@ def _find_weights(folder: Path) -> tuple[str, int]:
 
 def _check_shards(index: Path) -> None:
     """Checks that an index names files of its own folder only, which are there; transformers reads what it names."""
-    shards = read_json(index, dict).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise FolderError(f"{index}: expected weight_map, an object that names files, got {shards!r:.200}")
-    for name in shards.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise FolderError(f"{index}: weight_map: expected names of files beside it, got {name!r:.200}; refused")
-    for name in sorted(set(shards.values())):
-        if not (index.parent / name).is_file():
-            raise FolderError(f"{index.parent / name}: missing, though {index.name} names it; copy the model again")
-        _refuse_pointer(index.parent / name)
+    try:
+        files = files_of_index(index, read_json(index, dict).get("weight_map"))
+    except (FileNotFoundError, ValueError) as error:
+        raise FolderError(str(error)) from error
+    for file in files:
+        _refuse_pointer(file)
 
 
 def _refuse_pointer(path: Path) -> None:

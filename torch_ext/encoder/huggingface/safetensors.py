@@ -18,6 +18,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "WEIGHTS_INDEX",
     "StoredTensor",
+    "files_of_index",
     "find_weights",
     "is_lfs_pointer",
     "map_weights",
@@ -138,6 +139,29 @@ def find_weights(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder}: no weights (neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX})")
 
 
+def files_of_index(index: Path, weight_map: object) -> list[Path]:
+    """The files that an index of several names, in the order of their names; none outside of its own folder.
+
+    Args:
+        index: the file.
+        weight_map: what it has under this name: names of files by those of weights.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+        ValueError: the index is damaged, or names files elsewhere.
+    """
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: expected weight_map, an object that names files, got {weight_map!r:.80}")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise ValueError(f"{index}: weight_map: expected names of files beside it, got {name!r:.200}; refused")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing, though {index.name} names it; copy the model again")
+    return files
+
+
 def map_weights(path: Path) -> dict[str, StoredTensor]:
     """The weights of a file, or of all files of an index, by name.
 
@@ -151,17 +175,8 @@ def map_weights(path: Path) -> dict[str, StoredTensor]:
     """
     if path.name != WEIGHTS_INDEX:
         return _map_file(path)
-    places = parse_object(path.read_bytes(), f"{path}").get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{path}: expected weight_map, an object that names files, got {places!r:.80}")
-    for name in places.values():
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-            raise ValueError(f"{path}: weight_map: expected names of files beside it, got {name!r:.200}; refused")
-    files = {}
-    for name in sorted(set(places.values())):
-        if not (path.parent / name).is_file():
-            raise FileNotFoundError(f"{path.parent / name}: missing, though {path.name} names it; copy the model again")
-        files[name] = _map_file(path.parent / name)
+    places: Any = parse_object(path.read_bytes(), f"{path}").get("weight_map")
+    files = {file.name: _map_file(file) for file in files_of_index(path, places)}
     weights = {}
     for weight, name in places.items():
         if weight not in files[name]:
