@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.bundle import DENSE_FILE, Dense
-from deploy.export.errors import ExportError, first_line, pickle_refused
+from deploy.export.errors import ExportError, first_line, pickle_refused, refused_pickle
 from deploy.folder.sentence import DenseModule
 
 if TYPE_CHECKING:
@@ -83,10 +83,7 @@ def _read(module: DenseModule) -> DenseStage:
         bias = tensors["linear.bias"].float() if "linear.bias" in tensors else torch.zeros(len(weight))
     except Exception as error:  # Pickle's and safetensors' share no base class.
         if not safe.is_file() and pickle_refused(error):
-            raise ExportError(
-                f"{pickled}: a pickle that is damaged or holds more than weights, which may be code: refused, nothing "
-                "of it was run; save the model again in safetensors"
-            ) from error
+            raise refused_pickle(pickled) from error
         raise ExportError(f"{module.folder}: weights of a Dense module cannot be read: {first_line(error)}") from error
     if weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise ExportError(

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 from deploy.folder.errors import FolderError, chain, first_line, is_disk_full
 
-__all__ = ["ExportError", "Interrupted", "NotSupportedError", "first_line", "is_disk_full", "pickle_refused"]
+__all__ = [
+    "ExportError",
+    "Interrupted",
+    "NotSupportedError",
+    "first_line",
+    "is_disk_full",
+    "pickle_refused",
+    "refused_pickle",
+]
 
 
 class ExportError(FolderError):
@@ -21,6 +30,14 @@ def pickle_refused(error: BaseException) -> bool:
     """Whether a pickle was not read because it holds more than weights, which may be code."""
     return any(
         isinstance(item, pickle.UnpicklingError) or "Weights only load failed" in str(item) for item in chain(error)
+    )
+
+
+def refused_pickle(path: Path) -> ExportError:
+    """The error of weights in a pickle that was not read; see `pickle_refused`."""
+    return ExportError(
+        f"{path}: a pickle that is damaged or holds more than weights, which may be code: refused, nothing of it was "
+        "run; save the model again in safetensors"
     )
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import CONFIG_FILE, TASKS, TOKENIZER_FILE
-from deploy.export.errors import ExportError, first_line, is_disk_full, pickle_refused
+from deploy.export.errors import ExportError, first_line, is_disk_full, pickle_refused, refused_pickle
 from deploy.folder.sentence import read_json
 from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.source import Source
@@ -184,12 +184,12 @@ def load_model(source: Source, folder: Path, warn: Callable[[str], None]) -> Any
         if is_disk_full(error):
             raise
         if not source.safe_format and pickle_refused(error):
-            raise _refused(source) from error
+            raise refused_pickle(source.folder / source.weights) from error
         raise ExportError(f"{source.folder / source.weights}: cannot be loaded: {first_line(error)}") from error
     except Exception as error:
         # Of the kinds of pickle and safetensors, which share no base class.
         if not source.safe_format:
-            raise _refused(source) from error
+            raise refused_pickle(source.folder / source.weights) from error
         raise ExportError(
             f"{source.folder / source.weights}: damaged: {first_line(error)}; save the model again in safetensors"
         ) from error
@@ -292,10 +292,3 @@ def _shape_of(source: Source, name: str) -> str:
                 if key == name or key.endswith(f".{name}") or name.endswith(f".{key}"):
                     return str(list(file.get_slice(key).get_shape()))
     return "another shape"
-
-
-def _refused(source: Source) -> ExportError:
-    return ExportError(
-        f"{source.folder / source.weights}: a pickle that is damaged or holds more than weights, which may be code: "
-        "refused, nothing of it was run; save the model again in safetensors"
-    )
