@@ -44,6 +44,10 @@ def onnx_missing() -> str | None:
     return None
 
 
+def _packages_missing(error: ImportError) -> ExportError:
+    return ExportError(f"export needs more packages ({first_line(error)}): {how_to_install('export')}")
+
+
 def import_libraries(names: Sequence[str]) -> None:
     """Imports the libraries that an export needs; a missing one is an error before any work is done."""
     try:
@@ -53,7 +57,7 @@ def import_libraries(names: Sequence[str]) -> None:
 
         del tokenizers, torch, transformers
     except ImportError as error:
-        raise ExportError(f"export needs more packages ({first_line(error)}): {how_to_install('export')}") from error
+        raise _packages_missing(error) from error
     if any(VARIANTS[name].engine == "onnxruntime" for name in names):
         try:
             import onnx
@@ -124,7 +128,7 @@ def threads(count: int) -> Iterator[int]:
     try:
         import torch
     except ImportError as error:
-        raise ExportError(f"export needs torch ({first_line(error)}): see the installation in the README") from error
+        raise _packages_missing(error) from error
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -889,6 +889,7 @@ def test_a_table_that_nobody_reads(
 @pytest.mark.parametrize(
     ("module", "variant", "message"),
     [
+        ("torch", "torch_ext-fp32", r"export needs more packages .*torch_ext-\*\.whl\)\[export\]"),
         ("transformers", "torch_ext-fp32", r"export needs more packages .*torch_ext-\*\.whl\)\[export\]"),
         ("optimum.exporters.onnx", "onnx-fp32", r"ONNX variants need more .*torch_ext-\*\.whl\)\[export-onnx\]"),
         ("torch_ext", "torch_ext-fp32", "or leave it out with --variants onnx-int8,onnx-fp32"),
