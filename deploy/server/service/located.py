@@ -13,14 +13,12 @@ from ...tasks.answers import Window
 from ...tasks.entities import TokenText
 from ..errors import ApiError
 from ..limits.bounds import exceeded
-from .tokens import TextTokenizer
+from .tokens import SLICE_TEXTS, TextTokenizer, check_length
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
 __all__ = ["Asked", "Located", "LocatingTokenizer"]
-
-_SLICE_TEXTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +88,7 @@ class LocatingTokenizer:
         result = []
         for index, (text, encoding) in enumerate(zip(texts, self.encodings(texts), strict=True), first):
             count = len(encoding.ids)
-            if count > limit and not truncate:
-                raise ApiError(
-                    "invalid_request",
-                    f"input {index}: expected at most {limit} tokens, got {count}; send a shorter text, or "
-                    "truncate: true",
-                )
-            if not count:
-                raise ApiError("invalid_request", f"input {index}: expected a text with at least one token, got none")
+            check_length(index, count, None if truncate else limit)
             kept = range(count)
             if count > limit and self._tokenizer.cuts_left:
                 kept = [*range(head), *range(count - (limit - head), count)]  # type: ignore[assignment]
@@ -198,8 +189,8 @@ class LocatingTokenizer:
 
     def encodings(self, inputs: Sequence[str] | Sequence[tuple[str, str]]) -> Iterator[Encoding]:
         """Encodings with places, a few at a time: they take far more memory than what is kept of them."""
-        for start in range(0, len(inputs), _SLICE_TEXTS):
-            yield from self.backend.encode_batch(list(inputs[start : start + _SLICE_TEXTS]))
+        for start in range(0, len(inputs), SLICE_TEXTS):
+            yield from self.backend.encode_batch(list(inputs[start : start + SLICE_TEXTS]))
 
     def tokens(self, located: Located) -> list[TokenText]:
         """The tokens of a text but special ones, as the pipelines of transformers see them."""

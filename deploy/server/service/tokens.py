@@ -26,9 +26,10 @@ from ..errors import ApiError
 if TYPE_CHECKING:
     from ...bundle import Manifest
 
-__all__ = ["TextTokenizer", "count_tokens"]
+__all__ = ["SLICE_TEXTS", "TextTokenizer", "check_length", "count_tokens"]
 
-_SLICE_TEXTS = 16
+SLICE_TEXTS = 16
+"""Texts whose encodings are in memory at a time; what is kept of one takes far less."""
 
 
 class TextTokenizer:
@@ -128,20 +129,13 @@ class TextTokenizer:
         result = []
         for index, encoding in enumerate(_encodings(self._tokenizer, texts), first):
             ids = encoding.ids
+            check_length(index, len(ids), None if truncate else limit)
             if len(ids) > limit:
-                if not truncate:
-                    raise ApiError(
-                        "invalid_request",
-                        f"input {index}: expected at most {limit} tokens, got {len(ids)}; send a shorter text, or "
-                        "truncate: true",
-                    )
                 head, tail = len(self.prefix), len(self.suffix)
                 if cut_left:
                     ids = self.prefix + ids[len(ids) - (limit - head) :]
                 else:
                     ids = ids[: limit - tail] + self.suffix
-            elif not ids:
-                raise ApiError("invalid_request", f"input {index}: expected a text with at least one token, got none")
             result.append(array("q", ids))
         return result
 
@@ -322,6 +316,26 @@ class TextTokenizer:
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
 
+def check_length(index: int, tokens: int, most: int | None) -> None:
+    """Refuses a text without tokens, or with too many.
+
+    Args:
+        index: Of the text in its request, for messages.
+        tokens: How many it has, special tokens included.
+        most: How many it may have; None: a longer one is cut.
+
+    Raises:
+        ApiError: It has none, or more.
+    """
+    if not tokens:
+        raise ApiError("invalid_request", f"input {index}: expected a text with at least one token, got none")
+    if most is not None and tokens > most:
+        raise ApiError(
+            "invalid_request",
+            f"input {index}: expected at most {most} tokens, got {tokens}; send a shorter text, or truncate: true",
+        )
+
+
 def count_tokens(tokenizer: Tokenizer) -> int:
     """How many tokens there are, added ones included: the library counts them by copying all, which takes 10 ms."""
     known = tokenizer.model
@@ -333,5 +347,5 @@ def count_tokens(tokenizer: Tokenizer) -> int:
 
 def _encodings(tokenizer: Tokenizer, inputs: Sequence[str] | Sequence[tuple[str, str]]) -> Iterator[Encoding]:
     """Encodings of inputs, a few at a time: that of a long text takes far more memory than the ids that are kept."""
-    for start in range(0, len(inputs), _SLICE_TEXTS):
-        yield from tokenizer.encode_batch_fast(list(inputs[start : start + _SLICE_TEXTS]))
+    for start in range(0, len(inputs), SLICE_TEXTS):
+        yield from tokenizer.encode_batch_fast(list(inputs[start : start + SLICE_TEXTS]))
