@@ -43,9 +43,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.closed_loop import Client, Load, processes  # noqa: E402
 from benchmarks.peers import NATIVE, PEERS  # noqa: E402
 from benchmarks.report import cpu_name  # noqa: E402
+from deploy.options import bundle_folder, model_folder  # noqa: E402
 from deploy.texts import sample  # noqa: E402
 
 READY_S = 120.0
+FLASK = "Flask, transformers fp32"
 Result = TypeVar("Result")
 
 
@@ -93,7 +95,7 @@ def measure(name: str, command: Sequence[str], requests: Sequence[bytes], connec
 # The encoder, called directly. Runs in a process of its own: `--direct`.
 
 
-def direct(bundle: str, variant: str, threads: int, texts: Sequence[str], seconds: float) -> dict[str, float]:
+def direct(bundle: Path, variant: str, threads: int, texts: Sequence[str], seconds: float) -> dict[str, float]:
     """CPU time per text of the encoder on ready token ids, by how many texts it gets at a time.
 
     Returns:
@@ -236,8 +238,10 @@ def table(loads: Sequence[Load]) -> str:
 def main() -> int:
     """Runs everything; the exit code is 1 if a promise is broken."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("bundle", nargs="?", help="folder written by python -m deploy export")
-    parser.add_argument("--model", help="the model's folder, for the Flask server; without it that is left out")
+    parser.add_argument("bundle", nargs="?", type=bundle_folder, help="folder written by python -m deploy export")
+    parser.add_argument(
+        "--model", type=model_folder, help="the model's folder, for the Flask server; without it that is left out"
+    )
     parser.add_argument("--variants", default="torch_ext-bf16", help="comma-separated (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of each server (default: %(default)s)")
     parser.add_argument("--connections", type=int, default=32, help="of the client (default: %(default)s)")
@@ -273,9 +277,9 @@ def main() -> int:
     else:
         if arguments.model:
             plain = str(ROOT / "scripts" / "plain_server.py")
-            commands["Flask, transformers fp32"] = [sys.executable, plain, arguments.model]
+            commands[FLASK] = [sys.executable, plain, str(arguments.model)]
         for variant in arguments.variants.split(","):
-            serve = [sys.executable, "-m", "deploy", "serve", arguments.bundle, "--variant", variant]
+            serve = [sys.executable, "-m", "deploy", "serve", str(arguments.bundle), "--variant", variant]
             commands[f"deploy serve {variant}"] = serve
         commands = {
             name: [*command, "--port", "0", "--threads", str(arguments.threads)] for name, command in commands.items()
@@ -286,10 +290,10 @@ def main() -> int:
         if not arguments.model or arguments.bundle is None:
             parser.error("--peers needs BUNDLE and --model MODEL_DIR")
         text = "Servers of encoders, compared."
-        flask_command = commands["Flask, transformers fp32"]
+        flask_command = commands[FLASK]
         expected = with_server(flask_command, lambda port, pid: NATIVE.embed(port, text))
         for peer in PEERS:
-            command = peer.command(arguments.model, arguments.bundle)
+            command = peer.command(str(arguments.model), str(arguments.bundle))
             commands[peer.name] = [*command, "--port", "0", "--threads", str(arguments.threads)]
             requests[peer.name] = peer.api.requests(texts)
             found = with_server(commands[peer.name], lambda port, pid, api=peer.api: api.embed(port, text))
@@ -317,7 +321,7 @@ def main() -> int:
     broken = False
     for variant in [] if arguments.frameworks else arguments.variants.split(","):
         ours = loads[f"deploy serve {variant}"]
-        if (flask := loads.get("Flask, transformers fp32")) is not None:
+        if (flask := loads.get(FLASK)) is not None:
             speedup = ours.requests_per_s / flask.requests_per_s
             promised = variant == "torch_ext-bf16" and multiplies_bf16()
             print(f"{variant}: {speedup:.1f}x the requests/s of Flask{' (promised: at least 5)' if promised else ''}")
@@ -328,7 +332,7 @@ def main() -> int:
             report[f"{variant} speedup over {best.name}"] = speedup = ours.requests_per_s / best.requests_per_s
             print(f"{variant}: {speedup:.2f}x the requests/s of the best peer, {best.name}")
         if variant in ("torch_ext-bf16", "torch_ext-fp32"):
-            command = [*own, arguments.bundle, "--direct", variant, "--threads", str(arguments.threads)]
+            command = [*own, str(arguments.bundle), "--direct", variant, "--threads", str(arguments.threads)]
             command += ["--texts", str(arguments.texts), "--seed", str(arguments.seed), "--seconds", "4"]
             found = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
             report[f"{variant} called directly"] = found

@@ -52,6 +52,15 @@ def test_scripts_explain_themselves(script: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "--help has written something"
 
 
+@pytest.mark.parametrize("words", ["{0}", "{0} --variants x", "--model {0}"])
+def test_a_benchmark_checks_its_folders_first(words: str, tmp_path: Path) -> None:
+    process = start(["benchmarks/serving.py", *words.format(tmp_path).split()])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"got {tmp_path}" in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_explain_themselves(name: str) -> None:
     process = start(["-m", *name.split(), "--help"])
