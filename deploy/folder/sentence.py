@@ -332,7 +332,17 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
     if not path.is_file():
         return
     settings = read_json(path, dict)
-    kind = settings.get("model_type", "SentenceTransformer")
+    _take_kind(root, files, settings.get("model_type", "SentenceTransformer"), path)
+    if isinstance(settings.get("activation_fn"), str):
+        files.activation = settings["activation_fn"]
+    kept = settings.get("truncate_dim")
+    if files.embeds and kept is not None:
+        files.dimensions = at_least_one(kept, f"{path}: truncate_dim")
+    _read_prompts(path, files, settings)
+
+
+def _take_kind(root: Path, files: SentenceFiles, kind: object, path: Path) -> None:
+    """Takes which class of sentence-transformers the model is of, and checks that its modules are those of one."""
     if kind == "CrossEncoder":
         files.cross_encoder, files.embeds = True, False
         if files.problem is not None or files.pooling_file is not None:
@@ -357,11 +367,9 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
             )
     elif kind != "SentenceTransformer":
         files.problem = files.problem or f"{path}: a {kind!s:.40} makes other embeddings than one per text"
-    if isinstance(settings.get("activation_fn"), str):
-        files.activation = settings["activation_fn"]
-    kept = settings.get("truncate_dim")
-    if files.embeds and kept is not None:
-        files.dimensions = at_least_one(kept, f"{path}: truncate_dim")
+
+
+def _read_prompts(path: Path, files: SentenceFiles, settings: Mapping[str, Any]) -> None:
     declared = settings.get("prompts") or {}
     if not isinstance(declared, dict) or not all(isinstance(text, str | None) for text in declared.values()):
         raise FolderError(f"{path}: prompts: expected an object of strings, got {declared!r:.80}")
