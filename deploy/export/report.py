@@ -30,7 +30,7 @@ from deploy.export.progress import megabytes
 from deploy.export.tokenizer import Tokens
 from deploy.export.write_onnx import files_of
 from deploy.folder.source import Source
-from deploy.folder.tokens import read_token_vectors
+from deploy.folder.token_vectors import read_token_vectors
 from deploy.machine import machine
 from deploy.onnx_session import kernels
 from deploy.tasks import TaskError

@@ -7,8 +7,8 @@ from deploy.folder.errors import FolderError, at_least_one
 from deploy.folder.hub import find_model
 from deploy.folder.sentence import read_json
 from deploy.folder.source import Source, read_source
+from deploy.folder.token_vectors import read_token_vectors
 from deploy.folder.tokenizer import read_tokenizer
-from deploy.folder.tokens import read_token_vectors
 from deploy.tasks import TaskError
 
 __all__ = ["describe_folder"]

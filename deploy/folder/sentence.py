@@ -18,7 +18,7 @@ from typing import Any
 
 from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
 from deploy.folder.errors import FolderError, at_least_one, count_or_none, first_line, refuse_pointer
-from deploy.folder.token_files import TokenFiles
+from deploy.folder.token_vectors import TokenFiles
 
 __all__ = ["DenseModule", "SentenceFiles", "read_json", "read_sentence_files", "read_settings"]
 

@@ -14,7 +14,7 @@ from deploy.bundle import CONFIG_FILE, MANIFEST_FILE, OFFSET_POSITIONS, TASKS, P
 from deploy.folder.chat import Chat, read_chat
 from deploy.folder.errors import FolderError, refuse_pointer
 from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files, read_settings
-from deploy.folder.token_files import TokenFiles
+from deploy.folder.token_vectors import TokenFiles
 from torch_ext.encoder.huggingface.safetensors import files_of_index
 
 __all__ = ["Source", "read_source"]

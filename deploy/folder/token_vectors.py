@@ -1,20 +1,54 @@
-"""Which tokens of a text have a vector, as a MultiVectorEncoder of sentence-transformers says it."""
+"""Vectors of tokens, as a MultiVectorEncoder of sentence-transformers has them: what its files say, and a manifest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from deploy.bundle import Role, SpecialToken, TokenVectors
-from deploy.folder.errors import FolderError
-from deploy.folder.source import Source
+from deploy.folder.errors import FolderError, count_or_none
 
-__all__ = ["read_token_vectors"]
+if TYPE_CHECKING:
+    from deploy.folder.source import Source
+
+__all__ = ["TokenFiles", "read_token_vectors"]
+
+
+@dataclass
+class TokenFiles:
+    """What the files of a MultiVectorEncoder say; `None` and empty where they are silent.
+
+    Attributes:
+        normalize: Whether vectors of tokens are normalized.
+        skiplist_words: Tokens that have no vector.
+        skiplist_tasks: In which kinds of texts.
+        kept: Ids of the only tokens of documents that have one.
+        query_length: Longest query.
+        document_length: Longest document.
+        expansion: How queries are filled up, or None.
+    """
+
+    normalize: bool = False
+    skiplist_words: list[str] = field(default_factory=list)
+    skiplist_tasks: list[str] = field(default_factory=lambda: ["document"])
+    kept: list[int] = field(default_factory=list)
+    query_length: int | None = None
+    document_length: int | None = None
+    expansion: Mapping[str, Any] | None = None
+
+    def read_lengths(self, settings: Mapping[str, Any]) -> None:
+        """Takes what the settings of the Transformer module say."""
+        self.query_length = count_or_none(settings.get("query_length"))
+        self.document_length = count_or_none(settings.get("document_length"))
+        expansion = settings.get("query_expansion")
+        self.expansion = expansion if isinstance(expansion, dict) else None
 
 
 def read_token_vectors(
     source: Source, token_id: Callable[[str], int | None], special: Mapping[str, SpecialToken | None]
 ) -> TokenVectors | None:
-    """What the manifest says of it; None for another task.
+    """Which tokens of a text have a vector, for the manifest; None for another task.
 
     Args:
         source: What the model's folder says.
