@@ -47,13 +47,26 @@ class TextTokenizer:
 
     def __init__(
         self,
-        path: Path | str,
+        source: Path | str,
         max_tokens: int,
         truncation_side: str = "right",
         prompts: Prompts | None = None,
         token_types: bool = True,
     ) -> None:
-        self._tokenizer = Tokenizer.from_str(path) if isinstance(path, str) else Tokenizer.from_file(str(path))
+        """Reads a tokenizer.
+
+        Args:
+            source: A `tokenizer.json`: its path, or its content as a string.
+            max_tokens: Longest input in tokens, special tokens included.
+            truncation_side: From which side longer texts are cut, `right` or `left`.
+            prompts: What the model was trained to see before its inputs; None: nothing.
+            token_types: Whether the model is given the token types of pairs.
+
+        Raises:
+            ValueError: `max_tokens` leaves no room beside the special tokens.
+            Exception: It is not one of the library's files; the library raises nothing more special.
+        """
+        self._tokenizer = Tokenizer.from_str(source) if isinstance(source, str) else Tokenizer.from_file(str(source))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
