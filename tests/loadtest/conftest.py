@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from stub_server import OWN_TEXTS, Run, Stub, StubServer, start_locust
 
+from loadtest.options import KEY_VARIABLE
+
 
 @contextlib.contextmanager
 def running_stub() -> Iterator[Stub]:
@@ -30,6 +32,12 @@ def running_stub() -> Iterator[Stub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key comes from outside. Set rather than deleted: what --api-key puts there is taken back after the test."""
+    monkeypatch.setenv(KEY_VARIABLE, "")
 
 
 @pytest.fixture

@@ -19,12 +19,6 @@ from loadtest.options import CannotStartError, request_headers
 from loadtest.probe import check_host
 
 
-@pytest.fixture(autouse=True)
-def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Set rather than deleted: what --api-key puts there is taken back after the test.
-    monkeypatch.setenv("LOADTEST_API_KEY", "")
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

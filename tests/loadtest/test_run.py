@@ -32,11 +32,6 @@ LENIENT = ("--max-lag-ms", "60000", "--max-cpu", "50")
 """A machine under load is no fault of the run."""
 
 
-@pytest.fixture(autouse=True)
-def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOADTEST_API_KEY", raising=False)
-
-
 @pytest.fixture
 def server() -> Iterator[Simulated]:
     with simulated() as running:
