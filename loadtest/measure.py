@@ -11,7 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Collector", "Objectives", "Samples", "describe", "parse_server_timing"]
+__all__ = [
+    "Collector",
+    "Objectives",
+    "Samples",
+    "describe",
+    "describe_answers",
+    "milliseconds",
+    "parse_server_timing",
+]
 
 
 def _four_digits(value: float) -> float:
@@ -315,19 +323,10 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
         summary: What `Collector.summary` gives, with the settings of the test, the verdicts, and why it is void.
     """
     loop = f"{summary['think_time_s']:g} s mean think time" if summary["think_time_s"] else "closed loop"
-    tokens = summary["tokens_per_s"]
-    stages = (
-        f"{name} {_milliseconds(stage['mean'])} (p95 {_milliseconds(stage['p95'])})"
-        for name, stage in summary["server_ms"].items()
-    )
     lines = {
         "load test": f"{summary['path']} at {summary['host']}, {summary['users']} users, {loop}, "
         f"{summary['inputs_per_request']} text(s) a request, {summary['measured_s']:.1f} s after the warm-up",
-        "requests": f"{summary['good']} right, {summary['refused']} refused (429), {summary['errors']} errors",
-        "rates": f"{summary['requests_per_s']:.1f} requests/s, {summary['texts_per_s']:.1f} texts/s, "
-        + (f"{tokens:.0f} tokens/s" if tokens is not None else "tokens/s unknown (the server does not tell)"),
-        "latency": ", ".join(f"{name} {_milliseconds(value)}" for name, value in summary["latency_ms"].items()),
-        "in server": ", ".join(stages) + " (mean of each stage)" if summary["server_ms"] else "no Server-Timing header",
+        **describe_answers(summary, f"{summary['requests_per_s']:.1f} requests/s"),
     }
     if summary["generator_cpu"] is not None:
         lines["generator"] = f"its busiest process used {summary['generator_cpu']:.2f} of a core"
@@ -336,5 +335,27 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     return [f"{name:10} {text}" for name, text in (*lines.items(), *verdicts, *void)]
 
 
-def _milliseconds(value: float | None) -> str:
+def describe_answers(summary: Mapping[str, Any], rates: str) -> dict[str, str]:
+    """Lines of text that both load tests have, by their titles.
+
+    Args:
+        summary: What `Collector.summary` gives.
+        rates: What is told of the rate of requests.
+    """
+    tokens = summary["tokens_per_s"]
+    stages = (
+        f"{name} {milliseconds(stage['mean'])} (p95 {milliseconds(stage['p95'])})"
+        for name, stage in summary["server_ms"].items()
+    )
+    return {
+        "requests": f"{summary['good']} right, {summary['refused']} refused (429), {summary['errors']} errors",
+        "rates": f"{rates}, {summary['texts_per_s']:.1f} texts/s, "
+        + (f"{tokens:.0f} tokens/s" if tokens is not None else "tokens/s unknown (the server does not tell)"),
+        "latency": ", ".join(f"{name} {milliseconds(value)}" for name, value in summary["latency_ms"].items()),
+        "in server": ", ".join(stages) + " (mean of each stage)" if summary["server_ms"] else "no timing headers",
+    }
+
+
+def milliseconds(value: float | None) -> str:
+    """A duration as lines of text have it."""
     return "none" if value is None else f"{value:.4g} ms"

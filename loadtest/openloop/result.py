@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtest.measure import Objectives
+from loadtest.measure import Objectives, describe_answers, milliseconds
 from loadtest.tasks import TASKS, Traits
 
 from .engine import Outcome
@@ -188,35 +188,28 @@ def knee_result(
     return {**_common(KNEE_FORMAT, command, settings, objectives, traits, found["workers"]), **found}
 
 
-def _ms(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4g} ms"
-
-
 def describe_run(result: Mapping[str, Any]) -> list[str]:
     """Writes the result of a run as lines of text."""
     summary, settings, generator = result["summary"], result["settings"], result["generator"]
     arrivals = f"trace {settings['trace']}" if settings["trace"] else f"{settings['process']}, {settings['shape']}"
-    tokens = summary["tokens_per_s"]
-    stages = [f"{name} {_ms(stage['mean'])} (p95 {_ms(stage['p95'])})" for name, stage in summary["server_ms"].items()]
+    arrived_per_s = summary["requests"] / (summary["measured_s"] or math.inf)
+    answers = describe_answers(summary, f"{arrived_per_s:.1f} arrivals/s, {summary['goodput_per_s']:.1f} goodput/s")
     lines = {
         "load test": f"{result['server']['path']} at {settings['host']}, open model, {arrivals}, "
         f"{summary['measured_s']:.1f} s after the warm-up, {result['workers']} generator(s)",
-        "requests": f"{summary['good']} right, {summary['refused']} refused (429), {summary['errors']} errors",
-        "rates": f"{summary['requests'] / (summary['measured_s'] or math.inf):.1f} arrivals/s, "
-        f"{summary['goodput_per_s']:.1f} goodput/s, {summary['texts_per_s']:.1f} texts/s, "
-        + (f"{tokens:.0f} tokens/s" if tokens is not None else "tokens/s unknown (the server does not tell)"),
-        "latency": ", ".join(f"{name} {_ms(value)}" for name, value in summary["latency_ms"].items())
-        + " (from the intended start)",
-        "in server": ", ".join(stages) + " (mean of each stage)" if stages else "no timing headers",
-        "generator": f"sent {_ms(generator['lag_ms']['p99'])} late at p99, {_ms(generator['lag_ms']['max'])} at most; "
+        **answers,
+        "latency": f"{answers['latency']} (from the intended start)",
+        "generator": f"sent {milliseconds(generator['lag_ms']['p99'])} late at p99, "
+        f"{milliseconds(generator['lag_ms']['max'])} at most; "
         f"{generator['cpu']:.0%} of a core, {generator['most_in_flight']} requests in flight at most",
     }
     rows = [f"{name:10} {text}" for name, text in lines.items()]
     rows += [f"{'failure':10} {count} x {reason}" for reason, count in list(result["failures"].items())[:5]]
     if result["settings"]["shape"] == "steps":
         rows += [
-            f"{'step':10} {point['rate']:.4g}/s: {point['answered_per_s']:.1f} answered/s, p50 {_ms(point['p50_ms'])}, "
-            f"p99 {_ms(point['p99_ms'])}, {'kept' if point['kept'] else 'MISSED'}"
+            f"{'step':10} {point['rate']:.4g}/s: {point['answered_per_s']:.1f} answered/s, "
+            f"p50 {milliseconds(point['p50_ms'])}, p99 {milliseconds(point['p99_ms'])}, "
+            f"{'kept' if point['kept'] else 'MISSED'}"
             for point in result["points"]
         ]
     if settings["shape"] == "soak" and result["drift"] is not None:
