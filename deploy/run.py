@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from .bundle import MANIFEST_FILE
 from .server.cli import parse
@@ -147,6 +148,28 @@ def _export(model: str, target: Path, options: Sequence[str]) -> int | None:
     return code if code >= 0 else 128 - code
 
 
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a path leads to the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _opened(path: Path, made: list[Path]) -> TextIO:
+    """Opens a file, and makes it and its folders if needed; notes down folders that were not there."""
+    for left in reversed(range(100)):
+        made += [folder for folder in path.parents if not folder.exists()]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open(path, "a")
+        except (FileNotFoundError, FileExistsError):
+            if left == 0:
+                raise
+            # Another process may have removed a folder, which was empty, in this moment.
+    raise AssertionError("the last try returns or raises")
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds a lock file, which goes at the end, and so do folders that were made for it and have stayed empty.
@@ -156,22 +179,14 @@ def _locked(path: Path) -> Iterator[None]:
     """
     made: list[Path] = []
     while True:
-        made += [folder for folder in path.parents if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = open(path, "a")  # noqa: SIM115 - closed below
-        except FileNotFoundError:
-            if path.parent.exists():
-                raise
-            continue  # Another process has removed the folder, which was empty, in this moment.
-        with lock:
+        with _opened(path, made) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            if not _is_at(lock.fileno(), path):
                 continue  # Whoever held it has removed it: there may be a new one.
             try:
                 yield
             finally:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 for folder in made:
                     with contextlib.suppress(OSError):  # Not empty.
                         folder.rmdir()
