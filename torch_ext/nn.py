@@ -59,8 +59,10 @@ def optimize(
         accuracy: with ``"int8"``, the mean cosine between outputs before and after that must be reached.
         sample: inputs to measure ``accuracy`` on, each what the model takes: a dictionary of keyword arguments, a
             tensor, a tuple of positional arguments, or a function of the model that returns what counts, such as
-            pooled embeddings. Where nothing else is said, rows of ``logits`` or ``last_hidden_state`` are compared,
-            without those that ``attention_mask`` leaves out.
+            pooled embeddings. Models of sentence-transformers take the dictionary of their ``tokenize`` or
+            ``preprocess``, or ``lambda model: model.encode(texts)``. Where nothing else is said, rows of ``logits``,
+            ``last_hidden_state``, ``scores`` or ``sentence_embedding`` are compared, without those that
+            ``attention_mask`` leaves out. Rows of one number, such as scores, are compared as one row: give many.
         report: called with what was measured if ``accuracy`` is given; ``print`` shows it as a table.
 
     Returns:

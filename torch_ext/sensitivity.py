@@ -7,7 +7,7 @@ The measure is the cosine of outputs, row by row, to those of the model before: 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch_ext.encoder import Encoder
 from torch_ext.encoder.calibrate import balanced_weights, calibrated_weights, with_random_texts
 from torch_ext.encoder.huggingface.models import read_encoder
 from torch_ext.encoder.spec import is_matrix, scale_name
+from torch_ext.samples import Sample as Sample
+from torch_ext.samples import output_rows
 
 __all__ = [
     "AccuracyError",
@@ -228,6 +230,9 @@ def _units(names: Sequence[str]) -> list[tuple[str, ...]]:
 def similarity(exact: Iterable[Tensor], found: Iterable[Tensor], acceptable: bool = True) -> Similarity:
     """Compare outputs row by row.
 
+    Rows of one number, such as the score of a reranker, have a cosine of 1 or -1, which says nothing: those of all
+    inputs are compared as one row.
+
     Args:
         exact: ``[rows, width]`` for each input.
         found: of the same shapes.
@@ -236,15 +241,25 @@ def similarity(exact: Iterable[Tensor], found: Iterable[Tensor], acceptable: boo
     Returns:
         The cosines; one that is not finite counts as -1.
     """
-    cosines = []
+    cosines, scores = [], []
     for right, got in zip(exact, found, strict=True):
-        first, second = right.detach().double(), got.detach().double()
-        lengths = first.norm(dim=-1) * second.norm(dim=-1)
-        both_zero = (first == 0).all(dim=-1) & (second == 0).all(dim=-1)
-        cosine = torch.where(both_zero, 1.0, (first * second).sum(-1) / lengths)
-        cosines.append(cosine.nan_to_num(-1.0, -1.0, -1.0))
+        if right.shape[-1] == 1:
+            scores.append((right, got))
+        else:
+            cosines.append(_cosines(right, got))
+    if scores:
+        one, other = (torch.cat(parts).reshape(1, -1) for parts in zip(*scores, strict=True))
+        cosines.append(_cosines(one, other))
     every = torch.cat(cosines)
     return Similarity(float(every.mean()), float(every.min()), acceptable)
+
+
+def _cosines(exact: Tensor, found: Tensor) -> Tensor:
+    first, second = exact.detach().double(), found.detach().double()
+    lengths = first.norm(dim=-1) * second.norm(dim=-1)
+    both_zero = (first == 0).all(dim=-1) & (second == 0).all(dim=-1)
+    cosine = torch.where(both_zero, 1.0, (first * second).sum(-1) / lengths)
+    return cosine.nan_to_num(-1.0, -1.0, -1.0)
 
 
 class Mixtures:
@@ -297,56 +312,3 @@ class Mixtures:
                 del weights[scale_name(matrix)]
                 weights[f"{name}.bias"] = self._biases[f"{name}.bias"]
         return Encoder(self.spec, weights, "int8", names)
-
-
-Sample = Mapping[str, Any] | Tensor | Sequence[Any] | Callable[[nn.Module], Tensor]
-"""One input of a model: keyword arguments, one positional argument, several, or a function that calls the model."""
-
-
-def output_rows(model: nn.Module, sample: Sample) -> Tensor:
-    """What a model says to one input, as rows that can be compared.
-
-    Args:
-        model: the model; it is called under ``torch.inference_mode()``.
-        sample: see :data:`Sample`. Where keyword arguments hold an ``attention_mask`` ``[B, T]`` and the output is
-            ``[B, T, width]``, padding is left out. A function returns what is to be compared, such as pooled
-            embeddings.
-
-    Returns:
-        fp32 ``[rows, width]``: the output itself if it is a tensor, else its ``logits`` or ``last_hidden_state``, else
-        its first element.
-
-    Raises:
-        TypeError: ``sample`` is none of these, or there is no floating-point tensor in the output.
-        ValueError: the output has no rows.
-    """
-    mask = None
-    with torch.inference_mode():
-        if isinstance(sample, Mapping):
-            output = model(**sample)
-            mask = sample.get("attention_mask")
-        elif isinstance(sample, Tensor):
-            output = model(sample)
-        elif isinstance(sample, Sequence):
-            output = model(*sample)
-        elif callable(sample):
-            output = sample(model)
-        else:
-            raise TypeError(
-                "sample: expected keyword arguments, a tensor, positional arguments or a function of the model, got "
-                f"{type(sample).__name__}"
-            )
-    for name in ("logits", "last_hidden_state"):
-        output = getattr(output, name, output)
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() == 0:
-        got = f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(f"sample: expected the model to return rows of floating-point numbers, got {got}")
-    rows = output.float()
-    if isinstance(mask, Tensor) and mask.shape == rows.shape[:-1]:
-        rows = rows[mask != 0]
-    rows = rows.reshape(-1, rows.shape[-1]).clone()
-    if not rows.numel():
-        raise ValueError(f"sample: expected output with at least one row, got {list(output.shape)}")
-    return rows

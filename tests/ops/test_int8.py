@@ -585,6 +585,42 @@ def test_kinds_of_samples(generator: torch.Generator) -> None:
     assert torch.equal(output_rows(model, (x, None, "tuple")), x.reshape(6, 4))
     assert torch.equal(output_rows(model, x), x.reshape(6, 4))
     assert torch.equal(output_rows(model, lambda m: m(x).other.mean(1)), x.mean(1))
+    assert torch.equal(output_rows(model, {"x": x, "kind": "scores"}), x.reshape(6, 4))
+
+
+class Sentences(nn.Sequential):
+    """Like a model of sentence-transformers: modules that write into a dictionary."""
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert "sentence_embedding" not in features
+        tokens = self[0](features["x"])
+        features.update(token_embeddings=tokens, sentence_embedding=tokens.mean(1))
+        return features
+
+
+def test_samples_of_sentences(generator: torch.Generator) -> None:
+    model = Sentences(nn.Linear(4, 5))
+    sample = {"x": torch.randn(2, 3, 4, generator=generator)}
+    tokens = model[0](sample["x"]).detach()
+    for _ in range(2):
+        assert torch.equal(output_rows(model, sample), tokens.mean(1))
+    # What encode() returns, by its options.
+    rows = tokens.reshape(6, 5)
+    for result in (rows.numpy(), rows.to_sparse(), list(tokens), [*rows.numpy()], [*rows]):
+        assert torch.equal(output_rows(model, lambda _, result=result: result), rows)
+    assert torch.equal(output_rows(model, lambda _: (tokens, tokens[0])), rows)
+    for texts in ("a text", ["a text", "another"], [("a query", "a text")]):
+        with pytest.raises(TypeError, match=r"got text: pass tokens, or a function .*model.encode\(texts\)"):
+            output_rows(model, texts)
+
+
+def test_both_ends_of_an_answer_count(generator: torch.Generator) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"start_logits": x, "end_logits": -x}
+
+    x = torch.randn(2, 3, generator=generator)
+    assert torch.equal(output_rows(Model(), x), torch.cat((x, -x)))
 
 
 # --- choose_layers() ---
@@ -646,6 +682,18 @@ def test_similarity_of_rows() -> None:
     assert similarity([a], [2 * a]) == Similarity(1.0, 1.0)
     assert similarity([a, a], [a, -a]).min == -1.0
     assert similarity([a], [torch.full_like(a, torch.nan)]).mean == -1.0
+
+
+def test_similarity_of_scores() -> None:
+    """One number alone points the same way, however wrong it is."""
+    exact, wrong = (
+        [torch.tensor([[1.0], [5.0]]), torch.tensor([[1.0]])],
+        [torch.tensor([[5.0], [1.0]]), torch.ones(1, 1)],
+    )
+    expected = torch.cosine_similarity(torch.tensor([1.0, 5, 1]), torch.tensor([5.0, 1, 1]), 0).item()
+    found = similarity(exact, wrong)
+    assert found.mean == found.min == pytest.approx(expected)
+    assert similarity(exact, exact).min == pytest.approx(1)
 
 
 @pytest.mark.needs_transformers

@@ -49,7 +49,8 @@ class Head(Weighted[HeadSpec]):
 
         Args:
             model: ``*ForSequenceClassification``, ``*ForTokenClassification``, ``*ForQuestionAnswering`` or
-                ``*ForMaskedLM`` of an architecture in :data:`torch_ext.encoder.ARCHITECTURES`, on the CPU.
+                ``*ForMaskedLM`` of an architecture in :data:`torch_ext.encoder.ARCHITECTURES`, on the CPU, or a
+                CrossEncoder or SparseEncoder of sentence-transformers around one.
             dtype: ``"bf16"`` or ``"fp32"``; ``"int8"`` is taken for bf16.
 
         Returns:

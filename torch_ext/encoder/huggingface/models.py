@@ -48,10 +48,12 @@ _REPARAMETRIZED = re.compile(r"\.(lora_\w+|base_layer|parametrizations|weight_(o
 """In the names of weights, what adapters of peft, parametrizations and pruning leave there."""
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    """The model behind what ``torch.compile`` returned; any other model as it is."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+def _inner(model: nn.Module) -> nn.Module:
+    """The model behind what ``torch.compile`` returned, and in a model of sentence-transformers; others as they are."""
+    for name in ("_orig_mod", "transformers_model", "_orig_mod"):
+        inner = getattr(model, name, None)
+        model = inner if isinstance(inner, nn.Module) else model
+    return model
 
 
 @contextlib.contextmanager
@@ -148,7 +150,7 @@ def read_encoder(model: nn.Module, adapter: str | None = None) -> tuple[EncoderS
         TypeError: ``model`` has no transformers configuration.
         ValueError: the architecture, or an option of it, is not supported; the message says what is.
     """
-    model = _compiled(model)
+    model = _inner(model)
     config, architecture = _read_config(model)
     base = getattr(model, str(getattr(model, "base_model_prefix", "")) or "", model)
     if architecture.beside:
@@ -167,7 +169,7 @@ def read_head(model: nn.Module) -> tuple[HeadSpec, dict[str, Tensor]]:
         TypeError: ``model`` has no transformers configuration.
         ValueError: the model has no head that is supported.
     """
-    model = _compiled(model)
+    model = _inner(model)
     config, architecture = _read_config(model)
     # The class tells heads apart whose weights have the same names: those for texts and for tokens, say.
     ends = (suffix for base in type(model).__mro__ for suffix in HEAD_CLASSES if base.__name__.endswith(suffix))
