@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -84,8 +85,11 @@ def optimize(
         ...     model(**inputs)
         >>> torch_ext.optimize(other, "int8", accuracy=0.998, sample=[inputs], report=print)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize: expected a torch.nn.Module, got {type(model).__name__}")
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        inside = [f".{name}" for name, value in getattr(given, "__dict__", {}).items() if isinstance(value, nn.Module)]
+        advice = f": pass its {' or '.join(inside)}" if inside else ""
+        raise TypeError(f"optimize: expected a torch.nn.Module, got {type(given).__name__}{advice}")
     inputs = _check_options(dtype, keep_bf16, accuracy, sample)
     targets, bf16 = _find_layers(model, dtype, skip, keep_bf16)
     swap = Swap(model, targets)

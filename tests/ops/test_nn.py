@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -672,6 +673,8 @@ def test_gradients_are_refused(model: nn.Sequential) -> None:
         (ValueError, "got meta: load the weights", lambda model: torch_ext.optimize(model.to("meta"))),
         (TypeError, "0.mlp.up: expected fp32, bf16 or fp16, got", lambda model: torch_ext.optimize(model.double())),
         (TypeError, "expected a torch.nn.Module, got str", lambda model: torch_ext.optimize("model")),
+        (TypeError, "expected a torch.nn.Module, got SimpleNamespace: pass its .model$",  # A pipeline, for one.
+         lambda model: torch_ext.optimize(SimpleNamespace(task="fill-mask", model=model))),
         (TypeError, "expected fp32, bf16 or fp16", lambda model: PackedLinear(torch.ones(3, 4).double())),
         (ValueError, r"expected weight \[N, K\]", lambda model: PackedLinear(torch.ones(3))),
         (ValueError, r"bias \[N\]", lambda model: PackedLinear(torch.ones(3, 4), torch.ones(4))),

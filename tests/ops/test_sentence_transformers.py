@@ -75,3 +75,11 @@ def test_encoder_and_head_of_the_model_inside(sentence_transformers: Any, tmp_pa
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(TypeError, match="expected a Hugging Face model"):
         Encoder.from_transformers(sentence_transformers.SentenceTransformer(modules=[embedding[1]], device="cpu"))
+
+
+def test_one_of_several_models_is_not_chosen(sentence_transformers: Any, tmp_path: Path) -> None:
+    one, other = (sentence_transformers.SentenceTransformer(save(tmp_path, "Model"), device="cpu") for _ in range(2))
+    both = sentence_transformers.SentenceTransformer(modules=[one[0], other[0]], device="cpu")
+    with pytest.raises(ValueError, match="several models of transformers: pass one"):
+        Encoder.from_transformers(both)
+    assert Encoder.from_transformers(both[1].auto_model).spec == Encoder.from_transformers(one).spec

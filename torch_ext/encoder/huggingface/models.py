@@ -49,11 +49,25 @@ _REPARAMETRIZED = re.compile(r"\.(lora_\w+|base_layer|parametrizations|weight_(o
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The model behind what ``torch.compile`` returned, and in a model of sentence-transformers; others as they are."""
-    for name in ("_orig_mod", "transformers_model", "_orig_mod"):
-        inner = getattr(model, name, None)
-        model = inner if isinstance(inner, nn.Module) else model
-    return model
+    """The model behind what ``torch.compile`` returned, and in a model of sentence-transformers; others as they are.
+
+    Raises:
+        ValueError: there are several, such as one for queries and one for documents.
+    """
+    model = _compiled(model)
+    inner = getattr(model, "transformers_model", None)
+    if not isinstance(inner, nn.Module):
+        return model
+    # Modules of sentence-transformers have the configuration of the model inside them; models have their names, too.
+    models = {id(part) for part in model.modules() if isinstance(getattr(part, "base_model_prefix", None), str)}
+    if models - {id(part) for part in inner.modules()}:
+        raise ValueError(f"{type(model).__name__} has several models of transformers: pass one of them")
+    return _compiled(inner)
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 @contextlib.contextmanager
