@@ -23,9 +23,10 @@ def output_rows(model: nn.Module, sample: Sample) -> Tensor:
     Args:
         model: the model; it is called under ``torch.inference_mode()``.
         sample: see :data:`Sample`. Models of sentence-transformers, like any ``nn.Sequential``, take a dictionary as
-            it is. Where a dictionary holds an ``attention_mask`` ``[B, T]`` and the output is ``[B, T, width]``,
-            padding is left out. A function returns what is to be compared, such as pooled embeddings: a tensor, dense
-            or sparse, an array of numpy, or a list of either, each ``[rows, width]`` or ``[width]``.
+            it is, unless it names their argument, ``input``. Where a dictionary holds an ``attention_mask`` ``[B, T]``
+            and the output is ``[B, T, width]``, padding is left out. A function returns what is to be compared, such as
+            pooled embeddings: a tensor, dense or sparse, an array of numpy, or a list of either, each ``[rows, width]``
+            or ``[width]``.
 
     Returns:
         fp32 ``[rows, width]``: the output itself if it is a tensor, else its ``start_logits`` and ``end_logits``,
@@ -39,8 +40,9 @@ def output_rows(model: nn.Module, sample: Sample) -> Tensor:
     mask = None
     with torch.inference_mode():
         if isinstance(sample, Mapping):
-            # The modules of sentence-transformers write into the dictionary that they are given.
-            output = model(dict(sample)) if isinstance(model, nn.Sequential) else model(**sample)
+            # An nn.Sequential has one argument, `input`. Modules of sentence-transformers write into dictionaries.
+            whole = isinstance(model, nn.Sequential) and "input" not in sample
+            output = model(dict(sample)) if whole else model(**sample)
             mask = sample.get("attention_mask")
         elif isinstance(sample, Tensor):
             output = model(sample)

@@ -604,6 +604,7 @@ def test_samples_of_sentences(generator: torch.Generator) -> None:
     tokens = model[0](sample["x"]).detach()
     for _ in range(2):
         assert torch.equal(output_rows(model, sample), tokens.mean(1))
+    assert torch.equal(output_rows(nn.Sequential(model[0]), {"input": sample["x"]}), tokens.reshape(6, 5))
     # What encode() returns, by its options.
     rows = tokens.reshape(6, 5)
     for result in (rows.numpy(), rows.to_sparse(), list(tokens), [*rows.numpy()], [*rows]):
