@@ -1,4 +1,4 @@
-"""Embeddings in Cohere's dialect, through a socket."""
+"""Embeddings in the dialects of Cohere and Voyage, through a socket."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from server_harness import WIDTH, LiveServer, make_manifest, running
 
 from deploy.bundle import Prompts
 from deploy.server.api import cohere
+from deploy.server.api.embedded import MAKERS
 from deploy.server.http.bodies import INLINE_VALUES
 from deploy.server.limits.bounds import Settings
 
@@ -60,8 +61,8 @@ def test_types(server: LiveServer) -> None:
 @pytest.mark.parametrize("numbers", [[1.0, -1.0, 0.0, 2.0, -0.0], [1.0] * 8, [-1.0] * 3 + [1.0] * 14])
 def test_bits(numbers: list[float]) -> None:
     expected = np.packbits(np.array(numbers) > 0)
-    assert cohere._ubinary(numbers) == expected.tolist()
-    assert cohere._binary(numbers) == (expected.astype(int) - 128).tolist()
+    assert MAKERS["ubinary"](numbers) == expected.tolist()
+    assert MAKERS["binary"](numbers) == (expected.astype(int) - 128).tolist()
 
 
 def test_v1_and_v2_differ_without_types(server: LiveServer) -> None:
@@ -124,3 +125,62 @@ def test_large_answers_leave_in_parts(server: LiveServer) -> None:
     assert list(found) == ["ubinary", "float"]
     assert {len(rows) for rows in found.values()} == {many}
     assert reply.json["meta"]["billed_units"]["input_tokens"] == 4 * many
+
+
+def voyage(server: LiveServer, **fields: Any) -> Any:
+    """Embeddings of `TEXTS`, asked for as Voyage's client asks."""
+    reply = server("POST", "/v1/embeddings", {"input": TEXTS, "model": "voyage-3", **fields})
+    assert reply.status == 200, reply.body
+    return [item["embedding"] for item in reply.json["data"]]
+
+
+def test_voyages_types_and_widths(server: LiveServer) -> None:
+    expected = rows(server, *TEXTS)
+    assert voyage(server, output_dtype="float", output_dimension=None) == expected.tolist()
+    bits = np.packbits(expected > 0, axis=1)
+    for kind, as_numbers, dtype in (
+        ("ubinary", bits, np.uint8),
+        ("binary", bits.astype(int) - 128, np.int8),
+        ("float", expected, np.float32),
+    ):
+        np.testing.assert_array_equal(voyage(server, output_dtype=kind), as_numbers)
+        coded = voyage(server, output_dtype=kind, encoding_format="base64")
+        np.testing.assert_array_equal([np.frombuffer(base64.b64decode(row), dtype) for row in coded], as_numbers)
+    cut = rows(server, *TEXTS, dimensions=4)
+    np.testing.assert_array_equal(np.float32(voyage(server, output_dimension=4)), cut)
+    np.testing.assert_array_equal(np.float32(voyage(server, output_dimension=4, dimensions=4)), cut)
+    many = INLINE_VALUES // WIDTH + 1
+    large = server("POST", "/v1/embeddings", {"input": ["w1"] * many, "output_dtype": "ubinary"}).json["data"]
+    assert [(item["index"], item["embedding"]) for item in large] == [(n, bits[0].tolist()) for n in range(many)]
+
+
+def test_voyages_prompts_and_long_texts(server: LiveServer) -> None:
+    by_cohere = [
+        server("POST", "/v2/embed", {"texts": TEXTS, "input_type": kind}).json["embeddings"]["float"]
+        for kind in ("search_query", "search_document", None)
+    ]
+    assert [voyage(server, input_type=kind) for kind in ("query", "document", None)] == by_cohere
+    assert by_cohere[0] != by_cohere[1] != by_cohere[2]
+    long = " ".join(f"w{index}" for index in range(1, 30))
+    assert server("POST", "/v1/embeddings", {"input": long, "truncation": True}).status == 200
+    refused = server("POST", "/v1/embeddings", {"input": long, "truncation": False})
+    assert (refused.status, refused.json["error"]["param"]) == (400, "input")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"output_dtype": "int8"}, "output_dtype", "float, binary, ubinary, got 'int8'; int8 and uint8 need"),
+        ({"output_dtype": 8}, "output_dtype", "int"),
+        ({"output_dimension": WIDTH + 1}, "output_dimension", "expected 1 to 8"),
+        ({"output_dimension": 0}, "output_dimension", "expected 1 to 8"),
+        ({"output_dimension": 4, "dimensions": 2}, "output_dimension", "expected 2"),
+        ({"input_type": "image"}, "input_type", "image"),
+        ({"truncation": "no"}, "truncation", "bool"),
+    ],
+)
+def test_what_voyages_fields_refuse(server: LiveServer, fields: dict[str, Any], param: str, words: str) -> None:
+    refused = server("POST", "/v1/embeddings", {"input": TEXTS, **fields})
+    error = refused.json["error"]
+    assert (refused.status, error["param"]) == (400, param), error
+    assert words in error["message"]

@@ -109,6 +109,8 @@ def test_what_the_description_allows_is_answered_or_above_a_limit_with_a_name(ta
             found: dict[int, int] = {}
             for _ in range(400):
                 body = make(schema, parts, rng)
+                if body.get("dimensions") is not None:  # One field by two names.
+                    body.pop("output_dimension", None)
                 reply = server("POST", path, json.dumps(body, ensure_ascii=rng.random() < 0.5).encode())
                 found[reply.status] = found.get(reply.status, 0) + 1
                 if reply.status != 200:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from ...tasks.rows import Mapped
-from .openai import base64_row, check_width
+from .embedded import KINDS, MAKERS, check_kind, check_width, prompt_of
 from .rerank import RERANK, RerankMeta
 from .route import (
     JSON_HEADER,
@@ -30,31 +30,6 @@ __all__ = ["COHERE", "ROUTES"]
 
 COHERE = dataclasses.replace(RERANK, name="cohere", prefix="/v2/embed")
 
-_PROMPTS: Mapping[str, Sequence[str]] = {
-    "search_query": ("search_query", "query"),
-    "search_document": ("search_document", "document", "passage", "corpus"),
-    "classification": ("classification",),
-    "clustering": ("clustering",),
-}
-"""Names of prompts for each `input_type`: Cohere's, then those of sentence-transformers."""
-
-
-def _ubinary(row: Sequence[float]) -> list[int]:
-    """A bit for each number, 1 above zero; the first one is the highest of its byte, and the last byte is filled up."""
-    size = -(-len(row) // 8)
-    bits = "".join(["1" if value > 0 else "0" for value in row]).ljust(8 * size, "0")
-    return list(int(bits, 2).to_bytes(size, "big"))
-
-
-def _binary(row: Sequence[float]) -> list[int]:
-    return [byte - 128 for byte in _ubinary(row)]
-
-
-_TYPES: Mapping[str, Callable[[Any], Any]] = {"base64": base64_row, "ubinary": _ubinary, "binary": _binary}
-"""What makes an embedding of a type of its numbers."""
-
-_KINDS = ["float", *_TYPES]
-
 
 class CohereEmbedRequest(Struct):
     """Texts to embed, in Cohere's format; fields that are not listed are ignored."""
@@ -71,7 +46,7 @@ class CohereEmbedRequest(Struct):
         ),
     ] = None
     embedding_types: Annotated[
-        list[Annotated[str, Meta(extra_json_schema={"enum": _KINDS})]] | None,
+        list[Annotated[str, Meta(extra_json_schema={"enum": list(KINDS)})]] | None,
         Meta(
             description="base64: little-endian float32. ubinary: a bit for each number, 1 above zero, the first one "
             "highest; binary: these bytes less 128."
@@ -129,12 +104,6 @@ class CohereV1Response(Struct):
     meta: RerankMeta
 
 
-def _prompt(prompts: Mapping[str, str], input_type: str | None) -> str | None:
-    """The name of the model's prompt for texts of a type; None: it has none."""
-    names = {name.lower(): name for name in prompts}
-    return next((names[name] for name in _PROMPTS.get(input_type or "", ()) if name in names), None)
-
-
 async def embed(context: Context, request: CohereEmbedRequest, caller: Caller) -> Response:
     """POST /v2/embed: embeddings by their types."""
     return await _embed(context, request, caller, "2", request.embedding_types or ["float"])
@@ -151,12 +120,7 @@ async def _embed(
     service = context.service
     check_width("output_dimension", request.output_dimension, service)
     for kind in types or ():
-        if kind not in _KINDS:
-            raise ApiError(
-                "invalid_request",
-                f"embedding_types: expected some of {', '.join(_KINDS)}, got {kind[:40]!r}; int8 and uint8 need "
-                "the ranges of Cohere's models",
-            )
+        check_kind("embedding_types", kind)
     longest = service.manifest.max_tokens
     if request.max_tokens is not None and request.max_tokens < longest:
         raise ApiError(
@@ -170,11 +134,11 @@ async def _embed(
         context.limits,
         truncate=context.truncate(None if request.truncate is None else request.truncate != "NONE"),
         cut_left=True if request.truncate == "START" else None,
-        prompt_name=_prompt(service.tokenizer.prompts.texts, request.input_type),
+        prompt_name=prompt_of(service.tokenizer.prompts.texts, request.input_type),
         dimensions=request.output_dimension,
     )
     rows = result.values
-    found = {kind: Mapped(_TYPES[kind], rows) if kind in _TYPES else rows for kind in types or ()}
+    found = {kind: Mapped(MAKERS[kind], rows) if kind in MAKERS else rows for kind in types or ()}
     body = {
         "id": secrets.token_hex(16),
         "response_type": "embeddings_by_type" if types else "embeddings_floats",

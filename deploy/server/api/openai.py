@@ -1,16 +1,19 @@
-"""OpenAI's routes, for clients that were written for its server."""
+"""OpenAI's routes, for clients that were written for its server, with the fields that Voyage and Mistral add."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from ...tasks.rows import Mapped
+from .embedded import MAKERS, check_kind, check_width, prompt_of
 from .route import (
     JSON_HEADER,
     ApiError,
@@ -29,11 +32,11 @@ from .route import (
 from .schemas import BOUND
 from .tei_schemas import texts_or_ids
 
-__all__ = ["OPENAI", "ROUTES", "base64_row", "check_width"]
+__all__ = ["OPENAI", "ROUTES"]
 
 _STARTED_S = int(time.time())
-_FIELD = re.compile(r"\$\.(\w+)|^(dimensions|input|model)\b")
-_INLINE_ROWS = 512
+_FIELD = re.compile(r"\$\.(\w+)|^(dimensions|input|model|output_dimension|output_dtype)\b")
+_DTYPES = ("float", "binary", "ubinary")
 
 
 class OpenAIEmbeddingsRequest(Struct):
@@ -65,10 +68,31 @@ class OpenAIEmbeddingsRequest(Struct):
             extra_json_schema={BOUND: "openai dimensions"},
         ),
     ] = None
+    output_dimension: Annotated[
+        int | None,
+        Meta(description="The same, as Voyage and Mistral call it.", extra_json_schema={BOUND: "openai dimensions"}),
+    ] = None
+    output_dtype: Annotated[
+        Annotated[str, Meta(extra_json_schema={"enum": list(_DTYPES)})] | None,
+        Meta(
+            description="Of Voyage and Mistral. ubinary: a bit for each number, 1 above zero, the first one highest; "
+            "binary: these bytes less 128. With base64, the bytes of these."
+        ),
+    ] = None
+    input_type: Annotated[
+        Literal["query", "document"] | None,
+        Meta(
+            description="Of Voyage. The model's prompt of this name goes before each text (query: or `search_query`; "
+            "document: or `passage`, `corpus`, `search_document`); if it has none, its default prompt."
+        ),
+    ] = None
+    truncation: Annotated[
+        bool | None, Meta(description="Of Voyage. false: a text longer than the model takes is an error.")
+    ] = None
 
 
 class OpenAIEmbedding(Struct):
-    """One embedding in OpenAI's format."""
+    """One embedding in OpenAI's format; integers are bytes of bits."""
 
     object: Literal["embedding"]
     index: int
@@ -145,60 +169,63 @@ def _error(error: ApiError) -> bytes:
 OPENAI = Dialect("openai", "/v1/", _error, OpenAIError, _STATUSES)
 
 
-def base64_row(row: Any) -> str:
-    """A row of f32 [width] in base64, little-endian."""
-    return base64.b64encode(row).decode("ascii")
+def _bytes_of(kind: str, row: Any) -> str:
+    """A row of f32 [width] as bits, in base64."""
+    return base64.b64encode(bytes(byte & 0xFF for byte in MAKERS[kind](row))).decode("ascii")
 
 
-def _base64(rows: Sequence[Any]) -> list[str]:
-    return [base64_row(row) for row in rows]
+def _maker(request: OpenAIEmbeddingsRequest) -> Callable[[Any], Any] | None:
+    """What makes an embedding of its numbers; None: they are it."""
+    kind = request.output_dtype or "float"
+    check_kind("output_dtype", kind, _DTYPES)
+    if request.encoding_format != "base64":
+        return MAKERS.get(kind)
+    return MAKERS["base64"] if kind == "float" else functools.partial(_bytes_of, kind)
+
+
+def _width(request: OpenAIEmbeddingsRequest, service: Service) -> int | None:
+    """How many numbers an embedding is to have; None: all."""
+    check_width("dimensions", request.dimensions, service)
+    check_width("output_dimension", request.output_dimension, service)
+    if None not in (request.dimensions, request.output_dimension) and request.dimensions != request.output_dimension:
+        raise ApiError(
+            "invalid_request",
+            f"output_dimension: expected {request.dimensions}, what dimensions says, or none, got "
+            f"{request.output_dimension}",
+        )
+    return request.dimensions or request.output_dimension
 
 
 async def embeddings(context: Context, request: OpenAIEmbeddingsRequest, caller: Caller) -> Response:
     """POST /v1/embeddings."""
     service, limits = context.service, context.limits
-    dimensions = request.dimensions
-    check_width("dimensions", dimensions, service)
+    make = _maker(request)
+    dimensions = _width(request, service)
     texts, ids = texts_or_ids(request.input, service.settings.accept_token_ids)
     if ids:
         result = await service.embed_ids(ids, caller, limits, dimensions=dimensions)
     else:
-        result = await service.embed(texts, caller, limits, truncate=context.truncate(), dimensions=dimensions)
-    rows = result.values
-    if request.encoding_format == "base64":
-        rows = _base64(rows) if len(rows) <= _INLINE_ROWS else await service.aside(_base64, rows)
+        result = await service.embed(
+            texts,
+            caller,
+            limits,
+            truncate=context.truncate(request.truncation),
+            prompt_name=prompt_of(service.tokenizer.prompts.texts, request.input_type),
+            dimensions=dimensions,
+        )
+
+    def item(pair: tuple[int, Any]) -> dict[str, Any]:
+        index, row = pair
+        return {"object": "embedding", "index": index, "embedding": row if make is None else make(row)}
+
+    pairs = enumerate(result.values)
     body = {
         "object": "list",
-        "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
+        "data": [item(pair) for pair in pairs] if make is None else Mapped(item, list(pairs)),
         "model": service.model,
         "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
     }
     return Response(encode_list(body, "data", dimensions or service.width), (JSON_HEADER, server_timing(result)))
-
-
-def check_width(field: str, found: int | None, service: Service) -> None:
-    """Checks to how many numbers embeddings are to be cut.
-
-    Args:
-        field: What the request calls it.
-        found: What it says; None: nothing.
-        service: The model.
-
-    Raises:
-        ApiError: The model was not trained for so many (400).
-    """
-    known = service.dimensions
-    if found is None or found in known:
-        return
-    if found > service.width or isinstance(known, range):
-        message = f"{field}: expected 1 to {service.width}, the width of {service.model}, got {found}"
-    else:
-        widths = ", ".join(map(str, known))
-        message = (
-            f"{field}: expected {widths}, which {service.model} was trained for, got {found}; the option "
-            "--any-dimensions cuts embeddings to any width"
-        )
-    raise ApiError("invalid_request", message)
 
 
 async def models(context: Context, request: None, caller: Caller) -> Response:
@@ -226,7 +253,7 @@ _EMBEDDINGS = Route(
     example={"input": ["A server answers."], "model": "{model}", "encoding_format": "float"},
     answer=OpenAIEmbeddingsResponse,
     limits=Limits.of_texts_or_ids,
-    values=lambda manifest, request: request.dimensions or manifest.width,
+    values=lambda manifest, request: request.dimensions or request.output_dimension or manifest.width,
     value_bytes=10,  # 4, and 6 of base64.
     secured=True,
     names_model=True,
