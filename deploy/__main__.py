@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 
-from deploy.ending import end
+from deploy.ending import end, open_standard_streams
 from deploy.extras import is_ours, missing
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    open_standard_streams()
     if sys.argv[1:2] in (["serve"], ["run"]):
         _use_malloc()
     sys.exit(end(main))

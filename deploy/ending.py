@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-__all__ = ["end", "is_of_output"]
+__all__ = ["end", "is_of_output", "open_standard_streams"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -18,6 +18,22 @@ def is_of_output(error: BaseException) -> bool:
     if isinstance(error, BrokenPipeError):
         return True
     return isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None
+
+
+def open_standard_streams() -> None:
+    """Opens /dev/null in place of each of the descriptors 0, 1 and 2 that whoever started the process has closed.
+
+    Otherwise the next file or socket gets the number, and what libraries print to it; libuv aborts when it has to close
+    a connection of such a number. Python's streams, which are None then, write to nowhere.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # The lowest number that is free, which is this one.
+            os.set_inheritable(number, True)
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def end(run: Callable[[], int | None]) -> int:

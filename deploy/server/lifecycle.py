@@ -227,8 +227,9 @@ class Server(uvicorn.Server):
             await asyncio.wait_for(self._close_engines(), 0.1 if self.force_exit or unanswered else left_s)
             return
         # The engine thread is in the middle of a batch, or of loading, and cannot be stopped; nobody waits for it.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # Nobody takes it any more.
+                stream.flush()
         os._exit(self.exit_code or int(not loading))
 
     async def _close_engines(self) -> None:

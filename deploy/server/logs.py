@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from typing import Any
 
-__all__ = ["ACCESS", "log_as_json", "start_logging"]
+__all__ = ["ACCESS", "log_as_json", "say", "start_logging"]
 
 ACCESS = "deploy.access"
 """The logger with a line for each request."""
@@ -48,6 +49,19 @@ class _JsonFormatter(logging.Formatter):
 def _log_warning(message: Warning | str, *place: Any, **more: Any) -> None:
     """Takes the place of `warnings.showwarning`, which prints two lines, with the place in the code."""
     logging.getLogger("deploy.server").warning("%s", message)
+
+
+def say(line: str, to_errors: bool = False) -> None:
+    """Prints a line for whoever has started the server; one that nobody takes is no reason to stop serving.
+
+    Args:
+        line: What to print.
+        to_errors: To standard error, in place of standard output.
+    """
+    try:
+        print(line, file=sys.stderr if to_errors else sys.stdout, flush=True)
+    except (OSError, ValueError) as error:
+        logging.getLogger("deploy.server").warning("a line cannot be printed (%s): %s", error, line)
 
 
 def _use(formatter: logging.Formatter) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Sequence
 
 from ..bundle import BundleError
 from ..extras import missing
 from .cli import parse
-from .logs import start_logging
+from .logs import say, start_logging
 from .process import Process, UsageError, port_of
 from .serving import serve
+from .sockets import FEW_DESCRIPTORS, raise_descriptors
 
 __all__ = ["main"]
 
@@ -28,7 +28,14 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = parse(argv)
     if arguments.idle:
-        print(f"python -m deploy serve: no effect here: {', '.join(arguments.idle)}", file=sys.stderr)
+        say(f"python -m deploy serve: no effect here: {', '.join(arguments.idle)}", to_errors=True)
+    descriptors = raise_descriptors()
+    if descriptors < FEW_DESCRIPTORS:
+        say(
+            f"python -m deploy serve: this process may open {descriptors} files and connections (ulimit -n): more "
+            f"clients are disconnected, or wait; expected {FEW_DESCRIPTORS} or more",
+            to_errors=True,
+        )
     # Nearly all that a start makes stays: a tenth of its imports' time would be spent on looking for what does not.
     gc.disable()
     try:
@@ -40,10 +47,10 @@ def main(argv: Sequence[str]) -> int:
             return supervise(arguments, argv, port_of(arguments.port, os.environ))
         return serve(arguments, Process())
     except (UsageError, BundleError) as error:
-        print(f"python -m deploy serve: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"python -m deploy serve: {' '.join(str(error).split())}", to_errors=True)
         return 2
     except ModuleNotFoundError as error:
-        print(f"python -m deploy serve: {missing(error, 'serve')}", file=sys.stderr)
+        say(f"python -m deploy serve: {missing(error, 'serve')}", to_errors=True)
         return 2
     finally:
         gc.enable()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .limits.bounds import Settings
+from .logs import say
 from .sockets import listen, listen_unix, url_of
 from .variants import Choice, Selection
 
@@ -202,7 +203,7 @@ class Process:
             loaded: What is served.
             again: Something was served before.
         """
-        print(f"{'reloaded, ' if again else ''}serving {started(self._url, loaded)}", flush=True)
+        say(f"{'reloaded, ' if again else ''}serving {started(self._url, loaded)}")
 
 
 def started(url: str, loaded: Sequence[Loaded]) -> str:

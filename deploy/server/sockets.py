@@ -5,15 +5,36 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import socket
 import stat
 import struct
+from typing import Any
 
-__all__ = ["listen", "listen_unix", "refuse_new", "url_of"]
+__all__ = ["FEW_DESCRIPTORS", "listen", "listen_unix", "raise_descriptors", "refuse_new", "url_of"]
+
+MOST_DESCRIPTORS = 1 << 16
+"""A server has one for each connection; where the system allows it, so many are taken."""
+
+FEW_DESCRIPTORS = 1024
+"""With fewer, clients may meet the limit."""
+
+
+def raise_descriptors() -> int:
+    """Raises the number of descriptors that the process may open, as far as the system allows; how many that are."""
+    soft, hard = (MOST_DESCRIPTORS if most == resource.RLIM_INFINITY else most for most in _descriptors())
+    most = max(soft, min(hard, MOST_DESCRIPTORS))
+    if most > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, _descriptors()[1]))
+    return most
+
+
+def _descriptors() -> tuple[int, int]:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
-    """A listening socket.
+    """A listening socket, at the first of the host's addresses that this machine has.
 
     Raises:
         OSError: The host is unknown, or the port is in use or not permitted.
@@ -21,8 +42,18 @@ def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
     # Names in ASCII as bytes: text would be encoded by IDNA, whose tables take 3 ms to import.
     name = host.encode() if host.isascii() else host
     found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = found[0]
-    sock = socket.socket(family, kind, protocol)
+    for place, (family, _, _, _, address) in enumerate(found):
+        try:
+            return _listen_at(family, address, backlog)
+        except OSError as error:
+            # `localhost` is ::1, too, where the system, or the container, has no IPv6.
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or place == len(found) - 1:
+                raise
+    raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+
+
+def _listen_at(family: int, address: Any, backlog: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)

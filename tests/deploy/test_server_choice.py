@@ -449,12 +449,16 @@ def test_damaged_cache_is_ignored_with_a_warning(
     assert cache.load() is not None
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
         cache = SpeedCache(folder, KEY)
-        cache.save({"a": 1.0, "b": 2.0}, {})
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "deploy.server"):
+            cache.save({"a": 1.0, "b": 2.0}, {})
         assert cache.load() is None
+        assert f"{cache.path} cannot be written (" in caplog.text
+        assert "every start measures the variants; name a folder by --cache-dir" in caplog.text
 
 
 def test_default_folder() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -38,6 +39,7 @@ from server_harness import (
 )
 
 from deploy.bundle import Manifest
+from deploy.server import sockets
 from deploy.server.errors import ApiError
 from deploy.server.http.protocol import MAX_HEADER_BYTES, MAX_HEADERS
 from deploy.server.limits import bounds
@@ -608,6 +610,34 @@ def test_the_server_listens_where_the_health_check_asks() -> None:
         assert done.returncode == 1
         assert expected in done.stderr
     assert port_of(None, {"PORT": str(port)}) == port
+
+
+@pytest.mark.parametrize("missing", [errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT])
+def test_a_name_is_listened_at_by_an_address_that_the_machine_has(
+    monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    """`localhost` is ::1 first in many a container without IPv6."""
+    here = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    there = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0))
+    listen_at = sockets._listen_at
+
+    def without_ipv6(family: int, address: Any, backlog: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(missing, os.strerror(missing))
+        return listen_at(family, address, backlog)
+
+    monkeypatch.setattr(sockets, "_listen_at", without_ipv6)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: [there, here])
+    with sockets.listen("localhost", 0) as sock:
+        assert sock.getsockname()[0] == "127.0.0.1"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: [there])
+    with pytest.raises(OSError, match=os.strerror(missing)):
+        sockets.listen("localhost", 0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used = (*here[:4], taken.getsockname())
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: [used, here])
+        with pytest.raises(OSError, match="in use"):
+            sockets.listen("localhost", 0)
 
 
 def test_an_idle_engine_thread_keeps_nothing_of_its_last_batch() -> None:

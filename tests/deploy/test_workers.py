@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -318,8 +319,8 @@ def workers(bundle: Path, *options: object, **settings: Any) -> Iterator[Workers
             server.process.kill()
             server.process.wait()
         for stream in (server.process.stdout, server.process.stderr):
-            assert stream is not None
-            stream.close()
+            if stream is not None:
+                stream.close()
 
 
 def alive(pid: int) -> bool:
@@ -533,7 +534,9 @@ def test_connections_wait_while_workers_have_no_descriptors(tiny: Path) -> None:
             assert client.read().status == 200
             client.connection.close()  # Makes room for one that waits.
         stack.close()
-        assert server.stop() == (0, "")
+        code, err = server.stop()
+        assert (code, err.count("\n")) == (0, 1), err
+        assert "this process may open 160 files and connections" in err
 
 
 # A supervisor that looks often.
@@ -626,3 +629,76 @@ def test_onnx_variants_have_workers_too(tiny: Path) -> None:
         assert "variant=onnx-fp32 workers=2" in server.line
         assert server.embed("a")
         assert server.stop() == (0, "")
+
+
+HALF = """
+import sys
+from deploy.server.workers import supervisor
+supervisor.Supervisor.__init__.__kwdefaults__["worker"] = (sys.executable, "-c", '''
+import sys
+from deploy.server.workers import worker
+tell = worker._Worker.announce
+def announce(self, *loaded):
+    if self._job.slot == 1:
+        tell(self, *loaded)
+        print("one is ready", flush=True)
+worker._Worker.announce = announce
+sys.exit(worker.main(int(sys.argv[1])))
+''')
+from deploy.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_server_that_is_stopped_before_all_workers_are_ready_has_lost_nothing(tiny: Path) -> None:
+    command = [sys.executable, "-c", HALF, "serve", str(tiny), "--port", "0", "--variant", "torch_ext-bf16"]
+    process = subprocess.Popen([*command, "--workers", "2"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "one is ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=40) == ("", None)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_a_server_whose_output_nobody_takes_serves_on(tiny: Path, count: int | None) -> None:
+    """Also when it is loaded again: the line that says so is no part of it."""
+    with workers(tiny, workers=count) as server:
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.stderr is not None
+        assert "a line cannot be printed ([Errno 32] Broken pipe): reloaded, " in server.process.stderr.readline()
+        assert server.embed("a")
+        if count is not None:
+            assert server.metric("serve_reloads_total") == 1
+        server.process.stdout = None  # `communicate` would read it.
+        assert server.stop() == (0, "")
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_a_server_takes_as_many_connections_as_the_system_allows(tiny: Path, count: int | None) -> None:
+    """Services start with 1024 descriptors at first, and may have more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        server = Workers(tiny, workers=count)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with contextlib.closing(server.process.stdout), contextlib.closing(server.process.stderr):  # type: ignore[type-var]
+        assert server.metric("process_max_fds") == min(before[1], 1 << 16)
+        code, err = server.stop()
+    assert code == 0
+    assert ("this process may open" in err) == (before[1] < 1024)
+
+
+def test_few_descriptors_are_told(tmp_path: Path) -> None:
+    few = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)); "
+    command = [sys.executable, "-c", f"{few}from deploy.__main__ import main; sys.exit(main())", "serve", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "this process may open 200 files and connections (ulimit -n)" in done.stderr

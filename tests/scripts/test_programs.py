@@ -96,6 +96,37 @@ def test_a_reader_that_leaves(words: str) -> None:
     assert "Error" not in err
 
 
+CLOSED = """
+import os, sys
+for number in {closed}:
+    os.close(number)
+os.execv(sys.executable, [sys.executable, "-c", {look!r}])
+"""
+LOOK = """
+import os, sys
+from deploy.ending import open_standard_streams
+open_standard_streams()
+places = [os.readlink(f"/proc/self/fd/{{number}}") for number in (0, 1, 2)]
+with open("/dev/zero", "rb") as file:
+    print("printed", places, file.fileno(), flush=True)
+    sys.stderr.write("told")
+    sys.stdin.read()
+    wrong = [number for number in {closed} if places[number] != os.devnull]
+    os._exit(len(wrong) + 10 * (file.fileno() < 3))
+"""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_streams_that_are_closed_lead_nowhere(closed: tuple[int, ...]) -> None:
+    """Else a socket takes their number: libuv aborts when it closes one, and what is printed goes there."""
+    look = LOOK.format(closed=closed)
+    command = [sys.executable, "-c", CLOSED.format(closed=closed, look=look)]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("printed") == (1 not in closed)
+    assert (done.stderr == "told") == (2 not in closed)
+
+
 @pytest.mark.parametrize("words", PRINTERS)
 def test_an_output_that_takes_no_more(words: str) -> None:
     with open("/dev/full", "w") as full:

@@ -137,7 +137,7 @@ class SpeedCache:
         return speeds, left_out
 
     def save(self, texts_per_s: Mapping[str, float], left_out: Mapping[str, str]) -> None:
-        """Keeps a measurement, complete or not at all; does nothing where the folder cannot be written."""
+        """Keeps a measurement, complete or not at all; where the folder cannot be written, the log says so."""
         import tempfile  # With what it imports, 5 ms that other starts need not spend.
 
         if self.path is None:
@@ -151,7 +151,12 @@ class SpeedCache:
                 json.dump(value, stream, indent=1)
             os.replace(written, self.path)
         except OSError as error:
-            log.info("%s cannot be written (%s); the variants are measured at every start", self.path, error)
+            log.warning(
+                "%s cannot be written (%s), so every start measures the variants; name a folder by --cache-dir, or a "
+                "variant by --variant",
+                self.path,
+                error.strerror or error,
+            )
             if written is not None:
                 with contextlib.suppress(OSError):
                     os.unlink(written)

@@ -17,7 +17,6 @@ requests are (`marks`, `protocol`).
 from __future__ import annotations
 
 import argparse
-import resource
 from collections.abc import Sequence
 
 from ...host import host
@@ -27,9 +26,6 @@ from .cpus import AUTO, plan
 from .supervisor import Supervisor
 
 __all__ = ["supervise"]
-
-MOST_DESCRIPTORS = 1 << 16
-"""The supervisor has one for each connection; where the system allows it, so many are taken."""
 
 
 def supervise(arguments: argparse.Namespace, argv: Sequence[str], port: int) -> int:
@@ -46,8 +42,6 @@ def supervise(arguments: argparse.Namespace, argv: Sequence[str], port: int) -> 
     Raises:
         UsageError: The address cannot be used.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_DESCRIPTORS)), hard))
     workers = None if arguments.workers == AUTO else arguments.workers
     shares = plan(workers, arguments.threads, host())
     listener = open_listener(arguments.host, port, arguments.unix_socket)

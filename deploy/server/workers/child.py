@@ -32,6 +32,7 @@ class Child:
         started_s: When it was started, by `time.monotonic`.
         ready_s: When it became ready; 0: it is not yet.
         retired: No connection is given to it any more: it answers what it has, and ends.
+        unused: It was ended before it served: whatever its exit code is, nobody waits for an answer.
         sent: How many connections it was given.
         reason: Why it cannot serve, in its own words.
     """
@@ -49,6 +50,7 @@ class Child:
         self.started_s = time.monotonic()
         self.ready_s = 0.0
         self.retired = False
+        self.unused = False
         self.sent = 0
         self.reason = ""
         fd = self._theirs.fileno()

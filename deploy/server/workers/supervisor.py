@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -21,6 +20,7 @@ from concurrent.futures import Future
 from ...bundle import BundleError
 from ..exposition import counted, write_rows
 from ..limits.meters import Meters
+from ..logs import say
 from ..process import start_line
 from ..variants import Choice
 from .board import SUPERVISOR, Board
@@ -206,13 +206,13 @@ class Supervisor:
         what = start_line(self._url, models, choices, str(self._plan), isas)
         self._quick = 0
         if before is None:
-            print(f"serving {what}", flush=True)
+            say(f"serving {what}")
             return
         self._reloads += 1
         for child in before.children.values():
             self._retire(child)
         before.close()
-        print(f"reloaded, serving {what}", flush=True)
+        say(f"reloaded, serving {what}")
         served = zip(coming.models, choices, strict=True)
         self._answer(", ".join(f"{model['name']} ({model['task']}, {choice.variant})" for model, choice in served))
 
@@ -250,7 +250,9 @@ class Supervisor:
             self._front.recover(child)
         child.close()
         if self._stopping:
-            self._exit_code = self._exit_code or int(child.ready_s > 0 and child.process.returncode != 0)
+            self._exit_code = self._exit_code or int(
+                child.ready_s > 0 and not child.unused and child.process.returncode != 0
+            )
         elif child is self._preparing:
             self._preparing = None
             self._failed(child.how_it_ended())
@@ -272,7 +274,7 @@ class Supervisor:
                 child.kill()
         reason = " ".join(reason.split())
         if self._serving is None:
-            print(f"python -m deploy serve: {reason}", file=sys.stderr, flush=True)
+            say(f"python -m deploy serve: {reason}", to_errors=True)
             self._exit_code = 2
             self._stopping = True
             self._kill_all()
@@ -364,6 +366,7 @@ class Supervisor:
         serving = self._open_workers()
         for child in self._children:
             if child not in serving and not (child.ready_s and child.retired):
+                child.unused = True
                 child.kill()
         for child in serving:
             with contextlib.suppress(OSError):
