@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -81,6 +82,15 @@ def _leave_on_signals() -> None:
             signal.signal(number, leave)
 
 
+_OF_THE_SYSTEM = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ESTALE", "EIO", "EROFS", "ENOSPC", "EDQUOT", "EMFILE", "ENFILE"),
+    )
+)
+"""What the system answers to the use of a file, with whatever program: no bug of this one."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -112,6 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_ours(error):
             raise
         print(f"python -m deploy {name}: {missing(error, EXTRAS.get(name, 'serve'))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_THE_SYSTEM:
+            raise
+        denied = isinstance(error, PermissionError)
+        who = f"; this process is of user {os.getuid()}, group {os.getgid()}" if denied else ""
+        path = os.fsdecode(error.filename)
+        print(f"python -m deploy {name}: {path}: {error.strerror}{who}", file=sys.stderr)
         return 2
     except SystemExit as leaving:  # argparse leaves this way, for --help too.
         if leaving.code is None or isinstance(leaving.code, int):

@@ -5,15 +5,36 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-__all__ = ["bundle_folder", "model_folder", "positive", "url_prefix"]
+__all__ = ["bundle_folder", "model_folder", "model_name", "positive", "seconds", "url_prefix"]
 
 
 def positive(text: str) -> int:
     """A whole number from 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
+
+
+def seconds(text: str) -> float:
+    """A time from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected seconds from 0, got {text}")
+    return value
+
+
+def model_name(text: str) -> str:
+    """A folder, or an id on the hub; an empty one would be the folder that the command runs in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a folder, or an id on the hub, got nothing: is a variable unset?")
+    return text
 
 
 def model_folder(text: str) -> Path:

@@ -15,7 +15,7 @@ from deploy.bundle import DEFAULT_VARIANTS, POOLING_MODES, TASKS, VARIANTS, Bund
 from deploy.export.errors import ExportError, Interrupted, first_line, is_disk_full
 from deploy.extras import missing
 from deploy.folder.errors import FolderError
-from deploy.options import positive
+from deploy.options import model_name, positive
 from deploy.tasks.bounds import BOUND_NAMES
 from deploy.texts import TextsError
 
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="model folder, or id on the Hugging Face hub")
+    parser.add_argument("model", metavar="MODEL", type=model_name, help="model folder, or id on the Hugging Face hub")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, type=_folder, help="folder to write")
     parser.add_argument(
         "--force",

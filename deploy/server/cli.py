@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 
 from ..bundle import TASKS
+from ..options import model_name, url_prefix
 from ..options import positive as _positive
-from ..options import url_prefix
+from ..options import seconds as _seconds
 from .limits.bounds import Settings
 from .process import PORT_VARIABLE
 from .tei_options import add_tei_options, settle_tei_options
@@ -19,13 +20,6 @@ __all__ = ["parse"]
 
 API_KEY_VARIABLE = "DEPLOY_API_KEY"
 WORKERS_VARIABLE = "WORKERS"
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"expected seconds from 0, got {text}")
-    return value
 
 
 def _workers(text: str) -> int | str:
@@ -45,6 +39,7 @@ def _parser(command: str = "serve") -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         nargs="?",
+        type=model_name,
         metavar="MODEL",
         help="folder written by python -m deploy export; or a model's folder of Hugging Face or sentence-transformers, "
         "or an id on the hub, which is served as it is, in bf16, or in fp32 with --variant torch_ext-fp32",

@@ -49,10 +49,13 @@ def open_admin(address: str) -> socket.socket:
     """
     host, _, port = address.rpartition(":")
     try:
+        if not (host and port.isascii() and port.isdecimal()):
+            raise ValueError("it is no address with a port")
         return listen(host.strip("[]"), int(port), backlog=16)
     except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"--admin-address: cannot listen on {address}: {error}; expected HOST:PORT with a free port, such as "
+            f"--admin-address: cannot listen on {address}: {reason}; expected HOST:PORT with a free port, such as "
             "127.0.0.1:8001"
         ) from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from deploy.bundle import VARIANTS, BundleError, Manifest
 from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.folder.errors import FolderError
+from deploy.options import model_name
 from deploy.tasks import TASKS, TaskError, open_task, prompted
 from deploy.texts import TextsError, load_texts, sample
 
@@ -29,7 +30,7 @@ def make_parser(name: str, description: str, target: str = "folder of a bundle")
         allow_abbrev=False,
         epilog="exit codes: 0 all is well, 2 something is wrong, which the output says; 130 stopped by Ctrl-C.",
     )
-    parser.add_argument("model", metavar="DIR", help=target)
+    parser.add_argument("model", metavar="DIR", type=model_name, help=target)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

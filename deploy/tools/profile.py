@@ -20,7 +20,7 @@ from typing import Any
 from deploy.bundle import Manifest
 from deploy.engines.batch import Batch, Ids, PairIds
 from deploy.machine import cpu_name, usable_cpus
-from deploy.options import positive
+from deploy.options import positive, seconds
 from deploy.tools.command import (
     ToolError,
     chosen_variants,
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=_counts, metavar="N,N", help="numbers of workers to serve with (default: 1 and all CPUs)"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each measurement (default 1)")
+    parser.add_argument("--seconds", type=seconds, default=1.0, metavar="S", help="for each measurement (default 1)")
     parser.add_argument("--no-http", action="store_true", help="start no server")
     return run(parser, _profile, argv)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from deploy.bundle import Accuracy, Manifest, Speed, check_config, load_manifest
 from deploy.engines.engine import Engine
-from deploy.options import positive
+from deploy.options import positive, seconds
 from deploy.tools.command import (
     ToolError,
     chosen_variants,
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-texts", type=positive, default=256, metavar="N", help="default 256")
     parser.add_argument("--threads", type=positive, metavar="N", help="default: what this process may use")
     parser.add_argument(
-        "--speed-seconds", type=float, default=1.5, metavar="S", help="per variant; 0: not (default 1.5)"
+        "--speed-seconds", type=seconds, default=1.5, metavar="S", help="per variant; 0: not (default 1.5)"
     )
     return run(parser, _verify, argv)
 

@@ -184,3 +184,17 @@ def test_what_voyages_fields_refuse(server: LiveServer, fields: dict[str, Any], 
     error = refused.json["error"]
     assert (refused.status, error["param"]) == (400, param), error
     assert words in error["message"]
+
+
+def test_a_field_of_few_values_is_told_with_them(server: LiveServer) -> None:
+    body = {"input": "w1", "encoding_format": "int8"}
+    refused = server("POST", "/v1/embeddings", body).json["error"]
+    assert refused["message"] == "Expected float, base64, got 'int8' - at `$.encoding_format`"
+    assert refused["param"] == "encoding_format"
+    cohere = server("POST", "/v2/embed", {"texts": ["w1"], "truncate": "MIDDLE"}).json["message"]
+    assert cohere == "Expected NONE, START, END, got 'MIDDLE' - at `$.truncate`"
+
+
+def test_an_empty_body_is_told(server: LiveServer) -> None:
+    for path in ("/v1/embeddings", "/embed", "/api/embed"):
+        assert b"expected one JSON object, got an empty body" in server("POST", path, b"").body

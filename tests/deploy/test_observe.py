@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,16 @@ def test_warnings_are_lines_of_the_log(form: str) -> None:
         assert json.loads(line)["level"] == "WARNING"
     else:
         assert line.endswith("WARNING deploy.server: layers: 1 in config.json, 2 in the weights")
+
+
+def test_times_of_json_are_those_of_rfc_3339(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In UTC, whatever the zone of the machine is: collectors read no others."""
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        record = logging.LogRecord("a", logging.INFO, "", 0, "b", (), None)
+        record.created = 1_700_000_000.25
+        assert json.loads(_JsonFormatter().format(record))["timestamp"] == "2023-11-14T22:13:20.250Z"
+    finally:
+        monkeypatch.undo()
+        time.tzset()

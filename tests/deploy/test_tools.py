@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -139,3 +142,55 @@ def test_profile(tiny_bundle: BundleMaker, capsys: Capture) -> None:
     printed = capsys.readouterr().out
     for line in ("tokenize", "  products with weights", "pool, answer", "HTTP, client", "Amdahl's law for workers"):
         assert f"\n{line}" in printed
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "profile", "serve", "run", "export"])
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_folder_that_the_command_runs_in(
+    command: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["-o", "nowhere"] if command == "export" else []
+    assert main([command, name, *more]) == 2
+    assert "expected a folder, or an id on the hub, got nothing: is a variable unset?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("verify DIR --threads x", "--threads: expected a whole number from 1, got 'x'"),
+        ("serve DIR --max-queue-ms nan", "--max-queue-ms: expected a whole number from 1, got 'nan'"),
+        ("serve DIR --keep-alive soon", "--keep-alive: expected seconds from 0, got soon"),
+        ("verify DIR --speed-seconds -1", "--speed-seconds: expected seconds from 0, got -1"),
+        ("verify DIR --speed-seconds inf", "--speed-seconds: expected seconds from 0, got inf"),
+        ("profile DIR --seconds nan", "--seconds: expected seconds from 0, got nan"),
+    ],
+)
+def test_numbers_that_are_none(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "profile", "serve", "export"])
+def test_what_the_system_says_of_a_folder_is_no_bug(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A volume of another user, say: the folder may not be searched."""
+    more = ["-o", str(tmp_path / "out")] if command == "export" else []
+    assert main([command, "x" * 5000, *more]) == 2
+    told = capsys.readouterr().err
+    assert "File name too long" in told
+    (tmp_path / "closed").mkdir()
+    stat = os.stat
+
+    def closed(path: Any, **how: Any) -> os.stat_result:
+        if isinstance(path, str | Path) and Path(path).parent == tmp_path / "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(os, "stat", closed)
+    assert main([command, str(tmp_path / "closed"), *more]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'closed'}{os.sep}" in told
+    assert "Permission denied" in told
+    if command in {"inspect", "profile", "serve"}:  # The others have words of their own.
+        assert f"; this process is of user {os.getuid()}, group {os.getgid()}\n" in told

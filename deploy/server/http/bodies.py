@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 import orjson
@@ -50,6 +50,9 @@ _PART_VALUES = 8192
 _SPARE_VALUES = 64
 _GIVE_WAY_S = 2e-5
 _HEAD = re.compile(rb'\s*\{\s*(?:"\w{1,64}"\s*:\s*(?:"[^"\\]{0,256}"|[\w.+-]{1,32})\s*,\s*)*"\w{1,64}"\s*:\s*\[')
+_NO_CHOICE = re.compile(
+    r"Invalid enum value (?P<got>.*) - at (?P<place>`\$\.(?P<field>\w+)(?:\[\.\.\.\]|\[\d+\])*`)", re.DOTALL
+)
 _TEXTS = msgspec.json.Decoder(list[str])
 
 
@@ -68,9 +71,26 @@ def decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
             # To JSON Schema, 3.0 is an integer.
             return msgspec.convert(_whole(msgspec.json.decode(body)), decoder.type)
     except msgspec.ValidationError as error:
-        raise ApiError("invalid_request", str(error)) from None
+        raise ApiError("invalid_request", _with_choices(str(error), decoder.type)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(str(error), body) from None
+
+
+def _with_choices(message: str, kind: Any) -> str:
+    """The message of msgspec, with the values that it expects of a field of a few."""
+    found = _NO_CHOICE.fullmatch(message)
+    if found is None:
+        return message
+    names = dict(zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True))
+    choices = _choices(get_type_hints(kind)[names[found["field"]]])
+    return f"Expected {', '.join(choices)}, got {found['got']} - at {found['place']}"
+
+
+def _choices(kind: Any) -> list[str]:
+    """The values of all `Literal` in a type."""
+    if get_origin(kind) is Literal:
+        return [str(choice) for choice in get_args(kind)]
+    return [choice for part in get_args(kind) for choice in _choices(part)]
 
 
 def _whole(value: Any) -> Any:
@@ -173,6 +193,8 @@ def _outside_texts(body: bytes) -> Iterator[bytes]:
 
 
 def _malformed(message: str, body: bytes) -> ApiError:
+    if not body:
+        return ApiError("invalid_request", "expected one JSON object, got an empty body")
     hint = ""
     if b"\\ud" in body or b"\\uD" in body:
         hint = "; escapes from \\ud800 to \\udfff have to come in pairs"
