@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -246,3 +248,46 @@ def test_times_of_json_are_those_of_rfc_3339(monkeypatch: pytest.MonkeyPatch) ->
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+MANY = """
+import logging, sys
+from deploy.server.logs import start_logging
+start_logging()
+log = logging.getLogger("deploy.server")
+for number in range(5000):
+    log.warning("line %s", "x" * 100)
+print("done", flush=True)
+sys.stdin.readline()
+log.warning("a long %s", "y" * 9000)
+"""
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
+    """A pipe has room for 64 KB; the server answered nobody, /health included, until somebody read."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", MANY],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert select.select([process.stdout], [], [], 60)[0], "the process waits for its reader"
+        assert process.stdout.readline() == b"done\n"
+        read = b""
+        while select.select([process.stderr], [], [], 0)[0]:
+            read += os.read(process.stderr.fileno(), 1 << 16)
+        read += process.communicate(b"\n", timeout=60)[1]
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+    *lines, told, last = read.decode().splitlines()
+    found = re.search(r"WARNING deploy.server: (\d+) lines of the log were lost before this one", told)
+    assert found is not None
+    assert len(lines) > 100
+    assert len(lines) + int(found[1]) == 5000
+    assert last.endswith("a long " + "y" * 9000)
