@@ -35,7 +35,7 @@ def _parse(text: bytes) -> dict[str, _Family]:
     """The families of a text; samples follow the comments of their family."""
     families: dict[str, _Family] = {}
     family = _Family()
-    for line in text.decode().splitlines():
+    for line in text.decode().split("\n"):  # The only end of a line of this format: values of labels may hold others.
         if line.startswith("# "):
             _, what, name, *rest = line.split(" ", 3)
             family = families.setdefault(name, _Family())

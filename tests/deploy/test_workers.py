@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from deploy.server.exposition import counted, merge
+from deploy.server.exposition import counted, labelled, merge
 from deploy.server.workers.board import SUPERVISOR, Board
 from deploy.server.workers.channel import CONNECTION, Channel
 from deploy.server.workers.cpus import Share, caches, plan
@@ -247,6 +247,25 @@ def test_metrics_are_added_up() -> None:
     assert "seconds_sum 3.0" in left
     assert "queue" not in left
     assert "serve_ready" not in left
+
+
+@pytest.mark.parametrize("value", ["a\u2028b", "a\x85b", "a\x0bb", "a\x1cb", 'a"b\\\nb', "a b {c}"])
+def test_metrics_of_a_name_with_any_characters(value: str) -> None:
+    """One of a model, say: what Python takes for the end of a line ended the supervisor."""
+    from prometheus_client import CollectorRegistry, Gauge, generate_latest
+    from prometheus_client.parser import text_string_to_metric_families
+
+    registry = CollectorRegistry()
+    Gauge("serve_model_info", "What is served.", ("model",), registry=registry).labels(value).set(1)
+    text = generate_latest(registry)
+    for found in (merge([text, text]), labelled(text, value)):
+        (line,) = [line for line in found.decode().split("\n") if line and not line.startswith("#")]
+        assert f"{line}\n".encode() in text
+    named = labelled(b"# TYPE a gauge\na 1\n", value).decode()
+    if not set(value) & set("\u2028\x85\x0b\x1c"):  # Which the parser of the client takes for an end, too.
+        (family,) = text_string_to_metric_families(named)
+        assert family.samples[0].labels == {"model": value}
+    assert counted([text]) == b""
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
