@@ -222,7 +222,7 @@ def read_evaluation(path: Path, manifest: Manifest, task: Task, encode: Encode) 
         raise ExportError(f"--eval: there is no figure for {task.name}; it is for {', '.join(_KINDS)}")
     rows: list[Mapping[str, Any]] = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # A text may hold U+2028, an end for `splitlines`.
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"--eval {path}: cannot be read: {error}") from error
     chosen: type[Evaluation] | None = None

@@ -157,7 +157,10 @@ def _measure(manifest: Manifest, name: str, text: str, item: Ids | PairIds, thre
 
     encode = _tokenizer(manifest)
     tokenize = _median_ms(lambda: encode(text), seconds / 4)
-    engine = open_engine(manifest, manifest.variants[name], threads)
+    try:
+        engine = open_engine(manifest, manifest.variants[name], threads)
+    except (OSError, RuntimeError, ValueError) as error:  # What an engine says of a damaged file.
+        raise ToolError(f"{manifest.root}: {name} cannot be loaded: {error}") from error
     usual = engine.task.usual
     engine.run([item], [usual])
     model: list[float] = []

@@ -27,7 +27,7 @@ TEXTS = sample(12, seed=3)
 
 
 def written(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n", encoding="utf-8")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n", encoding="utf-8")
     return path
 
 
@@ -75,8 +75,8 @@ def test_labels_of_texts(tiny_model: ModelMaker, tmp_path: Path, capsys: Capture
 
 
 def test_queries_of_embeddings(tiny_model: ModelMaker, tmp_path: Path) -> None:
-    """Each text finds itself among all."""
-    rows = [{"query": text, "positives": [text]} for text in TEXTS]
+    """Each text finds itself among all. U+2028 in JSON is no end of a line."""
+    rows = [{"query": text, "positives": [text]} for text in (f"{text}\u2028end" for text in TEXTS)]
     found = exported(tiny_model("bert", "feature-extraction"), rows, tmp_path)
     assert found["metric"] == "reciprocal rank"
     assert found["reference"] == found["variant"] == 1

@@ -194,3 +194,14 @@ def test_what_the_system_says_of_a_folder_is_no_bug(
     assert "Permission denied" in told
     if command in {"inspect", "profile", "serve"}:  # The others have words of their own.
         assert f"; this process is of user {os.getuid()}, group {os.getgid()}\n" in told
+
+
+def test_a_damaged_file_is_told_by_profile(tiny_bundle: BundleMaker, tmp_path: Path, capsys: Capture) -> None:
+    bundle = shutil.copytree(tiny_bundle("bert", "feature-extraction"), tmp_path / "bundle")
+    weights = bundle / "encoder_bf16.safetensors"
+    weights.write_bytes(b"\xff" * 64 + weights.read_bytes()[64:])
+    words = ["profile", str(bundle), "--variants", "torch_ext-bf16", "--seconds", "0", "--no-http"]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {bundle}: torch_ext-bf16 cannot be loaded: ")
+    assert "damaged" in told
