@@ -96,6 +96,10 @@ def describe(model: str, task: str | None) -> tuple[Manifest, bool]:
     try:
         return describe_folder(model, task), False
     except FolderError as error:
+        if folder.is_dir() and any(folder.glob("encoder_*.safetensors")):
+            raise UsageError(
+                f"{model}: no {MANIFEST_FILE} beside files of a bundle: was it copied completely? Copy or export it"
+            ) from error
         raise UsageError(str(error)) from error
 
 

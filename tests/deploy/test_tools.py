@@ -205,3 +205,10 @@ def test_a_damaged_file_is_told_by_profile(tiny_bundle: BundleMaker, tmp_path: P
     told = capsys.readouterr().err
     assert told.startswith(f"error: {bundle}: torch_ext-bf16 cannot be loaded: ")
     assert "damaged" in told
+
+
+def test_a_bundle_that_is_half_there_is_told_as_such(tiny_bundle: BundleMaker, tmp_path: Path, capsys: Capture) -> None:
+    bundle = shutil.copytree(tiny_bundle("bert", "feature-extraction"), tmp_path / "bundle")
+    (bundle / "manifest.json").unlink()
+    assert main(["serve", str(bundle), "--port", "0"]) == 2
+    assert f"{bundle}: no manifest.json beside files of a bundle: was it copied completely?" in capsys.readouterr().err
