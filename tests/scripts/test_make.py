@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from torch_ext._library import TORCH
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -185,3 +187,8 @@ def test_serve_without_a_bundle(checkout: Path) -> None:
     assert result.stderr.startswith(
         "error: no folder bundles/none: make it by make bundle, or name another by BUNDLE=...\n"
     )
+
+
+def test_packages_ask_for_the_torch_that_errors_name() -> None:
+    for name in ("pyproject.toml", "setup.py"):
+        assert f'"{TORCH}' in (ROOT / name).read_text(encoding="utf-8"), name
