@@ -82,11 +82,9 @@ def _leave_on_signals() -> None:
             signal.signal(number, leave)
 
 
-_OF_THE_SYSTEM = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("EACCES", "EPERM", "ENAMETOOLONG", "ELOOP", "ESTALE", "EIO", "EROFS", "ENOSPC", "EDQUOT", "EMFILE", "ENFILE"),
-    )
+_OF_THE_SYSTEM = (
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EIO, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE),
 )
 """What the system answers to the use of a file, with whatever program: no bug of this one."""
 

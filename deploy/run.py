@@ -158,16 +158,17 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _opened(path: Path, made: list[Path]) -> TextIO:
     """Opens a file, and makes it and its folders if needed; notes down folders that were not there."""
-    for left in reversed(range(100)):
-        made += [folder for folder in path.parents if not folder.exists()]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return open(path, "a")
-        except (FileNotFoundError, FileExistsError):
-            if left == 0:
-                raise
-            # Another process may have removed a folder, which was empty, in this moment.
-    raise AssertionError("the last try returns or raises")
+
+    def opened() -> TextIO:
+        made.extend(folder for folder in path.parents if not folder.exists())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a")
+
+    for _ in range(99):
+        # Another process may have removed a folder, which was empty, in this moment.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            return opened()
+    return opened()
 
 
 @contextlib.contextmanager

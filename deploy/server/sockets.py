@@ -22,15 +22,12 @@ FEW_DESCRIPTORS = 1024
 
 def raise_descriptors() -> int:
     """Raises the number of descriptors that the process may open, as far as the system allows; how many that are."""
-    soft, hard = (MOST_DESCRIPTORS if most == resource.RLIM_INFINITY else most for most in _descriptors())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (MOST_DESCRIPTORS if limit == resource.RLIM_INFINITY else limit for limit in limits)
     most = max(soft, min(hard, MOST_DESCRIPTORS))
     if most > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, _descriptors()[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
     return most
-
-
-def _descriptors() -> tuple[int, int]:
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
@@ -42,14 +39,15 @@ def listen(host: str, port: int, backlog: int = 2048) -> socket.socket:
     # Names in ASCII as bytes: text would be encoded by IDNA, whose tables take 3 ms to import.
     name = host.encode() if host.isascii() else host
     found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    for place, (family, _, _, _, address) in enumerate(found):
+    *others, (family, _, _, _, address) = found
+    for other, _, _, _, place in others:
         try:
-            return _listen_at(family, address, backlog)
+            return _listen_at(other, place, backlog)
         except OSError as error:
             # `localhost` is ::1, too, where the system, or the container, has no IPv6.
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or place == len(found) - 1:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
-    raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    return _listen_at(family, address, backlog)
 
 
 def _listen_at(family: int, address: Any, backlog: int) -> socket.socket:

@@ -125,9 +125,9 @@ class Encoder(Reference):
             model: of an architecture in :data:`torch_ext.encoder.ARCHITECTURES`, such as ``BertModel``, or a model
                 with a head on top of one (the head is left behind; see :class:`Head`), fp32, bf16, fp16 or fp64 on the
                 CPU. One that :func:`torch_ext.optimize` has been over will do, too, and so does what ``torch.compile``
-                returned. Of a model of sentence-transformers the first transformer is taken, without what follows it,
-                such as its pooling. Only its weights and configuration are read: code that was put into it is not run,
-                and there is a warning of forward hooks.
+                returned. Of a model of sentence-transformers the transformer is taken, without what follows it, such as
+                its pooling; one with several is refused. Only its weights and configuration are read: code that was
+                put into it is not run, and there is a warning of forward hooks.
             dtype: ``"bf16"``, ``"fp32"`` or ``"int8"``.
             keep_bf16: linear layers of an int8 encoder to leave in bf16: names, or ``fnmatch`` patterns of names, such
                 as ``"layers.0.ffn.down"``; ``"layers.0"`` means all in that layer. The layers of a model are named by
