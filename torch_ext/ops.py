@@ -104,7 +104,8 @@ def pack_linear_weight_int8(weight: Tensor, scale: Tensor | None = None) -> Tens
 
     Symmetric, one scale for each output: ``weight[j] = scale[j] * q[j]`` with ``q`` from -127 to 127. :func:`linear`
     quantizes the rows of its input in the same way while it reads them, adds up products exactly in 32 bits, and
-    multiplies the sums by both scales.
+    multiplies the sums by both scales. Outliers of a row, four at most, are multiplied in fp32 instead: see
+    :func:`torch_ext.quantize.row_limits`.
 
     Args:
         weight: fp32 or bf16 ``[N, K]``, finite, to be quantized by the largest magnitude of each row; or i8 ``[N, K]``,
@@ -151,7 +152,8 @@ def linear(
 
     Args:
         x: fp32 or bf16 ``[..., K]``; fp32 is rounded to bf16 while it is read, where products are computed in bf16.
-            With an int8 weight every row is quantized by its largest magnitude.
+            With an int8 weight every row is quantized, by its largest magnitude without outliers: see
+            :func:`torch_ext.quantize.row_limits`.
         packed: the weight ``[N, K]``, from :func:`pack_linear_weight` or :func:`pack_linear_weight_int8`.
         bias: fp32 or bf16 ``[N]``.
         activation: applied in fp32, before rounding: ``none``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``tanh``,

@@ -76,7 +76,7 @@ class PackedLinear(nn.Module):
         bias: fp32, bf16 or fp16 ``[N]``, or None.
         packed: the weight as it was packed before into ``dtype``, to be shared.
         dtype: ``"bf16"``; or ``"int8"``: weights with one scale for each output, rows of the input quantized by their
-            largest magnitude while they are read.
+            largest magnitude without outliers while they are read.
         tied: by ``"weight"`` and ``"bias"``, the parameter that it is, if other modules have it too.
 
     Attributes:

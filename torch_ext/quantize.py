@@ -5,10 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_INT8_INPUTS", "check_inputs", "dequantize_weight", "exact_scale", "quantize_weight"]
+__all__ = [
+    "MAX_INT8_INPUTS",
+    "MAX_ROW_OUTLIERS",
+    "check_inputs",
+    "dequantize_weight",
+    "exact_scale",
+    "quantize_weight",
+    "round_rows",
+    "row_limits",
+]
 
 MAX_INT8_INPUTS = (2**31 - 1) // 127**2
 """The widest input of an int8 layer, K: sums of as many products fit into 32 bits whatever the numbers are."""
+
+MAX_ROW_OUTLIERS = 4
+"""Numbers of a row of inputs that are multiplied in fp32, at most: ``kMaxRowOutliers`` of the kernels."""
 
 
 def check_inputs(what: str, inputs: int) -> None:
@@ -81,3 +93,37 @@ def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
         fp32 ``[N, K]``.
     """
     return quantized.to(torch.float32) * scale[:, None]
+
+
+def row_limits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the rows of an int8 layer's input are quantized by.
+
+    That is a row's largest magnitude, unless at most :data:`MAX_ROW_OUTLIERS` numbers are above half of it. Those are
+    outliers, which are multiplied in fp32, and the row is quantized by the largest of the others.
+
+    Args:
+        x: fp32 ``[T, K]``, finite.
+
+    Returns:
+        The magnitudes, fp32 ``[T]``, and their places, i64 ``[T]``; 0 and the last place where only outliers are left.
+    """
+    top, at = x.abs().topk(min(MAX_ROW_OUTLIERS + 1, x.shape[1]), 1)
+    above = (top > top[:, :1] / 2).sum(1, keepdim=True)
+    first = torch.where(above <= MAX_ROW_OUTLIERS, above, 0)
+    left = first < top.shape[1]
+    first = first.clamp_max(top.shape[1] - 1)
+    return torch.where(left, top.gather(1, first), 0.0)[:, 0], at.gather(1, first)[:, 0]
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """The numbers that an int8 layer multiplies instead of its input, outliers as they are.
+
+    Args:
+        x: fp32 ``[T, K]``, finite.
+
+    Returns:
+        fp32 ``[T, K]``.
+    """
+    limit = row_limits(x)[0][:, None]
+    step = (limit / 127).clamp_min(1e-30)
+    return torch.where(x.abs() > limit, x, (x / step).round_().mul_(step))

@@ -15,7 +15,7 @@ CALIBRATION_TOKENS = 96
 
 _TEXTS = 120
 _CHARS = 300
-_WORDS = 400
+_WORDS = 1500
 
 
 def calibration_texts(verified: Collection[str]) -> list[str]:

@@ -38,6 +38,39 @@ const float* scales_of(const GemmKernel& g, const unsigned char* data, size_t r,
   return reinterpret_cast<const float*>(data + scales_at(g, r, k));
 }
 
+std::vector<Outlier> outliers_of(const GemmKernel& g, const unsigned char* block, size_t r, size_t k) {
+  const unsigned char* const at = block + g.outliers_at(r, k);
+  uint32_t count;
+  std::memcpy(&count, at, sizeof count);
+  std::vector<Outlier> found(std::min<size_t>(count, r * kMaxRowOutliers));
+  EXPECT(found.size() == count, "%u outliers in %zu rows", count, r);
+  if (!found.empty()) std::memcpy(found.data(), at + sizeof count, found.size() * sizeof(Outlier));
+  return found;
+}
+
+/// Of a finite row: the products that are more than half of the largest magnitude, none if they are more than four.
+std::vector<size_t> expected_outliers(const Matrix& source, size_t i, size_t k) {
+  float largest = 0;
+  for (size_t p = 0; p < k; ++p) largest = std::max(largest, std::fabs(source.get(i, p)));
+  std::vector<size_t> above;
+  for (size_t p = 0; p < k; ++p) {
+    if (std::fabs(source.get(i, p)) > largest / 2) above.push_back(p);
+  }
+  if (above.size() > kMaxRowOutliers) above.clear();
+  return above;
+}
+
+/// Multiplies up to five elements of every second row, so that they stand out.
+void spike(Matrix& source, size_t rows, size_t k) {
+  Random& random = random_source();
+  for (size_t i = 0; i < rows; i += 2) {
+    for (size_t n = random.below(6); n > 0; --n) {
+      const size_t p = random.below(static_cast<uint32_t>(k));
+      source.set(i, p, source.get(i, p) * 16.0f + 1.0f);
+    }
+  }
+}
+
 int random_q(Random& random) { return static_cast<int>(random.below(255)) - 127; }
 
 void check_packer(const GemmPath& path, DType type, size_t rows, size_t block_rows, size_t k, size_t gap) {
@@ -46,6 +79,7 @@ void check_packer(const GemmPath& path, DType type, size_t rows, size_t block_ro
           gap);
   Matrix source(type, rows, k, k + gap);
   source.fill(random_source(), 0.0f, 3.0f);
+  spike(source, rows, k);
   const size_t zero_row = rows / 2;
   if (rows > 1) {
     for (size_t p = 0; p < k; ++p) source.set(zero_row, p, 0.0f);
@@ -53,32 +87,70 @@ void check_packer(const GemmPath& path, DType type, size_t rows, size_t block_ro
   const GuardedBytes packed(g.lhs_block_bytes(block_rows, k));
   pack(path, Packer::kLhs, type, rows, block_rows, k, source.data(), source.ld, packed.data());
   const float* const scales = scales_of(g, packed.data(), block_rows, k);
+  const std::vector<Outlier> outliers = outliers_of(g, packed.data(), block_rows, k);
+  size_t next = 0;
   for (size_t i = 0; i < block_rows; ++i) {
+    const std::vector<size_t> apart = i < rows ? expected_outliers(source, i, k) : std::vector<size_t>();
+    const auto is_apart = [&](size_t p) { return std::find(apart.begin(), apart.end(), p) != apart.end(); };
+    for (const size_t p : apart) {
+      const Outlier found = next < outliers.size() ? outliers[next] : Outlier{};
+      EXPECT(found.row == i && found.p == p && found.value == source.get(i, p),
+             "outlier %zu is %g at (%u, %u), expected %g at (%zu, %zu)", next, static_cast<double>(found.value),
+             found.row, found.p, static_cast<double>(source.get(i, p)), i, p);
+      ++next;
+    }
     double largest = 0;
     for (size_t p = 0; i < rows && p < k; ++p) {
-      largest = std::max(largest, std::fabs(static_cast<double>(source.get(i, p))));
+      if (!is_apart(p)) largest = std::max(largest, std::fabs(static_cast<double>(source.get(i, p))));
     }
     const double scale = largest / 127;
     EXPECT(within(scales[i], scale, 2 * kRoundF32 * scale), "row %zu: scale %g, expected %g", i,
            static_cast<double>(scales[i]), scale);
     for (size_t p = 0; p < padded_depth(g, k); ++p) {
       const int q = stored_value(g, packed.data(), block_rows, i, p);
-      const double x = i < rows && p < k ? static_cast<double>(source.get(i, p)) : 0.0;
+      const double x = i < rows && p < k && !is_apart(p) ? static_cast<double>(source.get(i, p)) : 0.0;
       EXPECT(q >= -127 && q <= 127, "(%zu, %zu) is %d", i, p, q);
       // Half a step, and the rounding of x / scale.
       EXPECT(std::fabs(q * scale - x) <= scale * (0.5 + 127 * 4 * kRoundF32), "(%zu, %zu) is %d, expected %g", i, p, q,
              scale > 0 ? x / scale : 0.0);
     }
   }
+  EXPECT(next == outliers.size(), "%zu outliers, expected %zu", outliers.size(), next);
 }
 
-TORCH_EXT_TEST(s8_packers_quantize_every_row_by_its_largest_magnitude) {
+TORCH_EXT_TEST(s8_packers_quantize_every_row_without_its_outliers) {
   for (const GemmPath& path : s8_paths()) {
     for (const DType type : {DType::kF32, DType::kBF16}) {
       for (const size_t k : {1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 67, 130}) {
         for (size_t u = 0; u < path.kernel->ukernel_count; ++u) {
           const size_t mr = path.kernel->ukernels[u].mr;
           for (size_t rows = 1; rows <= mr; ++rows) check_packer(path, type, rows, mr, k, k % 3);
+        }
+      }
+    }
+  }
+}
+
+TORCH_EXT_TEST(s8_rows_keep_up_to_four_outliers_apart) {
+  for (const GemmPath& path : s8_paths()) {
+    const GemmKernel& g = *path.kernel;
+    const size_t mr = g.max_mr(), k = 77;
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (size_t first = 0; first < k; ++first) {
+        for (size_t count = 0; count <= 5; ++count) {
+          context("%s from %s, %zu outliers from %zu", path.name().c_str(), dtype_name(type), count, first);
+          Matrix source(type, 1, k);
+          // Exactly half of the largest is no outlier.
+          for (size_t p = 0; p < k; ++p) source.set(0, p, p % 3 ? 4.0f : -0.5f);
+          for (size_t n = 0; n < count; ++n) source.set(0, (first + 13 * n) % k, n % 2 ? 8.0f : -8.0f);
+          const GuardedBytes packed(g.lhs_block_bytes(mr, k));
+          pack(path, Packer::kLhs, type, 1, mr, k, source.data(), k, packed.data());
+          const bool apart = count >= 1 && count <= kMaxRowOutliers;
+          const std::vector<Outlier> found = outliers_of(g, packed.data(), mr, k);
+          EXPECT(found.size() == (apart ? count : 0), "%zu were found", found.size());
+          const float scale = scales_of(g, packed.data(), mr, k)[0] * 127;
+          const float largest = apart || count == 0 ? 4.0f : 8.0f;
+          EXPECT(std::fabs(scale - largest) < 1e-5f, "scaled by %g", static_cast<double>(scale));
         }
       }
     }
@@ -139,7 +211,7 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool ex
     row_scales[i] = std::ldexp(1.0f, static_cast<int>(i) - 4);
     unsigned char* const scales = block.data() + scales_at(g, u.mr, k);
     std::memcpy(scales + i * sizeof(float), &row_scales[i], sizeof(float));
-    if (g.row_extra_bytes > sizeof(float)) {
+    if (g.lhs_type == DType::kS16) {
       int64_t term = 0;  // gemm_pmaddwd.cpp: what neighbours of a row give
       for (size_t p = 0; p + 1 < k; p += 2) term += lhs[i * k + p] * lhs[i * k + p + 1];
       const auto wrapped = static_cast<uint32_t>(term);
@@ -205,6 +277,7 @@ void check_product(const GemmPath& path, size_t m, size_t n, size_t k, size_t in
   Random& random = random_source();
   Matrix x(x_type, m, k, k + index % 3);
   x.fill(random);
+  if (index % 7 < 3) spike(x, m, k);
   std::vector<int8_t> q(n * k), q_back(n * k);
   std::vector<float> scales(n), scales_back(n);
   for (int8_t& value : q) value = static_cast<int8_t>(random_q(random));
@@ -247,15 +320,21 @@ void check_product(const GemmPath& path, size_t m, size_t n, size_t k, size_t in
     (x_type == DType::kF32 ? g.pack_lhs_f32 : g.pack_lhs_bf16)(
         1, 1, k, static_cast<const char*>(x.data()) + i * x.ld * dtype_bytes(x_type), x.ld, block.data());
     const double row_scale = static_cast<double>(scales_of(g, block.data(), 1, k)[0]);
+    const std::vector<Outlier> outliers = outliers_of(g, block.data(), 1, k);
     for (size_t j = 0; j < n; ++j) {
       int64_t sum = 0;
       for (size_t p = 0; p < k; ++p) sum += stored_value(g, block.data(), 1, 0, p) * q[j * k + p];
-      const double product = static_cast<double>(sum) * row_scale * static_cast<double>(scales[j]);
+      double product = static_cast<double>(sum) * row_scale * static_cast<double>(scales[j]);
+      double rounded = 3 * std::fabs(product);  // The sum's conversion to fp32, and two products.
+      for (const Outlier& outlier : outliers) {
+        const double value = static_cast<double>(outlier.value) * q[j * k + outlier.p] * static_cast<double>(scales[j]);
+        product += value;
+        rounded += 6 * std::fabs(value);  // Two products, and sums with up to four of them.
+      }
       const double z = product + (with_bias ? static_cast<double>(bias[j]) : 0.0);
       const double r = with_residual ? static_cast<double>(residual.get(i, j)) : 0.0;
       const double y = reference_activation(activation, z);
-      // The sum's conversion to fp32, and two products.
-      const double bound = epilogue_bound(activation, z, 3 * kRoundF32 * std::fabs(product), y, r, out_type);
+      const double bound = epilogue_bound(activation, z, kRoundF32 * rounded, y, r, out_type);
       EXPECT(within(static_cast<double>(out.get(i, j)), y + r, bound), "(%zu, %zu): %.9g, expected %.9g +- %.2g", i, j,
              static_cast<double>(out.get(i, j)), y + r, bound);
     }

@@ -19,7 +19,14 @@ import torch_ext
 from tests.ops.test_encoder import HEAD, SPEC, SPECS, batch, cosine, make_weights, run_plain
 from torch_ext import Encoder, EncoderSpec, Head, PackedLinear
 from torch_ext.encoder.spec import is_matrix
-from torch_ext.quantize import MAX_INT8_INPUTS, dequantize_weight, quantize_weight
+from torch_ext.quantize import (
+    MAX_INT8_INPUTS,
+    MAX_ROW_OUTLIERS,
+    dequantize_weight,
+    quantize_weight,
+    round_rows,
+    row_limits,
+)
 from torch_ext.sensitivity import (
     MOST_UNITS,
     AccuracyError,
@@ -353,14 +360,42 @@ def test_infinities_of_one_sign_add_up() -> None:
     assert torch.equal(torch_ext.linear(x, packed), torch.tensor([[torch.inf, -torch.inf]] * 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [3, 64, 150])
+def test_outliers_of_a_row_keep_their_precision(dtype: torch.dtype, inputs: int, generator: torch.Generator) -> None:
+    rows = 60
+    x = torch.randn(rows, inputs, generator=generator)
+    for row in range(rows):
+        for place in torch.randint(inputs, (row % 7,), generator=generator):
+            x[row, place] = (-1) ** row * (40 + row)
+    x[0], x[1], x[1, 0] = 0, 1, 2  # Half of the largest is no outlier.
+    x = x.to(dtype)
+    limits, at = row_limits(x.float())
+    above = x.float().abs() > x.float().abs().amax(1, keepdim=True) / 2
+    for row in range(rows):
+        few = int(above[row].sum()) <= MAX_ROW_OUTLIERS
+        rest = x[row].float().abs().masked_fill(above[row], 0) if few else x[row].float().abs()
+        assert float(limits[row]) == float(rest.max())
+        assert float(limits[row]) in (0, abs(float(x[row, at[row]])))
+    # What an identity matrix gives is what a layer multiplies.
+    read = torch_ext.linear(x, torch_ext.pack_linear_weight_int8(torch.eye(inputs)), out_dtype=torch.float32)
+    apart = x.float().abs() > limits[:, None]
+    assert int(apart.sum()) > 40
+    torch.testing.assert_close(read[apart], x[apart].float(), rtol=1e-4, atol=0)
+    # Numbers between two steps may take either.
+    lost = (read - x.float()).abs()
+    half = limits[:, None] / 254
+    assert bool((lost <= half * 1.002 + x.float().abs() * 1e-4).all())
+    torch.testing.assert_close(lost.sum(), (round_rows(x.float()) - x.float()).abs().sum(), rtol=0.02, atol=1e-3)
+
+
 # --- PackedLinear and optimize() ---
 
 
 def exact_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """What int8 means, in fp64: weights by row, inputs by row."""
     values = dequantize_weight(*quantize_weight(linear.weight.detach())).double()
-    scale = x.double().abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    rows = (x.double() / scale).round() * scale
+    rows = round_rows(x.float().flatten(0, -2)).double().view(x.shape)
     return F.linear(rows, values, None if linear.bias is None else linear.bias.double())
 
 
@@ -382,15 +417,18 @@ def test_layer(generator: torch.Generator) -> None:
 
 
 class Net(nn.Module):
-    """Three linear layers; the second has a column, and the first a row, that int8 cannot resolve beside the others."""
+    """Three linear layers; the second has columns, and the first rows, that int8 cannot resolve beside the others.
+
+    They are more than the outliers that are kept apart.
+    """
 
     def __init__(self, outlier: float = 1.0) -> None:
         super().__init__()
         self.first, self.second, self.third = nn.Linear(32, 48), nn.Linear(48, 32), nn.Linear(32, 16)
         with torch.no_grad():
-            self.first.weight[5] *= outlier
-            self.first.bias[5] *= outlier
-            self.second.weight[:, 5] /= outlier
+            self.first.weight[5:11] *= outlier
+            self.first.bias[5:11] *= outlier
+            self.second.weight[:, 5:11] /= outlier
 
     def forward(self, x: Tensor) -> Tensor:
         return self.third(torch.relu(self.second(self.first(x))))

@@ -720,7 +720,7 @@ def minilm(_transformers: None) -> tuple[nn.Module, Any]:
 
 @pytest.mark.parametrize("count", [48, pytest.param(300, marks=pytest.mark.long)])
 def test_int8_of_the_real_model_on_real_text(minilm: tuple[nn.Module, Any], count: int) -> None:
-    """The bars of the project: each text at least 0.99 from fp32, the mean at least 0.996.
+    """What docs/extension.md says: each text at least 0.997 from fp32, the mean at least 0.999.
 
     `benchmarks/accuracy.py` takes 2,000 texts. fp32 is the encoder's, which the next test compares with
     transformers.
@@ -740,8 +740,8 @@ def test_int8_of_the_real_model_on_real_text(minilm: tuple[nn.Module, Any], coun
             parts.append(torch_ext.pool(encoder(torch.cat(rows), bounds), bounds, "mean", True))
         embeddings[dtype] = torch.cat(parts)
     similarity = cosines(embeddings["int8"], embeddings["fp32"])
-    assert similarity.min() >= 0.99, similarity.min()
-    assert similarity.mean() >= 0.996, similarity.mean()
+    assert similarity.min() >= 0.997, similarity.min()
+    assert similarity.mean() >= 0.999, similarity.mean()
     assert similarity.mean() < 0.99999  # It is int8.
 
 
@@ -762,7 +762,7 @@ def test_an_optimized_model_in_int8_on_real_text(minilm: tuple[nn.Module, Any], 
             return torch.stack([run(torch.tensor([row])).last_hidden_state[0].mean(0) for row in ids])
 
     expected = embed(model)
-    for keep, mean, worst in (((), 0.996, 0.99), (NORM_READERS, 0.999, 0.997)):
+    for keep, mean, worst in (((), 0.999, 0.997), (NORM_READERS, 0.9995, 0.998)):
         similarity = cosines(embed(torch_ext.optimize(copy.deepcopy(model), "int8", keep_bf16=keep)), expected)
         assert similarity.min() >= worst, similarity.min()
         assert similarity.mean() >= mean, similarity.mean()
@@ -784,7 +784,7 @@ SCRIPTS = [
 
 
 def test_int8_of_the_shortest_texts_and_of_other_scripts(minilm: tuple[nn.Module, Any]) -> None:
-    """As docs/extension.md says: int8 without balanced channels is coarser, unless what reads a norm stays in bf16."""
+    """As docs/extension.md says, with balanced channels and without."""
     torch.set_num_threads(1)
     model, tokenizer = minilm
     ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in (*SHORTEST, *SCRIPTS)]
@@ -796,14 +796,41 @@ def test_int8_of_the_shortest_texts_and_of_other_scripts(minilm: tuple[nn.Module
     expected = embed(model)
     encoder = Encoder.from_transformers(model, "int8")
     bounds = reference.cu_seqlens([len(row) for row in ids])
-    for actual, words, scripts in (
-        (torch_ext.pool(encoder(torch.cat(ids), bounds), bounds), 0.99, 0.995),
-        (embed(torch_ext.optimize(copy.deepcopy(model), "int8", keep_bf16=NORM_READERS)), 0.99, 0.995),
-        (embed(torch_ext.optimize(copy.deepcopy(model), "int8")), 0.97, 0.985),
+    for actual in (
+        torch_ext.pool(encoder(torch.cat(ids), bounds), bounds),
+        embed(torch_ext.optimize(copy.deepcopy(model), "int8", keep_bf16=NORM_READERS)),
+        embed(torch_ext.optimize(copy.deepcopy(model), "int8")),
     ):
         similarity = cosines(actual, expected)
-        assert similarity[: len(SHORTEST)].min() > words, similarity
-        assert similarity[len(SHORTEST) :].min() > scripts, similarity
+        assert similarity[: len(SHORTEST)].min() > 0.99, similarity
+        assert similarity[len(SHORTEST) :].min() > 0.995, similarity
+
+
+@pytest.mark.long
+def test_calibrated_int8_of_single_words(minilm: tuple[nn.Module, Any]) -> None:
+    """What export makes of the real model: words that are not among the texts that weights are rounded for."""
+    from deploy import texts
+    from deploy.export.calibration import CALIBRATION_TOKENS, calibration_texts
+
+    model, tokenizer = minilm
+
+    def pack(given: list[str], longest: int = 256) -> tuple[Tensor, Tensor]:
+        rows = [torch.tensor(row) for row in tokenizer(given, truncation=True, max_length=longest)["input_ids"]]
+        return torch.cat(rows), reference.cu_seqlens([len(row) for row in rows])
+
+    verified = texts.sample(128)
+    calibration = calibration_texts(verified)
+    spec, weights = read_encoder(model)
+    batch = with_random_texts(spec, *pack(calibration, CALIBRATION_TOKENS))
+    made = calibrated_weights(spec, balanced_weights(spec, weights, *batch), *batch)
+    exact, int8 = Encoder.from_transformers(model, "fp32"), Encoder(spec, made, "int8")
+    words = sorted({word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha()} - set(calibration))
+    for given, least, mean in ((words[::7], 0.9975, 0.9993), (verified, 0.999, 0.9996)):
+        packed = pack(given)
+        embedded = [torch_ext.pool(encoder(*packed), packed[1]) for encoder in (int8, exact)]
+        similarity = cosines(*embedded)
+        assert similarity.min() >= least, similarity.min()
+        assert similarity.mean() >= mean, similarity.mean()
 
 
 def test_real_model_on_real_text(minilm: tuple[nn.Module, Any], seed: int) -> None:

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "cpu_features.h"
+#include "outlier_products.h"
 #include "packing/packed_weight.h"
 
 namespace torch_ext {
@@ -107,6 +108,7 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
   const size_t main_rows = kernel.max_mr(), chunk_rows = rows_at_a_time(kernel, k);
   const char* const lhs = static_cast<const char*>(problem.lhs);
   const char* const weight = static_cast<const char*>(problem.panels);
+  OutlierProducts outliers(kernel, k);
   alignas(64) float tile[kMaxMr * kMaxNr];
   const GemmSession session(kernel);
   // Rows that do not fit into the cache at once come to each panel several times: then a task keeps its own.
@@ -148,6 +150,7 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
         const UKernel& ukernel = kernel.ukernel_for(std::min(main_rows, chunk_end - row));
         const size_t valid = std::min(ukernel.mr, chunk_end - row);
         (wide ? kernel.wide->ukernels[&ukernel - kernel.ukernels] : ukernel).run(steps, block, rhs, tile, nr);
+        outliers.add(block, ukernel.mr, panel, weight + panel * panel_bytes, tile);
         store(tile, nr, valid, columns, problem.epilogue, row, column);
         block += ukernel.mr * row_bytes;
         row += valid;

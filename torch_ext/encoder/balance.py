@@ -12,7 +12,7 @@ What an activation such as GELU gives is hardly ever below 0, so that half of in
 constant is subtracted after it, ``ffn.shift``, and its product with the weight goes into the bias of the layer that
 reads it.
 
-``c`` is the mean of a channel and ``s`` the 0.75th power of its range, over texts of random tokens: what the channels
+``c`` is the mean of a channel and ``s`` the square root of its range, over texts of random tokens: what the channels
 look like is a matter of the model far more than of the text, so no texts are asked for. With texts, :func:`_fit` goes
 on from there to what makes the errors least that int8 is expected to cause.
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from torch_ext.encoder.spec import EncoderSpec
 from torch_ext.encoder.weights import FP32, LazyWeights
+from torch_ext.quantize import round_rows, row_limits
 
 __all__ = ["Observe", "balance", "random_texts"]
 
@@ -34,7 +35,7 @@ Observe = Callable[[str, Tensor], None]
 """Called with the name of a linear layer and its input, ``[T, K]``."""
 
 _PROJECTION = "embeddings.projection"
-_EXPONENT = 0.75
+_EXPONENT = 0.5
 _LEAST_RANGE = 0.05
 """Of the mean range: channels that hardly move are not blown up."""
 
@@ -220,7 +221,7 @@ def _fit(
     best, least = (center, scale), float("inf")
     for step in range(_STEPS + 1):
         found_center, found = center + place[1] * unit, place[0].exp()
-        largest, at = ((x - found_center) / found).abs_().max(1)
+        largest, at = row_limits((x - found_center) / found)
         rows = shares * largest.square()
         highest, column = (sizes * found).max(1)
         highest = highest.square_()
@@ -275,8 +276,7 @@ def _shift(x: Tensor, weight: Tensor, row_weights: Tensor | None) -> float:
     for step in range(_SHIFTS + 1):
         shift = float(torch.tensor(-2 * middle * step / _SHIFTS, **FP32).bfloat16())
         moved = (rows + shift).bfloat16().float()
-        unit = (moved.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
-        lost = (moved / unit).round_().mul_(unit).sub_(rows).sub_(shift)
+        lost = round_rows(moved).sub_(rows).sub_(shift)
         error = float((lost @ wide.T).square().sum(1) @ counts)
         if error < least:
             best, least = shift, error

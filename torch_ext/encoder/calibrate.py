@@ -22,12 +22,13 @@ from torch_ext.encoder.balance import balance, random_texts
 from torch_ext.encoder.model import Encoder
 from torch_ext.encoder.spec import EncoderSpec, is_matrix, scale_name
 from torch_ext.encoder.weights import FP32
-from torch_ext.quantize import dequantize_weight, exact_scale, quantize_weight
+from torch_ext.quantize import dequantize_weight, exact_scale, quantize_weight, round_rows
 
 __all__ = ["balanced_weights", "calibrated_weights", "round_to_inputs", "with_random_texts"]
 
-_DAMPING = 0.01
-"""Of the mean second moment, added to each: how far rounding errors are trusted to cancel."""
+_DAMPING = 0.1
+"""Of the mean second moment, added to each: how far rounding errors are trusted to cancel. With less, weights of inputs that
+the texts hardly show would take over the errors of the others, and a word that does show them would suffer."""
 _TIES = 1.0
 """Of the mean second moment: how strongly least squares holds the weights where they are. With less, a few thousand
 rows would decide about directions that they hardly show."""
@@ -195,8 +196,7 @@ def _rounded(x: Tensor, row_weights: Tensor | None) -> Iterator[tuple[Tensor, Te
     """Some rows at a time as int8 has them, ``r``; the rest ``x - r``; and how much each counts, ``[rows, 1]``."""
     for begin in range(0, len(x), _ROWS):
         rows = x[begin : begin + _ROWS].float()
-        step = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
-        rounded = (rows / step).round_().mul_(step)
+        rounded = round_rows(rows)
         counts = torch.ones(len(rows), **FP32) if row_weights is None else row_weights[begin : begin + _ROWS]
         yield rounded, rows - rounded, counts[:, None]
 

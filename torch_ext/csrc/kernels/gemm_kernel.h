@@ -15,7 +15,7 @@
 ///
 /// Families of s8 add exactly, in s32, and end with  tile[i][j] = f32(sum) * lhs_scale(i) * rhs_scale(j). A block then
 /// ends with the f32 scales of its rows, a panel with those of its columns (and with the s32 corrections that the family
-/// needs).
+/// needs). The block's outliers come last: what micro-kernels leave to the loop nest.
 #pragma once
 
 #include <cstddef>
@@ -76,6 +76,22 @@ struct WidePanels {
   size_t most_bytes = SIZE_MAX;  ///< nor are larger panels, which the first-level cache would not hold
 };
 
+/// An element of a row that is so much larger than the others that quantizing them by it would leave them few steps: 0 in
+/// the block, where products are exact, and multiplied in fp32. LLM.int8() (https://arxiv.org/abs/2208.07339) does so with
+/// columns of the whole input.
+struct Outlier {
+  uint32_t row;  ///< in the block
+  uint32_t p;    ///< its product
+  float value;
+};
+
+/// Most outliers of a row. Elements are taken out if they, and no more than so many, are above half of the largest
+/// magnitude: the scale falls to less than half.
+constexpr size_t kMaxRowOutliers = 4;
+
+/// What blocks of s8 end with: how many outliers there are, then they themselves; room for those of `mr` rows.
+constexpr size_t kRowOutliersBytes = sizeof(uint32_t) + kMaxRowOutliers * sizeof(Outlier);
+
 struct GemmKernel {
   const char* name;            ///< family, also the layout's name: type, p, nr x kr
   uint32_t required_features;  ///< bits of cpu_features.h that its micro-kernels and packers need
@@ -84,7 +100,7 @@ struct GemmKernel {
   size_t k_step;               ///< products per step; k is padded with zeros to a multiple of it
   DType lhs_type;              ///< element type of packed blocks
   DType rhs_type;              ///< element type of packed panels
-  PackRowsFn pack_lhs_f32;     ///< families of s8 quantize each row by its largest magnitude here
+  PackRowsFn pack_lhs_f32;     ///< families of s8 quantize each row here, by its largest magnitude without outliers
   PackRowsFn pack_lhs_bf16;
   PackRowsFn pack_rhs_nxk_f32 = nullptr;  ///< weight rows are columns: source [n, k]; null in families of s8
   PackRowsFn pack_rhs_nxk_bf16 = nullptr;
@@ -94,6 +110,7 @@ struct GemmKernel {
   size_t ukernel_count;
   size_t row_extra_bytes = 0;     ///< per row, at the end of a block
   size_t column_extra_bytes = 0;  ///< per column, at the end of a panel
+  bool outliers = false;  ///< blocks end with them, and row_extra_bytes with kRowOutliersBytes; families of s8 alone
   ColumnTermFn column_term = nullptr;
   /// The element of a panel that holds product p of column j; null: ((p / kr) * nr + j) * kr + p % kr.
   size_t (*panel_place)(size_t j, size_t p) = nullptr;
@@ -111,6 +128,8 @@ struct GemmKernel {
   size_t rhs_panel_bytes(size_t k) const {
     return nr * (steps(k) * k_step * dtype_bytes(rhs_type) + column_extra_bytes);
   }
+  /// Where those of a packed block begin.
+  size_t outliers_at(size_t mr, size_t k) const { return lhs_block_bytes(mr, k) - mr * kRowOutliersBytes; }
   size_t wide_panel_bytes(size_t k) const {
     return nr * (steps(k) * k_step * dtype_bytes(wide->type) + column_extra_bytes);
   }

@@ -1,7 +1,8 @@
 // Rows quantized to s8 while they are packed, for the kernels of s8. Needs simd.inl.
 //
 // A row x is stored as q = round(x / scale) with scale = max |x| / 127, so that -127 <= q <= 127 and no value clips; a
-// weight's column in the same way, once. The product is exact in s32 for k up to (2^31 - 1) / 127^2 = 133,144.
+// weight's column in the same way, once. The product is exact in s32 for k up to (2^31 - 1) / 127^2 = 133,144. Up to four
+// elements of a row are kept out if no others are above half of max |x|: see Outlier in gemm_kernel.h.
 //
 // Layout s8p<R>x<kr>, used by blocks (R = mr) and panels (R = nr): for every group of kr products, the rows one after
 // the other. Shown for R = 12, kr = 8:
@@ -9,6 +10,7 @@
 //   group 0: (0,0..7) (1,0..7) ... (11,0..7)       8 * R bytes
 //   group 1: (0,8..15) (1,8..15) ...
 //   R scales, f32
+//   blocks only: the outliers
 //
 //   element (i, p) lies at  ((p / kr) * R + i) * kr + p % kr
 //
@@ -16,38 +18,6 @@
 
 typedef uint16_t vhh __attribute__((vector_size(4 * TORCH_EXT_VEC_WIDTH)));
 typedef int8_t vb __attribute__((vector_size(TORCH_EXT_VEC_WIDTH)));
-
-/// The largest magnitude of a row, NaN if it holds one: without their sign, floats are ordered like integers, and NaN
-/// comes after infinity.
-static float largest_magnitude(const float* s, size_t k) {
-  vi m = {}, second = {};
-  size_t p = 0;
-  for (; p + 2 * kWidth <= k; p += 2 * kWidth) {
-    const vi a = as_int(load(s + p)) & 0x7fffffff, b = as_int(load(s + p + kWidth)) & 0x7fffffff;
-    m = (a > m) ? a : m;
-    second = (b > second) ? b : second;
-  }
-  m = (second > m) ? second : m;
-  if (p + kWidth <= k) {
-    const vi bits = as_int(load(s + p)) & 0x7fffffff;
-    m = (bits > m) ? bits : m;
-    p += kWidth;
-  }
-  if (p < k) {
-    const vi bits = as_int(get_n(s + p, k - p)) & 0x7fffffff;
-    m = (bits > m) ? bits : m;
-  }
-#if defined(TORCH_EXT_VEC_NEON)
-  const int32_t largest = vmaxvq_s32((int32x4_t)m);
-#else
-  int32_t lanes[kWidth], largest = 0;
-  __builtin_memcpy(lanes, &m, sizeof m);
-  for (size_t i = 0; i < kWidth; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-#endif
-  float result;
-  __builtin_memcpy(&result, &largest, sizeof result);
-  return result;
-}
 
 TORCH_EXT_INLINE vhh magnitudes(const bf16* s) {
   vhh bits;
@@ -84,29 +54,168 @@ TORCH_EXT_INLINE uint32_t largest_lane(vhh m) {
 #endif
 }
 
-static float largest_magnitude(const bf16* s, size_t k) {
-  vhh m = {}, second = {};
-  size_t p = 0;
-  for (; p + 4 * kWidth <= k; p += 4 * kWidth) {
-    m = larger(m, magnitudes(s + p));
-    second = larger(second, magnitudes(s + p + 2 * kWidth));
-  }
-  m = larger(m, second);
-  if (p + 2 * kWidth <= k) {
-    m = larger(m, magnitudes(s + p));
-    p += 2 * kWidth;
-  }
-  uint32_t largest = 0;
-  for (; p < k; ++p) {
-    const uint32_t bits = s[p].bits & 0x7fffu;
-    largest = bits > largest ? bits : largest;
-  }
-  const uint32_t of_lanes = largest_lane(m);
-  largest = (of_lanes > largest ? of_lanes : largest) << 16;
+TORCH_EXT_INLINE vi magnitudes(const float* s) { return as_int(load(s)) & 0x7fffffff; }
+
+TORCH_EXT_INLINE vi larger(vi a, vi b) { return (b > a) ? b : a; }
+
+TORCH_EXT_INLINE uint32_t largest_lane(vi m) {
+#if defined(TORCH_EXT_VEC_NEON)
+  return static_cast<uint32_t>(vmaxvq_s32((int32x4_t)m));
+#else
+  int32_t lanes[kWidth], largest = 0;
+  __builtin_memcpy(lanes, &m, sizeof m);
+  for (size_t i = 0; i < kWidth; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  return static_cast<uint32_t>(largest);
+#endif
+}
+
+/// Magnitudes at s, of which `left` are the row's, and 0 past them.
+template <typename Src>
+TORCH_EXT_INLINE auto magnitudes_n(const Src* s, size_t left) {
+  constexpr size_t kLanes = sizeof(decltype(magnitudes(s))) / sizeof(Src);
+  if (left >= kLanes) return magnitudes(s);
+  Src end[kLanes] = {};
+  __builtin_memcpy(end, s, left * sizeof(Src));
+  return magnitudes(end);
+}
+
+/// The float whose magnitude has these upper bits.
+template <typename Src>
+TORCH_EXT_INLINE float float_of(uint32_t magnitude) {
+  magnitude <<= 32 - 8 * sizeof(Src);
   float result;
-  __builtin_memcpy(&result, &largest, sizeof result);
+  __builtin_memcpy(&result, &magnitude, sizeof result);
   return result;
 }
+
+/// Of lanes that are all ones or 0: as many bits each as the result has room for.
+template <typename V>
+TORCH_EXT_INLINE uint64_t lane_bits(V mask) {
+#if defined(TORCH_EXT_VEC_AVX512)
+  return _mm512_movepi8_mask((__m512i)mask);
+#elif defined(TORCH_EXT_VEC_AVX2)
+  return static_cast<uint32_t>(_mm256_movemask_epi8((__m256i)mask));
+#elif defined(TORCH_EXT_VEC_NEON)
+  return vget_lane_u64(vreinterpret_u64_u8(vshrn_n_u16((uint16x8_t)mask, 4)), 0);
+#else
+  uint8_t bytes[sizeof(V)];
+  __builtin_memcpy(bytes, &mask, sizeof mask);
+  uint64_t bits = 0;
+  for (size_t i = 0; i < sizeof(V); ++i) bits |= static_cast<uint64_t>(bytes[i] & 1) << i;
+  return bits;
+#endif
+}
+#if defined(TORCH_EXT_VEC_NEON)
+constexpr size_t kBitsOfByte = 4;
+#else
+constexpr size_t kBitsOfByte = 1;
+#endif
+
+template <typename Src>
+struct LaneBits {
+  static constexpr size_t kBits = sizeof(Src) * kBitsOfByte;
+
+  static size_t first(uint64_t bits) { return static_cast<size_t>(__builtin_ctzll(bits)) / kBits; }
+  static uint64_t without(uint64_t bits, size_t lane) { return bits & ~(((uint64_t{1} << kBits) - 1) << lane * kBits); }
+};
+
+/// The largest magnitude of a row, NaN if it holds one: without their sign, floats are ordered like integers, and NaN
+/// comes after infinity.
+struct LargestMagnitude {
+  float value;
+  bool few;  ///< whether the row may have outliers; most others are found not to without another look at them
+};
+
+template <typename Src>
+static LargestMagnitude largest_magnitude(const Src* s, size_t k) {
+  using V = decltype(magnitudes(s));
+  using Bits = std::remove_reference_t<decltype(V{}[0])>;
+  constexpr size_t kLanes = sizeof(V) / sizeof(Src);
+  V first = {}, second = {};
+  size_t p = 0;
+  for (; p + 2 * kLanes <= k; p += 2 * kLanes) {
+    first = larger(first, magnitudes(s + p));
+    second = larger(second, magnitudes(s + p + kLanes));
+  }
+  if (p < k) first = larger(first, magnitudes_n(s + p, k - p));
+  if (p + kLanes < k) second = larger(second, magnitudes_n(s + p + kLanes, k - p - kLanes));
+  const uint32_t bits = largest_lane(larger(first, second));
+  const float value = float_of<Src>(bits);
+  // Rows that are not finite have none, nor have those that are almost 0.
+  if (!(value >= 1e-30f && value <= 3.4028234e38f)) return {value, false};
+  // Half of it has an exponent less by one.
+  const auto half = static_cast<Bits>(bits - (1u << (8 * sizeof(Src) - 9)));
+  uint64_t of_first = lane_bits(first > half), of_second = lane_bits(second > half);
+  size_t above = 0;
+  for (; of_first && above <= kMaxRowOutliers; ++above) {
+    of_first = LaneBits<Src>::without(of_first, LaneBits<Src>::first(of_first));
+  }
+  for (; of_second && above <= kMaxRowOutliers; ++above) {
+    of_second = LaneBits<Src>::without(of_second, LaneBits<Src>::first(of_second));
+  }
+  return {value, above <= kMaxRowOutliers};
+}
+
+/// Elements of one row that are kept out of its quantization, and the largest magnitude of the others.
+struct RowOutliers {
+  size_t count = 0;
+  uint32_t at[kMaxRowOutliers];
+  float rest;
+};
+
+/// Those of a row with this largest magnitude; `count` is 0 if more than kMaxRowOutliers are above half of it.
+template <typename Src>
+static RowOutliers find_outliers(const Src* s, size_t k, float largest) {
+  using V = decltype(magnitudes(s));
+  using Bits = std::remove_reference_t<decltype(V{}[0])>;
+  constexpr size_t kLanes = sizeof(V) / sizeof(Src);
+  uint32_t bits;
+  __builtin_memcpy(&bits, &largest, sizeof bits);
+  const auto half = static_cast<Bits>((bits >> (32 - 8 * sizeof(Src))) - (1u << (8 * sizeof(Src) - 9)));
+  RowOutliers found;
+  V rest = {};
+  for (size_t p = 0; p < k; p += kLanes) {
+    V v = magnitudes_n(s + p, k - p);
+    const auto above = v > half;
+    if (uint64_t lanes = lane_bits(above)) {
+      do {
+        if (found.count == kMaxRowOutliers) return {};
+        const size_t lane = LaneBits<Src>::first(lanes);
+        found.at[found.count++] = static_cast<uint32_t>(p + lane);
+        lanes = LaneBits<Src>::without(lanes, lane);
+      } while (lanes);
+      v = above ? V{} : v;
+    }
+    rest = larger(rest, v);
+  }
+  found.rest = float_of<Src>(largest_lane(rest));
+  return found;
+}
+
+/// The outliers of a block while its rows are packed.
+class BlockOutliers {
+ public:
+  explicit BlockOutliers(void* at) : count_(static_cast<uint32_t*>(at)), next_(reinterpret_cast<Outlier*>(count_ + 1)) {
+    *count_ = 0;
+  }
+
+  /// Adds those of a row; sets the largest magnitude to that of what is left of it.
+  template <typename Src>
+  RowOutliers take(size_t row, const Src* s, size_t k, LargestMagnitude& largest) {
+    if (!largest.few) return {};
+    const RowOutliers found = find_outliers(s, k, largest.value);
+    for (size_t i = 0; i < found.count; ++i) {
+      *next_++ = {static_cast<uint32_t>(row), found.at[i], get_n(s + found.at[i], 1)[0]};
+    }
+    *count_ += static_cast<uint32_t>(found.count);
+    if (found.count) largest.value = found.rest;
+    return found;
+  }
+
+ private:
+  uint32_t* count_;
+  Outlier* next_;
+};
 
 struct RowScale {
   float scale, inverse;
@@ -206,15 +315,17 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
   const size_t padded = (k + kStep - 1) / kStep * kStep, stride = block_rows * kGroup;
   int8_t* const d = static_cast<int8_t*>(dst);
   float* const scales = reinterpret_cast<float*>(d + block_rows * padded);
+  BlockOutliers outliers(scales + block_rows);
   float worst = 0.0f;
   for (size_t i = 0; i < block_rows; ++i) {
     int8_t* out = d + i * kGroup;
     size_t p = 0;
     if (i < rows) {
       const Src* const s = static_cast<const Src*>(src) + i * ld;
-      const float largest = largest_magnitude(s, k);
-      worst = largest > worst ? largest : worst;
-      const RowScale row = row_scale(largest);
+      LargestMagnitude largest = largest_magnitude(s, k);
+      worst = largest.value > worst ? largest.value : worst;
+      const RowOutliers found = outliers.take(i, s, k, largest);
+      const RowScale row = row_scale(largest.value);
       const float inverse = row.inverse;
       scales[i] = row.scale;
       for (; p + kQuantized <= k; p += kQuantized) {
@@ -236,6 +347,9 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
         store_groups<kGroup>(quantize(rest, inverse), groups, stride, kFlip, out);
         out += groups * stride;
         p += groups * kGroup;
+      }
+      for (size_t o = 0; o < found.count; ++o) {
+        d[i * kGroup + found.at[o] / kGroup * stride + found.at[o] % kGroup] = static_cast<int8_t>(kFlip);
       }
     } else {
       scales[i] = 0.0f;
@@ -271,8 +385,9 @@ constexpr GemmKernel s8_family(const char* name, uint32_t required_features, siz
       .pack_lhs_bf16 = pack_rows_s8<bf16, kGroup, kStep, kFlip>,
       .ukernels = ukernels,
       .ukernel_count = ukernel_count,
-      .row_extra_bytes = sizeof(float),
+      .row_extra_bytes = sizeof(float) + kRowOutliersBytes,
       .column_extra_bytes = sizeof(float) + (kFlip ? sizeof(int32_t) : 0),
+      .outliers = true,
       .column_term = kFlip ? excess_of_flipped_rows : nullptr,
   };
 }

@@ -12,7 +12,7 @@
 // Four products of one row and one column are two operands: `even` is elements 0 and 2, `odd` is 1 and 3.
 //
 //   block, s16, mr rows of 8 bytes for each step:     a0 a2 a1 a3
-//     then mr scales in f32, then mr times the sum over all steps of a0 a1 + a2 a3, in s32
+//     then mr scales in f32, then mr times the sum over all steps of a0 a1 + a2 a3, in s32, then the outliers
 //   panel, s8, 64 bytes for each step: even products of columns 0..7, odd ones of 0..7, even ones of 8..15, odd ones:
 //     b(0,0) b(0,2) b(1,0) b(1,2) ... b(7,2) | b(0,1) b(0,3) ... b(7,3) | b(8,0) b(8,2) ...
 //     then 16 scales in f32, then 16 times the sum over all steps of b0 b1 + b2 b3, in s32
@@ -155,6 +155,9 @@ void widen_crossed(size_t steps, const void* panel, void* wide) {
 
 // ---- packing ------------------------------------------------------------------------------------------------------
 
+/// `stride` apart are steps.
+size_t place_in_block(size_t i, size_t p, size_t stride) { return i * kStep + p / 4 * stride + p % 2 * 2 + p % 4 / 2; }
+
 size_t place_in_panel(size_t j, size_t p) { return p / 4 * 64 + j / 8 * 32 + p % 2 * 16 + j % 8 * 2 + p % 4 / 2; }
 
 int32_t column_term(const int8_t* q, size_t k) {
@@ -182,14 +185,14 @@ template <typename Src>
 __attribute__((noinline, cold)) void mark_infinities_crossed(size_t rows, size_t k, const Src* s, size_t ld,
                                                              size_t stride, const float* scales, int16_t* d,
                                                              int32_t* terms) {
-  const auto place = [&](size_t i, size_t p) { return i * kStep + p / 4 * stride + p % 2 * 2 + p % 4 / 2; };
   for (size_t i = 0; i < rows; ++i) {
     if (!__builtin_isinf(scales[i])) continue;
     uint32_t term = 0;
     for (size_t p = 0; p < k; ++p) {
       const float x = get_n(s + i * ld + p, 1)[0];
-      d[place(i, p)] = !__builtin_isinf(x) ? 0 : x > 0.0f ? 127 : -127;
-      if (p % 2) term += static_cast<uint32_t>(d[place(i, p - 1)] * d[place(i, p)]);
+      int16_t& q = d[place_in_block(i, p, stride)];
+      q = !__builtin_isinf(x) ? 0 : x > 0.0f ? 127 : -127;
+      if (p % 2) term += static_cast<uint32_t>(d[place_in_block(i, p - 1, stride)] * q);
     }
     terms[i] = static_cast<int32_t>(term);
   }
@@ -201,17 +204,20 @@ void pack_rows_crossed(size_t rows, size_t block_rows, size_t k, const void* src
   int16_t* const d = static_cast<int16_t*>(dst);
   float* const scales = reinterpret_cast<float*>(d + block_rows * padded);
   int32_t* const terms = reinterpret_cast<int32_t*>(scales + block_rows);
+  BlockOutliers outliers(terms + block_rows);
   float worst = 0.0f;
   for (size_t i = 0; i < block_rows; ++i) {
     int16_t* out = d + i * kStep;
     size_t p = 0;
     __m128i sums = _mm_setzero_si128();
+    RowOutliers found;
     scales[i] = 0.0f;
     if (i < rows) {
       const Src* const s = static_cast<const Src*>(src) + i * ld;
-      const float largest = largest_magnitude(s, k);
-      worst = largest > worst ? largest : worst;
-      const RowScale scale = row_scale(largest);
+      LargestMagnitude largest = largest_magnitude(s, k);
+      worst = largest.value > worst ? largest.value : worst;
+      found = outliers.take(i, s, k, largest);
+      const RowScale scale = row_scale(largest.value);
       scales[i] = scale.scale;
       for (; p + 8 <= k; p += 8, out += 2 * stride) {
         const __m128i q = quantize_crossed(s + p, scale.inverse);
@@ -231,8 +237,14 @@ void pack_rows_crossed(size_t rows, size_t block_rows, size_t k, const void* src
     }
     for (; p < padded; p += kStep, out += stride) __builtin_memset(out, 0, kStep * sizeof(int16_t));
     // Lanes 0 and 2: each term is in two lanes.
-    terms[i] = static_cast<int32_t>(static_cast<uint32_t>(_mm_cvtsi128_si32(sums)) +
-                                    static_cast<uint32_t>(_mm_extract_epi32(sums, 2)));
+    uint32_t term = static_cast<uint32_t>(_mm_cvtsi128_si32(sums)) + static_cast<uint32_t>(_mm_extract_epi32(sums, 2));
+    for (size_t o = 0; o < found.count; ++o) {
+      // What stands there is of no use, and is in the term, multiplied with its neighbour.
+      int16_t& outlier = d[place_in_block(i, found.at[o], stride)];
+      term -= static_cast<uint32_t>(outlier * d[place_in_block(i, found.at[o] ^ 1, stride)]);
+      outlier = 0;
+    }
+    terms[i] = static_cast<int32_t>(term);
   }
   if (__builtin_isinf(worst)) {
     mark_infinities_crossed(rows, k, static_cast<const Src*>(src), ld, stride, scales, d, terms);
@@ -269,8 +281,9 @@ constexpr GemmKernel kFamily = {
     .pack_lhs_bf16 = pack_rows_crossed<bf16>,
     .ukernels = kUKernels,
     .ukernel_count = 4,
-    .row_extra_bytes = sizeof(float) + sizeof(int32_t),
+    .row_extra_bytes = sizeof(float) + sizeof(int32_t) + kRowOutliersBytes,
     .column_extra_bytes = sizeof(float) + sizeof(int32_t),
+    .outliers = true,
     .column_term = column_term,
     .panel_place = place_in_panel,
     .wide = &kWide,
