@@ -27,8 +27,8 @@ from torch_ext.quantize import dequantize_weight, exact_scale, quantize_weight, 
 __all__ = ["balanced_weights", "calibrated_weights", "round_to_inputs", "with_random_texts"]
 
 _DAMPING = 0.1
-"""Of the mean second moment, added to each: how far rounding errors are trusted to cancel. With less, weights of inputs that
-the texts hardly show would take over the errors of the others, and a word that does show them would suffer."""
+"""Of the mean second moment, added to each: how far rounding errors are trusted to cancel. With less, weights of inputs
+that the texts hardly show would take over the errors of the others, and a word that does show them would suffer."""
 _TIES = 1.0
 """Of the mean second moment: how strongly least squares holds the weights where they are. With less, a few thousand
 rows would decide about directions that they hardly show."""
