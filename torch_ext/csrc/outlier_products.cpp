@@ -7,7 +7,13 @@ void OutlierProducts::add_some(uint32_t count, const char* outliers, size_t pane
   for (; count; --count, outliers += sizeof(Outlier)) {
     Outlier outlier;
     std::memcpy(&outlier, outliers, sizeof outlier);
-    const v4f* const column = weights(panel, data, outlier.p);
+    const size_t slot = outlier.p % kKept;
+    const uint64_t key = uint64_t{panel} << 32 | outlier.p;
+    if (keys_[slot] != key) {
+      keys_[slot] = key;
+      dequantize(data, outlier.p, weights_[slot]);
+    }
+    const v4f* const column = weights_[slot];
     float* const row = tile + outlier.row * nr;
     for (size_t j = 0; j < nr / 4; ++j) {
       v4f sum;
@@ -18,13 +24,9 @@ void OutlierProducts::add_some(uint32_t count, const char* outliers, size_t pane
   }
 }
 
-// Product p of each column of a panel, in fp32.
-const OutlierProducts::v4f* OutlierProducts::weights(size_t panel, const char* data, size_t p) {
-  const size_t slot = p % kKept, nr = kernel_.nr;
-  const uint64_t key = uint64_t{panel} << 32 | p;
-  v4f* const kept = weights_[slot];
-  if (keys_[slot] == key) return kept;
-  keys_[slot] = key;
+// Product p of each column of a panel.
+void OutlierProducts::dequantize(const char* data, size_t p, v4f* weights) {
+  const size_t nr = kernel_.nr;
   const int8_t* const products = reinterpret_cast<const int8_t*>(data);
   alignas(16) int32_t q[kMaxNr];
   if (kernel_.panel_place) {
@@ -44,9 +46,8 @@ const OutlierProducts::v4f* OutlierProducts::weights(size_t panel, const char* d
     v4f scales;
     std::memcpy(&four, q + 4 * j, sizeof four);
     std::memcpy(&scales, data + scales_at_ + 4 * j * sizeof(float), sizeof scales);
-    kept[j] = __builtin_convertvector(four, v4f) * scales;
+    weights[j] = __builtin_convertvector(four, v4f) * scales;
   }
-  return kept;
 }
 
 }  // namespace torch_ext

@@ -37,7 +37,7 @@ class OutlierProducts {
   typedef int32_t v4i __attribute__((vector_size(16)));
 
   void add_some(uint32_t count, const char* outliers, size_t panel, const char* data, float* tile);
-  const v4f* weights(size_t panel, const char* data, size_t p);
+  void dequantize(const char* data, size_t p, v4f* weights);
 
   static constexpr size_t kKept = 16;
   const GemmKernel& kernel_;

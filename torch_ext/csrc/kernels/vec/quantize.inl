@@ -174,19 +174,26 @@ static RowOutliers find_outliers(const Src* s, size_t k, float largest) {
   const auto half = static_cast<Bits>((bits >> (32 - 8 * sizeof(Src))) - (1u << (8 * sizeof(Src) - 9)));
   RowOutliers found;
   V rest = {};
-  for (size_t p = 0; p < k; p += kLanes) {
-    V v = magnitudes_n(s + p, k - p);
-    const auto above = v > half;
-    if (uint64_t lanes = lane_bits(above)) {
-      do {
+  size_t p = 0;
+  while (p < k) {
+    // Past vectors without any, four at a time.
+    for (; p + 4 * kLanes <= k; p += 4 * kLanes) {
+      const V four = larger(larger(magnitudes(s + p), magnitudes(s + p + kLanes)),
+                            larger(magnitudes(s + p + 2 * kLanes), magnitudes(s + p + 3 * kLanes)));
+      if (lane_bits(four > half)) break;
+      rest = larger(rest, four);
+    }
+    for (const size_t end = p + 4 * kLanes; p < k && p < end; p += kLanes) {
+      V v = magnitudes_n(s + p, k - p);
+      const auto above = v > half;
+      for (uint64_t lanes = lane_bits(above); lanes;) {
         if (found.count == kMaxRowOutliers) return {};
         const size_t lane = LaneBits<Src>::first(lanes);
         found.at[found.count++] = static_cast<uint32_t>(p + lane);
         lanes = LaneBits<Src>::without(lanes, lane);
-      } while (lanes);
-      v = above ? V{} : v;
+      }
+      rest = larger(rest, above ? V{} : v);
     }
-    rest = larger(rest, v);
   }
   found.rest = float_of<Src>(largest_lane(rest));
   return found;
