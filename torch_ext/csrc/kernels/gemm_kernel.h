@@ -89,8 +89,9 @@ struct Outlier {
 /// magnitude: the scale falls to less than half.
 constexpr size_t kMaxRowOutliers = 4;
 
-/// What blocks of s8 end with: how many outliers there are, then they themselves; room for those of `mr` rows.
-constexpr size_t kRowOutliersBytes = sizeof(uint32_t) + kMaxRowOutliers * sizeof(Outlier);
+/// What blocks of s8 end with: how many outliers there are, then they themselves; room for those of `mr` rows. A multiple of
+/// 8, which kernels store at a time.
+constexpr size_t kRowOutliersBytes = 2 * sizeof(uint32_t) + kMaxRowOutliers * sizeof(Outlier);
 
 struct GemmKernel {
   const char* name;            ///< family, also the layout's name: type, p, nr x kr
