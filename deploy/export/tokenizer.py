@@ -161,7 +161,10 @@ def _unreadable(source: Source, folder: Path, error: Exception) -> ExportError:
         AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as cause:
         return ExportError(f"{source.folder / CONFIG_FILE}: transformers cannot read it: {first_line(cause)}")
-    return ExportError(f"{source.folder}: the tokenizer cannot be loaded: {first_line(error)}")
+    reason = first_line(error)
+    if "NoneType" in reason:  # transformers looks for a file, and takes what it has not found as one.
+        reason = "a file of it is missing; copy the model again, or save one there with tokenizer.save_pretrained"
+    return ExportError(f"{source.folder}: the tokenizer cannot be loaded: {reason}")
 
 
 def _fast(source: Source, reference: Any) -> str:

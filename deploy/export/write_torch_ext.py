@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.bundle import DEFAULT_VARIANTS, VARIANTS
+from deploy.bundle import VARIANTS
 from deploy.engines.batch import Ids
 from deploy.export.accuracy import Verification
 from deploy.export.dense import DenseStage, head_of
@@ -112,5 +112,5 @@ def _told_as_export_error(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        left = ",".join(other for other in DEFAULT_VARIANTS if VARIANTS[other].engine != "torch_ext")
+        left = ",".join(other for other in VARIANTS if VARIANTS[other].engine != "torch_ext")
         raise NotSupportedError(f"{name}: {first_line(error)}; leave it out with --variants {left}") from error

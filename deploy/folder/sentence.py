@@ -22,6 +22,9 @@ from deploy.folder.token_vectors import TokenFiles
 
 __all__ = ["DenseModule", "SentenceFiles", "read_json", "read_sentence_files", "read_settings"]
 
+_MOST_JSON_BYTES = 256 << 20
+"""The largest files are tokenizers: 33 MB with 262,144 tokens."""
+
 _SETTINGS_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -46,6 +49,8 @@ def read_json(path: Path, kind: type) -> Any:
         FolderError: It cannot be read, or is something else.
     """
     try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise FolderError(f"{path}: expected JSON of at most {_MOST_JSON_BYTES >> 20} MiB; copy the model again")
         data = path.read_bytes()
         refuse_pointer(data, str(path))
         value = json.loads(data.decode("utf-8"))
@@ -261,9 +266,14 @@ def _read_modules(root: Path, files: SentenceFiles) -> None:
     for index, module in enumerate(read_json(listed, list)):
         if not isinstance(module, dict) or not isinstance(module.get("type"), str):
             raise FolderError(f"{listed}: expected objects with a type, got {module!r:.80}")
-        kind = module["type"].rpartition(".")[2]
+        package, _, kind = module["type"].rpartition(".")
         place = _inside(root, module.get("path", ""), listed)
-        if kind in _MODULES:
+        if package.partition(".")[0] not in ("", "sentence_transformers") and kind != "Transformer":
+            files.problem = files.problem or (
+                f"{listed}: module {module['type']!s:.80} is code of the model's own, which is not run; what it computes "
+                "is not known"
+            )
+        elif kind in _MODULES:
             _MODULES[kind](files, place, index)
         else:
             files.problem = files.problem or f"{listed}: module {kind} changes the embeddings and is not supported"

@@ -18,6 +18,7 @@ __all__ = ["FILES", "KINDS", "read_unigrams"]
 FILES = ("sentencepiece.bpe.model", "spiece.model", "spm.model")
 
 _UNIGRAM = 1
+_SENTINELS, _MOST_SENTINELS = 100, 10_000
 _BARRIER = "\u2581"
 
 
@@ -53,9 +54,7 @@ KINDS: Mapping[str, _Kind] = {
     ),
     "Albert": _Kind((), 0, (), "<unk>", *_BRACKETS, squeezed=" ", plain=True),
     "DebertaV2": _Kind((), 0, ("[MASK]",), "[UNK]", *_BRACKETS, squeezed=" "),
-    "T5": _Kind(
-        (), 0, tuple(f"<extra_id_{n}>" for n in range(99, -1, -1)), "<unk>", "$A:0 </s>:0", "$A:0 </s>:0 $B:0 </s>:0"
-    ),
+    "T5": _Kind((), 0, (), "<unk>", "$A:0 </s>:0", "$A:0 </s>:0 $B:0 </s>:0"),
 }
 """By the name of the class, without what it ends in."""
 
@@ -69,7 +68,7 @@ def read_unigrams(path: Path, kind: str, settings: Mapping[str, Any]) -> dict[st
         settings: Content of `tokenizer_config.json`.
 
     Raises:
-        FolderError: It is damaged, or not one of unigrams.
+        FolderError: It is damaged, or not one of unigrams, or the settings are wrong.
     """
     row = KINDS[kind]
     try:
@@ -91,7 +90,7 @@ def read_unigrams(path: Path, kind: str, settings: Mapping[str, Any]) -> dict[st
         *pieces[row.first :],
     ]
     known = {token for token, _ in vocabulary}
-    vocabulary += [(token, 0.0) for token in row.behind if token not in known]
+    vocabulary += [(token, 0.0) for token in (*row.behind, *_sentinels(path, kind, settings)) if token not in known]
     numbers = {token: number for number, (token, _) in reversed([*enumerate(vocabulary)])}
     if row.unk not in numbers:
         raise FolderError(f"{path}: expected the token {row.unk!r} among the pieces; copy the model again")
@@ -108,6 +107,19 @@ def read_unigrams(path: Path, kind: str, settings: Mapping[str, Any]) -> dict[st
             "byte_fallback": False,
         },
     }
+
+
+def _sentinels(path: Path, kind: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Tokens of T5 that stand for parts of a text: 100 where nothing is said, none in mT5."""
+    if kind != "T5":
+        return
+    count = settings.get("extra_ids", _SENTINELS)
+    if not isinstance(count, int) or not 0 <= count <= _MOST_SENTINELS:
+        raise FolderError(
+            f"{path.parent / 'tokenizer_config.json'}: extra_ids: expected a number up to {_MOST_SENTINELS}, got "
+            f"{count!r:.40}"
+        )
+    yield from (f"<extra_id_{number}>" for number in range(count - 1, -1, -1))
 
 
 def _ends_in_number(text: str) -> bool:

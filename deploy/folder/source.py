@@ -22,6 +22,7 @@ __all__ = ["Source", "read_source"]
 _OF_IMAGES = ("clip", "siglip")
 """How `model_type` begins of models whose texts are compared with images."""
 
+_MOST_LABELS = 1_000_000
 _TASK_OF_SUFFIX = {task.architecture: name for name, task in reversed([*TASKS.items()])}
 _SPARSE = next(name for name, task in TASKS.items() if task.needs.sparse)
 """The task of a folder that it makes sparse vectors with."""
@@ -220,10 +221,14 @@ def _read_config(where: Path, model_types: Collection[str] | None) -> tuple[Mapp
             f"{where}: expected weights in fp32, fp16 or bf16, got ones that are quantized "
             f"({quantized.get('quant_method')!r:.40}); pass the model that they were made of"
         )
+    labels = config.get("num_labels")
+    if isinstance(labels, int) and labels > _MOST_LABELS:  # Each would get a name, in transformers too.
+        raise FolderError(f"{where}: num_labels: expected at most {_MOST_LABELS}, got {labels!r:.40}")
     if model_types is not None and model_type not in model_types:
         raise FolderError(
-            f"{where}: unknown architecture {model_type!r} ({kind}): python -m deploy export it, which writes ONNX "
-            f"variants; served from a folder are {', '.join(model_types)}"
+            f"{where}: unknown architecture {model_type!r} ({kind}): python -m deploy export it, which writes variants "
+            "for torch or ONNX Runtime; served from a folder: "
+            + ", ".join(name for name in model_types if not name.startswith(_OF_IMAGES))
         )
     return config, model_type
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,7 +281,8 @@ def _padding_behind(source: Source, text: str) -> int:
 
 def _class_name(named: str) -> str:
     """What a class of tokenizers is called without what all are called."""
-    return named.removesuffix("Fast").removesuffix("Tokenizer")
+    name = named.removesuffix("Fast").removesuffix("Tokenizer")
+    return "T5" if name == "MT5" else name  # The same class by another name.
 
 
 def _tokenizer(source: Source, declared: _Declared) -> dict[str, Any]:
@@ -329,7 +331,7 @@ def _add_tokens(tokenizer: dict[str, Any], settings: Mapping[str, Any]) -> None:
     known = {token.get("content") for token in added}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for number, token in listed.items():
-        if isinstance(token, dict) and number.isdecimal() and token.get("content") not in known:
+        if isinstance(token, dict) and re.fullmatch(r"\d{1,18}", number) and token.get("content") not in known:
             values = {name: bool(token.get(name, name == "normalized")) for name in flags}
             added.append({"id": int(number), "content": str(token.get("content")), **values})
     added.sort(key=lambda token: int(token["id"]))

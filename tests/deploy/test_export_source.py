@@ -297,6 +297,18 @@ def test_modules_that_are_no_model_of_transformers(tmp_path: Path, kind: str) ->
         read(tmp_path)
 
 
+def test_modules_that_are_code_of_the_model(tmp_path: Path) -> None:
+    """They may compute anything, whatever they are called; a Transformer has its weights checked."""
+    listed = modules("custom_st.Transformer", MODULES[1])
+    assert read(write(tmp_path / "known", modules=listed, pooling={"pooling_mode": "cls"})).pooling is not None
+    for kind in ("Pooling", "Normalize"):
+        listed = modules(*MODULES, NORMALIZE)
+        listed[1 if kind == "Pooling" else 2]["type"] = f"custom_st.{kind}"
+        folder = write(tmp_path / kind, modules=listed, pooling={"pooling_mode": "cls"})
+        with pytest.raises(FolderError, match=rf"module custom_st.{kind} is code of the model's own, which is not run"):
+            read(folder)
+
+
 def test_an_adapter_without_its_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FolderError, match=r"an adapter of peft, without its model: .*merge_and_unload"):

@@ -7,8 +7,10 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from deploy.export.cli import main
 from deploy.folder.describe import describe_folder
@@ -83,6 +85,28 @@ def test_a_folder_with_nothing_but_unigrams(kind: str, folder: Path) -> None:
     pad = manifest.special_tokens["pad"]
     assert pad is not None
     assert pad.id == (1 if kind in ("XLMRoberta", "Camembert") else 0)
+
+
+@pytest.mark.parametrize("kind", ["T5", "MT5"])
+@pytest.mark.parametrize("count", [0, 7, None])
+def test_sentinels_of_t5_are_as_many_as_its_settings_say(kind: str, count: int | None, folder: Path) -> None:
+    _, pieces = KINDS["T5"]
+    (folder / "spiece.model").write_bytes(model(pieces))
+    settings = {"tokenizer_class": f"{kind}Tokenizer"} | ({} if count is None else {"extra_ids": count})
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    vocabulary = Tokenizer.from_str(describe_folder(str(folder), None).tokenizer_json or "").get_vocab()
+    sentinels = 100 if count is None else count
+    assert len(vocabulary) == len(pieces) + sentinels
+    if sentinels:
+        assert vocabulary["<extra_id_0>"] == len(vocabulary) - 1
+
+
+@pytest.mark.parametrize("count", [-1, 1 << 40, "100"])
+def test_sentinels_that_are_no_number(count: Any, folder: Path) -> None:
+    (folder / "spiece.model").write_bytes(model(KINDS["T5"][1]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": count}))
+    with pytest.raises(FolderError, match=r"tokenizer_config.json: extra_ids: expected a number up to 10000, got"):
+        describe_folder(str(folder), None)
 
 
 def test_scores_of_numbers_before_a_comma(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -212,6 +213,13 @@ def test_weights_of_linear_stages_are_checked(tiny_model: ModelMaker, tmp_path: 
         save_file({"linear.weight": weight}, place / WEIGHTS)
         with pytest.raises(ValueError, match=message):
             read_folder(folder, None, stages=[(place, "tanh")])
+    save_file({"linear.weight": torch.zeros(8, 64)}, place / WEIGHTS)
+    for name, size in (("out_features", 8), ("in_features", 64)):
+        change(place / "config.json", out_features=8, in_features=64)
+        read_folder(folder, None, stages=[(place, "tanh")])
+        change(place / "config.json", **{name: 10**14})
+        with pytest.raises(ValueError, match=rf"expected {name}={size}, as {WEIGHTS} has it, got 100000000000000$"):
+            read_folder(folder, None, stages=[(place, "tanh")])
     with pytest.raises(ValueError, match="expected 1 or 2 linear stages behind the pooling, got 3"):
         read_folder(folder, None, stages=[(place, "tanh")] * 3)
 
@@ -403,7 +411,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
     "other architecture": (
         lambda folder: change(folder / "config.json", model_type="gpt2"),
         None,
-        "unknown architecture 'gpt2'",
+        "unknown architecture 'gpt2'.*: python -m deploy export it, .* for torch or ONNX Runtime; served from a folder: bert, (?!.*clip)",
     ),
     "no task": (
         lambda folder: change(folder / "config.json", architectures=["BertForNextSentencePrediction"]),
@@ -415,6 +423,16 @@ WRONG: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
         lambda folder: change(folder / "tokenizer_config.json", truncation_side="top"),
         None,
         "truncation_side: expected one of right, left, got 'top'",
+    ),
+    "labels without end": (
+        lambda folder: change(folder / "config.json", num_labels=10**9),
+        None,
+        "num_labels: expected at most 1000000, got 1000000000",
+    ),
+    "a file that is too large": (
+        lambda folder: os.truncate(folder / "config.json", 1 << 30),
+        None,
+        "config.json: expected JSON of at most 256 MiB",
     ),
     "labels with gaps": (
         lambda folder: change(folder / "config.json", id2label={"0": "a", "2": "b"}),
@@ -468,6 +486,12 @@ def test_positions_begin_where_the_encoder_has_them() -> None:
     counted = {name for name in texts if find_architecture(SimpleNamespace(model_type=name)).padding_index}
     # ESM's usual positions are rotary, which nothing counts; its tables of others begin behind the padding, too.
     assert counted == (OFFSET_POSITIONS & texts) - {"esm"}
+
+
+def test_added_tokens_with_a_long_number_are_left_out(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    change(folder / "tokenizer_config.json", added_tokens_decoder={"9" * 5000: {"content": "zz"}})
+    assert describe_folder(str(folder), None).tokenizer_json == describe_folder(str(tiny_model()), None).tokenizer_json
 
 
 def test_quantities_in_config_are_checked(tiny_model: ModelMaker, tmp_path: Path) -> None:

@@ -419,6 +419,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         ValueError,
         "expected hidden_size to be a whole number, got",
     ),
+    "a number that no float holds": (
+        configured(layer_norm_eps=10**400),
+        ValueError,
+        "expected layer_norm_eps to be a number, got 1000000",
+    ),
     "other width": (configured(hidden_size=52), ValueError, r"expected embeddings.* \[100, 52\].*got \[100, 48\]"),
     "more positions": (
         configured(max_position_embeddings=9999),

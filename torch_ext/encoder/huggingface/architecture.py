@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -206,7 +206,8 @@ def number(config: Any, name: str) -> float:
         ValueError: it lacks the value, or has one of another kind.
     """
     value = get(config, name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    sound = isinstance(value, int | float) and not isinstance(value, bool)
+    if not sound or not -sys.float_info.max <= value <= sys.float_info.max:  # Neither NaN, nor more than a float holds.
         raise ValueError(f"unsupported configuration: expected {name} to be a number, got {value!r:.80}")
     return float(value)
 

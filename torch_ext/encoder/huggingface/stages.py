@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch_ext.encoder.huggingface.safetensors import StoredTensor, find_weights, map_weights
+from torch_ext.encoder.huggingface.safetensors import StoredTensor, find_weights, map_weights, parse_object
 from torch_ext.encoder.spec import HeadSpec
 
 __all__ = ["read_stages"]
@@ -44,6 +44,7 @@ def read_stages(
         if weight is None or len(shape) != 2 or shape[1] != width:
             found = "none" if weight is None else list(shape)
             raise ValueError(f"{path}: expected linear.weight [outputs, {width}], got {found}")
+        _check_config(path, shape)
         width = weight.shape[0]
         widths.append(width)
         zeros = StoredTensor("F32", (width,), memoryview(bytes(4 * width)))
@@ -62,3 +63,12 @@ def read_stages(
         out_activation=stages[-1][1],
     )
     return spec, tensors
+
+
+def _check_config(weights: Path, shape: tuple[int, ...]) -> None:
+    """Checks that a stage's configuration, which readers take its width from, is that of its weights."""
+    path = weights.parent / "config.json"
+    config = parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
+    for name, size in zip(("out_features", "in_features"), shape, strict=True):
+        if name in config and config[name] != size:
+            raise ValueError(f"{path}: expected {name}={size}, as {weights.name} has it, got {config[name]!r:.40}")
