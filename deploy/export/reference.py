@@ -24,7 +24,7 @@ from typing import Any
 
 from deploy.bundle import CONFIG_FILE, TASKS, TOKENIZER_FILE
 from deploy.export.errors import ExportError, first_line, is_disk_full, pickle_refused, refused_pickle
-from deploy.folder.sentence import read_json
+from deploy.folder.json_files import read_json
 from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.source import Source
 from deploy.folder.tokenizer import slow_tokenizer, told_token_types

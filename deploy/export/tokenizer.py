@@ -12,6 +12,7 @@ from deploy.bundle import CONFIG_FILE, TASKS, SpecialToken
 from deploy.engines.batch import Ids, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
+from deploy.folder.prefixes import shattered
 from deploy.folder.source import Source
 from deploy.folder.tokenizer import (
     SPECIAL_TOKENS,
@@ -51,7 +52,7 @@ class Tokens:
             FolderError: It cannot be loaded, is a slow one that nothing fast is known for, or does not belong to the
                 model.
         """
-        from tokenizers import Tokenizer, normalizers
+        from tokenizers import AddedToken, Tokenizer, normalizers
         from transformers import AutoTokenizer
 
         try:
@@ -60,7 +61,11 @@ class Tokens:
             )
         except Exception as error:
             raise _unreadable(source, folder, error) from error
-        backend = Tokenizer.from_str(_fast(source, self._reference))
+        content = _fast(source, self._reference)
+        if prefixes := [AddedToken(text, normalized=False, special=True) for text in shattered(content, source)]:
+            self._reference.add_tokens(prefixes, special_tokens=True)
+            content = _fast(source, self._reference)
+        backend = Tokenizer.from_str(content)
         backend.no_truncation()
         backend.no_padding()
         if source.lowercase:

@@ -14,6 +14,7 @@ from typing import Any
 
 from deploy.bundle import Prompts
 from deploy.folder.errors import FolderError, first_line
+from deploy.folder.library import read_by_library
 
 __all__ = ["Chat", "read_chat", "with_suffix"]
 
@@ -125,8 +126,6 @@ def with_suffix(text: str, suffix: str, folder: Path) -> str:
     Raises:
         FolderError: The suffix would be read together with the end of a text.
     """
-    from tokenizers import Tokenizer
-
     tokenizer = json.loads(text)
     tokenizer["post_processor"] = None
     if not suffix:
@@ -136,7 +135,7 @@ def with_suffix(text: str, suffix: str, folder: Path) -> str:
             f"{folder}: the chat template puts {suffix[:40]!r} behind texts, expected that it begins with one of the "
             "tokenizer's special tokens; others are not supported"
         )
-    encoding = Tokenizer.from_str(json.dumps(tokenizer)).encode(suffix, add_special_tokens=False)
+    encoding = read_by_library(json.dumps(tokenizer), folder).encode(suffix, add_special_tokens=False)
     end = {"SpecialToken": {"id": "suffix", "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB"))
     tokenizer["post_processor"] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deploy.bundle import CONFIG_FILE, TASKS, VARIANTS, Dense, Manifest, ModelInfo, Variant
 from deploy.folder.errors import FolderError, at_least_one
 from deploy.folder.hub import find_model
-from deploy.folder.sentence import read_json
+from deploy.folder.json_files import read_json
 from deploy.folder.source import Source, read_source
 from deploy.folder.token_vectors import read_token_vectors
 from deploy.folder.tokenizer import read_tokenizer

@@ -10,20 +10,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
-from deploy.folder.errors import FolderError, at_least_one, count_or_none, first_line, refuse_pointer
+from deploy.folder.errors import FolderError, at_least_one, count_or_none
+from deploy.folder.json_files import read_json, read_settings
 from deploy.folder.token_vectors import TokenFiles
 
-__all__ = ["DenseModule", "SentenceFiles", "read_json", "read_sentence_files", "read_settings"]
-
-_MOST_JSON_BYTES = 256 << 20
-"""The largest files are tokenizers: 33 MB with 262,144 tokens."""
+__all__ = ["DenseModule", "SentenceFiles", "read_sentence_files"]
 
 _SETTINGS_FILES = tuple(
     f"sentence_{name}_config.json"
@@ -40,38 +37,6 @@ _POOLING_KEYS: Mapping[str, str] = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """Keys of old pooling modules; new ones name their modes under `pooling_mode`."""
-
-
-def read_json(path: Path, kind: type) -> Any:
-    """The content of a JSON file, of the given kind (`dict` or `list`).
-
-    Raises:
-        FolderError: It cannot be read, or is something else.
-    """
-    try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise FolderError(f"{path}: expected JSON of at most {_MOST_JSON_BYTES >> 20} MiB; copy the model again")
-        data = path.read_bytes()
-        refuse_pointer(data, str(path))
-        value = json.loads(data.decode("utf-8"))
-    except OSError as error:
-        raise FolderError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FolderError(f"{path}: expected JSON: {first_line(error)}") from error
-    if not isinstance(value, kind):
-        raise FolderError(
-            f"{path}: expected a JSON {'object' if kind is dict else 'array'}, got {type(value).__name__}"
-        )
-    return value
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object of a file that a model need not have; empty where there is none.
-
-    Raises:
-        FolderError: See `read_json`.
-    """
-    return dict(read_json(path, dict)) if path.is_file() else {}
 
 
 _DENSE_ACTIVATIONS: Mapping[str, str] = {
@@ -151,7 +116,7 @@ def read_sentence_files(root: Path) -> SentenceFiles:
     """
     files = SentenceFiles(root)
     path = root / "config_sentence_transformers.json"
-    if path.is_file() and read_json(path, dict).get("model_type") == "MultiVectorEncoder":
+    if path.is_file() and read_json(path, dict).get("model_type") in _MULTI_VECTOR:
         files.tokens = TokenFiles()
     _read_modules(root, files)
     _read_pooling(root, files)
@@ -165,6 +130,11 @@ def read_sentence_files(root: Path) -> SentenceFiles:
 
 
 # One function per module: what it means for us.
+
+_PYLATE = "ColBERT"
+_MULTI_VECTOR = ("MultiVectorEncoder", _PYLATE)
+_PACKAGES = ("", "sentence_transformers", "pylate")
+"""Whose modules are known; models may have code of their own."""
 
 _NAMES_OF_STREAMS = ("module_input_name", "module_output_name")
 """What newer modules call what they take and what they give."""
@@ -268,10 +238,10 @@ def _read_modules(root: Path, files: SentenceFiles) -> None:
             raise FolderError(f"{listed}: expected objects with a type, got {module!r:.80}")
         package, _, kind = module["type"].rpartition(".")
         place = _inside(root, module.get("path", ""), listed)
-        if package.partition(".")[0] not in ("", "sentence_transformers") and kind != "Transformer":
+        if package.partition(".")[0] not in _PACKAGES and kind != "Transformer":
             files.problem = files.problem or (
-                f"{listed}: module {module['type']!s:.80} is code of the model's own, which is not run; what it computes "
-                "is not known"
+                f"{listed}: module {module['type']!s:.80} is code of the model's own, which is not run: what it "
+                "computes is not known"
             )
         elif kind in _MODULES:
             _MODULES[kind](files, place, index)
@@ -342,7 +312,10 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
     if not path.is_file():
         return
     settings = read_json(path, dict)
-    _take_kind(root, files, settings.get("model_type", "SentenceTransformer"), path)
+    kind = settings.get("model_type", "SentenceTransformer")
+    _take_kind(root, files, kind, path)
+    if files.tokens is not None and kind == _PYLATE:
+        settings["prompts"] = files.tokens.read_pylate(settings, path)
     if isinstance(settings.get("activation_fn"), str):
         files.activation = settings["activation_fn"]
     kept = settings.get("truncate_dim")
@@ -367,7 +340,7 @@ def _take_kind(root: Path, files: SentenceFiles, kind: object, path: Path) -> No
                 f"{root / 'modules.json'}: expected a sparse encoder of a masked-LM Transformer and a SpladePooling; "
                 "others are not supported"
             )
-    elif kind == "MultiVectorEncoder":
+    elif kind in _MULTI_VECTOR:
         files.embeds = False
         if files.problem is not None or files.pooling_file is not None or files.normalize or files.sparse is not None:
             raise FolderError(

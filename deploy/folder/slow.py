@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.folder.errors import FolderError
-from deploy.folder.sentence import read_json
+from deploy.folder.json_files import read_json
 from deploy.folder.sentencepiece import FILES, KINDS, read_unigrams
 
 __all__ = ["made_of_slow_files"]

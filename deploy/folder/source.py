@@ -13,7 +13,8 @@ from typing import Any
 from deploy.bundle import CONFIG_FILE, MANIFEST_FILE, OFFSET_POSITIONS, TASKS, Pooling, Prompts, Sparse
 from deploy.folder.chat import Chat, read_chat
 from deploy.folder.errors import FolderError, refuse_pointer
-from deploy.folder.sentence import DenseModule, SentenceFiles, read_json, read_sentence_files, read_settings
+from deploy.folder.json_files import read_json, read_settings
+from deploy.folder.sentence import DenseModule, SentenceFiles, read_sentence_files
 from deploy.folder.token_vectors import TokenFiles
 from torch_ext.encoder.huggingface.safetensors import files_of_index
 

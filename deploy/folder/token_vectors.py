@@ -1,9 +1,11 @@
-"""Vectors of tokens, as a MultiVectorEncoder of sentence-transformers has them: what its files say, and a manifest."""
+"""Vectors of tokens, of a MultiVectorEncoder of sentence-transformers or PyLate's: what files say, and a manifest."""
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.bundle import Role, SpecialToken, TokenVectors
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from deploy.folder.source import Source
 
 __all__ = ["TokenFiles", "read_token_vectors"]
+
+_QUERY_LENGTH = 32
+"""Of PyLate, where its settings are silent."""
 
 
 @dataclass
@@ -27,6 +32,7 @@ class TokenFiles:
         query_length: Longest query.
         document_length: Longest document.
         expansion: How queries are filled up, or None.
+        prefixes: What PyLate puts before queries and documents: tokens, where the tokenizer has them.
     """
 
     normalize: bool = False
@@ -36,6 +42,7 @@ class TokenFiles:
     query_length: int | None = None
     document_length: int | None = None
     expansion: Mapping[str, Any] | None = None
+    prefixes: list[str] = field(default_factory=list)
 
     def read_lengths(self, settings: Mapping[str, Any]) -> None:
         """Takes what the settings of the Transformer module say."""
@@ -43,6 +50,41 @@ class TokenFiles:
         self.document_length = count_or_none(settings.get("document_length"))
         expansion = settings.get("query_expansion")
         self.expansion = expansion if isinstance(expansion, dict) else None
+
+    def read_pylate(self, settings: Mapping[str, Any], path: Path) -> dict[str, str]:
+        """Takes what PyLate's settings say, as sentence-transformers reads them; modules for it are not listed.
+
+        Args:
+            settings: Content of the file.
+            path: The file, for errors.
+
+        Returns:
+            The prompts of queries and documents, with their prefixes.
+
+        Raises:
+            FolderError: A setting is of another kind.
+        """
+        self.normalize = True
+        words = settings.get("skiplist_words")
+        self.skiplist_words = [*string.punctuation] if words is None else words
+        if not isinstance(self.skiplist_words, list) or not all(isinstance(word, str) for word in self.skiplist_words):
+            raise FolderError(f"{path}: skiplist_words: expected an array of words, got {words!r:.80}")
+        self.document_length = count_or_none(settings.get("document_length"))
+        length = count_or_none(settings.get("query_length"))
+        if settings.get("do_query_expansion") is False:
+            self.query_length = length
+        else:
+            attend = settings.get("attend_to_expansion_tokens", settings.get("attend_to_mask_tokens"))
+            self.expansion = {"strategy": "fixed", "attend": bool(attend), "length": length or _QUERY_LENGTH}
+        prompts = settings.get("prompts")
+        texts = dict(prompts) if isinstance(prompts, dict) else {}
+        for role in ("query", "document"):
+            prefix, text = settings.get(f"{role}_prefix") or "", texts.get(role) or ""
+            if not isinstance(prefix, str) or not isinstance(text, str):
+                raise FolderError(f"{path}: {role}_prefix: expected a string, got {prefix!r:.80}")
+            texts[role] = prefix + text.removeprefix(prefix)
+            self.prefixes.append(prefix)
+        return texts
 
 
 def read_token_vectors(

@@ -20,7 +20,9 @@ from typing import Any
 from deploy.bundle import TOKENIZER_FILE, TRUNCATION_SIDES, SpecialToken
 from deploy.folder.chat import with_suffix
 from deploy.folder.errors import FolderError
-from deploy.folder.sentence import read_json, read_settings
+from deploy.folder.json_files import read_json, read_settings
+from deploy.folder.library import read_by_library
+from deploy.folder.prefixes import make_special, shattered
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
 from deploy.folder.tokenizer_kinds import ANY, KIND_OF_MODEL, KINDS, Kind
@@ -128,6 +130,8 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     tokenizer = _tokenizer(source, declared)
     _add_tokens(tokenizer, settings)
     _normalize(tokenizer, declared, source.lowercase)
+    if prefixes := shattered(json.dumps(tokenizer, ensure_ascii=False), source):
+        make_special(tokenizer, prefixes)
     size = source.config.get("vocab_size")
     special = {name: declared.special_token(name) for name in SPECIAL_TOKENS}
     drop_rowless(tokenizer, size, special.values())
@@ -273,9 +277,7 @@ def _padding_behind(source: Source, text: str) -> int:
     """
     if source.model_type not in _CAUSAL or source.task != "text-classification":
         return 0
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_str(text).encode("").ids
+    ids = read_by_library(text, source.folder).encode("").ids
     return len(ids) if set(ids) == {source.config.get("pad_token_id")} else 0
 
 

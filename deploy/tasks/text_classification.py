@@ -47,7 +47,7 @@ def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
             by_id = {}
         if sorted(by_id) == list(range(len(by_id))) and by_id:
             return tuple(by_id[index] for index in range(len(by_id)))
-        raise TaskError(f"id2label: expected the ids 0 to n-1, got {str(sorted(names)[:5]):.200}")
+        raise TaskError(f"id2label: expected the ids 0 to n-1, got {sorted(names)[:5]!s:.200}")
     count = config.get("num_labels", 2)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise TaskError(f"num_labels: expected at least 1, got {count!r:.80}")

@@ -118,7 +118,7 @@ def test_pooling_of_models_without_the_files_is_stated(tmp_path: Path) -> None:
         ({"pooling": {"pooling_mode": []}}, r"pooling  is not supported"),
         ({"pooling": {}, "modules": modules(*MODULES, "sentence_transformers.models.LSTM")}, "module LSTM changes"),
         ({"modules": modules(*MODULES)}, "1_Pooling/config.json: missing, though modules.json names it"),
-        ({"pooling": {}, "prompts": {"model_type": "ColBERT"}}, "a ColBERT makes other embeddings"),
+        ({"pooling": {}, "prompts": {"model_type": "Whisper"}}, "a Whisper makes other embeddings"),
     ],
 )
 def test_what_would_give_other_embeddings_is_refused(tmp_path: Path, files: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -27,6 +27,7 @@ from deploy.server.errors import ApiError
 from deploy.server.limits.bounds import Limits
 from deploy.server.limits.callers import Caller
 from deploy.server.service import structured
+from deploy.server.service.tokens import TextTokenizer
 from tests.deploy.test_folders import change
 
 ModelMaker = Callable[..., Path]
@@ -256,6 +257,74 @@ def test_queries_with_tokens_that_others_do_not_see(tiny_model: ModelMaker, tmp_
     check(asked(manifest)[:1], expected[:1])
     with pytest.raises(ApiError, match="query_expansion without attend"):
         asked(manifest, prompt_name="query")
+
+
+def save_pylate(folder: Path, target: Path, **settings: Any) -> torch.nn.Linear:
+    """Writes a model of PyLate, which lists a Transformer and a Dense, and returns its linear stage."""
+    linear = save_multi(folder, target)
+    kinds = {"": "sentence_transformers.models.Transformer", "1_Dense": "pylate.models.Dense.Dense"}
+    modules = [{"path": path, "type": kind} for path, kind in kinds.items()]
+    (target / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    identity = "torch.nn.modules.linear.Identity"
+    dense = {"in_features": 64, "out_features": 24, "bias": False, "activation_function": identity}
+    (target / "1_Dense" / "config.json").write_text(json.dumps(dense), encoding="utf-8")
+    said = {"model_type": "ColBERT", "query_prefix": "of ", "document_prefix": "the ", "query_length": 6, **settings}
+    (target / "config_sentence_transformers.json").write_text(json.dumps(said), encoding="utf-8")
+    return linear
+
+
+def test_a_model_of_pylate(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    linear = save_pylate(tiny_model(), folder, attend_to_expansion_tokens=True, skiplist_words=["of", "the"])
+    manifest = describe_folder(str(folder), None)
+    assert (manifest.task, manifest.width) == ("token-embedding", 24)
+    check(asked(manifest, prompt_name="query"), token_vectors(folder, linear, "of ", size=6))
+    check(asked(manifest), token_vectors(folder, linear, "the ", ("of", "the")))
+    options = ["--max-texts", "8", "--speed-seconds", "0", "--quiet", "--variants", FP32]
+    assert main([str(folder), "-o", str(tmp_path / "out"), *options]) == 0
+    assert load_manifest(tmp_path / "out").token_vectors == manifest.token_vectors
+    check(asked(load_manifest(tmp_path / "out"), prompt_name="query"), token_vectors(folder, linear, "of ", size=6))
+
+
+def test_what_pylate_takes_for_granted(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    save_pylate(tiny_model(), tmp_path / "a", query_length=None, document_length=40)
+    vectors = describe_folder(str(tmp_path / "a"), None).token_vectors
+    assert vectors is not None
+    assert (vectors.normalize, vectors.document.max_tokens, vectors.query) == (True, 40, None)
+    assert len(vectors.document.skipped) == 32  # Punctuation.
+    save_pylate(tiny_model(), tmp_path / "b", do_query_expansion=False, skiplist_words=[])
+    vectors = describe_folder(str(tmp_path / "b"), None).token_vectors
+    assert vectors == TokenVectors(True, Role(None), Role(6))
+    save_pylate(tiny_model(), tmp_path / "c", skiplist_words="the")
+    with pytest.raises(FolderError, match="skiplist_words: expected an array of words, got 'the'"):
+        describe_folder(str(tmp_path / "c"), None)
+
+
+@pytest.mark.parametrize("prefix", ["[unused0]", "[Q] "])
+def test_prefixes_of_pylate_are_tokens(prefix: str, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """One of the vocabulary, and one that was added and has its letters lower-cased."""
+    folder = tmp_path / "model"
+    save_pylate(tiny_model(), folder, query_prefix=prefix, do_query_expansion=False)
+    size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if prefix == "[Q] ":
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+        tokenizer["added_tokens"].append({"id": size, "content": prefix, **flags})
+    else:
+        tokenizer["model"]["vocab"][prefix] = size
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    weights[name] = torch.cat([weights[name], weights[name][-1:]])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change(folder / "config.json", vocab_size=size + 1)
+    options = ["--max-texts", "8", "--speed-seconds", "0", "--quiet", "--variants", FP32]
+    assert main([str(folder), "-o", str(tmp_path / "out"), *options]) == 0
+    for manifest in (describe_folder(str(folder), None), load_manifest(tmp_path / "out")):
+        tokens = TextTokenizer.from_manifest(manifest)
+        ids = list(map(int, tokens.encode(["the list"], truncate=True, prompt=prefix)[0]))
+        assert ids[1] == size, ids
+        assert len(ids) == 5
 
 
 @pytest.mark.parametrize(

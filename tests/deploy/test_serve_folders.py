@@ -411,7 +411,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
     "other architecture": (
         lambda folder: change(folder / "config.json", model_type="gpt2"),
         None,
-        "unknown architecture 'gpt2'.*: python -m deploy export it, .* for torch or ONNX Runtime; served from a folder: bert, (?!.*clip)",
+        "unknown architecture 'gpt2'.*: python -m deploy export it, .* torch or ONNX Runtime; .*: bert, (?!.*clip)",
     ),
     "no task": (
         lambda folder: change(folder / "config.json", architectures=["BertForNextSentencePrediction"]),
