@@ -67,6 +67,7 @@ class Manifest:
         sparse: How sparse vectors are made; None unless the task needs it.
         token_vectors: Which tokens have a vector; None unless the task needs it.
         token_types: Whether the model is given the token types of pairs of texts; else all are 0.
+        cleans_up: Whether texts of token ids lose the spaces before marks.
         tokenizer_json: Content of the tokenizer of a folder that was not exported, which lists no files; None: it is in
             `tokenizer_path`.
     """
@@ -90,6 +91,7 @@ class Manifest:
     truncation_side: str = "right"
     vocab_size: int | None = None
     token_types: bool = True
+    cleans_up: bool = False
     sparse: Sparse | None = None
     tokenizer_json: str | None = None
     dense: tuple[Dense, ...] = ()
@@ -162,6 +164,8 @@ class Manifest:
             result["token_vectors"] = self.token_vectors.to_json()
         if not self.token_types:
             result["token_types"] = False
+        if self.cleans_up:
+            result["cleans_up"] = True
         if self.prompts is not None:
             result["prompts"] = self.prompts.to_json()
         if self.machine is not None:
@@ -258,6 +262,7 @@ def _parse(root: Path, value: Any) -> Manifest:
         sparse=Sparse.read(top.child("sparse")) if needs.sparse else None,
         token_vectors=TokenVectors.read(top.child("token_vectors")) if needs.token_vectors else None,
         token_types=top.get("token_types", bool, optional=True) is not False,
+        cleans_up=top.get("cleans_up", bool, optional=True) is True,
     )
 
 

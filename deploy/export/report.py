@@ -83,6 +83,7 @@ def describe_model(folder: Path, source: Source, tokens: Tokens, config: Any) ->
         max_tokens=tokens.max_tokens,
         truncation_side=tokens.truncation_side,
         token_types=tokens.token_types,
+        cleans_up=tokens.cleans_up,
         pooling=source.pooling,
         sparse=source.sparse,
         token_vectors=read_token_vectors(source, tokens.token_id, tokens.special),

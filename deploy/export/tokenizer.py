@@ -18,6 +18,7 @@ from deploy.folder.tokenizer import (
     SPECIAL_TOKENS,
     check_vocabulary,
     checked_side,
+    cleans_up,
     drop_rowless,
     gives_token_types,
     longest_input,
@@ -37,6 +38,7 @@ class Tokens:
         max_tokens: Longest input.
         truncation_side: From which side longer texts are cut.
         token_types: Whether the model is given the token types of pairs; else all are 0.
+        cleans_up: Whether texts of token ids lose the spaces before marks.
         special: `pad`, `mask`, `cls`, `sep`, `unk`; None for one that it does not have.
     """
 
@@ -81,6 +83,7 @@ class Tokens:
         self._task, self._source = TASKS[source.task], source
         # Of folders that transformers 4 saved, transformers 5 leaves out token types that models were trained with.
         self.token_types = gives_token_types(source, "token_type_ids" in self._reference.model_input_names)
+        self.cleans_up = cleans_up(source, json.loads(content))
         self.truncation_side = checked_side(source, self._reference.truncation_side)
         check_vocabulary(source, max(backend.get_vocab(with_added_tokens=True).values(), default=-1))
         self.max_tokens = longest_input(source, self._reference.model_max_length)

@@ -95,7 +95,12 @@ def write_program(name: str, path: Path, model: Any, task: Task, texts: Sequence
             reason = probes.difference(program.module(), layout)
             if reason is None:
                 _round(program)
-                _save(program, path, layout)
+                try:
+                    _save(program, path, layout)
+                except Exception as error:  # Programs may hold what torch runs, and cannot write.
+                    if is_disk_full(error) or isinstance(error, (OSError, MemoryError)):
+                        raise
+                    raise NotSupportedError(f"{name}: torch.export does not save it: {first_line(error)}") from error
                 return layout
             reasons.append(reason)
     raise NotSupportedError(f"{name}: torch.export does not write this model: {reasons[0]}")

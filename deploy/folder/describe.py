@@ -70,6 +70,7 @@ def describe_folder(model: str, task: str | None) -> Manifest:
         max_tokens=tokenizer.max_tokens,
         truncation_side=tokenizer.truncation_side,
         token_types=tokenizer.token_types,
+        cleans_up=tokenizer.cleans_up,
         pooling=source.pooling,
         sparse=source.sparse,
         token_vectors=read_token_vectors(source, tokenizer.ids.get, tokenizer.special),

@@ -32,6 +32,7 @@ __all__ = [
     "FolderTokenizer",
     "check_vocabulary",
     "checked_side",
+    "cleans_up",
     "drop_rowless",
     "gives_token_types",
     "longest_input",
@@ -103,6 +104,7 @@ class FolderTokenizer:
         max_tokens: Longest input.
         truncation_side: From which side longer texts are cut.
         token_types: Whether the model is given the token types of pairs.
+        cleans_up: Whether texts of token ids lose the spaces before marks.
         special: `pad`, `mask`, `cls`, `sep`, `unk`; None for one that there is not.
         ids: Token ids by their tokens.
     """
@@ -111,6 +113,7 @@ class FolderTokenizer:
     max_tokens: int
     truncation_side: str
     token_types: bool
+    cleans_up: bool
     special: Mapping[str, SpecialToken | None]
     ids: Mapping[str, int]
 
@@ -146,6 +149,7 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
         max_tokens=longest_input(source, settings.get("model_max_length")) - padding,
         truncation_side=checked_side(source, settings.get("truncation_side", "right")),
         token_types=kind.token_types if told is None else told,
+        cleans_up=cleans_up(source, tokenizer),
         special=_special_tokens(source, special, ids),
         ids=ids,
     )
@@ -235,6 +239,13 @@ def drop_rowless(tokenizer: dict[str, Any], size: Any, special: Collection[str |
     if dropped:
         tokenizer["added_tokens"] = [token for token in added if token["content"] not in dropped]
     return bool(dropped)
+
+
+def cleans_up(source: Source, tokenizer: Mapping[str, Any]) -> bool:
+    """Whether texts of token ids lose the spaces before marks; as in transformers 5, never those of BPE."""
+    settings, model = read_settings(source.folder / _SETTINGS_FILE), tokenizer.get("model")
+    pairs = isinstance(model, dict) and model.get("type") == "BPE"
+    return not pairs and settings.get("clean_up_tokenization_spaces") is True
 
 
 def told_token_types(settings: Mapping[str, Any]) -> bool | None:

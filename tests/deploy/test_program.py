@@ -255,6 +255,18 @@ def test_the_error_names_the_layer_and_the_reason(tmp_path: Path) -> None:
     assert not (tmp_path / "x.pt2").exists()
 
 
+def test_a_program_that_torch_does_not_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's, as transformers traces it."""
+
+    def save(*_: Any, **__: Any) -> None:
+        raise TypeError("Failed serializing node flat_apply in graph")
+
+    monkeypatch.setattr(torch.export, "save", save)
+    model = Model(lambda x, mask: x).eval()
+    with pytest.raises(NotSupportedError, match="does not save it: Failed serializing node flat_apply"):
+        write_program(NAME, tmp_path / "x.pt2", model, TASK, TEXTS)
+
+
 def test_all_of_torch_ext_is_no_choice_of_one(capsys: pytest.CaptureFixture[str]) -> None:
     """What `deploy run` asks for, which writes no ONNX."""
     from deploy import run

@@ -26,7 +26,7 @@ from deploy.folder.tokenizer_kinds import KIND_OF_MODEL, KINDS
 from deploy.server.service.tokens import TextTokenizer
 from deploy.server.variants import Selection
 from tests.deploy.conftest import SUFFIXES
-from tests.deploy.test_folders import change, save_as_transformers_5
+from tests.deploy.test_folders import QUICK, change, save_as_transformers_5
 from tests.deploy.test_server_bundles import fails, serving
 from tests.ops.test_folders import NOMIC_CONFIGS, POINTER, nomic_weights
 from torch_ext.encoder.huggingface.folder import read_folder
@@ -486,6 +486,33 @@ def test_positions_begin_where_the_encoder_has_them() -> None:
     counted = {name for name in texts if find_architecture(SimpleNamespace(model_type=name)).padding_index}
     # ESM's usual positions are rotary, which nothing counts; its tables of others begin behind the padding, too.
     assert counted == (OFFSET_POSITIONS & texts) - {"esm"}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("cleans", [False, True])
+def test_sequences_of_fillings_lose_spaces_as_in_transformers(
+    model_type: str, cleans: bool, tiny_model: ModelMaker, tmp_path: Path
+) -> None:
+    """As transformers 5 has it, which leaves those of BPE alone."""
+    folder = shutil.copytree(tiny_model(model_type, "fill-mask"), tmp_path / "model")
+    change(folder / "tokenizer_config.json", clean_up_tokenization_spaces=cleans)
+    assert main([str(folder), "-o", str(tmp_path / "out"), *QUICK]) == 0
+    mask = "[MASK]" if model_type == "bert" else "<mask>"
+    text = f"it isn't the {mask} , or 's ! value"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    clean = cleans and model_type == "bert"
+    for served in (folder, tmp_path / "out"):
+        with serving(served, "--threads", 1) as server:
+            found = server("POST", "/", {"inputs": text, "parameters": {"top_k": 2}}).json
+        for item in found:
+            ids = [
+                item["token"] if token == tokenizer.mask_token_id else token for token in tokenizer(text)["input_ids"]
+            ]
+            right = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=clean)
+            assert item["sequence"] == right
+            assert ("isn't" in right) == (clean or model_type == "roberta")
 
 
 def test_added_tokens_with_a_long_number_are_left_out(tiny_model: ModelMaker, tmp_path: Path) -> None:

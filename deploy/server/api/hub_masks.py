@@ -113,7 +113,7 @@ def encode_fillings(texts: Sequence[str], result: Result, tokenizer: TextTokeniz
 
     def fillings(index: int) -> Any:
         ids = result.ids[index]
-        decode = partial(tokenizer.decode, skip_special_tokens=len(found[index]) == 1)
+        decode = partial(tokenizer.decode, skip_special_tokens=len(found[index]) == 1, clean=True)
         masks = zip(places(ids, mask), found[index], strict=True)
         rows = [_Filling(ids, place, tokens, decode) for place, tokens in masks]
         return rows[0] if len(rows) == 1 else rows

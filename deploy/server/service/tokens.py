@@ -32,6 +32,14 @@ SLICE_TEXTS = 16
 """Texts whose encodings are in memory at a time; what is kept of one takes far less."""
 
 
+_CLEANED = (
+    *((f" {mark}", mark) for mark in (".", "?", "!", ",")),
+    (" ' ", "'"),
+    *((f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
+)
+"""What `clean_up_tokenization` of transformers replaces, in its order."""
+
+
 class TextTokenizer:
     """The tokenizer of a bundle, with the model's limit.
 
@@ -42,6 +50,7 @@ class TextTokenizer:
         suffix: Special tokens put after it.
         prompts: What the model was trained to see before its inputs.
         token_types: Whether the model is given the token types of pairs.
+        cleans_up: Whether `decode` may leave out spaces before marks.
         read_chars: How much of a long text is read at first; see `_enough`.
     """
 
@@ -52,6 +61,7 @@ class TextTokenizer:
         truncation_side: str = "right",
         prompts: Prompts | None = None,
         token_types: bool = True,
+        cleans_up: bool = False,
     ) -> None:
         """Reads a tokenizer.
 
@@ -61,6 +71,7 @@ class TextTokenizer:
             truncation_side: From which side longer texts are cut, `right` or `left`.
             prompts: What the model was trained to see before its inputs; None: nothing.
             token_types: Whether the model is given the token types of pairs.
+            cleans_up: Whether `decode` may leave out spaces before marks.
 
         Raises:
             ValueError: `max_tokens` leaves no room beside the special tokens.
@@ -71,6 +82,7 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
         self.token_types = token_types
+        self.cleans_up = cleans_up
         self.read_chars = 32_768
         self._cut_left = truncation_side == "left"
         self._pair_tokenizers: dict[bool, Tokenizer] = {}
@@ -102,6 +114,7 @@ class TextTokenizer:
                 manifest.truncation_side,
                 manifest.prompts,
                 manifest.token_types,
+                manifest.cleans_up,
             )
         except Exception as error:  # The library raises plain Exception.
             raise ValueError(f"{manifest.root / TOKENIZER_FILE}: not a usable tokenizer: {error}") from error
@@ -313,8 +326,13 @@ class TextTokenizer:
             for token_id, token, (start, stop), added in rows
         ]
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool, clean: bool = False) -> str:
         """The text of token ids.
+
+        Args:
+            ids: The ids.
+            skip_special_tokens: Leave out special tokens.
+            clean: Leave out spaces before marks, if transformers does so for this tokenizer.
 
         Raises:
             ApiError: An id outside of the vocabulary.
@@ -322,7 +340,11 @@ class TextTokenizer:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             wrong = next(value for value in ids if not 0 <= value < self.vocab_size)
             raise ApiError("invalid_request", f"ids: expected token ids from 0 to {self.vocab_size - 1}, got {wrong}")
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        if clean and self.cleans_up:
+            for spaced, plain in _CLEANED:
+                text = text.replace(spaced, plain)
+        return text
 
     def token(self, token_id: int) -> str:
         """How a token id reads."""
