@@ -248,7 +248,8 @@ def write_onnx(state: Export) -> None:
         with state.progress.step("write onnx-fp32 (optimum)") as said:
             target = state.folder / VARIANTS["onnx-fp32"].file
             try:
-                export_fp32(state.model, state.source.task, state.folder / "onnx.tmp", target, state.mapped.forget)
+                work, types = state.folder / "onnx.tmp", state.draft.token_types
+                export_fp32(state.model, state.source.task, work, target, state.mapped.forget, token_types=types)
                 said.append(megabytes(variant_bytes(state.folder, "onnx-fp32")))
             except ExportError as error:
                 said.append("failed")

@@ -7,6 +7,7 @@ own dynamic quantization: one scale for all probabilities of a batch costs accur
 
 from __future__ import annotations
 
+import inspect
 import math
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -46,7 +47,15 @@ def variant_bytes(folder: Path, name: str) -> int:
     return sum(path.stat().st_size for path in files_of(folder, name))
 
 
-def export_fp32(model: Any, task: str, work: Path, target: Path, written: Callable[[], object] = give_back) -> None:
+def export_fp32(
+    model: Any,
+    task: str,
+    work: Path,
+    target: Path,
+    written: Callable[[], object] = give_back,
+    *,
+    token_types: bool = False,
+) -> None:
     """Writes a loaded model of transformers as ONNX.
 
     Args:
@@ -55,17 +64,27 @@ def export_fp32(model: Any, task: str, work: Path, target: Path, written: Callab
         work: Empty folder for what optimum writes beside it.
         target: Path of the file.
         written: Called when weights have been read, and when all are written.
+        token_types: Whether the model is given the token types of pairs.
 
     Raises:
         ExportError: optimum does not write this model, or not with the inputs and outputs that the server expects.
     """
+    kind = TASKS[task]
     try:
-        _export_fp32(model, TASKS[task], work, target, written)
+        _export_fp32(model, kind, work, target, written, token_types and kind.answers_pairs and _reads_types(model))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _export_fp32(model: Any, kind: type[Task], work: Path, target: Path, written: Callable[[], object]) -> None:
+def _reads_types(model: Any) -> bool:
+    """Whether token types change what a model of transformers answers."""
+    taken = "token_type_ids" in inspect.signature(model.forward).parameters
+    return taken and getattr(model.config, "type_vocab_size", 2) > 1
+
+
+def _export_fp32(
+    model: Any, kind: type[Task], work: Path, target: Path, written: Callable[[], object], needs_types: bool
+) -> None:
     from optimum.exporters.onnx import onnx_export_from_model
 
     try:
@@ -82,6 +101,8 @@ def _export_fp32(model: Any, kind: type[Task], work: Path, target: Path, written
     inputs = {item.name for item in graph.input}
     if not {"input_ids", "attention_mask"} <= inputs <= {"input_ids", "attention_mask", "token_type_ids"}:
         raise ExportError(f"optimum wrote an ONNX model with inputs {sorted(inputs)}, which the server cannot feed")
+    if needs_types and "token_type_ids" not in inputs:
+        raise ExportError("optimum wrote an ONNX model without token types, which this model reads pairs of texts by")
     names = tuple(item.name for item in graph.output[: len(kind.onnx_outputs)])
     if names != kind.onnx_outputs:
         raise ExportError(

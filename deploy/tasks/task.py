@@ -160,6 +160,7 @@ class Task(ABC):
         auto_class: Class of transformers that loads such a model.
         architecture: What the names of its model classes end in.
         optimum_task: What optimum calls the task when it writes ONNX.
+        answers_pairs: Whether requests may hold pairs of texts, though samples hold single ones.
         onnx_outputs: First outputs of the ONNX graph, and of the model in transformers; of several, the numbers of each
             token side by side.
         spare_weights: Parts of names of weights that a model may lack.
@@ -175,6 +176,7 @@ class Task(ABC):
     auto_class: ClassVar[str]
     architecture: ClassVar[str]
     optimum_task: ClassVar[str]
+    answers_pairs: ClassVar[bool] = False
     onnx_outputs: ClassVar[tuple[str, ...]] = ("logits",)
     spare_weights: ClassVar[tuple[str, ...]] = ()
     close: ClassVar[Mapping[str, float]] = CLOSE_COSINE

@@ -112,6 +112,7 @@ class TextClassification(Task):
     auto_class = "AutoModelForSequenceClassification"
     architecture = "ForSequenceClassification"
     optimum_task = "text-classification"
+    answers_pairs = True
     close = CLOSE_SCORES
     usual = ClassifyOptions(False)
 

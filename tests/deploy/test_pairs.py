@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer
 
@@ -31,6 +32,7 @@ from deploy.server.limits.callers import Caller
 from deploy.server.metrics import Metrics
 from deploy.server.service import Batcher, Service, TextTokenizer
 from deploy.tasks.figures import rank_correlation
+from tests.deploy.conftest import save_tokenizer
 
 QUICK = ["--max-texts", "12", "--speed-seconds", "0", "--quiet"]
 QUERY = "how to read the name of a file"
@@ -141,6 +143,20 @@ def test_token_types_are_those_of_the_version_that_saved_the_model(
     change_tokenizer(folder, **settings)
     assert describe_folder(str(folder), None).token_types is types
     assert ("model_input_names" in older_tokenizer_config(settings)) is not types
+
+
+def test_onnx_without_token_types_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Optimum's BigBird takes none: it would answer pairs otherwise, and is verified on single texts."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    size = save_tokenizer(folder, "bert")
+    config = transformers.BigBirdConfig(vocab_size=size, max_position_embeddings=64, block_size=8, **sizes)
+    torch.manual_seed(0)
+    transformers.BigBirdForSequenceClassification(config).save_pretrained(folder)
+    assert main([str(folder), "-o", str(tmp_path / "out"), *QUICK]) == 0
+    assert list(load_manifest(tmp_path / "out").variants) == ["torch-export-bf16"]
+    assert "onnx-fp32 is left out of the bundle: optimum wrote an ONNX model without token" in capsys.readouterr().err
 
 
 def test_what_cannot_be_reranked(tmp_path: Path) -> None:
