@@ -145,4 +145,7 @@ def _open_folder(path: Path, dtype: Any, threads: int, task: Task, shared: bool)
     try:
         return Encoder.from_pretrained(path, dtype, head, stages=stages, threads=threads, shared=shared)
     except (ValueError, FileNotFoundError) as error:
-        raise BundleError(str(error)) from error
+        reason = str(error)
+        if ": unsupported " in reason:  # By the encoder; nothing is wrong with the folder.
+            reason += "; python -m deploy export it, which writes variants for torch or ONNX Runtime"
+        raise BundleError(reason) from error

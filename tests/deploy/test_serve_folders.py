@@ -461,6 +461,15 @@ def test_errors_are_one_line(tiny_model: ModelMaker, tmp_path: Path) -> None:
     )
     # Found while the engine is opened, beside the imports.
     assert "the file has no cls.predictions" in fails(folder, "--task", "fill-mask")
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    for settings in ({"hidden_act": "mish"}, {"is_decoder": True}):
+        change(folder / "config.json", **settings)
+        message = fails(folder)
+        assert "model.safetensors: unsupported " in message
+        assert message.rstrip().endswith(
+            "; python -m deploy export it, which writes variants for torch or ONNX Runtime"
+        )
+        (folder / "config.json").write_text(config, encoding="utf-8")
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
     change(folder / "tokenizer.json", added_tokens=[{"id": "x"}])
     assert "tokenizer.json: not a usable tokenizer" in fails(folder)

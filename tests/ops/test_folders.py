@@ -430,6 +430,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         ValueError,
         "expected embeddings.position_embeddings.weight with max_position_embeddings=9999 rows, .*, got",
     ),
+    "more types": (
+        configured(type_vocab_size=3),
+        ValueError,
+        "expected embeddings.token_type_embeddings.weight with type_vocab_size=3 rows, as config.json has it, got 2",
+    ),
     "more words": (
         configured(vocab_size=101),
         ValueError,

@@ -177,7 +177,9 @@ def describe_encoder(
         _check_rows(config, "max_position_embeddings", f"{names.position}.weight", rows)
         fields["max_positions"] = rows - fields["position_offset"]
     if names.token_type is not None:
-        fields["type_vocab_size"], _ = source.table("embeddings.token_type", names.token_type)
+        types, _ = source.table("embeddings.token_type", names.token_type)
+        _check_rows(config, "type_vocab_size", f"{names.token_type}.weight", types)
+        fields["type_vocab_size"] = types
     if names.embedding_norm is not None:
         source.norm("embeddings.norm", names.embedding_norm)
     if f"{names.projection}.weight" in shapes:
