@@ -11,7 +11,7 @@ from typing import Any
 from torch_ext.runtime import Encoder
 from torch_ext.runtime import States as HiddenStates
 
-from ..bundle import BundleError
+from ..bundle import CONFIG_FILE, BundleError
 from ..tasks import Rows, States, Task
 from .batch import Batch, joined
 from .engine import Engine, Image
@@ -143,9 +143,16 @@ def _open_folder(path: Path, dtype: Any, threads: int, task: Task, shared: bool)
     head = HEAD_CLASSES[task.architecture] if task.needs.head else None
     stages = [(stage.folder, stage.activation) for stage in task.model.dense if stage.folder is not None]
     try:
-        return Encoder.from_pretrained(path, dtype, head, stages=stages, threads=threads, shared=shared)
+        encoder = Encoder.from_pretrained(path, dtype, head, stages=stages, threads=threads, shared=shared)
     except (ValueError, FileNotFoundError) as error:
         reason = str(error)
         if ": unsupported " in reason:  # By the encoder; nothing is wrong with the folder.
             reason += "; python -m deploy export it, which writes variants for torch or ONNX Runtime"
         raise BundleError(reason) from error
+    labels = task.model.labels if task.needs.labels else None
+    if labels is not None and len(labels) != encoder.outputs:
+        raise BundleError(
+            f"{path / CONFIG_FILE}: expected a label for each logit of the weights ({encoder.outputs}), got "
+            f"{len(labels)}"
+        )
+    return encoder

@@ -156,7 +156,7 @@ class TextClassification(Task):
         logits = states.text_logits()
         labels = self.model.labels or ()
         if logits.width != len(labels):
-            raise ValueError(f"expected {len(labels)} logits as the manifest's labels, got {logits.width}")
+            raise ValueError(f"expected a logit for each of {len(labels)} labels, got {logits.width}")
         result: list[Any] = []
         for row, finite, option in zip(logits, logits.finite, options, strict=True):
             if not finite or option is RAW:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from deploy.bundle import OFFSET_POSITIONS, Manifest, Prompts, Variant, load_manifest
+from deploy.bundle import OFFSET_POSITIONS, BundleError, Manifest, Prompts, Variant, load_manifest
 from deploy.engines.open import load_engine
 from deploy.export.cli import main
 from deploy.folder.describe import describe_folder
@@ -522,6 +522,18 @@ def test_sequences_of_fillings_lose_spaces_as_in_transformers(
             right = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=clean)
             assert item["sequence"] == right
             assert ("isn't" in right) == (clean or model_type == "roberta")
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+@pytest.mark.parametrize("labels", [2, 4])
+def test_labels_are_as_many_as_logits(task: str, labels: int, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("bert", task, num_labels=3), tmp_path / "model")
+    change(folder / "config.json", id2label={str(number): f"B-{number}" for number in range(labels)})
+    manifest = describe_folder(str(folder), None)
+    with pytest.raises(
+        BundleError, match=rf"config.json: expected a label for each logit of the .* \(3\), got {labels}$"
+    ):
+        load_engine(manifest, manifest.variant("torch_ext-fp32"), 1)
 
 
 def test_added_tokens_with_a_long_number_are_left_out(tiny_model: ModelMaker, tmp_path: Path) -> None:
