@@ -116,7 +116,7 @@ def read_sentence_files(root: Path) -> SentenceFiles:
     """
     files = SentenceFiles(root)
     path = root / "config_sentence_transformers.json"
-    if path.is_file() and read_json(path, dict).get("model_type") in _MULTI_VECTOR:
+    if _kind(read_settings(path)) in _MULTI_VECTOR:
         files.tokens = TokenFiles()
     _read_modules(root, files)
     _read_pooling(root, files)
@@ -127,6 +127,11 @@ def read_sentence_files(root: Path) -> SentenceFiles:
             files.problem or f"{root / 'modules.json'}: Normalize behind a SpladePooling is not supported"
         )
     return files
+
+
+def _kind(settings: Mapping[str, Any]) -> object:
+    """Which class saved a model; the first versions of PyLate do not say so."""
+    return settings.get("model_type", _PYLATE if "query_prefix" in settings else "SentenceTransformer")
 
 
 # One function per module: what it means for us.
@@ -312,7 +317,7 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
     if not path.is_file():
         return
     settings = read_json(path, dict)
-    kind = settings.get("model_type", "SentenceTransformer")
+    kind = _kind(settings)
     _take_kind(root, files, kind, path)
     if files.tokens is not None and kind == _PYLATE:
         settings["prompts"] = files.tokens.read_pylate(settings, path)

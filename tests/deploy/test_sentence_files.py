@@ -280,6 +280,12 @@ def test_a_model_of_pylate(tiny_model: ModelMaker, tmp_path: Path) -> None:
     assert (manifest.task, manifest.width) == ("token-embedding", 24)
     check(asked(manifest, prompt_name="query"), token_vectors(folder, linear, "of ", size=6))
     check(asked(manifest), token_vectors(folder, linear, "the ", ("of", "the")))
+    # Its first versions do not say whose model it is.
+    path = folder / "config_sentence_transformers.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    del settings["model_type"]
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    assert describe_folder(str(folder), None) == manifest
     options = ["--max-texts", "8", "--speed-seconds", "0", "--quiet", "--variants", FP32]
     assert main([str(folder), "-o", str(tmp_path / "out"), *options]) == 0
     assert load_manifest(tmp_path / "out").token_vectors == manifest.token_vectors
