@@ -352,6 +352,16 @@ def test_damaged_models(
     assert no_bundle(tmp_path)
 
 
+def test_a_tokenizer_that_lacks_a_file(tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    """transformers 4 fails at None in place of its name."""
+    folder = shutil.copytree(tiny_model("roberta"), tmp_path / "model")
+    for name in ("tokenizer.json", "merges.txt"):
+        (folder / name).unlink()
+    message = "the tokenizer cannot be loaded: a file of it is missing; copy the model again, or save one there"
+    fails(capsys, [str(folder), "-o", str(tmp_path / "out"), *QUICK], message)
+    assert no_bundle(tmp_path)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
