@@ -40,7 +40,7 @@ class TransformersEngine(PaddedEngine):
     def _forward(self, ids: PaddedIds, mask: PaddedIds, types: PaddedIds) -> Floats:
         try:
             outputs = outputs_of(self._model, ids, mask, types)[: len(self.task.onnx_outputs)]
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise FolderError(
                 f"transformers cannot run the model as its {CONFIG_FILE} has it: {first_line(error)}"
             ) from error

@@ -73,6 +73,8 @@ def _read(module: DenseModule) -> DenseStage:
     import torch
     from safetensors.torch import load_file
 
+    from torch_ext.encoder.huggingface.stages import check_config
+
     safe, pickled = module.folder / "model.safetensors", module.folder / "pytorch_model.bin"
     try:
         if safe.is_file():
@@ -89,6 +91,10 @@ def _read(module: DenseModule) -> DenseStage:
         raise ExportError(
             f"{module.folder}: expected weights of a linear layer, got {list(weight.shape)} and {list(bias.shape)}"
         )
+    try:
+        check_config(safe if safe.is_file() else pickled, tuple(weight.shape))
+    except ValueError as error:
+        raise ExportError(str(error)) from error
     if not (bool(torch.isfinite(weight).all()) and bool(torch.isfinite(bias).all())):
         raise ExportError(f"{module.folder}: expected finite weights of a Dense module, got NaN or infinity")
     return DenseStage(weight.numpy(), bias.numpy(), module.activation)

@@ -90,6 +90,7 @@ def test_embeddings_are_those_of_sentence_transformers(
         ({"activation_function": "torch.nn.modules.activation.Hardtanh"}, "Hardtanh is not supported"),
         ({"activation_function": "my_code.Activation"}, "my_code.Activation is not supported"),
         ({"module_input_name": "token_embeddings"}, "elsewhere than between Pooling and Normalize"),
+        ({"out_features": 31}, "expected out_features=32, as model.safetensors has it, got 31"),
     ],
 )
 def test_stages_that_are_refused(

@@ -319,6 +319,10 @@ def no_bundle(tmp_path: Path) -> bool:
             "transformers cannot run the model as its config.json .*eps",
         ),
         (
+            lambda folder: edit(folder, layer_norm_eps=10**400),
+            "transformers cannot run the model as its config.json has it: int too large",
+        ),
+        (
             lambda folder: edit(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
             "expected weights in fp32, fp16 or bf16, got ones that are quantized .'bitsandbytes'.",
         ),
@@ -340,6 +344,7 @@ def no_bundle(tmp_path: Path) -> bool:
         "no heads",
         "fewer than no heads",
         "eps",
+        "huge eps",
         "quantized",
     ],
 )
@@ -353,7 +358,7 @@ def test_damaged_models(
 
 
 def test_a_tokenizer_that_lacks_a_file(tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
-    """transformers 4 fails at None in place of its name."""
+    """Transformers 4 fails at None in place of its name."""
     folder = shutil.copytree(tiny_model("roberta"), tmp_path / "model")
     for name in ("tokenizer.json", "merges.txt"):
         (folder / name).unlink()

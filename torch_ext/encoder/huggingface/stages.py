@@ -9,7 +9,7 @@ from pathlib import Path
 from torch_ext.encoder.huggingface.safetensors import StoredTensor, find_weights, map_weights, parse_object
 from torch_ext.encoder.spec import HeadSpec
 
-__all__ = ["read_stages"]
+__all__ = ["check_config", "read_stages"]
 
 
 def read_stages(
@@ -44,7 +44,7 @@ def read_stages(
         if weight is None or len(shape) != 2 or shape[1] != width:
             found = "none" if weight is None else list(shape)
             raise ValueError(f"{path}: expected linear.weight [outputs, {width}], got {found}")
-        _check_config(path, shape)
+        check_config(path, shape)
         width = weight.shape[0]
         widths.append(width)
         zeros = StoredTensor("F32", (width,), memoryview(bytes(4 * width)))
@@ -65,8 +65,16 @@ def read_stages(
     return spec, tensors
 
 
-def _check_config(weights: Path, shape: tuple[int, ...]) -> None:
-    """Checks that a stage's configuration, which readers take its width from, is that of its weights."""
+def check_config(weights: Path, shape: tuple[int, ...]) -> None:
+    """Checks that a stage's configuration, which readers take its width from, is that of its weights.
+
+    Args:
+        weights: file of the weights, beside ``config.json``.
+        shape: of the weight: outputs, inputs.
+
+    Raises:
+        ValueError: it is not, or is damaged.
+    """
     path = weights.parent / "config.json"
     config = parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
     for name, size in zip(("out_features", "in_features"), shape, strict=True):
