@@ -53,6 +53,7 @@ std::vector<std::string> paths_of(const GemmPath& path) {
   for (const char* const use : kUses) names.push_back(use_path(path, use));
   if (path.kernel->softmax_pack) names.push_back(path.name() + ": softmax_pack");
   if (path.kernel->wide) names.push_back(use_path(path, "gemm wide"));
+  if (path.kernel->strassen_winograd) names.push_back(use_path(path, "gemm strassen winograd"));
   return names;
 }
 
@@ -65,6 +66,7 @@ std::vector<std::string> s8_paths_of(const GemmPath& path) {
   }
   for (const char* const use : {"gemm", "gemm random"}) names.push_back(use_path(path, use));
   if (path.kernel->wide) names.push_back(use_path(path, "gemm wide"));
+  if (path.kernel->strassen_winograd) names.push_back(use_path(path, "gemm strassen winograd"));
   return names;
 }
 

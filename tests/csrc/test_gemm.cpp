@@ -394,6 +394,7 @@ void check_grid(const GemmPath& path, size_t m, size_t n, size_t k, const GemmPl
   g.begin = g.end = nullptr;  // instructions that this CPU may lack
   g.wide = nullptr;
   g.outliers = false;
+  g.strassen_winograd = nullptr;
   VecKernels vec = *path.vec;
   for (auto& store : vec.store_tile) store = count_stores;
   std::vector<uint8_t> stored(m * n);

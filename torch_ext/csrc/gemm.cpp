@@ -9,6 +9,7 @@
 #include "cpu_features.h"
 #include "outlier_products.h"
 #include "packing/packed_weight.h"
+#include "strassen_winograd.h"
 
 namespace torch_ext {
 namespace {
@@ -114,6 +115,10 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
   // Rows that do not fit into the cache at once come to each panel several times: then a task keeps its own.
   const bool takes = queue && queue->used() && rows.end - rows.begin <= chunk_rows;
   const size_t least_panels = kMinTakenMacs / std::max<size_t>(1, (rows.end - rows.begin) * k * nr) + 1;
+  if (!takes && suits_strassen_winograd(kernel, rows.end - rows.begin, k)) {
+    run_strassen_winograd(kernel, vec, problem, rows, {panels.begin, panels.end});
+    return;
+  }
   const auto take = [&] { return queue->take(task, kernel.panels(problem.n), least_panels, panels.begin, panels.end); };
   if (takes && !take()) return;
   // Whether there is a panel at `panel`, or another one to take, where `panel` goes on then.

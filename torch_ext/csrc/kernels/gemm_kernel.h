@@ -93,6 +93,29 @@ constexpr size_t kMaxRowOutliers = 4;
 /// 8, which kernels store at a time.
 constexpr size_t kRowOutliersBytes = 2 * sizeof(uint32_t) + kMaxRowOutliers * sizeof(Outlier);
 
+/// What completes one of the four tiles of two blocks times two panels: see StrassenWinograd.
+struct StrassenWinogradTile {
+  const void* products;                    ///< seven tiles of max_mr() rows of nr, products 1 to 7 as they came
+  const void *block_end, *panel_end;       ///< what lies behind the products of the tile's packed block and panel
+  const void *row_extras, *column_extras;  ///< what add_rows and add_columns put behind their sums
+};
+
+/// Two blocks times two panels by seven products of half as many steps instead of eight: see strassen_winograd.h. Halves
+/// of a block are its first and second half of the steps, each like a block without extras of its own; so are sums of
+/// them. `steps` are those of a half, a multiple of eight.
+struct StrassenWinograd {
+  UKernelFn multiply;  ///< max_mr() rows of sums times a wide panel of sums: a tile of f32 or s32, without any scale
+  /// S1 to S4 of two packed blocks, one after the other, then `extra_bytes` for each row of a block. False if results would
+  /// be less accurate than they should: the sums are of no use then.
+  bool (*add_rows)(size_t steps, const void* upper, const void* lower, void* sums);
+  /// What products 1 to 7 take from two packed panels, as wide panels, then `extra_bytes` for each column of a panel.
+  bool (*add_columns)(size_t steps, const void* left, const void* right, void* operands);
+  /// Upper left, upper right, lower left, lower right tile of f32, as a micro-kernel leaves it, nr apart.
+  void (*finish[4])(const StrassenWinogradTile& from, float* tile);
+  size_t extra_bytes = 0;
+  size_t least_rows, least_k;  ///< less is not worth the work
+};
+
 struct GemmKernel {
   const char* name;            ///< family, also the layout's name: type, p, nr x kr
   uint32_t required_features;  ///< bits of cpu_features.h that its micro-kernels and packers need
@@ -115,8 +138,9 @@ struct GemmKernel {
   ColumnTermFn column_term = nullptr;
   /// The element of a panel that holds product p of column j; null: ((p / kr) * nr + j) * kr + p % kr.
   size_t (*panel_place)(size_t j, size_t p) = nullptr;
-  const WidePanels* wide = nullptr;      ///< null: no other form
-  SoftmaxPackFn softmax_pack = nullptr;  ///< null: attention takes softmax_row and pack_lhs_f32
+  const WidePanels* wide = nullptr;                     ///< null: no other form
+  const StrassenWinograd* strassen_winograd = nullptr;  ///< for families with `wide`; null: eight products
+  SoftmaxPackFn softmax_pack = nullptr;                 ///< null: attention takes softmax_row and pack_lhs_f32
   /// Called on a thread before micro-kernels run there, and after; null: there is nothing to do.
   void (*begin)() = nullptr;
   void (*end)() = nullptr;

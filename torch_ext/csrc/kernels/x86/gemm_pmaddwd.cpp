@@ -105,11 +105,9 @@ TORCH_EXT_INLINE void multiply_row_wide(const int16_t* a, __m256i even0, __m256i
       [odd1] "m"(*reinterpret_cast<const __m256i(*)[1]>(panel + 48)), [even0] "x"(even0), [even1] "x"(even1));
 }
 
+/// acc += products of `steps` steps.
 template <typename Element, size_t kMr>
-void crossed_tile(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
-  const int16_t* lhs = static_cast<const int16_t*>(lhs_block);
-  const Element* rhs = static_cast<const Element*>(rhs_panel);
-  __m256i acc[kMr][2] = {};
+TORCH_EXT_INLINE void add_products(size_t steps, const int16_t* lhs, const Element* rhs, __m256i (&acc)[kMr][2]) {
   for (size_t s = 0; s < steps; ++s) {
     if constexpr (sizeof(Element) == sizeof(int8_t)) {
       const __m256i even0 = widen_half(rhs), odd0 = widen_half(rhs + 16);
@@ -125,20 +123,33 @@ void crossed_tile(size_t steps, const void* lhs_block, const void* rhs_panel, fl
     lhs += kMr * kStep;
     rhs += kNr * kStep;
   }
-  const float* const row_scales = reinterpret_cast<const float*>(lhs);
-  const int32_t* const row_terms = reinterpret_cast<const int32_t*>(lhs) + kMr;
-  const float* const column_scales = reinterpret_cast<const float*>(rhs);
-  const int32_t* const column_terms = reinterpret_cast<const int32_t*>(rhs) + kNr;
+}
+
+/// A row's sums without the terms of columns and row (of four bytes at `row_term`), scaled.
+TORCH_EXT_INLINE vf scaled_sums(vu sums, vu terms, const void* row_term, vf columns, float row_scale) {
+  uint32_t term;
+  __builtin_memcpy(&term, row_term, sizeof term);
+  // Unsigned, since differences wrap.
+  return __builtin_convertvector((vi)(sums - terms - term), vf) * columns * row_scale;
+}
+
+template <typename Element, size_t kMr>
+void crossed_tile(size_t steps, const void* lhs_block, const void* rhs_panel, float* tile, size_t ld_tile) {
+  const int16_t* const lhs = static_cast<const int16_t*>(lhs_block);
+  const Element* const rhs = static_cast<const Element*>(rhs_panel);
+  __m256i acc[kMr][2] = {};
+  add_products(steps, lhs, rhs, acc);
+  const float* const row_scales = reinterpret_cast<const float*>(lhs + steps * kMr * kStep);
+  const float* const column_scales = reinterpret_cast<const float*>(rhs + steps * kNr * kStep);
 #pragma GCC unroll 2
   for (size_t v = 0; v < 2; ++v) {
-    vi terms;
-    __builtin_memcpy(&terms, column_terms + v * kWidth, sizeof terms);
+    vu terms;
+    __builtin_memcpy(&terms, column_scales + kNr + v * kWidth, sizeof terms);
     const vf columns = load(column_scales + v * kWidth);
 #pragma GCC unroll 5
     for (size_t i = 0; i < kMr; ++i) {
-      // Unsigned, since differences wrap.
-      const vu sum = (vu)acc[i][v] - (vu)terms - static_cast<uint32_t>(row_terms[i]);
-      store(tile + i * ld_tile + v * kWidth, __builtin_convertvector((vi)sum, vf) * columns * row_scales[i]);
+      store(tile + i * ld_tile + v * kWidth,
+            scaled_sums((vu)acc[i][v], terms, row_scales + kMr + i, columns, row_scales[i]));
     }
   }
 }
@@ -152,6 +163,11 @@ void widen_crossed(size_t steps, const void* panel, void* wide) {
   }
   __builtin_memcpy(to + steps * kNr * kStep, from + steps * kNr * kStep, kNr * (sizeof(float) + sizeof(int32_t)));
 }
+
+typedef int16_t v16s __attribute__((vector_size(32)));
+constexpr size_t kMainRows = 5;
+
+#include "kernels/x86/strassen_winograd_pmaddwd.inl"
 
 // ---- packing ------------------------------------------------------------------------------------------------------
 
@@ -287,6 +303,7 @@ constexpr GemmKernel kFamily = {
     .column_term = column_term,
     .panel_place = place_in_panel,
     .wide = &kWide,
+    .strassen_winograd = &kStrassenWinograd,
 };
 
 }  // namespace
