@@ -182,6 +182,118 @@ static void widen_halves(size_t steps, const void* panel, void* wide) {
 static constexpr WidePanels kWideHalves = {
     .type = DType::kF32, .ukernels = kUKernelsF32, .widen = widen_halves, .least_rows = 64, .most_bytes = 32 << 10};
 
+// ---- Strassen-Winograd, in fp32 -------------------------------------------------------------------------------------
+
+// A sum of two rows, or columns, rounds by the larger one: results of the smaller one would be less accurate. Within a
+// factor of 256 they keep 16 bits at least, where bf16 has 8. Numbers so small or large that sums of products might
+// leave the range of fp32, infinities and NaN, which would get into other rows, and rows of zeros are left to others.
+// Arguments are bits of the largest magnitudes, in words that begin with those of a bf16.
+TORCH_EXT_INLINE bool may_be_added(vu a, vu b) {
+  constexpr uint32_t kLeast = (127 - 60) << 23, kMost = (127 + 60) << 23, kApart = 8 << 23;
+  const vu larger = a > b ? a : b, smaller = a > b ? b : a;
+  const vu wrong = (vu)(smaller < kLeast) | (vu)(larger > kMost) | (vu)(larger - smaller > kApart);
+  return _mm256_testz_si256((__m256i)wrong, (__m256i)wrong);
+}
+
+TORCH_EXT_INLINE vu larger_bits(vu a, vu b) { return (vu)_mm256_max_epu32((__m256i)a, (__m256i)b); }
+
+/// Bits of magnitudes: the larger ones of `largest` and of both vectors.
+TORCH_EXT_INLINE vu largest_of(vu largest, vf a, vf b) {
+  return larger_bits(larger_bits(largest, (vu)a & 0x7fffffffu), (vu)b & 0x7fffffffu);
+}
+/// The same for two bf16 in each word.
+TORCH_EXT_INLINE vu largest_of(vu largest, vu a, vu b) {
+  const __m256i both = _mm256_max_epu16((__m256i)(a & 0x7fff7fffu), (__m256i)(b & 0x7fff7fffu));
+  return (vu)_mm256_max_epu16((__m256i)largest, both);
+}
+
+TORCH_EXT_INLINE vu pairs(const bf16* row) {
+  vu words;
+  __builtin_memcpy(&words, row, sizeof words);
+  return words;
+}
+
+/// The largest lane, in all lanes.
+TORCH_EXT_INLINE vu largest_bits(vu x) {
+  x = larger_bits(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+  x = larger_bits(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+  return larger_bits(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+}
+
+static bool add_rows_f32(size_t steps, const void* upper, const void* lower, void* sums) {
+  const size_t row = steps * kKStep, half = TORCH_EXT_VEC_MAIN_MR * row;
+  const float *a11 = static_cast<const float*>(upper), *a12 = a11 + half;
+  const float *a21 = static_cast<const float*>(lower), *a22 = a21 + half;
+  float* const s = static_cast<float*>(sums);
+  for (size_t begin = 0; begin < half; begin += row) {
+    vu largest_upper = {}, largest_lower = {};
+    for (size_t i = begin; i < begin + row; i += kWidth) {
+      const vf x11 = load(a11 + i), x12 = load(a12 + i), x21 = load(a21 + i), x22 = load(a22 + i);
+      const vf s1 = x21 + x22, s2 = s1 - x11;
+      store(s + i, s1);
+      store(s + half + i, s2);
+      store(s + 2 * half + i, x11 - x21);
+      store(s + 3 * half + i, x12 - s2);
+      largest_upper = largest_of(largest_upper, x11, x12);
+      largest_lower = largest_of(largest_lower, x21, x22);
+    }
+    if (!may_be_added(largest_bits(largest_upper), largest_bits(largest_lower))) return false;
+  }
+  return true;
+}
+
+static bool add_columns_halves(size_t steps, const void* left, const void* right, void* operands) {
+  const size_t half = steps * kKStep * kNr;
+  const bf16 *b11 = static_cast<const bf16*>(left), *b21 = b11 + half;
+  const bf16 *b12 = static_cast<const bf16*>(right), *b22 = b12 + half;
+  float* const to = static_cast<float*>(operands);
+  vu largest_left = {}, largest_right = {};  // of each half of a word
+  for (size_t i = 0; i < half; i += kNr) {
+    const vu w11 = pairs(b11 + i), w21 = pairs(b21 + i), w12 = pairs(b12 + i), w22 = pairs(b22 + i);
+#pragma GCC unroll 2
+    for (size_t high = 0; high < 2; ++high) {
+      const auto half_of = [high](vu w) { return high ? (vf)(w & 0xffff0000u) : (vf)(w << 16); };
+      const vf x11 = half_of(w11), x21 = half_of(w21), x12 = half_of(w12), x22 = half_of(w22);
+      const vf t1 = x12 - x11, t2 = x22 - t1;
+      float* const out = to + i + high * kHalf;
+      store(out, x11);
+      store(out + half, x21);
+      store(out + 2 * half, x22);
+      store(out + 3 * half, t2 - x21);
+      store(out + 4 * half, t1);
+      store(out + 5 * half, t2);
+      store(out + 6 * half, x22 - x12);
+    }
+    largest_left = largest_of(largest_left, w11, w21);
+    largest_right = largest_of(largest_right, w12, w22);
+  }
+  return may_be_added(largest_left << 16, largest_right << 16) &&
+         may_be_added(largest_left & 0xffff0000u, largest_right & 0xffff0000u);
+}
+
+template <size_t kTile>
+static void finish_tile_f32(const StrassenWinogradTile& from, float* tile) {
+  constexpr size_t kSize = TORCH_EXT_VEC_MAIN_MR * kNr;
+  const float* const products = static_cast<const float*>(from.products);
+#pragma GCC unroll 2
+  for (size_t i = 0; i < kSize; i += kWidth) {
+    const auto p = [&](size_t q) { return load(products + (q - 1) * kSize + i); };
+    if constexpr (kTile == 0) store(tile + i, p(1) + p(2));
+    if constexpr (kTile == 1) store(tile + i, (p(1) + p(6)) + (p(5) + p(3)));
+    if constexpr (kTile == 2) store(tile + i, (p(1) + p(6)) + (p(7) - p(4)));
+    if constexpr (kTile == 3) store(tile + i, (p(1) + p(6)) + (p(7) + p(5)));
+  }
+}
+
+static constexpr StrassenWinograd kStrassenWinogradHalves = {
+    .multiply = ukernel_f32<TORCH_EXT_VEC_MAIN_MR>,
+    .add_rows = add_rows_f32,
+    .add_columns = add_columns_halves,
+    .finish = {finish_tile_f32<0>, finish_tile_f32<1>, finish_tile_f32<2>, finish_tile_f32<3>},
+    .least_rows = 96,
+    .least_k = 256,
+};
+
 static constexpr GemmKernel kFamilyBf16Halves = {
     .name = "bf16p16x1",
     .required_features = TORCH_EXT_VEC_FEATURES,
@@ -201,4 +313,5 @@ static constexpr GemmKernel kFamilyBf16Halves = {
     .ukernel_count = 4,
     .panel_place = place_in_halves,
     .wide = &kWideHalves,
+    .strassen_winograd = &kStrassenWinogradHalves,
 };
