@@ -141,7 +141,7 @@ size_t expected_products(const GemmKernel& g, Shape shape, const GemmPlan& plan)
     const PanelRange panels = task_panels(g, shape.n, plan, task);
     if (!suits_strassen_winograd(g, rows.end - rows.begin, shape.k)) continue;
     const size_t last = is_s8(g.layout) ? panels.last : std::min(panels.last, shape.n / g.nr);
-    count += (rows.end - rows.begin) / (2 * g.max_mr()) * ((last - panels.first) / 2) * 7;
+    count += (rows.end - rows.begin) / (2 * g.strassen_winograd->rows) * ((last - panels.first) / 2) * 7;
   }
   return count;
 }
@@ -177,7 +177,7 @@ std::vector<GemmPath> all_paths() {
 TORCH_EXT_TEST(seven_products_are_eight_at_every_edge) {
   for (const GemmPath& path : all_paths()) {
     const GemmKernel& g = *path.kernel;
-    const size_t least = g.strassen_winograd->least_rows, pair = 2 * g.max_mr(), unit = 16 * g.k_step;
+    const size_t least = g.strassen_winograd->least_rows, pair = 2 * g.strassen_winograd->rows, unit = 16 * g.k_step;
     size_t index = 0;
     for (const size_t m : {least - 1, least, least + 1, least + pair - 1, 2 * least, 20 * pair + g.max_mr() + 1}) {
       for (const size_t n : {size_t{1}, g.nr, 2 * g.nr - 1, 2 * g.nr, 3 * g.nr, 4 * g.nr + 1}) {
@@ -211,7 +211,7 @@ TORCH_EXT_TEST(random_seven_products_are_eight) {
 TORCH_EXT_TEST(seven_products_of_the_largest_s8_are_exact) {
   for (const GemmPath& path : exact_paths()) {
     const GemmKernel& g = *path.kernel;
-    const size_t pair = 2 * g.max_mr();
+    const size_t pair = 2 * g.strassen_winograd->rows;
     for (const size_t signs : {0, 1, 2, 3, 4, 5, 6, 7}) {
       const Shape shape = {10 * pair, 2 * g.nr, options().quick ? 256u : 4096u};
       Product product(path, shape, 0);
@@ -220,8 +220,7 @@ TORCH_EXT_TEST(seven_products_of_the_largest_s8_are_exact) {
       };
       for (size_t p = 0; p < shape.k; ++p) {
         const bool far = p >= shape.k / 2, odd = p % 2;
-        for (size_t i = 0; i < shape.m; ++i)
-          product.lhs.set(i, p, sign(i % pair >= g.max_mr(), far, odd) ? -1.0f : 1.0f);
+        for (size_t i = 0; i < shape.m; ++i) product.lhs.set(i, p, sign(i % pair >= pair / 2, far, odd) ? -1.0f : 1.0f);
         for (size_t j = 0; j < shape.n; ++j)
           product.quantized[j * shape.k + p] = sign(j >= g.nr, far, false) ? -127 : 127;
       }
@@ -252,7 +251,7 @@ void expect_right(const Product& product, const Matrix& out, bool paired) {
   const GemmKernel& g = *product.path.kernel;
   const auto [m, n, k] = product.shape;
   for (size_t i = 0; i < m; ++i) {
-    const size_t other_row = paired ? partner(i, g.max_mr(), m) : i;
+    const size_t other_row = paired ? partner(i, g.strassen_winograd->rows, m) : i;
     for (size_t j = 0; j < n; ++j) {
       const size_t other_column = paired ? partner(j, g.nr, g.panels(n) * g.nr) : j;
       const bool sums = other_row != i && other_column != j && other_column < n;
@@ -295,7 +294,7 @@ TORCH_EXT_TEST(seven_products_are_right) {
 TORCH_EXT_TEST(rows_and_columns_of_another_size_keep_to_themselves) {
   for (const GemmPath& path : float_paths()) {
     const GemmKernel& g = *path.kernel;
-    const size_t pair = 2 * g.max_mr();
+    const size_t pair = 2 * g.strassen_winograd->rows;
     for (const float factor : {1e4f, 1e-4f, 0.0f, 1e30f, 1e-30f}) {
       for (const bool column : {false, true}) {
         // One pair of rows, or of panels, and one of those that have no other.

@@ -101,7 +101,7 @@ class Task {
   const PackRowsFn pack_;
   const std::decay_t<decltype(VecKernels::store_tile[0])> store_;
   OutlierProducts outliers_;
-  const size_t mr_ = kernel_.max_mr(), nr_ = kernel_.nr, k_ = problem_.k, steps_ = kernel_.steps(k_) / 2;  // of a half
+  const size_t mr_ = algorithm_.rows, nr_ = kernel_.nr, k_ = problem_.k, steps_ = kernel_.steps(k_) / 2;  // of a half
   const size_t block_ = kernel_.lhs_block_bytes(mr_, k_), panel_ = kernel_.rhs_panel_bytes(k_);
   const size_t half_block_ = mr_ * steps_ * kernel_.k_step * dtype_bytes(kernel_.lhs_type);
   const size_t half_panel_ = nr_ * steps_ * kernel_.k_step * dtype_bytes(kernel_.rhs_type);
@@ -166,7 +166,7 @@ void Task::run(GemmRows rows, PanelRange panels) {
   const size_t pairs = (rows.end - rows.begin) / pair_rows(), rest_row = rows.begin + pairs * pair_rows();
   const size_t row_bytes = kernel_.lhs_block_bytes(1, k_);
   char* const packed = static_cast<char*>(
-      thread_scratch(ScratchSlot::kLhs, pairs * pair_ + round_up(rows.end - rest_row, mr_) * row_bytes));
+      thread_scratch(ScratchSlot::kLhs, pairs * pair_ + round_up(rows.end - rest_row, kernel_.max_mr()) * row_bytes));
   operands_ = static_cast<char*>(
       thread_scratch(ScratchSlot::kWidePanel, operands_bytes_ + kGroup * kProducts * tile_ * sizeof(float)));
   products_ = reinterpret_cast<float*>(operands_ + operands_bytes_);
@@ -176,7 +176,7 @@ void Task::run(GemmRows rows, PanelRange panels) {
   const auto for_rest = [&](auto use) {
     char* block = packed + pairs * pair_;
     for (size_t row = rest_row; row < rows.end;) {
-      const UKernel& ukernel = kernel_.ukernel_for(std::min(mr_, rows.end - row));
+      const UKernel& ukernel = kernel_.ukernel_for(std::min(kernel_.max_mr(), rows.end - row));
       const size_t valid = std::min(ukernel.mr, rows.end - row);
       use(block, ukernel, row, valid);
       block += ukernel.mr * row_bytes;

@@ -95,7 +95,7 @@ constexpr size_t kRowOutliersBytes = 2 * sizeof(uint32_t) + kMaxRowOutliers * si
 
 /// What completes one of the four tiles of two blocks times two panels: see StrassenWinograd.
 struct StrassenWinogradTile {
-  const void* products;                    ///< seven tiles of max_mr() rows of nr, products 1 to 7 as they came
+  const void* products;                    ///< seven tiles of the rows of a block, of nr each: products 1 to 7
   const void *block_end, *panel_end;       ///< what lies behind the products of the tile's packed block and panel
   const void *row_extras, *column_extras;  ///< what add_rows and add_columns put behind their sums
 };
@@ -104,7 +104,8 @@ struct StrassenWinogradTile {
 /// of a block are its first and second half of the steps, each like a block without extras of its own; so are sums of
 /// them. `steps` are those of a half, a multiple of eight.
 struct StrassenWinograd {
-  UKernelFn multiply;  ///< max_mr() rows of sums times a wide panel of sums: a tile of f32 or s32, without any scale
+  size_t rows;         ///< of a block; there is an ordinary micro-kernel for so many
+  UKernelFn multiply;  ///< a block of sums times a wide panel of sums: a tile of f32 or s32, without any scale
   /// S1 to S4 of two packed blocks, one after the other, then `extra_bytes` for each row of a block. False if results would
   /// be less accurate than they should: the sums are of no use then.
   bool (*add_rows)(size_t steps, const void* upper, const void* lower, void* sums);

@@ -286,6 +286,7 @@ static void finish_tile_f32(const StrassenWinogradTile& from, float* tile) {
 }
 
 static constexpr StrassenWinograd kStrassenWinogradHalves = {
+    .rows = TORCH_EXT_VEC_MAIN_MR,
     .multiply = ukernel_f32<TORCH_EXT_VEC_MAIN_MR>,
     .add_rows = add_rows_f32,
     .add_columns = add_columns_halves,

@@ -165,8 +165,6 @@ void widen_crossed(size_t steps, const void* panel, void* wide) {
 }
 
 typedef int16_t v16s __attribute__((vector_size(32)));
-constexpr size_t kMainRows = 5;
-
 #include "kernels/x86/strassen_winograd_pmaddwd.inl"
 
 // ---- packing ------------------------------------------------------------------------------------------------------
