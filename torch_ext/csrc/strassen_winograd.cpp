@@ -18,7 +18,7 @@ constexpr size_t kProducts = 7;
 constexpr size_t kGroup = 16;
 
 // Rows that are worth adding up the panels for, where more of them would not stay in the second-level cache.
-constexpr size_t kLeastChunkRows = 144;
+constexpr size_t kLeastChunkRows = 216;
 
 constexpr size_t kMostPairs = 64;
 
