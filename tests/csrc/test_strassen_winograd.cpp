@@ -231,6 +231,22 @@ TORCH_EXT_TEST(seven_products_of_the_largest_s8_are_exact) {
   }
 }
 
+TORCH_EXT_TEST(outliers_are_added_to_seven_products) {
+  for (const GemmPath& path : exact_paths()) {
+    const GemmKernel& g = *path.kernel;
+    EXPECT(g.outliers, "%s has no outliers", path.name().c_str());
+    // Whole pairs, rows that are none, and a panel that has no other.
+    Product product(path, {131, 3 * g.nr, 320}, 0);
+    use_integers(product);
+    for (size_t i = 0; i < product.shape.m; i += 3) product.lhs.set(i, i * 2, 1000.0f);
+    product.pack();
+    size_t products = 0;
+    const auto out = product.run(true, {}, &products);
+    EXPECT(products > 0, "no products of halves");
+    expect_same(*out, *product.run(false));
+  }
+}
+
 /// The number that row or column i is paired with, in pairs of `half`, if there is one below `count`.
 size_t partner(size_t i, size_t half, size_t count) {
   const size_t pair = i / (2 * half) * 2 * half;
