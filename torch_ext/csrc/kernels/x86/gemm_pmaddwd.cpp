@@ -236,7 +236,7 @@ void pack_rows_crossed(size_t rows, size_t block_rows, size_t k, const void* src
       for (; p + 8 <= k; p += 8, out += 2 * stride) {
         const __m128i q = quantize_crossed(s + p, scale.inverse);
         _mm_storel_epi64(reinterpret_cast<__m128i*>(out), q);
-        _mm_storeh_pd(reinterpret_cast<double*>(out + stride), _mm_castsi128_pd(q));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out + stride), _mm_unpackhi_epi64(q, q));
         sums = _mm_add_epi32(sums, row_term(q));
       }
       if (p < k) {
@@ -244,7 +244,7 @@ void pack_rows_crossed(size_t rows, size_t block_rows, size_t k, const void* src
         __builtin_memcpy(rest, s + p, (k - p) * sizeof(Src));
         const __m128i q = quantize_crossed(rest, scale.inverse);
         _mm_storel_epi64(reinterpret_cast<__m128i*>(out), q);
-        if (k - p > kStep) _mm_storeh_pd(reinterpret_cast<double*>(out + stride), _mm_castsi128_pd(q));
+        if (k - p > kStep) _mm_storel_epi64(reinterpret_cast<__m128i*>(out + stride), _mm_unpackhi_epi64(q, q));
         sums = _mm_add_epi32(sums, row_term(q));
         p = padded;
       }
