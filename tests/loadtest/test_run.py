@@ -102,8 +102,13 @@ def test_a_slow_server_does_not_hide_a_busy_generator(
     server: Simulated, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It was busy while it sent, and idle for the longer time in which it waited for the last answers."""
-    start_s = time.monotonic()
-    monkeypatch.setattr("loadtest.openloop.engine.time.process_time", lambda: min(time.monotonic() - start_s, 1.5))
+    called_s: list[float] = []
+
+    def busy_s() -> float:
+        called_s.append(time.monotonic())
+        return min(called_s[-1] - called_s[0], 1.5)
+
+    monkeypatch.setattr("loadtest.openloop.engine.time.process_time", busy_s)
     server.service_s = 3.0
     assert run(server.host, "--max-cpu", "0.9", rate=20, duration_s=1.0) == 2
     assert re.search(r"VOID       the generator used \d+% of a core \(limit 90%\)", capsys.readouterr().out)
