@@ -15,11 +15,11 @@ namespace torch_ext {
 /// the panel that were met last are kept, dequantized.
 class OutlierProducts {
  public:
-  /// For weights of depth `k`.
-  OutlierProducts(const GemmKernel& kernel, size_t k)
-      : kernel_(kernel),
-        outliers_at_(kernel.outliers ? kernel.outliers_at(1, k) : 0),
-        scales_at_(kernel.nr * kernel.steps(k) * kernel.k_step) {
+  /// For weights of depth `k`. Does nothing with kernels that keep no outliers.
+  OutlierProducts(const GemmKernel& kernel, size_t k) : kernel_(kernel) {
+    if (!kernel.outliers) return;
+    outliers_at_ = kernel.outliers_at(1, k);
+    scales_at_ = kernel.nr * kernel.steps(k) * kernel.k_step;
     for (uint64_t& key : keys_) key = UINT64_MAX;
   }
 
@@ -41,9 +41,9 @@ class OutlierProducts {
 
   static constexpr size_t kKept = 16;
   const GemmKernel& kernel_;
-  const size_t outliers_at_;  ///< of blocks, for each row
-  const size_t scales_at_;    ///< of panels
-  uint64_t keys_[kKept];      ///< panel and product
+  size_t outliers_at_ = 0;  ///< of blocks, for each row
+  size_t scales_at_ = 0;    ///< of panels
+  uint64_t keys_[kKept];    ///< panel and product
   v4f weights_[kKept][kMaxNr / 4];
 };
 
