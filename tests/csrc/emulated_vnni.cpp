@@ -43,7 +43,7 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_qs8dx_qs8cxp16x4_6x16_emulated_vnni", 6, dot_tile<6>},
 };
 
-constexpr GemmKernel kFamily = s8_family<kKr, kKr, 0x80>("qs8cxp16x4", kFeatureAvx2Fma, kNr, kUKernels, 4);
+constexpr GemmKernel kFamily = s8_family<kNr, kKr, kKr, 0x80>("qs8cxp16x4", kFeatureAvx2Fma, kUKernels, 4);
 
 }  // namespace
 

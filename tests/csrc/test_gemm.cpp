@@ -393,7 +393,7 @@ void check_grid(const GemmPath& path, size_t m, size_t n, size_t k, const GemmPl
   g.pack_lhs_f32 = g.pack_lhs_bf16 = pack_nothing;
   g.begin = g.end = nullptr;  // instructions that this CPU may lack
   g.wide = nullptr;
-  g.outliers = false;
+  g.add_outliers = nullptr;
   g.strassen_winograd = nullptr;
   VecKernels vec = *path.vec;
   for (auto& store : vec.store_tile) store = count_stores;

@@ -143,6 +143,7 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
     char* const wide = kernel.widens(chunk_end - chunk, k)
                            ? static_cast<char*>(thread_scratch(ScratchSlot::kWidePanel, kernel.wide_panel_bytes(k)))
                            : nullptr;
+    const UKernel* const ukernels = wide ? kernel.wide->ukernels : kernel.ukernels;
     for (size_t panel = panels.begin; more(panel); ++panel) {
       const size_t column = panel * nr, columns = std::min(nr, problem.n - column);
       const char* rhs = weight + panel * panel_bytes;
@@ -151,13 +152,15 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
         rhs = wide;
       }
       block = packed;
+      const UKernel* ukernel = ukernels + kernel.ukernel_count - 1;
       for (size_t row = chunk; row < chunk_end;) {
-        const UKernel& ukernel = kernel.ukernel_for(std::min(main_rows, chunk_end - row));
-        const size_t valid = std::min(ukernel.mr, chunk_end - row);
-        (wide ? kernel.wide->ukernels[&ukernel - kernel.ukernels] : ukernel).run(steps, block, rhs, tile, nr);
-        outliers.add(block, ukernel.mr, panel, weight + panel * panel_bytes, tile);
+        const size_t left = chunk_end - row;
+        if (left < main_rows) ukernel = ukernels + kernel.ukernel_index(left);
+        const size_t mr = ukernel->mr, valid = std::min(mr, left);
+        ukernel->run(steps, block, rhs, tile, nr);
+        outliers.add(block, mr, panel, weight + panel * panel_bytes, tile);
         store(tile, nr, valid, columns, problem.epilogue, row, column);
-        block += ukernel.mr * row_bytes;
+        block += mr * row_bytes;
         row += valid;
       }
     }

@@ -93,6 +93,23 @@ constexpr size_t kMaxRowOutliers = 4;
 /// 8, which kernels store at a time.
 constexpr size_t kRowOutliersBytes = 2 * sizeof(uint32_t) + kMaxRowOutliers * sizeof(Outlier);
 
+/// Largest mr and nr of any family: sizes tiles on the stack.
+constexpr size_t kMaxMr = 32;
+constexpr size_t kMaxNr = 32;
+
+/// Dequantized columns of panels that outliers were multiplied with last. A column of products is often that of many rows:
+/// models have channels that are large in every text.
+struct OutlierColumns {
+  static constexpr size_t kKept = 64;
+  uint64_t keys[kKept];  ///< panel and product
+  alignas(64) float columns[kKept][kMaxNr];
+};
+
+/// tile(row, j) += value * rhs(j, p) for each outlier of a block, in fp32. `tile` is the block's product with the panel of
+/// index `panel`, rows nr apart; `products` is the packed panel and `scales` those of its columns.
+using AddOutliersFn = void (*)(const Outlier* outliers, size_t count, size_t panel, const void* products,
+                               const float* scales, OutlierColumns& kept, float* tile);
+
 /// What completes one of the four tiles of two blocks times two panels: see StrassenWinograd.
 struct StrassenWinogradTile {
   const void* products;                    ///< seven tiles of the rows of a block, of nr each: products 1 to 7
@@ -135,7 +152,8 @@ struct GemmKernel {
   size_t ukernel_count;
   size_t row_extra_bytes = 0;     ///< per row, at the end of a block
   size_t column_extra_bytes = 0;  ///< per column, at the end of a panel
-  bool outliers = false;  ///< blocks end with them, and row_extra_bytes with kRowOutliersBytes; families of s8 alone
+  /// Not null: blocks end with outliers, and row_extra_bytes with kRowOutliersBytes; families of s8 alone.
+  AddOutliersFn add_outliers = nullptr;
   ColumnTermFn column_term = nullptr;
   /// The element of a panel that holds product p of column j; null: ((p / kr) * nr + j) * kr + p % kr.
   size_t (*panel_place)(size_t j, size_t p) = nullptr;
@@ -168,12 +186,13 @@ struct GemmKernel {
     return panel_place ? panel_place(j, p) : ((p / kr) * nr + j) * kr + p % kr;
   }
 
-  /// The smallest micro-kernel that takes `rows` rows at once (rows <= max_mr()).
-  const UKernel& ukernel_for(size_t rows) const {
+  /// Index of the smallest micro-kernel that takes `rows` rows at once (rows <= max_mr()).
+  size_t ukernel_index(size_t rows) const {
     size_t i = 0;
     while (ukernels[i].mr < rows) ++i;
-    return ukernels[i];
+    return i;
   }
+  const UKernel& ukernel_for(size_t rows) const { return ukernels[ukernel_index(rows)]; }
 };
 
 /// Brackets the micro-kernels that a thread runs.
@@ -191,9 +210,5 @@ class GemmSession {
  private:
   void (*end_)();
 };
-
-/// Largest mr and nr of any family: sizes tiles on the stack.
-constexpr size_t kMaxMr = 32;
-constexpr size_t kMaxNr = 32;
 
 }  // namespace torch_ext

@@ -101,7 +101,7 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_qs8dx_qs8cxp12x4_8x12_neon_sdot", 8, gemm_f32_qs8dx_qs8cxp12x4_8x12_neon_sdot},
 };
 
-constexpr GemmKernel kFamily = s8_family<kKr, kKr>("qs8cxp12x4", kFeatureNeon | kFeatureDotprod, kNr, kUKernels, 3);
+constexpr GemmKernel kFamily = s8_family<kNr, kKr, kKr>("qs8cxp12x4", kFeatureNeon | kFeatureDotprod, kUKernels, 3);
 
 }  // namespace
 

@@ -148,7 +148,7 @@ constexpr UKernel kUKernels[] = {
     {"gemm_f32_qs8dx_qs8cxp12x8_8x12_neon_smmla", 8, gemm_f32_qs8dx_qs8cxp12x8_8x12_neon_smmla},
 };
 
-constexpr GemmKernel kFamily = s8_family<kKr, kKr>("qs8cxp12x8", kFeatureNeon | kFeatureI8mm, kNr, kUKernels, 4);
+constexpr GemmKernel kFamily = s8_family<kNr, kKr, kKr>("qs8cxp12x8", kFeatureNeon | kFeatureI8mm, kUKernels, 4);
 
 }  // namespace
 

@@ -45,4 +45,4 @@ static constexpr UKernel kUKernelsS8[] = {TORCH_EXT_UKERNEL(1), TORCH_EXT_UKERNE
 #undef TORCH_EXT_STRING
 
 static constexpr GemmKernel kFamilyS8 =
-    s8_family<1, kKStep>("qs8cxp" TORCH_EXT_VEC_NR "x1", TORCH_EXT_VEC_FEATURES, kNr, kUKernelsS8, 4);
+    s8_family<kNr, 1, kKStep>("qs8cxp" TORCH_EXT_VEC_NR "x1", TORCH_EXT_VEC_FEATURES, kUKernelsS8, 4);

@@ -115,6 +115,7 @@ template <typename Src>
 struct LaneBits {
   static constexpr size_t kBits = sizeof(Src) * kBitsOfByte;
 
+  static size_t count(uint64_t bits) { return static_cast<size_t>(__builtin_popcountll(bits)) / kBits; }
   static size_t first(uint64_t bits) { return static_cast<size_t>(__builtin_ctzll(bits)) / kBits; }
   static uint64_t without(uint64_t bits, size_t lane) { return bits & ~(((uint64_t{1} << kBits) - 1) << lane * kBits); }
 };
@@ -133,6 +134,7 @@ static LargestMagnitude largest_magnitude(const Src* s, size_t k) {
   constexpr size_t kLanes = sizeof(V) / sizeof(Src);
   V first = {}, second = {};
   size_t p = 0;
+#pragma GCC unroll 4
   for (; p + 2 * kLanes <= k; p += 2 * kLanes) {
     first = larger(first, magnitudes(s + p));
     second = larger(second, magnitudes(s + p + kLanes));
@@ -145,14 +147,7 @@ static LargestMagnitude largest_magnitude(const Src* s, size_t k) {
   if (!(value >= 1e-30f && value <= 3.4028234e38f)) return {value, false};
   // Half of it has an exponent less by one.
   const auto half = static_cast<Bits>(bits - (1u << (8 * sizeof(Src) - 9)));
-  uint64_t of_first = lane_bits(first > half), of_second = lane_bits(second > half);
-  size_t above = 0;
-  for (; of_first && above <= kMaxRowOutliers; ++above) {
-    of_first = LaneBits<Src>::without(of_first, LaneBits<Src>::first(of_first));
-  }
-  for (; of_second && above <= kMaxRowOutliers; ++above) {
-    of_second = LaneBits<Src>::without(of_second, LaneBits<Src>::first(of_second));
-  }
+  const size_t above = LaneBits<Src>::count(lane_bits(first > half)) + LaneBits<Src>::count(lane_bits(second > half));
   return {value, above <= kMaxRowOutliers};
 }
 
@@ -165,7 +160,7 @@ struct RowOutliers {
 
 /// Those of a row with this largest magnitude; `count` is 0 if more than kMaxRowOutliers are above half of it.
 template <typename Src>
-static RowOutliers find_outliers(const Src* s, size_t k, float largest) {
+__attribute__((noinline)) static RowOutliers find_outliers(const Src* s, size_t k, float largest) {
   using V = decltype(magnitudes(s));
   using Bits = std::remove_reference_t<decltype(V{}[0])>;
   constexpr size_t kLanes = sizeof(V) / sizeof(Src);
@@ -223,6 +218,48 @@ class BlockOutliers {
   uint32_t* count_;
   Outlier* next_;
 };
+
+/// Product p of each column of a panel, in fp32.
+template <size_t kNr, size_t (*kPlace)(size_t j, size_t p)>
+__attribute__((noinline)) static void dequantize_column(const int8_t* products, size_t p, const float* scales,
+                                                        float* column) {
+  int32_t q[kNr];
+#pragma GCC unroll 32
+  for (size_t j = 0; j < kNr; ++j) q[j] = products[kPlace(j, p)];
+#pragma GCC unroll 8
+  for (size_t j = 0; j < kNr; j += kWidth) {
+    vi whole;
+    __builtin_memcpy(&whole, q + j, sizeof whole);
+    store(column + j, __builtin_convertvector(whole, vf) * load(scales + j));
+  }
+}
+
+/// AddOutliersFn of a family with panels of kNr columns, whose product p of column j lies at kPlace(j, p).
+template <size_t kNr, size_t (*kPlace)(size_t j, size_t p)>
+static void add_outlier_products(const Outlier* outliers, size_t count, size_t panel, const void* products,
+                                 const float* scales, OutlierColumns& kept, float* tile) {
+  for (const Outlier* outlier = outliers; outlier != outliers + count; ++outlier) {
+    const size_t slot = outlier->p % OutlierColumns::kKept;
+    const uint64_t key = uint64_t{panel} << 32 | outlier->p;
+    float* const column = kept.columns[slot];
+    if (kept.keys[slot] != key) {
+      kept.keys[slot] = key;
+      dequantize_column<kNr, kPlace>(static_cast<const int8_t*>(products), outlier->p, scales, column);
+    }
+    float* const row = tile + outlier->row * kNr;
+    vf sums[kNr / kWidth];
+#pragma GCC unroll 8
+    for (size_t j = 0; j < kNr; j += kWidth) sums[j / kWidth] = load(row + j) + outlier->value * load(column + j);
+#pragma GCC unroll 8
+    for (size_t j = 0; j < kNr; j += kWidth) store(row + j, sums[j / kWidth]);
+  }
+}
+
+/// Where products lie in layout s8p<kNr>x<kGroup>.
+template <size_t kNr, size_t kGroup>
+constexpr size_t place_in_groups(size_t j, size_t p) {
+  return (p / kGroup * kNr + j) * kGroup + p % kGroup;
+}
 
 struct RowScale {
   float scale, inverse;
@@ -376,14 +413,14 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
 }
 
 /// The table of a family of s8. `kFlip` and what panels end with besides scales go together: see pack_rows_s8.
-template <size_t kGroup, size_t kStep, uint8_t kFlip = 0>
-constexpr GemmKernel s8_family(const char* name, uint32_t required_features, size_t nr, const UKernel* ukernels,
+template <size_t kNr, size_t kGroup, size_t kStep, uint8_t kFlip = 0>
+constexpr GemmKernel s8_family(const char* name, uint32_t required_features, const UKernel* ukernels,
                                size_t ukernel_count) {
   return {
       .name = name,
       .required_features = required_features,
       .layout = Layout::kS8Groups,
-      .nr = nr,
+      .nr = kNr,
       .kr = kGroup,
       .k_step = kStep,
       .lhs_type = DType::kS8,
@@ -394,7 +431,7 @@ constexpr GemmKernel s8_family(const char* name, uint32_t required_features, siz
       .ukernel_count = ukernel_count,
       .row_extra_bytes = sizeof(float) + kRowOutliersBytes,
       .column_extra_bytes = sizeof(float) + (kFlip ? sizeof(int32_t) : 0),
-      .outliers = true,
+      .add_outliers = add_outlier_products<kNr, place_in_groups<kNr, kGroup>>,
       .column_term = kFlip ? excess_of_flipped_rows : nullptr,
   };
 }

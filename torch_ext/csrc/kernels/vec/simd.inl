@@ -275,6 +275,16 @@ TORCH_EXT_INLINE vf gelu_to_bf16(vf x) {
   const vf low = max_nan(splat(-4.25f), x);
   const vf c = min_nan(splat(4.25f), low);
   const vf t = c * c;
+#if defined(TORCH_EXT_VEC_NEON)
+  // FMLA overwrites what it adds to, so that each step of Horner's takes a copy of a constant: pairs of terms take half of
+  // them.
+  const vf squared = t * t;
+  vf p = splat(4.547075141e-11f);
+  p = p * squared + (splat(1.986159887e-07f) - t * 4.515306039e-09f);
+  p = p * squared + (splat(8.848916424e-05f) - t * 5.147515820e-06f);
+  p = p * squared + (splat(9.718779330e-03f) - t * 1.079078130e-03f);
+  p = p * squared + (splat(3.988192195e-01f) - t * 6.619028189e-02f);
+#else
   vf p = splat(4.547075141e-11f);
   p = p * t - 4.515306039e-09f;
   p = p * t + 1.986159887e-07f;
@@ -284,6 +294,7 @@ TORCH_EXT_INLINE vf gelu_to_bf16(vf x) {
   p = p * t + 9.718779330e-03f;
   p = p * t - 6.619028189e-02f;
   p = p * t + 3.988192195e-01f;
+#endif
   return low * (c * p + 0.5f);
 }
 

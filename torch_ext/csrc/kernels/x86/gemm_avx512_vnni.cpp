@@ -39,7 +39,7 @@ constexpr UKernel kUKernels[] = {
 };
 
 constexpr GemmKernel kFamily =
-    s8_family<kKr, kKr, 0x80>("qs8cxp32x4", kFeatureAvx512 | kFeatureAvx512Vnni, kNr, kUKernels, 4);
+    s8_family<kNr, kKr, kKr, 0x80>("qs8cxp32x4", kFeatureAvx512 | kFeatureAvx512Vnni, kUKernels, 4);
 
 }  // namespace
 

@@ -38,7 +38,7 @@ constexpr UKernel kUKernels[] = {
 };
 
 constexpr GemmKernel kFamily =
-    s8_family<kKr, kKr, 0x80>("qs8cxp16x4", kFeatureAvx2Fma | kFeatureAvxVnni, kNr, kUKernels, 4);
+    s8_family<kNr, kKr, kKr, 0x80>("qs8cxp16x4", kFeatureAvx2Fma | kFeatureAvxVnni, kUKernels, 4);
 
 }  // namespace
 
