@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
-__all__ = ["bundle_folder", "model_folder", "model_name", "positive", "seconds", "url_prefix"]
+__all__ = ["bundle_folder", "model_folder", "model_name", "origin", "positive", "seconds", "url_prefix"]
 
 
 def positive(text: str) -> int:
@@ -58,3 +59,10 @@ def url_prefix(text: str) -> str:
     if text and not text.startswith("/"):
         raise argparse.ArgumentTypeError(f"expected a path such as /nlp, got {text}")
     return text.rstrip("/")
+
+
+def origin(text: str) -> str:
+    """An origin as browsers send it, or `*`; one that they never send would allow nobody."""
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+", text):
+        raise argparse.ArgumentTypeError(f"expected * or an origin such as https://app.example.com, got {text[:80]!r}")
+    return text

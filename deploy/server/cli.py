@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from ..bundle import TASKS
-from ..options import model_name, url_prefix
+from ..options import model_name, origin, url_prefix
 from ..options import positive as _positive
 from ..options import seconds as _seconds
 from .limits.bounds import Settings
@@ -227,6 +227,7 @@ def _parser(command: str = "serve") -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cors-allow-origin",
+        type=origin,
         action="append",
         default=[],
         metavar="ORIGIN",

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..bundle import BundleError, Manifest, Prompts
 from ..extras import how_to_install
-from ..options import positive
+from ..options import origin, positive
 from .limits.bounds import Settings
 
 __all__ = ["POOLINGS", "add_tei_options", "fit_manifest", "settle_tei_options"]
@@ -71,7 +71,12 @@ _OPTIONS: Mapping[str, _Option] = {
     "--pooling": _Option("pooling", told="has to be that of the model"),
     "--dtype": _Option("dtype", told="float32 or bfloat16: the variant of that type; others as without --variant"),
     "--api-key": _Option("api_key", added=False),
-    "--cors-allow-origin": _Option("cors_allow_origin", lambda text: text.split(","), added=False),
+    "--cors-allow-origin": _Option(
+        "cors_allow_origin",
+        lambda text: [origin(part.strip()) for part in text.split(",")],
+        "* or origins such as https://app.example.com",
+        added=False,
+    ),
     "--json-output": _Option("json_output", **_BOOLEAN, told="write the log as JSON"),
     "--revision": _Option(),
     "--dense-path": _Option(),

@@ -47,7 +47,6 @@ OURS: dict[str, tuple[str, Any]] = {
     "--default-prompt-name": ("default_prompt_name", "7"),
     "--pooling": ("pooling", "7"),
     "--api-key": ("api_key", "7"),
-    "--cors-allow-origin": ("cors_allow_origin", ["7"]),
 }
 
 
@@ -62,6 +61,18 @@ def test_an_option_is_ours_and_so_is_its_variable(name: str, monkeypatch: pytest
     if field != "model":  # An option goes before a variable.
         other = given(monkeypatch, *folder, name, "8", **{variable: "7"})
         assert getattr(other, field) in (8, "8", ["8"])
+
+
+def test_origins_are_those_that_browsers_send(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = given(monkeypatch, "a", CORS_ALLOW_ORIGIN="https://a.example, http://localhost:3000")
+    assert several.cors_allow_origin == ["https://a.example", "http://localhost:3000"]
+    assert given(monkeypatch, "a", "--cors-allow-origin", "*").cors_allow_origin == ["*"]
+    for text in ("a.example", "https://a.example/", "https://a.example/page", "localhost:3000", ""):
+        with pytest.raises(SystemExit):
+            given(monkeypatch, "a", "--cors-allow-origin", text)
+        assert "expected * or an origin such as https://app.example.com" in capsys.readouterr().err
 
 
 def test_flags_and_what_containers_set(monkeypatch: pytest.MonkeyPatch) -> None:

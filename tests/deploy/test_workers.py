@@ -128,6 +128,9 @@ def test_threads_and_quota(tmp_path: Path) -> None:
     assert plan(2, None, limited, range(64)).shares == (Share(1), Share(1))
     assert plan(None, None, limited, range(64)).shares == (Share(3),)
     assert "quota of 3.9 CPUs" in str(plan(None, None, limited, range(64)))
+    assert "workers=100 (more than 16 CPUs)" in str(plan(100, None, large, range(16)))
+    assert "workers=4 (more than 3 CPUs)" in str(plan(4, None, limited, range(64)))
+    assert "more than" not in str(plan(16, None, large, range(16)))
     assert Share(4, (0, 1, 2, 3)).pin
     assert not Share(2, (0, 1, 2, 3)).pin
 

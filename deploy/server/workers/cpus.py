@@ -52,7 +52,7 @@ class Plan:
 
     Attributes:
         shares: One for each worker.
-        reason: For the start line, where the number of workers was found here; otherwise empty.
+        reason: For the start line, where the number of workers was found here, or is above that of CPUs; else empty.
     """
 
     shares: tuple[Share, ...]
@@ -173,13 +173,14 @@ def plan(
     if quota is not None and quota < len(allowed):
         usable = max(1, math.floor(quota))
         count = workers or _auto(usable, threads)
-        reason = "" if workers else f"{AUTO}: a quota of {quota:g} CPUs"
+        reason = _too_many(count, usable) if workers else f"{AUTO}: a quota of {quota:g} CPUs"
         return Plan((Share(threads or max(1, usable // count)),) * count, reason)
     groups = caches(machine, allowed)
     count = workers or sum(_auto(sum(map(len, group)), threads) for group in groups)
     caches_ = f", {len(groups)} level-3 caches" if len(groups) > 1 else ""
     reason = "" if workers else f"{AUTO}: {len(allowed)} CPU{'s' * (len(allowed) > 1)}{caches_}"
     if count > sum(map(len, groups)):  # Cores would have to be shared.
+        reason = reason or _too_many(count, len(allowed))
         return Plan((Share(threads or max(1, len(allowed) // count)),) * count, reason)
     whole = groups
     if count < len(groups):
@@ -194,6 +195,10 @@ def plan(
         ]
         parts = fitting
     return Plan(tuple(Share(threads or len(part), part) for part in parts), reason)
+
+
+def _too_many(workers: int, cpus: int) -> str:
+    return f"more than {cpus} CPU{'s' * (cpus > 1)}" if workers > cpus else ""
 
 
 def _auto(cpus: int, threads: int | None) -> int:
