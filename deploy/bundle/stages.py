@@ -50,10 +50,12 @@ class Sparse:
     Attributes:
         strategy: `max` or `sum` over the tokens.
         activation: `relu` for log(1 + max(x, 0)), or `log1p_relu` for log(1 + x) of that again.
+        most: How many of the largest weights a vector keeps; None: all.
     """
 
     strategy: str = "max"
     activation: str = "relu"
+    most: int | None = None
 
     @property
     def total(self) -> bool:
@@ -68,11 +70,16 @@ class Sparse:
     @classmethod
     def read(cls, reader: Reader) -> Sparse:
         """Reads its JSON object, a manifest's or that of sentence-transformers."""
-        return cls(reader.choice("strategy", _STRATEGIES, "max"), reader.choice("activation", _ACTIVATIONS, "relu"))
+        return cls(
+            reader.choice("strategy", _STRATEGIES, "max"),
+            reader.choice("activation", _ACTIVATIONS, "relu"),
+            None if reader.value.get("most") is None else reader.count("most", 1),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object."""
-        return {"strategy": self.strategy, "activation": self.activation}
+        limit = {} if self.most is None else {"most": self.most}
+        return {"strategy": self.strategy, "activation": self.activation, **limit}
 
 
 @dataclass(frozen=True)

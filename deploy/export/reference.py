@@ -24,7 +24,7 @@ from typing import Any
 
 from deploy.bundle import CONFIG_FILE, TASKS, TOKENIZER_FILE
 from deploy.export.errors import ExportError, first_line, is_disk_full, pickle_refused, refused_pickle
-from deploy.folder.json_files import read_json
+from deploy.folder.json_files import read_json, read_settings
 from deploy.folder.sentencepiece import KINDS as UNIGRAM_KINDS
 from deploy.folder.source import Source
 from deploy.folder.tokenizer import slow_tokenizer, told_token_types
@@ -91,11 +91,14 @@ def readable_folder(source: Source, work: Path) -> Iterator[Path]:
     import transformers
 
     changed: dict[str, Mapping[str, Any]] = {}
+    if source.tokenizer_settings:
+        declared = read_settings(source.folder / _TOKENIZER_CONFIG)
+        changed[_TOKENIZER_CONFIG] = {**declared, **source.tokenizer_settings}
     if int(transformers.__version__.partition(".")[0]) < 5:
         for name, older in _OLDER.items():
             if (source.folder / name).is_file():
-                settings = read_json(source.folder / name, dict)
-                if (new := older(settings)) != settings:
+                given = changed.get(name, read_json(source.folder / name, dict))
+                if (new := older(given)) != given:
                     changed[name] = new
     # transformers reads models of sentencepiece by another library.
     if not (source.folder / TOKENIZER_FILE).is_file() and (made := slow_tokenizer(source, UNIGRAM_KINDS)) is not None:

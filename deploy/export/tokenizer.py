@@ -17,15 +17,14 @@ from deploy.folder.source import Source
 from deploy.folder.tokenizer import (
     SPECIAL_TOKENS,
     check_vocabulary,
-    checked_side,
     cleans_up,
     drop_rowless,
     gives_token_types,
-    longest_input,
     no_padding,
     slow_tokenizer,
 )
 from deploy.folder.tokenizer_kinds import KINDS
+from deploy.folder.tokenizer_limits import checked_side, longest_input
 from deploy.tasks import prompted
 
 __all__ = ["Tokens"]

@@ -36,7 +36,9 @@ class Chat:
     suffix: str
 
 
-def read_chat(folder: Path, settings: Mapping[str, Any], prompts: Prompts | None, structured: bool) -> Chat:
+def read_chat(
+    folder: Path, settings: Mapping[str, Any], prompts: Prompts | None, structured: bool, options: Mapping[str, Any]
+) -> Chat:
     """Reads the template and runs it.
 
     Args:
@@ -44,11 +46,12 @@ def read_chat(folder: Path, settings: Mapping[str, Any], prompts: Prompts | None
         settings: Content of `tokenizer_config.json`.
         prompts: Of the model: they are messages of the system.
         structured: Whether the content of a message is an array of parts.
+        options: Variables of the template, by their names.
 
     Raises:
         FolderError: There is no template, jinja2 is not installed, or the template fails or changes texts.
     """
-    render = _renderer(folder, settings)
+    render = _renderer(folder, settings, options)
 
     def around(prompt: str) -> tuple[str, str]:
         texts = [("system", prompt), ("user", _MARK)] if prompt else [("user", _MARK)]
@@ -72,7 +75,7 @@ def read_chat(folder: Path, settings: Mapping[str, Any], prompts: Prompts | None
     return Chat(Prompts(texts, default) if any(texts.values()) else None, plain[1])
 
 
-def _renderer(folder: Path, settings: Mapping[str, Any]) -> Callable[[Any], str]:
+def _renderer(folder: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Callable[[Any], str]:
     path = folder / "chat_template.jinja"
     template: Any = settings.get("chat_template")
     if path.is_file():
@@ -108,7 +111,7 @@ def _renderer(folder: Path, settings: Mapping[str, Any]) -> Callable[[Any], str]
     def render(messages: Any) -> str:
         try:
             made = environment.from_string(template)
-            return made.render(messages=messages, add_generation_prompt=False, **tokens)
+            return made.render(**{"add_generation_prompt": False, **tokens, **options, "messages": messages})
         except Exception as error:  # Of whatever the template does.
             raise FolderError(f"{folder}: the chat template fails: {first_line(error)}") from error
 

@@ -11,22 +11,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deploy.bundle import POOLING_MODES, BundleError, Prompts, Reader, Sparse
-from deploy.folder.errors import FolderError, at_least_one, count_or_none
+from deploy.folder.errors import FolderError, at_least_one
 from deploy.folder.json_files import read_json, read_settings
 from deploy.folder.token_vectors import TokenFiles
+from deploy.folder.transformer_settings import TransformerSettings, read_transformer_settings
 
 __all__ = ["DenseModule", "SentenceFiles", "read_sentence_files"]
-
-_SETTINGS_FILES = tuple(
-    f"sentence_{name}_config.json"
-    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
-"""The first one that says something counts, as in sentence-transformers."""
 
 _POOLING_KEYS: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
@@ -76,14 +71,12 @@ class SentenceFiles:
         include_prompt: Whether the tokens of prompts are pooled, too.
         normalize: Whether embeddings are normalized.
         dimensions: Leading dimensions that embeddings keep, or None.
-        max_tokens: Longest input, or None.
-        lowercase: Whether texts are lower-cased.
+        transformer: Settings of the Transformer module.
         prompts: None where there are none.
         dense: Linear stages between pooling and norm.
         tokens: What becomes of vectors of tokens, of a MultiVectorEncoder; None of other models.
         sparse: How logits of a masked-LM head become one sparse vector, or None.
         activation: Name of the class in torch that makes scores of a cross-encoder's logits, or None.
-        chat: How messages of the tokenizer's chat template look that texts go through, or None.
         where: The file that decides.
         problem: Why embeddings of ours would differ, or None.
     """
@@ -94,13 +87,11 @@ class SentenceFiles:
     mode: str | None = None
     normalize: bool = False
     dimensions: int | None = None
-    max_tokens: int | None = None
-    lowercase: bool = False
+    transformer: TransformerSettings = field(default_factory=TransformerSettings)
     prompts: Prompts | None = None
     activation: str | None = None
     sparse: Sparse | None = None
     tokens: TokenFiles | None = None
-    chat: str | None = None
     dense: list[DenseModule] = field(default_factory=list)
     where: str = ""
     problem: str | None = None
@@ -122,6 +113,10 @@ def read_sentence_files(root: Path) -> SentenceFiles:
     _read_pooling(root, files)
     _read_settings(root, files)
     _read_model_settings(root, files)
+    if files.where == "modules.json" and files.embeds and files.sparse is None:
+        files.problem = (
+            files.problem or f"{root / 'modules.json'}: no Pooling module, without which there is no embedding"
+        )
     if files.sparse is not None and (files.problem is not None or files.normalize):
         raise FolderError(
             files.problem or f"{root / 'modules.json'}: Normalize behind a SpladePooling is not supported"
@@ -295,21 +290,9 @@ def _read_pooling(root: Path, files: SentenceFiles) -> None:
 
 
 def _read_settings(root: Path, files: SentenceFiles) -> None:
-    found = (
-        read_json(folder / name, dict)
-        for folder in dict.fromkeys((files.folder, root))
-        for name in _SETTINGS_FILES
-        if (folder / name).is_file()
-    )
-    settings: Mapping[str, Any] = next((value for value in found if value), {})
-    files.max_tokens = count_or_none(settings.get("max_seq_length"))
-    files.lowercase = settings.get("do_lower_case") is True
+    files.transformer = read_transformer_settings((files.folder, root))
     if files.tokens is not None:
-        files.tokens.read_lengths(settings)
-    kinds = settings.get("modality_config")
-    if isinstance(kinds, dict) and "message" in kinds:
-        message = kinds["message"]
-        files.chat = str(message.get("format")) if isinstance(message, dict) else "flat"
+        files.tokens.read_lengths(files.transformer.content)
 
 
 def _read_model_settings(root: Path, files: SentenceFiles) -> None:
@@ -326,6 +309,9 @@ def _read_model_settings(root: Path, files: SentenceFiles) -> None:
     kept = settings.get("truncate_dim")
     if files.embeds and kept is not None:
         files.dimensions = at_least_one(kept, f"{path}: truncate_dim")
+    most = settings.get("max_active_dims")
+    if files.sparse is not None and most is not None:
+        files.sparse = replace(files.sparse, most=at_least_one(most, f"{path}: max_active_dims"))
     _read_prompts(path, files, settings)
 
 

@@ -16,6 +16,7 @@ from deploy.folder.errors import FolderError, refuse_pointer
 from deploy.folder.json_files import read_json, read_settings
 from deploy.folder.sentence import DenseModule, SentenceFiles, read_sentence_files
 from deploy.folder.token_vectors import TokenFiles
+from deploy.folder.transformer_settings import check_config_options
 from torch_ext.encoder.huggingface.safetensors import files_of_index
 
 __all__ = ["Source", "read_source"]
@@ -74,6 +75,7 @@ class Source:
         max_tokens: Longest input, or None: what the tokenizer says, within `max_positions`.
         max_positions: Longest input that the position table allows.
         lowercase: Whether sentence-transformers lower-cases texts before the tokenizer.
+        tokenizer_settings: What sentence-transformers has besides in `tokenizer_config.json`.
         cross_encoder: Whether sentence-transformers calls it one.
         named_activation: Class that the files name for scores, or None.
         weights: Name of the weights file.
@@ -98,6 +100,7 @@ class Source:
     max_tokens: int | None
     max_positions: int
     lowercase: bool
+    tokenizer_settings: Mapping[str, Any]
     cross_encoder: bool
     named_activation: str | None
     weights: str
@@ -153,6 +156,7 @@ def read_source(
     if sentence.problem is not None and not where.is_file():
         raise FolderError(sentence.problem)  # Of modules that are no model of transformers.
     config, model_type = _read_config(where, model_types)
+    check_config_options(sentence.transformer, config)
     task, task_source = (task, "--task") if task is not None else _infer_task(config, sentence, where)
     embeds = TASKS[task].needs.pooling
     if not embeds and (pooling is not None or normalize is not None):
@@ -163,7 +167,7 @@ def read_source(
     chat = _read_chat(sentence) if prompted else None
     prompts = (sentence.prompts if chat is None else chat.prompts) if prompted else None
     positions = _max_positions(config, model_type, where)
-    longest = _longest(max_tokens, sentence.max_tokens, positions)
+    longest = _longest(max_tokens, sentence.transformer.max_tokens, positions)
     _check_tokenizer(folder)
     weights, weights_bytes = _find_weights(folder)
     named = _named_activation(config, sentence)
@@ -184,7 +188,8 @@ def read_source(
         suffix=None if chat is None else chat.suffix,
         max_tokens=longest,
         max_positions=positions,
-        lowercase=sentence.lowercase,
+        lowercase=sentence.transformer.lowercase,
+        tokenizer_settings=sentence.transformer.tokenizer,
         cross_encoder=sentence.cross_encoder or named is not None,
         named_activation=named,
         weights=weights,
@@ -197,12 +202,14 @@ def read_source(
 
 
 def _read_config(where: Path, model_types: Collection[str] | None) -> tuple[Mapping[str, Any], str]:
+    if (where.parent / "adapter_config.json").is_file():
+        # transformers reads it only where peft is installed.
+        raise FolderError(
+            f"{where.parent}: an adapter of peft, {'beside' if where.is_file() else 'without'} its model: merge them, "
+            "and pass the folder that PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(...) "
+            "writes"
+        )
     if not where.is_file():
-        if (where.parent / "adapter_config.json").is_file():
-            raise FolderError(
-                f"{where.parent}: an adapter of peft, without its model: merge them, and pass the folder that "
-                "PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(...) writes"
-            )
         raise FolderError(
             f"{where.parent}: not a model folder (no {CONFIG_FILE}); pass a folder saved by save_pretrained, or a hub "
             "id"
@@ -286,15 +293,16 @@ def _choose_pooling(sentence: SentenceFiles, mode: str | None, normalize: bool |
         sentence.normalize if normalize is None else normalize,
         source,
         sentence.dimensions,
-        sentence.include_prompt or sentence.chat is not None,
+        sentence.include_prompt or sentence.transformer.chat is not None,
     ), note
 
 
 def _read_chat(sentence: SentenceFiles) -> Chat | None:
-    if sentence.chat is None:
+    module = sentence.transformer
+    if module.chat is None:
         return None
-    settings = read_settings(sentence.folder / "tokenizer_config.json")
-    return read_chat(sentence.folder, settings, sentence.prompts, sentence.chat == "structured")
+    settings = {**read_settings(sentence.folder / "tokenizer_config.json"), **module.tokenizer}
+    return read_chat(sentence.folder, settings, sentence.prompts, module.chat == "structured", module.chat_options)
 
 
 def _prompt_note(prompts: Prompts | None, applied: bool) -> str | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.bundle import TOKENIZER_FILE, TRUNCATION_SIDES, SpecialToken
+from deploy.bundle import TOKENIZER_FILE, SpecialToken
 from deploy.folder.chat import with_suffix
 from deploy.folder.errors import FolderError
 from deploy.folder.json_files import read_json, read_settings
@@ -26,16 +26,15 @@ from deploy.folder.prefixes import make_special, shattered
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
 from deploy.folder.tokenizer_kinds import ANY, KIND_OF_MODEL, KINDS, Kind
+from deploy.folder.tokenizer_limits import checked_side, longest_input, side_of_file
 
 __all__ = [
     "SPECIAL_TOKENS",
     "FolderTokenizer",
     "check_vocabulary",
-    "checked_side",
     "cleans_up",
     "drop_rowless",
     "gives_token_types",
-    "longest_input",
     "no_padding",
     "read_tokenizer",
     "slow_tokenizer",
@@ -77,7 +76,7 @@ class _Declared:
         Raises:
             FolderError: A file is damaged.
         """
-        settings = read_settings(source.folder / _SETTINGS_FILE)
+        settings = _settings(source)
         named = settings.get("tokenizer_class") or source.config.get("tokenizer_class")
         name = _class_name(named) if isinstance(named, str) else KIND_OF_MODEL.get(source.model_type, "")
         return cls(settings, read_settings(source.folder / _SPECIAL_FILE), name, KINDS.get(name, ANY))
@@ -118,6 +117,10 @@ class FolderTokenizer:
     ids: Mapping[str, int]
 
 
+def _settings(source: Source) -> dict[str, Any]:
+    return {**read_settings(source.folder / _SETTINGS_FILE), **source.tokenizer_settings}
+
+
 def read_tokenizer(source: Source) -> FolderTokenizer:
     """Reads the tokenizer of a folder.
 
@@ -147,7 +150,7 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     return FolderTokenizer(
         text=text if suffix is None else with_suffix(text, suffix, source.folder),
         max_tokens=longest_input(source, settings.get("model_max_length")) - padding,
-        truncation_side=checked_side(source, settings.get("truncation_side", "right")),
+        truncation_side=checked_side(source, settings.get("truncation_side", side_of_file(tokenizer))),
         token_types=kind.token_types if told is None else told,
         cleans_up=cleans_up(source, tokenizer),
         special=_special_tokens(source, special, ids),
@@ -171,35 +174,6 @@ def check_vocabulary(source: Source, highest: int) -> None:
             f"{source.folder}: the tokenizer has ids up to {highest}, the model a vocabulary of {size}; they do not "
             "belong together"
         )
-
-
-def checked_side(source: Source, side: object) -> str:
-    """The side from which longer texts are cut.
-
-    Args:
-        source: What the model's folder says.
-        side: `truncation_side` of its tokenizer.
-
-    Raises:
-        FolderError: It is none.
-    """
-    if side not in TRUNCATION_SIDES:
-        raise FolderError(
-            f"{source.folder / _SETTINGS_FILE}: truncation_side: expected one of {', '.join(TRUNCATION_SIDES)}, got "
-            f"{side!r:.80}"
-        )
-    return str(side)
-
-
-def longest_input(source: Source, limit: object) -> int:
-    """The longest input in tokens: what the model's folder says, else its tokenizer, within the model's positions.
-
-    Args:
-        source: What the model's folder says.
-        limit: `model_max_length` of its tokenizer, which files may have as anything; 1e30 stands for none.
-    """
-    known = isinstance(limit, int | float) and 3 <= limit <= source.max_positions
-    return source.max_tokens or (int(limit) if known else source.max_positions)  # type: ignore[call-overload]
 
 
 def no_padding(source: Source) -> FolderError:
@@ -243,7 +217,7 @@ def drop_rowless(tokenizer: dict[str, Any], size: Any, special: Collection[str |
 
 def cleans_up(source: Source, tokenizer: Mapping[str, Any]) -> bool:
     """Whether texts of token ids lose the spaces before marks; as in transformers 5, never those of BPE."""
-    settings, model = read_settings(source.folder / _SETTINGS_FILE), tokenizer.get("model")
+    settings, model = _settings(source), tokenizer.get("model")
     pairs = isinstance(model, dict) and model.get("type") == "BPE"
     return not pairs and settings.get("clean_up_tokenization_spaces") is True
 

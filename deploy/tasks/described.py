@@ -35,6 +35,9 @@ class _Sparse(Protocol):
     @property
     def twice(self) -> bool: ...
 
+    @property
+    def most(self) -> int | None: ...
+
 
 class _Role(Protocol):
     def keeps(self, token: int) -> bool: ...

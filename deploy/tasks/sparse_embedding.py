@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -74,7 +75,9 @@ class SparseEmbedding(Task):
         """See `Task.answers`."""
         vectors = states.sparse(self._pooling.total, self._pooling.twice)
         return [
-            SparseVector(indices, values) if math.isfinite(math.fsum(values)) else not_finite("a weight")
+            _largest(indices, values, self._pooling.most)
+            if math.isfinite(math.fsum(values))
+            else not_finite("a weight")
             for indices, values in vectors
         ]
 
@@ -92,3 +95,13 @@ class SparseEmbedding(Task):
     def default_bounds(self, variant: str, dtype: str) -> dict[str, float]:
         """See `Task.default_bounds`."""
         return pick(COSINE, variant, dtype)
+
+
+def _largest(indices: Sequence[int], values: Sequence[float], most: int | None) -> SparseVector:
+    """A vector of the largest weights; None: of all."""
+    if most is None or len(values) <= most:
+        return SparseVector(indices, values)
+    places = sorted(heapq.nlargest(most, range(len(values)), key=values.__getitem__))
+    return SparseVector(
+        array("i", (indices[place] for place in places)), array("f", (values[place] for place in places))
+    )

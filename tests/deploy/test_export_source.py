@@ -313,6 +313,17 @@ def test_an_adapter_without_its_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FolderError, match=r"an adapter of peft, without its model: .*merge_and_unload"):
         read(tmp_path)
+    # Whether transformers reads it depends on what is installed.
+    (write(tmp_path / "model") / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(FolderError, match="an adapter of peft, beside its model: "):
+        read(tmp_path / "model")
+
+
+def test_modules_without_a_pooling(tmp_path: Path) -> None:
+    folder = write(tmp_path, modules=modules(MODULES[0]))
+    with pytest.raises(FolderError, match=r"no Pooling module, without which there is no embedding; .*--pooling"):
+        read(folder)
+    assert read(folder, pooling="cls").pooling == Pooling("cls", False, "--pooling")
 
 
 def test_dropout_is_nothing(tmp_path: Path) -> None:

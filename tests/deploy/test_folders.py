@@ -185,3 +185,103 @@ def test_stages_of_an_export() -> None:
     assert step_count(["torch_ext-fp32"]) == 5
     assert step_count(["onnx-fp32", "onnx-int8"]) == 6
     assert step_count(["torch_ext-bf16", "torch_ext-int8", "onnx-int8", "onnx-fp32", "torch_ext-fp32"]) == 12
+
+
+MODULE = "sentence_bert_config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tokenizer_args", {"model_max_length": 9, "truncation_side": "left", "do_lower_case": False}),
+        ("processor_kwargs", {"do_lower_case": False, "use_fast": True, "revision": "main"}),
+    ],
+)
+def test_settings_of_the_tokenizer_in_files_of_sentence_transformers(
+    name: str, settings: dict[str, Any], tiny_model: ModelMaker, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    change(folder / MODULE, **{"max_seq_length": 30, name: settings})
+    manifest = export(folder, tmp_path / "out")
+    longest = settings.get("model_max_length", 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **settings)
+    texts = ["The Value of the LIST", *TEXTS]
+    expected = [list(row) for row in tokenizer(texts, truncation=True, max_length=longest)["input_ids"]]
+    for each in (manifest, describe_folder(str(folder), None)):
+        assert (each.max_tokens, each.truncation_side) == (longest, settings.get("truncation_side", "right"))
+        served = TextTokenizer.from_manifest(each)
+        assert [row.tolist() for row in served.encode(texts, truncate=True)] == expected
+
+
+def test_length_of_a_call_of_the_tokenizer(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    calls = {"text": {"max_length": 8, "truncation": True}, "common": {"padding": True}, "image": {"do_resize": True}}
+    change(folder / MODULE, max_seq_length=30, processing_kwargs=calls)
+    assert describe_folder(str(folder), None).max_tokens == 8
+
+
+def test_what_changes_nothing_in_files_of_sentence_transformers(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    change(
+        folder / MODULE,
+        model_args={"torch_dtype": "bfloat16", "add_pooling_layer": False},
+        config_args={"hidden_act": config["hidden_act"], "trust_remote_code": True},
+        transformer_task="feature-extraction",
+        modality_config={"text": {"method": "forward", "method_output_name": ["last_hidden_state"]}},
+        module_output_name="token_embeddings",
+    )
+    given, plain = describe_folder(str(folder), None), describe_folder(str(tiny_model()), None)
+    assert (given.tokenizer_json, given.max_tokens) == (plain.tokenizer_json, plain.max_tokens)
+
+
+HIDDEN = {"text": {"method": "forward", "method_output_name": ["hidden_states", 1]}}
+POOLED = {"text": {"method": "forward", "method_output_name": "pooler_output"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"config_args": {"hidden_act": "relu"}}, "config_args: hidden_act='relu' goes over config.json"),
+        ({"config_kwargs": {"is_causal": False}}, "config_args: is_causal=False goes over config.json"),
+        ({"config_args": [1]}, "config_args: expected an object, got"),
+        ({"tokenizer_args": {"subfolder": "other"}}, "tokenizer_args: subfolder is not supported"),
+        ({"processing_kwargs": {"text": {"add_special_tokens": False}}}, "add_special_tokens=False is not supported"),
+        ({"processing_kwargs": {"common": {"truncation": False}}}, "truncation=False is not supported"),
+        (
+            {"modality_config": HIDDEN},
+            "expected texts to give token_embeddings of last_hidden_state, got .*hidden_states",
+        ),
+        (
+            {"modality_config": POOLED, "module_output_name": "sentence_embedding"},
+            "got 'sentence_embedding' of 'pooler",
+        ),
+        (
+            {"modality_config": {}, "transformer_task": "retrieval"},
+            "transformer_task: expected one of .*, got 'retrieval'",
+        ),
+    ],
+)
+def test_files_of_sentence_transformers_that_ask_for_other_answers(
+    settings: dict[str, Any], message: str, tiny_model: ModelMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    change(folder / MODULE, **settings)
+    with pytest.raises(FolderError, match=message) as caught:
+        describe_folder(str(folder), None)
+    assert "\n" not in str(caught.value)
+    assert main([str(folder), "-o", str(tmp_path / "out"), *QUICK]) == 2
+    assert str(caught.value) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_side_that_the_file_of_the_tokenizer_cuts_on(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    truncation = {"direction": "Left", "max_length": 11, "strategy": "LongestFirst", "stride": 0}
+    change(folder / "tokenizer.json", truncation=truncation)
+    for settings, side in (({}, "left"), ({"truncation_side": "right"}, "right")):
+        change(folder / "tokenizer_config.json", **settings)
+        assert describe_folder(str(folder), None).truncation_side == side
+        assert export(folder, tmp_path / side).truncation_side == side

@@ -146,6 +146,20 @@ def test_texts_that_go_through_a_chat_template(tiny_model: ModelMaker, tmp_path:
         np.testing.assert_allclose(asked, model.encode(TEXTS, prompt_name="query"), atol=1e-4)
 
 
+def test_variables_of_a_chat_template(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    given = {"thinking": True, "add_generation_prompt": True}
+    end = "{% if thinking and add_generation_prompt %}[SEP]so{% endif %}"
+    chat_model(tiny_model(), folder, TEMPLATE + end)
+    plain = describe_folder(str(folder), None)
+    change(folder / "sentence_bert_config.json", processing_kwargs={"chat_template": given})
+    text = TextTokenizer.from_manifest(describe_folder(str(folder), None)).encode(TEXTS[:1], truncate=True)[0]
+    assert len(text) > len(TextTokenizer.from_manifest(plain).encode(TEXTS[:1], truncate=True)[0])
+    change(folder / "sentence_bert_config.json", processing_kwargs={"chat_template": {"tools": []}})
+    with pytest.raises(FolderError, match="chat_template: tools is not supported"):
+        describe_folder(str(folder), None)
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

@@ -20,6 +20,7 @@ from server_harness import ask, make_manifest, running
 
 from deploy.bundle import Sparse, load_manifest
 from deploy.export.cli import main
+from deploy.folder.describe import describe_folder
 from deploy.server.limits.bounds import Limits
 from deploy.server.limits.callers import Caller
 from deploy.server.service import structured
@@ -68,6 +69,26 @@ def test_vectors_are_those_of_sentence_transformers(
                 np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)
             else:
                 assert found @ right / np.linalg.norm(found) / np.linalg.norm(right) > 0.99
+
+
+def test_a_vector_keeps_the_largest_weights(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("bert", "fill-mask"), tmp_path / "model")
+    write_splade_files(folder)
+    settings = {"model_type": "SparseEncoder", "max_active_dims": 7}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sentence_transformers import SparseEncoder
+
+        encoder = SparseEncoder(str(folder), device="cpu")
+        expected = encoder.encode(TEXTS[:1], convert_to_sparse_tensor=False, max_active_dims=7).numpy()[0]
+    assert main([str(folder), "-o", str(tmp_path / "out"), "--variants", "torch_ext-fp32", *QUICK]) == 0
+    for manifest in (load_manifest(tmp_path / "out"), describe_folder(str(folder), None)):
+        assert manifest.sparse == Sparse(most=7)
+        result = ask(
+            manifest, "torch_ext-fp32", lambda service: structured.embed_sparse(service, TEXTS[:1], Caller(), LIMITS)
+        )
+        assert [item["index"] for item in result.values[0]] == np.flatnonzero(expected).tolist()
 
 
 def test_folders_that_are_refused(tiny_model: ModelMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
