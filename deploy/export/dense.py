@@ -92,7 +92,7 @@ def _read(module: DenseModule) -> DenseStage:
             f"{module.folder}: expected weights of a linear layer, got {list(weight.shape)} and {list(bias.shape)}"
         )
     try:
-        check_config(safe if safe.is_file() else pickled, tuple(weight.shape))
+        check_config(safe if safe.is_file() else pickled, tuple(weight.shape), "linear.bias" in tensors)
     except ValueError as error:
         raise ExportError(str(error)) from error
     if not (bool(torch.isfinite(weight).all()) and bool(torch.isfinite(bias).all())):

@@ -188,7 +188,8 @@ def load_model(source: Source, folder: Path, warn: Callable[[str], None]) -> Any
             raise
         if not source.safe_format and pickle_refused(error):
             raise refused_pickle(source.folder / source.weights) from error
-        raise ExportError(f"{source.folder / source.weights}: cannot be loaded: {first_line(error)}") from error
+        reason = f"transformers finds nothing under {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ExportError(f"{source.folder / source.weights}: cannot be loaded: {reason}") from error
     except Exception as error:
         # Of the kinds of pickle and safetensors, which share no base class.
         if not source.safe_format:

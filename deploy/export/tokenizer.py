@@ -16,15 +16,14 @@ from deploy.folder.prefixes import shattered
 from deploy.folder.source import Source
 from deploy.folder.tokenizer import (
     SPECIAL_TOKENS,
-    check_vocabulary,
     cleans_up,
     drop_rowless,
     gives_token_types,
     no_padding,
     slow_tokenizer,
 )
+from deploy.folder.tokenizer_checks import check_vocabulary, checked_side, longest_input
 from deploy.folder.tokenizer_kinds import KINDS
-from deploy.folder.tokenizer_limits import checked_side, longest_input
 from deploy.tasks import prompted
 
 __all__ = ["Tokens"]
@@ -104,12 +103,15 @@ class Tokens:
         """Token ids of what the task makes of texts, with the model's default prompt before them, truncated.
 
         Raises:
-            ExportError: The bundle's tokenizer gives other ids than transformers.
+            ExportError: The tokenizer fails, or the bundle's gives other ids than that of transformers.
         """
         inputs = prompted(self._task.inputs(texts, self._source), self._prompt)
         pairs = self._task.takes_pairs(self._source)
         self._backend.enable_truncation(self.max_tokens, direction=self.truncation_side)
-        encodings = self._backend.encode_batch(inputs)
+        try:
+            encodings = self._backend.encode_batch(inputs)
+        except Exception as error:  # The library raises no other kind.
+            raise ExportError(f"{self._source.folder}: the tokenizer fails: {first_line(error)}") from error
         self._backend.no_truncation()
         # Python lower-cases some letters by their place in the word, a tokenizer never does: such texts prove nothing.
         same = [index for index, given in enumerate(inputs) if "".join(given).isascii() or not self._lowercase]

@@ -216,7 +216,10 @@ def _read_config(where: Path, model_types: Collection[str] | None) -> tuple[Mapp
         )
     config = read_json(where, dict)
     model_type = config.get("model_type")
-    kind = ", ".join(map(str, config.get("architectures") or [])) or "no architecture"
+    named = config.get("architectures")
+    if not isinstance(named, list | None):
+        raise FolderError(f"{where}: architectures: expected an array of names, got {named!r:.80}")
+    kind = ", ".join(map(str, named or [])) or "no architecture"
     if not isinstance(model_type, str):
         raise FolderError(f"{where}: unknown architecture {model_type!r} ({kind}); expected model_type, a string")
     if model_type.startswith(_OF_IMAGES):
@@ -224,7 +227,7 @@ def _read_config(where: Path, model_types: Collection[str] | None) -> tuple[Mapp
             f"{where}: {model_type} compares texts with images, which is not served; torch_ext.Encoder and "
             "torch_ext.Head.from_pretrained run its encoder of texts in Python"
         )
-    if isinstance(quantized := config.get("quantization_config"), dict):
+    if isinstance(quantized := config.get("quantization_config") or config.get("compression_config"), dict):
         raise FolderError(
             f"{where}: expected weights in fp32, fp16 or bf16, got ones that are quantized "
             f"({quantized.get('quant_method')!r:.40}); pass the model that they were made of"

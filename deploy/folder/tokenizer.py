@@ -25,13 +25,19 @@ from deploy.folder.library import read_by_library
 from deploy.folder.prefixes import make_special, shattered
 from deploy.folder.slow import made_of_slow_files
 from deploy.folder.source import Source
+from deploy.folder.tokenizer_checks import (
+    check_unknown,
+    check_vocabulary,
+    checked_side,
+    ids_around,
+    longest_input,
+    side_of_file,
+)
 from deploy.folder.tokenizer_kinds import ANY, KIND_OF_MODEL, KINDS, Kind
-from deploy.folder.tokenizer_limits import checked_side, longest_input, side_of_file
 
 __all__ = [
     "SPECIAL_TOKENS",
     "FolderTokenizer",
-    "check_vocabulary",
     "cleans_up",
     "drop_rowless",
     "gives_token_types",
@@ -142,7 +148,8 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
     special = {name: declared.special_token(name) for name in SPECIAL_TOKENS}
     drop_rowless(tokenizer, size, special.values())
     ids = dict(_vocabulary(tokenizer))
-    check_vocabulary(source, max(ids.values(), default=-1))
+    check_unknown(source, tokenizer.get("model"))
+    check_vocabulary(source, max((*ids.values(), *ids_around(tokenizer)), default=-1))
     told = told_token_types(settings)
     text = json.dumps(tokenizer, ensure_ascii=False)
     padding = _padding_behind(source, text)
@@ -156,24 +163,6 @@ def read_tokenizer(source: Source) -> FolderTokenizer:
         special=_special_tokens(source, special, ids),
         ids=ids,
     )
-
-
-def check_vocabulary(source: Source, highest: int) -> None:
-    """Checks that the model has an embedding for every token id.
-
-    Args:
-        source: What the model's folder says.
-        highest: The largest id that the tokenizer gives.
-
-    Raises:
-        FolderError: It has not.
-    """
-    size = source.config.get("vocab_size")
-    if isinstance(size, int) and highest >= size:
-        raise FolderError(
-            f"{source.folder}: the tokenizer has ids up to {highest}, the model a vocabulary of {size}; they do not "
-            "belong together"
-        )
 
 
 def no_padding(source: Source) -> FolderError:

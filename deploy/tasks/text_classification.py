@@ -55,10 +55,16 @@ def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_problem_type(folder: ModelFolder, labels: int) -> str:
-    """How the logits of a classifier were trained, as far as the config says; one logit alone: as a regression."""
+    """How the logits of a classifier were trained, as far as the config says; one logit alone: as a regression.
+
+    Raises:
+        TaskError: It says something else.
+    """
     declared = folder.config.get("problem_type")
     if declared in PROBLEM_TYPES:
         return str(declared)
+    if declared is not None:
+        raise TaskError(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {declared!r:.80}")
     return "regression" if labels == 1 else "single_label_classification"
 
 

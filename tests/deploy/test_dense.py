@@ -120,7 +120,8 @@ def test_weights_that_cannot_be_read(
     assert main([str(tmp_path / "model"), "-o", str(tmp_path / "out"), *QUICK]) == 2
     assert "2_Dense/pytorch_model.bin: a pickle that is damaged or holds more than weights" in capsys.readouterr().err
     assert not (tmp_path / "harm").exists()
-    torch.save({"linear.weight": torch.full((32, 64), torch.nan)}, tmp_path / "model" / "2_Dense" / "pytorch_model.bin")
+    weights = {"linear.weight": torch.full((32, 64), torch.nan), "linear.bias": torch.zeros(32)}
+    torch.save(weights, tmp_path / "model" / "2_Dense" / "pytorch_model.bin")
     assert main([str(tmp_path / "model"), "-o", str(tmp_path / "out"), *QUICK]) == 2
     assert "2_Dense: expected finite weights of a Dense module" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "model")

@@ -367,6 +367,17 @@ def test_a_tokenizer_that_lacks_a_file(tiny_model: Callable[..., Path], tmp_path
     assert no_bundle(tmp_path)
 
 
+def test_a_tokenizer_without_words(tiny_model: Callable[..., Path], tmp_path: Path, capsys: Capture) -> None:
+    import json
+
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"] = {}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    fails(capsys, [str(folder), "-o", str(tmp_path / "out"), *QUICK], "model: the tokenizer fails: WordPiece error: ")
+    assert no_bundle(tmp_path)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 

@@ -215,11 +215,14 @@ def test_weights_of_linear_stages_are_checked(tiny_model: ModelMaker, tmp_path: 
             read_folder(folder, None, stages=[(place, "tanh")])
     save_file({"linear.weight": torch.zeros(8, 64)}, place / WEIGHTS)
     for name, size in (("out_features", 8), ("in_features", 64)):
-        change(place / "config.json", out_features=8, in_features=64)
+        change(place / "config.json", out_features=8, in_features=64, bias=False)
         read_folder(folder, None, stages=[(place, "tanh")])
         change(place / "config.json", **{name: 10**14})
         with pytest.raises(ValueError, match=rf"expected {name}={size}, as {WEIGHTS} has it, got 100000000000000$"):
             read_folder(folder, None, stages=[(place, "tanh")])
+    change(place / "config.json", in_features=64, bias=True)
+    with pytest.raises(ValueError, match=rf"expected bias=False, as {WEIGHTS} has it, got True$"):
+        read_folder(folder, None, stages=[(place, "tanh")])
     with pytest.raises(ValueError, match="expected 1 or 2 linear stages behind the pooling, got 3"):
         read_folder(folder, None, stages=[(place, "tanh")] * 3)
 
@@ -388,6 +391,17 @@ def with_dense(folder: Path) -> None:
     change(folder / "1_Pooling" / "config.json", pooling_mode="mean")
 
 
+def with_a_token_beyond_the_vocabulary(folder: Path) -> None:
+    processor = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["post_processor"]
+    processor["special_tokens"]["[CLS]"]["ids"] = [10**6]
+    change(folder / "tokenizer.json", post_processor=processor)
+
+
+def with_an_empty_vocabulary(folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    change(folder / "tokenizer.json", model={**model, "vocab": {}})
+
+
 WRONG: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
     "no weights": (without("model.safetensors"), None, "no weights"),
     "a pickle": (pickled, None, "pytorch_model.bin: a pickle, which can run code, and is not opened"),
@@ -433,6 +447,28 @@ WRONG: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
         lambda folder: os.truncate(folder / "config.json", 1 << 30),
         None,
         "config.json: expected JSON of at most 256 MiB",
+    ),
+    "an id around texts that has no embedding": (with_a_token_beyond_the_vocabulary, None, "has ids up to 1000000"),
+    "no token for unknown words": (with_an_empty_vocabulary, None, r"no '\[UNK\]' in its vocabulary"),
+    "size of the vocabulary in words": (
+        lambda folder: change(folder / "config.json", vocab_size="many"),
+        None,
+        "vocab_size: expected a whole number, got 'many'",
+    ),
+    "architectures that are no array": (
+        lambda folder: change(folder / "config.json", architectures="BertModel"),
+        None,
+        "architectures: expected an array of names, got 'BertModel'",
+    ),
+    "quantized by compressed-tensors, as of old": (
+        lambda folder: change(folder / "config.json", compression_config={"quant_method": "compressed-tensors"}),
+        None,
+        r"got ones that are quantized \('compressed-tensors'\)",
+    ),
+    "an unknown kind of problem": (
+        lambda folder: change(folder / "config.json", problem_type="ranking"),
+        "text-classification",
+        "problem_type: expected one of .*, got 'ranking'",
     ),
     "labels with gaps": (
         lambda folder: change(folder / "config.json", id2label={"0": "a", "2": "b"}),

@@ -44,7 +44,7 @@ def read_stages(
         if weight is None or len(shape) != 2 or shape[1] != width:
             found = "none" if weight is None else list(shape)
             raise ValueError(f"{path}: expected linear.weight [outputs, {width}], got {found}")
-        check_config(path, shape)
+        check_config(path, shape, "linear.bias" in stored)
         width = weight.shape[0]
         widths.append(width)
         zeros = StoredTensor("F32", (width,), memoryview(bytes(4 * width)))
@@ -65,18 +65,20 @@ def read_stages(
     return spec, tensors
 
 
-def check_config(weights: Path, shape: tuple[int, ...]) -> None:
+def check_config(weights: Path, shape: tuple[int, ...], bias: bool) -> None:
     """Checks that a stage's configuration, which readers take its width from, is that of its weights.
 
     Args:
         weights: file of the weights, beside ``config.json``.
         shape: of the weight: outputs, inputs.
+        bias: whether there is one.
 
     Raises:
         ValueError: it is not, or is damaged.
     """
     path = weights.parent / "config.json"
     config = parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
-    for name, size in zip(("out_features", "in_features"), shape, strict=True):
-        if name in config and config[name] != size:
-            raise ValueError(f"{path}: expected {name}={size}, as {weights.name} has it, got {config[name]!r:.40}")
+    found = {"out_features": shape[0], "in_features": shape[1], "bias": bias}
+    for name, value in found.items():
+        if name in config and config[name] != value:
+            raise ValueError(f"{path}: expected {name}={value}, as {weights.name} has it, got {config[name]!r:.40}")
