@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +180,56 @@ def _cut(text: Any, size: int) -> Any:
 def _trace(model: torch.nn.Module, example: tuple[torch.Tensor, ...], single: bool) -> Any:
     auto: Any = torch.export.Dim.AUTO
     sizes = {1: auto} if single else {0: auto, 1: auto}
-    with _quiet(), torch.no_grad():
+    with _quiet(), _masks_by_broadcasting(), _no_autocast(), torch.no_grad():
         return torch.export.export(model, example, dynamic_shapes=(sizes,) * len(example), strict=False)
+
+
+_VMAP_OF_MASKS = "_vmap_for_bhqkv"
+_MODE_OF_MASKS = "TransformGetItemToIndex"
+"""Private names of `transformers.masking_utils` in transformers 4.
+
+Masks of decoders are functions of places, which it maps over all of them by vmap; torch.export traces that, and cannot
+save it. The functions take tensors as well, as transformers 5 calls them.
+"""
+
+
+@contextlib.contextmanager
+def _masks_by_broadcasting() -> Iterator[None]:
+    """Has transformers 4 make the masks of decoders without vmap; changes nothing in versions without these names."""
+    import transformers.masking_utils as masks
+
+    def over_places(function: Callable[..., torch.Tensor], bh_indices: bool = True) -> Callable[..., torch.Tensor]:
+        def mask(*places: torch.Tensor) -> torch.Tensor:
+            count = len(places)
+            spread = [
+                index.view([-1 if own == place else 1 for own in range(count)]) for place, index in enumerate(places)
+            ]
+            return function(*spread).expand([index.shape[0] for index in places])
+
+        return mask
+
+    before = {name: getattr(masks, name, None) for name in (_VMAP_OF_MASKS, _MODE_OF_MASKS)}
+    if None in before.values():
+        yield
+        return
+    try:
+        setattr(masks, _VMAP_OF_MASKS, over_places)
+        setattr(masks, _MODE_OF_MASKS, contextlib.nullcontext)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(masks, name, value)
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Has models not switch autocast off around rotary positions: it is off, and a program would hold that."""
+    before = torch.autocast
+    try:
+        torch.autocast = lambda *arguments, **options: contextlib.nullcontext()  # type: ignore[assignment, misc]
+        yield
+    finally:
+        torch.autocast = before  # type: ignore[misc]
 
 
 @contextlib.contextmanager

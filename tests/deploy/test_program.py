@@ -17,6 +17,10 @@ import pytest
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from conftest import save_tokenizer
+
 from deploy.bundle import TASKS, BundleError, load_manifest
 from deploy.engines.batch import PairIds
 from deploy.engines.open import load_engine, open_engine
@@ -74,6 +78,38 @@ def test_texts_of_all_lengths_and_pairs(program: Path, tiny_model: ModelMaker) -
     # A text is not changed by those beside it.
     alone = engine.run(items[3:4], [engine.task.exact])[0]
     np.testing.assert_allclose(np.asarray(answers[3]), np.asarray(alone), atol=0.02 * np.abs(np.asarray(alone)).max())
+
+
+def test_a_decoder(tmp_path: Path) -> None:
+    """Transformers 4 makes its masks by vmap, and its rotary positions without autocast; torch saves neither."""
+    import transformers
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MistralConfig(
+        vocab_size=save_tokenizer(folder, "bert"),
+        intermediate_size=64,
+        max_position_embeddings=66,
+        initializer_range=0.15,
+        sliding_window=6,
+        pad_token_id=0,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    model = transformers.MistralModel(config).eval()
+    model.save_pretrained(folder)
+    before = torch.autocast
+    assert main([str(folder), "-o", str(tmp_path / "out"), *QUICK, "--pooling", "lasttoken"]) == 0
+    assert torch.autocast is before
+    manifest = load_manifest(tmp_path / "out")
+    engine, _ = load_engine(manifest, manifest.variant(NAME), 1)
+    rng = np.random.default_rng(0)
+    texts = [array("q", rng.integers(5, 100, size).tolist()) for size in (3, 40, 9)]
+    for text, found in zip(texts, engine.run(texts, [engine.task.exact] * 3), strict=True):
+        with torch.inference_mode():
+            right = model(torch.tensor([list(text)])).last_hidden_state[0, -1].numpy()
+        assert np.asarray(found) @ right / np.linalg.norm(found) / np.linalg.norm(right) > 0.9995
 
 
 def test_server_needs_no_transformers(program: Path) -> None:
