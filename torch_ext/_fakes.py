@@ -57,6 +57,13 @@ def _check_inference_only(op: str, **tensors: Tensor | None) -> None:
             )
 
 
+def _check_attended(op: str, attended: Tensor | None) -> None:
+    _check(
+        attended is None or (attended.dim() == 1 and attended.dtype == torch.int32),
+        f"{op}: expected attended i32 [B], got another shape or dtype",
+    )
+
+
 def _check_packed(op: str, packed: Tensor) -> None:
     _check(
         packed.dim() == 2 and packed.dtype == torch.uint8,
@@ -198,9 +205,11 @@ def _(
     position_queries: Tensor | None = None,
     position_reach: int = 0,
     causal: bool = False,
+    attended: Tensor | None = None,
 ) -> Tensor:
     positions = {"position_keys": position_keys, "position_queries": position_queries}
     _check_inference_only("varlen_attention", qkv=qkv, relative_bias=relative_bias, **positions)
+    _check_attended("varlen_attention", attended)
     _check(window is None or window >= 0, f"varlen_attention: expected window of at least 0, got {window}")
     if relative_bias is not None:
         message = f"varlen_attention: expected relative_bias [{num_heads}, 2 * R + 1], got another shape"
@@ -311,8 +320,14 @@ def _(packed: Tensor) -> Tensor:
 
 @_fake("encoder_forward")
 def _(
-    input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor, fp32: bool = False
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    token_type_ids: Tensor | None,
+    packed: Tensor,
+    fp32: bool = False,
+    attended: Tensor | None = None,
 ) -> Tensor:
+    _check_attended("encoder_forward", attended)
     _check(input_ids.dim() == 1, f"encoder_forward: expected input_ids i64 [T], got {input_ids.dim()} dimensions")
     _check(
         packed.dim() == 2 and packed.dtype == torch.uint8,

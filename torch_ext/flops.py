@@ -33,10 +33,20 @@ def _has_data(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not tensor.is_meta
 
 
-def _pairs(cu_seqlens: Tensor, tokens: int, window: int | None = None, causal: bool = False) -> int:
+def _pairs(
+    cu_seqlens: Tensor, tokens: int, window: int | None = None, causal: bool = False, attended: Tensor | None = None
+) -> int:
     """Pairs of tokens that see each other; without data, as if all were one sequence."""
     bounds = cu_seqlens.tolist() if _has_data(cu_seqlens) else [0, tokens]
     total = 0
+    if attended is not None and _has_data(attended) and _has_data(cu_seqlens):
+        for (begin, end), keys in zip(itertools.pairwise(bounds), attended.tolist(), strict=True):
+            length = end - begin
+            reach = length if window is None else window
+            # By key, the tokens that see it.
+            for key in range(keys):
+                total += min(length, key + reach + 1) - (key if causal else max(0, key - reach))
+        return total
     for begin, end in itertools.pairwise(bounds):
         length = end - begin
         reach = length if window is None else min(window, length)
@@ -68,14 +78,21 @@ def _varlen_attention(
     position_queries: Tensor | None = None,
     position_reach: int = 0,
     causal: bool = False,
+    attended: Tensor | None = None,
     **_: Any,
 ) -> int:
     products = 2 + (position_keys is not None) + (position_queries is not None)
-    return 2 * products * _pairs(cu_seqlens, qkv.shape[0], window, causal) * (qkv.shape[1] // 3)
+    return 2 * products * _pairs(cu_seqlens, qkv.shape[0], window, causal, attended) * (qkv.shape[1] // 3)
 
 
 def _encoder_forward(
-    input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor, **_: Any
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    token_type_ids: Tensor | None,
+    packed: Tensor,
+    fp32: bool = False,
+    attended: Tensor | None = None,
+    **_: Any,
 ) -> int:
     if not _has_data(packed):
         return 0  # Its sizes are in its data.
@@ -93,8 +110,8 @@ def _encoder_forward(
     if embedded != hidden:
         weights += embedded * hidden
     local = sum(bool(window and index % global_every != global_first) for index in range(layers))
-    pairs = (layers - local) * _pairs(cu_seqlens, tokens, None, causal)
-    pairs += local * _pairs(cu_seqlens, tokens, window, causal)
+    pairs = (layers - local) * _pairs(cu_seqlens, tokens, None, causal, attended)
+    pairs += local * _pairs(cu_seqlens, tokens, window, causal, attended)
     return int(2 * tokens * weights + 2 * products * pairs * context)
 
 

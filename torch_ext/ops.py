@@ -240,6 +240,7 @@ def varlen_attention(
     position_queries: Tensor | None = None,
     position_reach: int = 0,
     causal: bool = False,
+    attended: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of every sequence to itself, without padding.
 
@@ -257,6 +258,9 @@ def varlen_attention(
         position_queries: the same with key ``j`` in place of query ``i``, and the same row.
         position_reach: 0, or the distance to which ``d`` grows by the logarithm from ``S / 2`` on.
         causal: a token sees itself and the tokens before it.
+        attended: i32 ``[B]``: of each sequence the first tokens that are seen, at least one; the others see them, and
+            are seen by none, not even by themselves. None: all. A token that sees none, where ``window`` leaves none of
+            them, gets 0.
 
     Returns:
         ``[T, H]`` in the dtype of ``qkv``.
@@ -265,9 +269,10 @@ def varlen_attention(
         RuntimeError: a shape or dtype does not fit, ``cu_seqlens`` does not go from 0 to T without falling, or ``qkv``
             requires grad.
     """
-    check_arguments("varlen_attention", qkv, cu_seqlens, optional=(relative_bias, position_keys, position_queries))
-    tables = relative_bias, position_keys, position_queries, position_reach, causal
-    return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale, window, *tables))
+    optional = relative_bias, position_keys, position_queries, attended
+    check_arguments("varlen_attention", qkv, cu_seqlens, optional=optional)
+    more = relative_bias, position_keys, position_queries, position_reach, causal, attended
+    return cast(Tensor, torch.ops.torch_ext.varlen_attention(qkv, cu_seqlens, num_heads, scale, window, *more))
 
 
 def add_layer_norm(
@@ -440,7 +445,12 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: PoolingMode | str = "mean", n
 
 
 def encoder_forward(
-    input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, packed: Tensor, fp32: bool = False
+    input_ids: Tensor,
+    cu_seqlens: Tensor,
+    token_type_ids: Tensor | None,
+    packed: Tensor,
+    fp32: bool = False,
+    attended: Tensor | None = None,
 ) -> Tensor:
     """The forward pass of a whole encoder: no Python, no dispatch and no allocation between its layers.
 
@@ -455,6 +465,7 @@ def encoder_forward(
         packed: the encoder, u8 ``[H, bytes]``, as :class:`torch_ext.Encoder` packs it, whose ``run_reference`` is the
             same, op by op.
         fp32: whether ``packed`` is an encoder in fp32.
+        attended: as for :func:`varlen_attention`.
 
     Returns:
         The last hidden state ``[T, H]``, bf16 or, with ``fp32``, fp32.
@@ -463,8 +474,10 @@ def encoder_forward(
         RuntimeError: a shape or dtype does not fit, an id is out of range, a sequence is longer than the position
             table, or ``packed`` is not an encoder packed for this kind of CPU.
     """
-    check_arguments("encoder_forward", input_ids, cu_seqlens, packed, optional=(token_type_ids,))
-    return cast(Tensor, torch.ops.torch_ext.encoder_forward(input_ids, cu_seqlens, token_type_ids, packed, fp32))
+    check_arguments("encoder_forward", input_ids, cu_seqlens, packed, optional=(token_type_ids, attended))
+    return cast(
+        Tensor, torch.ops.torch_ext.encoder_forward(input_ids, cu_seqlens, token_type_ids, packed, fp32, attended)
+    )
 
 
 def check_arguments(op: str, *tensors: Any, optional: Sequence[Any] = ()) -> None:

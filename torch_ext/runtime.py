@@ -269,20 +269,25 @@ class Encoder:
         text = self._info["head_json"]
         return None if text is None else json.loads(text)
 
-    def encode(self, input_ids: Any, cu_seqlens: Any, token_type_ids: Any = None) -> States:
+    def encode(self, input_ids: Any, cu_seqlens: Any, token_type_ids: Any = None, attended: Any = None) -> States:
         """Runs a batch of texts, without the GIL.
 
         Args:
             input_ids: int64 ``[tokens]``, the tokens of all texts, one text after the other, special tokens included.
             cu_seqlens: int32 ``[texts + 1]``; from 0 to ``tokens``: where each text begins, and the end.
             token_type_ids: int64 ``[tokens]``; None: type 0 everywhere.
+            attended: int32 ``[texts]``: of each text the first tokens that others attend to, at least one. Those behind
+                them have hidden states, too, but change no other's, as in a ColBERT's query that is filled up. None:
+                all.
 
         Raises:
             TypeError: An argument has the wrong dtype.
-            ValueError: An id is out of range, ``cu_seqlens`` does not fit, or a text is empty or too long.
+            ValueError: An id is out of range, ``cu_seqlens`` or ``attended`` does not fit, or a text is empty or too
+                long.
         """
         types = None if token_type_ids is None else integers(token_type_ids, "q")
-        return States(self._encoder.encode(integers(input_ids, "q"), integers(cu_seqlens, "i"), types))
+        keys = None if attended is None else integers(attended, "i")
+        return States(self._encoder.encode(integers(input_ids, "q"), integers(cu_seqlens, "i"), types, keys))
 
     def share(self) -> int:
         """A descriptor of the packed weights in sealed memory, for :meth:`open_image` in another process.

@@ -43,11 +43,13 @@ struct Sequences {
     problem.out = out.data();
     problem.type = type;
     problem.cu_seqlens = cu_seqlens.get();
+    problem.attended = attended.empty() ? nullptr : attended.data();
     problem.sequences = lengths.size();
     problem.heads = heads;
     problem.head_size = head_size;
     problem.scale = scale;
     problem.window = window;
+    problem.causal = causal;
     problem.relative_bias = bias.empty() ? nullptr : bias.data();
     problem.bias_reach = reach;
     if (key_positions || query_positions) {
@@ -70,8 +72,15 @@ struct Sequences {
   /// Compares the rows of one head of one sequence; `stride` leaves rows out.
   void expect_right(const GemmPath& path, size_t s, size_t h, size_t stride) const {
     const size_t first = static_cast<size_t>(cu_seqlens[s]), n = lengths[s];
+    const size_t keys = keys_of(s);
     const DType panels = path.kernel->rhs_type, rows = path.kernel->lhs_type;
     for (size_t i = 0; i < n; i += stride) {
+      if (i >= keys && i - keys >= window) {
+        for (size_t c = 0; c < head_size; ++c) {
+          EXPECT(out.get(first + i, h * head_size + c) == 0.0f, "row %zu of %zu sees none of %zu keys", i, n, keys);
+        }
+        continue;
+      }
       std::vector<double> scores(n);
       double score_bound = 0;
       for (size_t j = 0; j < n; ++j) {
@@ -95,7 +104,7 @@ struct Sequences {
           }
         }
         scores[j] = scores[j] * static_cast<double>(scale) + bias_of(h, i, j);
-        if ((i > j ? i - j : j - i) > window) scores[j] = -INFINITY;
+        if ((i > j ? i - j : j - i) > window || j >= keys || (causal && j > i)) scores[j] = -INFINITY;
         // The product's error, and the rounding of scale * score and scale * max.
         score_bound = std::max(score_bound, static_cast<double>(scale) *
                                                     (product_bound(sum_abs, 3 * head_size) + 4 * kRoundF32 * sum_abs) +
@@ -104,7 +113,7 @@ struct Sequences {
       const std::vector<double> p = reference_softmax(scores, 1.0);
       for (size_t c = 0; c < head_size; ++c) {
         double y = 0, weighted = 0, sum_abs_v = 0;
-        for (size_t j = 0; j < n; ++j) {
+        for (size_t j = 0; j < keys; ++j) {
           const double value = rounded_to(panels, v(first + j, h, c));
           y += p[j] * value;
           weighted += p[j] * std::fabs(value);
@@ -117,6 +126,8 @@ struct Sequences {
       }
     }
   }
+
+  size_t keys_of(size_t s) const { return attended.empty() ? lengths[s] : static_cast<size_t>(attended[s]); }
 
   static DType rows_type(const GemmPath& path) { return path.kernel->lhs_type; }
 
@@ -132,7 +143,9 @@ struct Sequences {
   const float scale;
   Matrix qkv, out;
   Guarded<int32_t> cu_seqlens;
+  std::vector<int32_t> attended;
   size_t window = kNoWindow, reach = 0;
+  bool causal = false;
   std::vector<float> bias;
   size_t span = 0, longest = 0;
   std::optional<Matrix> key_positions, query_positions;
@@ -285,6 +298,45 @@ TORCH_EXT_TEST(attention_adds_scores_by_relative_position) {
   }
 }
 
+TORCH_EXT_TEST(attention_sees_the_first_tokens_only) {
+  Random shapes(random_source().bits());
+  for (const GemmPath& path : gemm_paths()) {
+    for (const DType type : {DType::kF32, DType::kBF16}) {
+      for (const size_t window : {kNoWindow, size_t{0}, size_t{5}, size_t{40}}) {
+        for (size_t kind = 0; kind < 4; ++kind) {
+          Sequences x(type, {shapes.between(1, 70), 0, shapes.between(1, 70), shapes.between(2, 33), 9}, 2, 16, 0.25f);
+          for (const size_t n : x.lengths) x.attended.push_back(n ? static_cast<int32_t>(shapes.between(1, n)) : 0);
+          x.attended[3] = 1;
+          x.attended[4] = 9;
+          x.window = window;
+          x.causal = kind == 1;
+          if (kind == 2) {
+            x.reach = 7;
+            x.bias.resize(2 * 15);
+            for (float& b : x.bias) b = 2 * random_source().value();
+          }
+          for (std::optional<Matrix>* const table : {&x.key_positions, &x.query_positions}) {
+            if (kind != 3) break;
+            x.span = 9;
+            table->emplace(type, 18, x.hidden);
+            (*table)->fill(random_source());
+          }
+          // What is not a key must not reach a row, not even as 0 * NaN.
+          for (size_t s = 0; s < x.lengths.size(); ++s) {
+            for (size_t j = x.keys_of(s); j < x.lengths[s]; ++j) {
+              for (size_t c = x.hidden; c < 3 * x.hidden; ++c) {
+                x.qkv.set(static_cast<size_t>(x.cu_seqlens[s]) + j, c, NAN);
+              }
+            }
+          }
+          x.run(path);
+          for (const size_t s : {0, 2, 3, 4}) x.expect_right(path, static_cast<size_t>(s), 1, options().quick ? 5 : 2);
+        }
+      }
+    }
+  }
+}
+
 TORCH_EXT_TEST(heads_are_balanced_over_threads) {
   const int32_t cu_seqlens[] = {0, 128, 128, 140, 652, 660, 1172};
   AttentionProblem problem;
@@ -304,6 +356,12 @@ TORCH_EXT_TEST(heads_are_balanced_over_threads) {
       if (parts == 2) EXPECT(starts[1] > 36 && starts[1] < 60, "the second thread starts at head %zu", starts[1]);
     }
   }
+  // A text of few keys is little work.
+  problem.window = kNoWindow;
+  const int32_t attended[] = {128, 0, 12, 1, 8, 512};
+  problem.attended = attended;
+  EXPECT(balance_heads(problem, 2)[1] > 60, "the second thread starts at head %zu", balance_heads(problem, 2)[1]);
+  problem.attended = nullptr;
   const int32_t short_ones[] = {0, 3, 5};
   problem.cu_seqlens = short_ones;
   problem.sequences = 2;

@@ -691,8 +691,11 @@ Batch random_batch(const EncoderSpec& spec, size_t most_texts) {
 }
 
 std::unique_ptr<States> encode(const Engine& engine, const Batch& batch) {
-  return engine.encode(batch.ids.data(), batch.ids.size(), batch.cu_seqlens.data(), batch.texts(),
-                       batch.typed ? batch.types.data() : nullptr);
+  return engine.encode({.ids = batch.ids.data(),
+                        .type_ids = batch.typed ? batch.types.data() : nullptr,
+                        .cu_seqlens = batch.cu_seqlens.data(),
+                        .sequences = batch.texts(),
+                        .tokens = batch.ids.size()});
 }
 
 constexpr Pooling kModes[] = {Pooling::kMean,      Pooling::kCls,          Pooling::kMax,
@@ -1313,7 +1316,7 @@ TORCH_EXT_TEST(runtime_c_interface_runs_a_batch) {
          "the description is wrong");
   const int64_t ids[] = {0, 1, 2, 1, 0};
   const int32_t bounds[] = {0, 2, 5};
-  const txr_batch batch = {sizeof batch, ids, 5, bounds, 2, nullptr};
+  const txr_batch batch = {sizeof batch, ids, 5, bounds, 2, nullptr, nullptr};
   txr_states* states = nullptr;
   EXPECT(txr_encode(encoder, &batch, &states, &error) == TXR_OK, "%s", error.message);
   float hidden[40], pooled[16], narrow[6], logits[15];
@@ -1363,6 +1366,20 @@ TORCH_EXT_TEST(runtime_c_interface_runs_a_batch) {
     }
   }
   txr_free_sparse(sparse);
+  // The second text's last two tokens are seen by none: those of a program that knows no such field are.
+  const int32_t attended[] = {2, 1};
+  txr_batch newer = batch;
+  newer.attended = attended;
+  for (const bool knows : {true, false}) {
+    newer.struct_size = knows ? sizeof newer : offsetof(txr_batch, attended);
+    float again[40];
+    txr_states* more = nullptr;
+    EXPECT(txr_encode(encoder, &newer, &more, &error) == TXR_OK, "%s", error.message);
+    EXPECT(txr_hidden(more, again, 40, &error) == TXR_OK, "%s", error.message);
+    EXPECT(std::memcmp(again, hidden, 64) == 0, "the first text is the same");
+    EXPECT((std::memcmp(again + 16, hidden + 16, 96) != 0) == knows, "the second text");
+    txr_free_states(more);
+  }
   txr_free_sparse(nullptr);
   // Callers' structures that end earlier or later.
   txr_info shorter = {};
@@ -1433,10 +1450,15 @@ TORCH_EXT_TEST(runtime_c_interface_says_what_is_wrong) {
   c_error(TXR_ERROR_NOT_FOUND, error, txr_save_image(encoder, "/tmp/torch_ext none/a", &error));
   const int64_t ids[] = {0, 1};
   const int32_t bounds[] = {0, 2};
-  txr_batch batch = {sizeof batch, ids, 2, bounds, 1, nullptr};
+  txr_batch batch = {sizeof batch, ids, 2, bounds, 1, nullptr, nullptr};
   expect_value(txr_encode(encoder, nullptr, &states, &error), "expected ids and cu_seqlens, got NULL");
   expect_value(txr_encode(nullptr, &batch, &states, &error), "expected an encoder, got NULL");
   expect_value(txr_encode(encoder, &batch, nullptr, &error), "expected a place for the states");
+  const int32_t attended[] = {3};
+  batch.attended = attended;
+  expect_value(txr_encode(encoder, &batch, &states, &error),
+               "expected attended from 1 to the 2 tokens of text 0, got 3");
+  batch.attended = nullptr;
   batch.texts = 0;
   expect_value(txr_encode(encoder, &batch, &states, &error), "expected at least one text");
   batch.texts = 1;

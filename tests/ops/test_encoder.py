@@ -55,7 +55,14 @@ def batch(generator: torch.Generator, lengths: list[int] = LENGTHS) -> tuple[Ten
     return ids, reference.cu_seqlens(lengths), torch.randint(0, 2, (tokens,), generator=generator)
 
 
-def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds: Tensor, types: Tensor) -> Tensor:
+def run_plain(
+    spec: EncoderSpec,
+    weights: dict[str, Tensor],
+    ids: Tensor,
+    bounds: Tensor,
+    types: Tensor,
+    attended: Tensor | None = None,
+) -> Tensor:
     """The encoder in fp64, one text at a time, with whole matrices of scores."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     heads, kv_heads, size = spec.num_heads, spec.kv_heads, spec.size_of_heads
@@ -77,7 +84,7 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
         turned = pairs * torch.polar(torch.ones_like(turns), turns)
         return torch.cat((turned.real, turned.imag), -1)
 
-    def attention(x: Tensor, index: int) -> Tensor:
+    def attention(x: Tensor, index: int, keys: int) -> Tensor:
         local = spec.window > 0 and index % spec.global_every != spec.global_first
         qkv = linear(x, f"layers.{index}.attention.qkv").view(len(x), -1, size).transpose(0, 1)
         q, k, v = qkv.split([heads, kv_heads, kv_heads])
@@ -105,17 +112,20 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
             scores[:, distance.abs() > spec.window] = -torch.inf
         if spec.causal:
             scores[:, distance > 0] = -torch.inf
-        attended = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
-        return linear(attended, f"layers.{index}.attention.out")
+        scores[:, :, keys:] = -torch.inf
+        # A row without a key is NaN.
+        context = (scores.softmax(-1).nan_to_num() @ v).transpose(0, 1).flatten(1)
+        return linear(context, f"layers.{index}.attention.out")
 
-    def feed_forward(x: Tensor, index: int) -> Tensor:
+    def feed_forward(x: Tensor, index: int, keys: int) -> Tensor:
         wide, factor = linear(x, f"layers.{index}.ffn.up"), torch.ones(())
         if spec.gated_ffn:
             wide, factor = wide.chunk(2, -1)
         return linear(reference.ACTIVATIONS[spec.activation](wide) * factor, f"layers.{index}.ffn.down")
 
     results = []
-    for begin, end in itertools.pairwise(bounds.tolist()):
+    counts = bounds.diff() if attended is None else attended
+    for (begin, end), keys in zip(itertools.pairwise(bounds.tolist()), counts.tolist(), strict=True):
         x = w["embeddings.word"][ids[begin:end]] * spec.embedding_scale
         if spec.dropped_id >= 0:
             kept = ids[begin:end] != spec.dropped_id
@@ -132,10 +142,10 @@ def run_plain(spec: EncoderSpec, weights: dict[str, Tensor], ids: Tensor, bounds
         for index in range(spec.num_layers):
             for part, name in ((attention, "attention"), (feed_forward, "ffn")):
                 if spec.norm_first:
-                    added = part(norm(x, f"layers.{index}.{name}.norm"), index)
+                    added = part(norm(x, f"layers.{index}.{name}.norm"), index, keys)
                     x = x + norm(added, f"layers.{index}.{name}.post_norm")
                 else:
-                    x = norm(x + part(x, index), f"layers.{index}.{name}.norm")
+                    x = norm(x + part(x, index, keys), f"layers.{index}.{name}.norm")
         results.append(norm(x, "final_norm") if spec.norm_first else x)
     return torch.cat(results)
 
@@ -264,6 +274,26 @@ def test_equals_plain_pytorch(spec: EncoderSpec, generator: torch.Generator) -> 
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_tokens_that_others_do_not_attend_to(spec: EncoderSpec, generator: torch.Generator) -> None:
+    """As a ColBERT's query is filled up; in one op, and op by op."""
+    weights = make_weights(spec, generator)
+    types: Tensor | None
+    ids, bounds, types = batch(generator)
+    types = types if spec.type_vocab_size == 2 else torch.zeros_like(types)
+    attended = torch.tensor([1, 9, 1, 7], dtype=torch.int32)
+    expected = run_plain(spec, weights, ids, bounds, types, attended)
+    exact = Encoder(spec, weights, "fp32")
+    torch.testing.assert_close(exact(ids, bounds, types, attended).double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(exact(ids, bounds, types, bounds.diff()), exact(ids, bounds, types))
+    types = types if spec.type_vocab_size else None
+    for dtype in ("bf16", "int8"):
+        encoder = Encoder(spec, weights, dtype)
+        actual = encoder(ids, bounds, types, attended)
+        assert cosine(actual, expected) > (0.999 if dtype == "bf16" else 0.99)
+        assert cosine(actual, encoder.run_reference(ids, bounds, types, attended=attended)) > 0.999
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_one_op_equals_op_by_op(spec: EncoderSpec, generator: torch.Generator) -> None:
     """The whole stack in ``encoder_forward`` rounds at the same places as the readable reference."""
     encoder = Encoder(spec, make_weights(spec, generator))
@@ -291,15 +321,16 @@ def test_threads_that_share_a_batch_out_give_the_same(
     encoder = Encoder(spec, make_weights(spec, generator), dtype)
     lengths = torch.randint(1, spec.max_positions + 1, (150,), generator=generator).tolist()
     ids, bounds, types = batch(generator, lengths)
+    attended = torch.tensor([max(1, length - index % 9) for index, length in enumerate(lengths)], dtype=torch.int32)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        expected = encoder(ids, bounds, types)
+        expected = encoder(ids, bounds, types, attended)
         assert expected.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
         for count, times in ((2, 1), (3, 1), (4, 3)):
             torch.set_num_threads(count)
             for _ in range(times):
-                actual = encoder(ids, bounds, types)
+                actual = encoder(ids, bounds, types, attended)
                 # Kernels for few rows may add in another order than those for many.
                 assert cosine(actual, expected) > 0.9999
                 rows = F.cosine_similarity(actual.double(), expected.double(), dim=-1)
@@ -429,6 +460,10 @@ def test_input_errors(generator: torch.Generator) -> None:
         (ValueError, "text 1 has 21 tokens, the model takes at most 20: truncate it", (ids, cu(0, 3, 24, 31))),
         (ValueError, r"expected token_type_ids \[31\], got \[30\]", (ids, bounds, types[:30])),
         (RuntimeError, "token_type_ids from 0 to 1, got 2", (ids, bounds, types + 1)),
+        (TypeError, "expected attended of torch.int32, got torch.int64", (ids, bounds, None, bounds.diff().long())),
+        (RuntimeError, r"expected attended i32 \[4\], got", (ids, bounds, None, cu(1, 1))),
+        (RuntimeError, "attended from 1 to the 3 tokens of sequence 0, got 0", (ids, bounds, None, cu(0, 1, 1, 1))),
+        (RuntimeError, "attended from 1 to the 1 tokens of sequence 2, got 2", (ids, bounds, None, cu(3, 1, 2, 1))),
         (RuntimeError, "input_ids from 0 to 49, got -1", (ids - ids.max() - 1, bounds)),
     ):
         with pytest.raises(error, match=match):

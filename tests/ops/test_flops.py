@@ -92,6 +92,15 @@ def test_attention(window: int | None, generator: torch.Generator) -> None:
         return torch_ext.varlen_attention(qkv, bounds, 4, window=window)
 
     assert count(run) == 4 * pairs * 32
+    for causal in (False, True):
+        keys = torch.tensor([2, 5, 1, 0, 7], dtype=torch.int32)
+        pairs = 0
+        for length, most in zip(lengths, keys.tolist(), strict=True):
+            distance = torch.arange(length)[:, None] - torch.arange(most)
+            near = distance.abs() <= (length if window is None else window)
+            pairs += int((near & (distance >= 0) if causal else near).sum())
+        options = {"window": window, "causal": causal, "attended": keys}
+        assert count(lambda o=options: torch_ext.varlen_attention(qkv, bounds, 4, **o)) == 4 * pairs * 32
     # Where lengths are not known, all tokens count as one sequence.
     if window is None:
         assert count(lambda: run(qkv.to("meta"), bounds.to("meta"))) == 4 * 31**2 * 32
@@ -105,6 +114,9 @@ def test_encoder(spec: EncoderSpec, generator: torch.Generator) -> None:
     encoder = Encoder(spec, make_weights(spec, generator))
     expected = count(lambda: encoder.run_reference(ids, bounds))
     assert count(lambda: encoder(ids, bounds)) == expected > 0
+    attended = torch.tensor([1, 9, 1, 4], dtype=torch.int32)
+    fewer = count(lambda: encoder.run_reference(ids, bounds, attended=attended))
+    assert count(lambda: encoder(ids, bounds, None, attended)) == fewer < expected
     assert count(lambda: Encoder(spec, make_weights(spec, generator), "int8")(ids, bounds)) == expected
 
 

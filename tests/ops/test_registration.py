@@ -36,6 +36,7 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
         "encoder_forward": [
             ((ids, bounds, None, encoder._packed), {}),
             ((ids, bounds, ids % 2, encoder._packed), {}),
+            ((ids, bounds, None, encoder._packed), {"attended": torch.tensor([3, 1], dtype=torch.int32)}),
             ((ids, bounds, None, exact._packed), {"fp32": True}),
         ],
         "pack_linear_weight": [
@@ -75,6 +76,7 @@ def samples(generator: torch.Generator) -> dict[str, list[tuple[tuple[Any, ...],
         "varlen_attention": [
             ((rand(5, 96), bounds, 2), {}),
             ((rand(5, 48, dtype=bf16), bounds, 4, 0.5), {}),
+            ((rand(5, 96), bounds, 2), {"attended": torch.tensor([1, 2], dtype=torch.int32)}),
             ((rand(5, 96), bounds, 2), {"position_keys": rand(6, 32), "position_queries": rand(6, 32)}),
         ],
         "add_layer_norm": [
@@ -140,6 +142,7 @@ def test_fake_kernels_check() -> None:
         ("addmm: expected a", lambda: torch_ext.addmm(x[0], x, x)),
         ("addmm: expected bias that broadcasts", lambda: torch_ext.addmm(x[0], x, x.T)),
         ("num_heads", lambda: torch_ext.varlen_attention(x, torch.ones(2, device="meta"), 5)),
+        ("attended i32", lambda: torch_ext.varlen_attention(x.repeat(1, 2), x[0], 2, attended=x[0])),
         ("mode", lambda: torch_ext.pool(x, torch.ones(2, device="meta"), "sum")),
     ):
         with pytest.raises(RuntimeError, match=match):

@@ -96,6 +96,8 @@ def test_every_architecture_gives_the_same_bits(
             kept = states.pool(mode, normalize, 5)
             assert kept.shape == (4, 5)
             assert equal(kept, torch_ext.pool(hidden[:, :5].contiguous(), bounds, mode, normalize))
+        attended = torch.tensor([2, 9, 1, 7], dtype=torch.int32)
+        assert equal(encoder.encode(ids, bounds, types, attended).hidden(), expected(ids, bounds, types, attended))
     assert (encoder.architecture, encoder.dtype, encoder.task) == ("bert", dtype, None)
     assert encoder.spec == dataclasses.asdict(spec)
     assert encoder.head_spec is None
@@ -281,8 +283,9 @@ for dtype in ("bf16", "fp32", "int8"):
         lengths = torch.randint(1, 20, (100,), generator=generator)
         bounds = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32)
         ids = torch.randint(0, 50, (int(bounds[-1]),), generator=generator)
-        hidden = expected(ids, bounds)
-        states = encoders[turn % 2].encode(ids, bounds)
+        attended = (bounds.diff() * 2 + 2) // 3 if turn % 2 else None
+        hidden = expected(ids, bounds, None, attended)
+        states = encoders[turn % 2].encode(ids, bounds, None, attended)
         assert torch.equal(torch.from_dlpack(states.hidden()), hidden.float()), dtype
         assert torch.equal(torch.from_dlpack(states.token_logits()), head(hidden)), dtype
         for mode in modes:
@@ -487,6 +490,10 @@ WRONG: list[tuple[type[Exception], str, Callable[[Tensor, Tensor, Tensor], tuple
     (ValueError, "text 1 has 21 tokens, the model takes at most 20: truncate it", lambda i, c, t: (i, [0, 3, 24, 31])),
     (ValueError, r"expected token_type_ids \[31\], got \[30\]", lambda i, c, t: (i, c, t[:30])),
     (ValueError, "expected token_type_ids from 0 to 1, got 2 at ", lambda i, c, t: (i, c, t + 1)),
+    (TypeError, "expected attended of int32, got int64", lambda i, c, t: (i, c, t, c.diff().long())),
+    (ValueError, r"expected attended \[4\], a number for each text, got \[2\]", lambda i, c, t: (i, c, t, [1, 1])),
+    (ValueError, "attended from 1 to the 3 tokens of text 0, got 0", lambda i, c, t: (i, c, t, [0, 1, 1, 1])),
+    (ValueError, "attended from 1 to the 1 tokens of text 2, got 2", lambda i, c, t: (i, c, t, [3, 1, 2, 1])),
     (ValueError, "expected input_ids from 0 to 49, got -[0-9]+ at ", lambda i, c, t: (i - i.max() - 1, c)),
     (
         ValueError,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 
 #include "gemm.h"
@@ -16,12 +17,12 @@ struct HeadScratch {
   float *scores, *context;
 };
 
-HeadScratch carve(const GemmKernel& kernel, size_t length, size_t head_size, size_t ld_scores, size_t ld_context) {
+HeadScratch carve(const GemmKernel& kernel, size_t keys, size_t head_size, size_t ld_scores, size_t ld_context) {
   const size_t sizes[] = {
-      kernel.panels(length) * kernel.rhs_panel_bytes(head_size),
-      kernel.panels(head_size) * kernel.rhs_panel_bytes(length),
+      kernel.panels(keys) * kernel.rhs_panel_bytes(head_size),
+      kernel.panels(head_size) * kernel.rhs_panel_bytes(keys),
       kernel.lhs_block_bytes(kernel.max_mr(), head_size),
-      kernel.lhs_block_bytes(kernel.max_mr(), length),
+      kernel.lhs_block_bytes(kernel.max_mr(), keys),
       kernel.max_mr() * ld_scores * sizeof(float),
       kernel.max_mr() * ld_context * sizeof(float),
   };
@@ -58,8 +59,17 @@ void mask_outside(float* s, size_t n, size_t first, size_t query, size_t before,
   std::fill(s + (std::clamp(high, first, first + n) - first), s + n, -INFINITY);
 }
 
-size_t attention_cost(size_t length, const AttentionProblem& problem) {
-  const size_t all = problem.window >= length ? length : std::min(length, 2 * problem.window + 1);
+size_t length_of(const AttentionProblem& problem, size_t sequence) {
+  return static_cast<size_t>(problem.cu_seqlens[sequence + 1] - problem.cu_seqlens[sequence]);
+}
+
+size_t keys_of(const AttentionProblem& problem, size_t sequence, size_t length) {
+  return problem.attended ? std::min(length, static_cast<size_t>(problem.attended[sequence])) : length;
+}
+
+size_t attention_cost(const AttentionProblem& problem, size_t sequence) {
+  const size_t length = length_of(problem, sequence), keys = keys_of(problem, sequence, length);
+  const size_t all = problem.window >= length ? keys : std::min(keys, 2 * problem.window + 1);
   const size_t seen = problem.causal ? (all + 1) / 2 : all;
   const size_t products = 2 + (problem.positions.keys != nullptr) + (problem.positions.queries != nullptr);
   return length * (products * seen + 16) * problem.head_size;
@@ -71,7 +81,7 @@ std::vector<size_t> balance_heads(const AttentionProblem& problem, size_t parts)
   std::vector<size_t> cost(problem.sequences);
   size_t total = 0;
   for (size_t s = 0; s < problem.sequences; ++s) {
-    cost[s] = attention_cost(static_cast<size_t>(problem.cu_seqlens[s + 1] - problem.cu_seqlens[s]), problem);
+    cost[s] = attention_cost(problem, s);
     total += cost[s] * problem.heads;
   }
   // Below this a second thread costs more than it saves: about 7 us of one core (AMD EPYC 7001).
@@ -95,7 +105,7 @@ std::vector<size_t> balance_heads(const AttentionProblem& problem, size_t parts)
 void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const AttentionProblem& problem,
                         size_t sequence, size_t head) {
   const size_t first = static_cast<size_t>(problem.cu_seqlens[sequence]);
-  const size_t length = static_cast<size_t>(problem.cu_seqlens[sequence + 1]) - first;
+  const size_t length = length_of(problem, sequence), key_count = keys_of(problem, sequence, length);
   if (length == 0) return;
   const size_t d = problem.head_size, hidden = problem.heads * d, nr = kernel.nr;
   const size_t kv_heads = problem.kv_heads ? problem.kv_heads : problem.heads, ld = hidden + 2 * kv_heads * d;
@@ -104,25 +114,25 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
   const PackRowsFn pack_queries = f32 ? kernel.pack_lhs_f32 : kernel.pack_lhs_bf16;
   const PackRowsFn pack_keys = f32 ? kernel.pack_rhs_nxk_f32 : kernel.pack_rhs_nxk_bf16;
   const PackColsFn pack_values = f32 ? kernel.pack_rhs_kxn_f32 : kernel.pack_rhs_kxn_bf16;
-  const size_t ld_scores = round_up(round_up(length, nr), kMaxVecWidth), ld_context = round_up(d, nr);
-  const HeadScratch s = carve(kernel, length, d, ld_scores, ld_context);
+  const size_t ld_scores = round_up(round_up(key_count, nr), kMaxVecWidth), ld_context = round_up(d, nr);
+  const HeadScratch s = carve(kernel, key_count, d, ld_scores, ld_context);
   const char* const qkv = static_cast<const char*>(problem.qkv) + first * ld * element;
   const char* const queries = qkv + head * d * element;
   const char* const keys = qkv + (hidden + head * kv_heads / problem.heads * d) * element;
   const char* const values = keys + kv_heads * d * element;
   char* const out = static_cast<char*>(problem.out) + (first * hidden + head * d) * element;
-  const size_t key_panel = kernel.rhs_panel_bytes(d), value_panel = kernel.rhs_panel_bytes(length);
+  const size_t key_panel = kernel.rhs_panel_bytes(d), value_panel = kernel.rhs_panel_bytes(key_count);
   const bool masked = problem.window < length || problem.causal;
   const size_t before = std::min(problem.window, length), behind = problem.causal ? 0 : before;
   const float* const bias =
       problem.relative_bias ? problem.relative_bias + head * (2 * problem.bias_reach + 1) : nullptr;
 
   const GemmSession session(kernel);
-  for (size_t j = 0; j < length; j += nr) {
-    pack_keys(std::min(nr, length - j), nr, d, keys + j * ld * element, ld, s.keys + j / nr * key_panel);
+  for (size_t j = 0; j < key_count; j += nr) {
+    pack_keys(std::min(nr, key_count - j), nr, d, keys + j * ld * element, ld, s.keys + j / nr * key_panel);
   }
   for (size_t j = 0; j < d; j += nr) {
-    pack_values(std::min(nr, d - j), length, values + j * element, ld, s.values + j / nr * value_panel);
+    pack_values(std::min(nr, d - j), key_count, values + j * element, ld, s.values + j / nr * value_panel);
   }
 
   std::optional<PositionScores> positions;
@@ -130,12 +140,13 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     positions.emplace(kernel, problem.positions, PositionScores::Head{problem.type, length, head, d, hidden, keys, ld});
   }
 
-  for (size_t row = 0; row < length;) {
-    const UKernel& ukernel = kernel.ukernel_for(std::min(kernel.max_mr(), length - row));
-    const size_t rows = std::min(ukernel.mr, length - row);
+  const size_t seeing = std::min(length, key_count + before);  // Rows that see a key.
+  for (size_t row = 0; row < seeing;) {
+    const UKernel& ukernel = kernel.ukernel_for(std::min(kernel.max_mr(), seeing - row));
+    const size_t rows = std::min(ukernel.mr, seeing - row);
     // The keys that these rows see: whole panels from the first one on.
     const size_t begin = row < before ? 0 : (row - before) / nr * nr;
-    const size_t end = std::min(length, row + rows + behind);
+    const size_t end = std::min(key_count, row + rows + behind);
     const size_t seen = end - begin;
     pack_queries(rows, ukernel.mr, d, queries + row * ld * element, ld, s.queries);
     for (size_t j = begin; j < end; j += nr) {
@@ -166,6 +177,7 @@ void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const A
     vec.scale_rows(rows, d, s.context, ld_context, factors, out + row * hidden * element, hidden, problem.type);
     row += rows;
   }
+  for (size_t row = seeing; row < length; ++row) std::memset(out + row * hidden * element, 0, d * element);
 }
 
 }  // namespace torch_ext

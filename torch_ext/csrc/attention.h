@@ -19,6 +19,7 @@ struct AttentionProblem {
   void* out = nullptr;        ///< [T, heads * head_size]
   DType type = DType::kBF16;
   const int32_t* cu_seqlens = nullptr;  ///< [sequences + 1], not decreasing, from 0 to T
+  const int32_t* attended = nullptr;    ///< [sequences], of each the first tokens that are keys, 1 or more; null: all
   size_t sequences = 0;
   size_t heads = 0, head_size = 0;
   size_t kv_heads = 0;  ///< of keys and values, each for heads / kv_heads of queries; 0: as many as of queries
@@ -36,7 +37,8 @@ struct AttentionProblem {
 std::vector<size_t> balance_heads(const AttentionProblem& problem, size_t parts);
 
 /// out = softmax(scale * (Q K^T + positions) + bias) V for head `head` of sequence `sequence`. Scores exist for one block of rows at a
-/// time: memory is O(length * head_size) for each thread.
+/// time: memory is O(length * head_size) for each thread. A row that sees no key, where keys are few and the window is small,
+/// is 0.
 void run_attention_head(const GemmKernel& kernel, const VecKernels& vec, const AttentionProblem& problem,
                         size_t sequence, size_t head);
 

@@ -91,6 +91,7 @@ class Run {
     }
     attention_.type = kType;
     attention_.cu_seqlens = batch.cu_seqlens;
+    attention_.attended = batch.attended;
     attention_.sequences = batch.sequences;
     attention_.heads = h_.num_heads;
     attention_.kv_heads = h_.num_kv_heads;
@@ -550,6 +551,7 @@ void run_range(const EncoderModel& model, const EncoderBatch& batch, const Seque
   part.sequences = range.last - range.first;
   part.ids += skipped;
   if (part.type_ids) part.type_ids += skipped;
+  if (part.attended) part.attended += range.first;
   std::vector<int32_t> cu_seqlens(batch.cu_seqlens + range.first, batch.cu_seqlens + range.last + 1);
   for (int32_t& offset : cu_seqlens) offset -= static_cast<int32_t>(skipped);
   part.cu_seqlens = cu_seqlens.data();

@@ -55,6 +55,7 @@ struct EncoderBatch {
   const int64_t* ids = nullptr;       ///< [tokens]
   const int64_t* type_ids = nullptr;  ///< [tokens], or null for type 0
   const int32_t* cu_seqlens = nullptr;
+  const int32_t* attended = nullptr;  ///< [sequences], see AttentionProblem; null: all tokens are
   size_t sequences = 0, tokens = 0;
 };
 

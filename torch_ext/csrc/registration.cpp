@@ -15,8 +15,7 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
   m.def(
       "varlen_attention(Tensor qkv, Tensor cu_seqlens, int num_heads, float? scale=None, int? window=None, "
       "Tensor? relative_bias=None, Tensor? position_keys=None, Tensor? position_queries=None, int position_reach=0, "
-      "bool causal=False) "
-      "-> Tensor");
+      "bool causal=False, Tensor? attended=None) -> Tensor");
   m.def(
       "add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor? residual_scale=None) "
       "-> "
@@ -39,8 +38,8 @@ STABLE_TORCH_LIBRARY(torch_ext, m) {
   m.def("_relative_bias_table(Tensor bias, int reach) -> Tensor");
   m.def("_encoder_sections(Tensor packed) -> Tensor");
   m.def(
-      "encoder_forward(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor packed, bool fp32=False) "
-      "-> Tensor");
+      "encoder_forward(Tensor input_ids, Tensor cu_seqlens, Tensor? token_type_ids, Tensor packed, bool fp32=False, "
+      "Tensor? attended=None) -> Tensor");
   m.def("_pack_linear_weight_fp32(Tensor weight) -> Tensor");
   m.def("_unpack_linear_weight_fp32(Tensor packed) -> Tensor");
   m.def("_weight_fingerprint(Tensor weight) -> int");

@@ -201,7 +201,13 @@ class Encoder(Reference):
         """The names of all linear layers, from the embeddings up."""
         return tuple(name.removesuffix(".weight") for name in self.spec.shapes() if is_matrix(name))
 
-    def __call__(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None = None,
+        attended: Tensor | None = None,
+    ) -> Tensor:
         """Run a batch of texts.
 
         Args:
@@ -211,6 +217,8 @@ class Encoder(Reference):
             cu_seqlens: i32 ``[B + 1]``; starts at 0, ends at T; text ``b`` is tokens ``cu_seqlens[b]`` to
                 ``cu_seqlens[b + 1]``, at least one and at most ``spec.max_positions``.
             token_type_ids: i64 ``[T]``, or None for type 0 everywhere.
+            attended: i32 ``[B]``: of each text the first tokens that others attend to, at least one. Those behind them
+                have hidden states, too, but change no other's, as in a ColBERT's query that is filled up. None: all.
 
         Returns:
             The last hidden state, ``[T, H]``, fp32 if ``dtype`` is, else bf16. It never requires grad.
@@ -218,27 +226,36 @@ class Encoder(Reference):
         Raises:
             TypeError: an argument has the wrong dtype.
             ValueError: a shape or an entry of ``cu_seqlens`` is wrong, or a text is empty or too long.
-            RuntimeError: an id is out of range.
+            RuntimeError: an id or an entry of ``attended`` is out of range.
         """
         if torch.compiler.is_compiling():
-            return self._run(input_ids, cu_seqlens, token_type_ids)
-        self._check(input_ids, cu_seqlens, token_type_ids)
+            return self._run(input_ids, cu_seqlens, token_type_ids, attended)
+        self._check(input_ids, cu_seqlens, token_type_ids, attended)
         with Inference():
-            return self._run(input_ids, cu_seqlens, token_type_ids)
+            return self._run(input_ids, cu_seqlens, token_type_ids, attended)
 
-    def _run(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def _run(
+        self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, attended: Tensor | None
+    ) -> Tensor:
         types = token_type_ids if self.spec.type_vocab_size else None
-        result: Tensor = _encoder_forward(input_ids, cu_seqlens, types, self._packed, self.dtype == "fp32")
+        result: Tensor = _encoder_forward(input_ids, cu_seqlens, types, self._packed, self.dtype == "fp32", attended)
         return result
 
-    def _check(self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None) -> None:
+    def _check(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None,
+        attended: Tensor | None = None,
+    ) -> None:
         spec = self.spec
         for name, tensor, dtype in (
             ("input_ids", input_ids, torch.int64),
             ("cu_seqlens", cu_seqlens, torch.int32),
             ("token_type_ids", token_type_ids, torch.int64),
+            ("attended", attended, torch.int32),
         ):
-            if tensor is None and name == "token_type_ids":
+            if tensor is None and name in ("token_type_ids", "attended"):
                 continue
             if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
                 got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -73,6 +73,7 @@ class Reference(Weighted[EncoderSpec]):
         cu_seqlens: Tensor,
         token_type_ids: Tensor | None = None,
         observe: Observe | None = None,
+        attended: Tensor | None = None,
     ) -> Tensor:
         """The encoder, op by op: what it computes, written to be read. Calls run it as one op, ``encoder_forward``.
 
@@ -81,13 +82,14 @@ class Reference(Weighted[EncoderSpec]):
             cu_seqlens: likewise.
             token_type_ids: likewise.
             observe: is told the name and input of every linear layer that reads a norm or an activation.
+            attended: as when the encoder is called.
 
         Returns:
             The last hidden state, ``[T, H]``.
         """
         observe = observe or (lambda name, x: None)
         if not self.spec.embedding_norm:
-            return self._run_stream(input_ids, cu_seqlens, token_type_ids, observe)
+            return self._run_stream(input_ids, cu_seqlens, token_type_ids, observe, attended)
         hidden = self._embed(input_ids, cu_seqlens, token_type_ids, observe)
         for index, w in enumerate(self._layers):
             attention_norm = w.attention_norm_weight, w.attention_norm_bias
@@ -95,8 +97,8 @@ class Reference(Weighted[EncoderSpec]):
             if self.spec.norm_first:
                 normed = self._norm(hidden, None, *attention_norm)
                 observe(f"layers.{index}.attention.qkv", normed)
-                attended = self._attend(index, normed, cu_seqlens)
-                hidden = self._linear(attended, w.out_weight, w.out_bias, residual=hidden)
+                context = self._attend(index, normed, cu_seqlens, attended)
+                hidden = self._linear(context, w.out_weight, w.out_bias, residual=hidden)
                 normed = self._norm(hidden, None, *ffn_norm)
                 observe(f"layers.{index}.ffn.up", normed)
                 wide = self._widen(w, normed)
@@ -106,8 +108,8 @@ class Reference(Weighted[EncoderSpec]):
                 # The residual is added in the norm, which reads it from the cache, on every instruction set in one
                 # pass.
                 observe(f"layers.{index}.attention.qkv", hidden)
-                attended = self._linear(self._attend(index, hidden, cu_seqlens), w.out_weight, w.out_bias)
-                hidden = self._norm(attended, hidden, *attention_norm, w.attention_residual_scale)
+                context = self._linear(self._attend(index, hidden, cu_seqlens, attended), w.out_weight, w.out_bias)
+                hidden = self._norm(context, hidden, *attention_norm, w.attention_residual_scale)
                 observe(f"layers.{index}.ffn.up", hidden)
                 wide = self._widen(w, hidden)
                 observe(f"layers.{index}.ffn.down", wide)
@@ -118,7 +120,12 @@ class Reference(Weighted[EncoderSpec]):
         return hidden
 
     def _run_stream(
-        self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, observe: Observe
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None,
+        observe: Observe,
+        attended: Tensor | None,
     ) -> Tensor:
         """The reference of encoders without a norm of the embeddings: what layers add is summed in fp32."""
 
@@ -138,8 +145,8 @@ class Reference(Weighted[EncoderSpec]):
                 raise AssertionError("a layer without a norm before its attention")
             normed = norm(stream, w.attention_norm_weight, w.attention_norm_bias)
             observe(f"layers.{index}.attention.qkv", normed)
-            attended = self._attend(index, normed, cu_seqlens)
-            stream = added(attended, w.out_weight, w.out_bias, w.attention_post_norm_weight)
+            context = self._attend(index, normed, cu_seqlens, attended)
+            stream = added(context, w.out_weight, w.out_bias, w.attention_post_norm_weight)
             normed = norm(stream, w.ffn_norm_weight, w.ffn_norm_bias)
             observe(f"layers.{index}.ffn.up", normed)
             wide = self._widen(w, normed)
@@ -181,7 +188,7 @@ class Reference(Weighted[EncoderSpec]):
         spread = [part.reshape(tokens, -1, size).repeat_interleave(more, 1).flatten(1) for part in parts[1:]]
         return torch.cat([parts[0], *spread], 1)
 
-    def _attend(self, index: int, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _attend(self, index: int, x: Tensor, cu_seqlens: Tensor, attended: Tensor | None) -> Tensor:
         """Attention of a layer, without its last linear layer."""
         spec, w = self.spec, self._layers[index]
         local = spec.is_local(index)
@@ -203,6 +210,7 @@ class Reference(Weighted[EncoderSpec]):
             w.position_queries,
             spec.position_reach,
             spec.causal,
+            attended,
         )
         return result
 

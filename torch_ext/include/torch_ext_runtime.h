@@ -114,6 +114,9 @@ typedef struct txr_batch {
   const int32_t* cu_seqlens; /* [texts + 1]: where each text begins, and the end; from 0 to tokens, rising */
   size_t texts;
   const int64_t* type_ids; /* [tokens]; NULL: type 0 everywhere */
+  /* [texts]: of each text the first tokens that others attend to, from 1 to all of them, such as those of a ColBERT's query
+     without the tokens that fill it up; NULL: all */
+  const int32_t* attended;
 } txr_batch;
 
 typedef struct txr_pooling {

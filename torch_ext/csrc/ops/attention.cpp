@@ -13,7 +13,8 @@ namespace torch_ext {
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
                         const std::optional<double>& scale, const std::optional<int64_t>& window,
                         const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& position_keys,
-                        const std::optional<Tensor>& position_queries, int64_t position_reach, bool causal) {
+                        const std::optional<Tensor>& position_queries, int64_t position_reach, bool causal,
+                        const std::optional<Tensor>& attended) {
   const char* const op = "varlen_attention";
   check_cpu(op, "qkv", qkv);
   const DType type = float_type(op, "qkv", qkv);
@@ -21,6 +22,8 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num
                   ": expected qkv [T, 3 * H] with H a multiple of num_heads=", num_heads, ", got ", describe(qkv));
   const int64_t tokens = qkv.size(0), hidden = qkv.size(1) / 3;
   const Sequences sequences = check_sequences(op, cu_seqlens, tokens);
+  std::optional<Tensor> counts;
+  if (attended) counts = check_attended(op, *attended, sequences);
   STD_TORCH_CHECK(!scale || *scale > 0, op, ": expected scale > 0, got ", *scale);
   STD_TORCH_CHECK(!window || *window >= 0, op, ": expected window of at least 0, got ", *window);
   std::optional<Tensor> bias;
@@ -55,6 +58,7 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num
   problem.out = out.mutable_data_ptr();
   problem.type = type;
   problem.cu_seqlens = sequences.offsets;
+  if (counts) problem.attended = static_cast<const int32_t*>(counts->const_data_ptr());
   problem.sequences = sequences.count;
   problem.heads = static_cast<size_t>(num_heads);
   problem.head_size = static_cast<size_t>(hidden / num_heads);

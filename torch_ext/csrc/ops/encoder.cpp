@@ -219,7 +219,7 @@ Tensor encoder_sections(const Tensor& packed) {
 }
 
 Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,
-                       const Tensor& packed, bool fp32) {
+                       const Tensor& packed, bool fp32, const std::optional<Tensor>& attended) {
   const char* const op = "encoder_forward";
   const EncoderModel model = read_encoder(op, packed);
   const EncoderHeader& h = model.header;
@@ -230,6 +230,8 @@ Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const 
   const bool limited = model.position || model.rotary;
   STD_TORCH_CHECK(!limited || sequences.longest <= h.max_positions, op, ": a sequence of ", sequences.longest,
                   " tokens is longer than the ", h.max_positions, " positions of the model; truncate it");
+  std::optional<Tensor> counts;
+  if (attended) counts = check_attended(op, *attended, sequences);
   std::optional<Tensor> types;
   if (token_type_ids) {
     STD_TORCH_CHECK(model.token_type, op, ": token_type_ids given, but the model has no token types");
@@ -245,6 +247,7 @@ Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const 
   batch.ids = static_cast<const int64_t*>(ids.const_data_ptr());
   batch.type_ids = types ? static_cast<const int64_t*>(types->const_data_ptr()) : nullptr;
   batch.cu_seqlens = sequences.offsets;
+  batch.attended = counts ? static_cast<const int32_t*>(counts->const_data_ptr()) : nullptr;
   batch.sequences = sequences.count;
   batch.tokens = static_cast<size_t>(tokens);
   TorchHost host(has_foreign_matrices(model));

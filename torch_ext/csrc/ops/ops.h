@@ -28,7 +28,8 @@ int64_t weight_fingerprint(const Tensor& weight);
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads,
                         const std::optional<double>& scale, const std::optional<int64_t>& window,
                         const std::optional<Tensor>& relative_bias, const std::optional<Tensor>& position_keys,
-                        const std::optional<Tensor>& position_queries, int64_t position_reach, bool causal);
+                        const std::optional<Tensor>& position_queries, int64_t position_reach, bool causal,
+                        const std::optional<Tensor>& attended);
 Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
                       double eps, const std::optional<Tensor>& residual_scale);
 Tensor add_rms_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps);
@@ -56,7 +57,7 @@ Tensor pack_encoder(const std::vector<Tensor>& weights, int64_t hidden_size, int
 /// Where the sections of a packed encoder are: i64 [sections, 2], offset and bytes.
 Tensor encoder_sections(const Tensor& packed);
 Tensor encoder_forward(const Tensor& input_ids, const Tensor& cu_seqlens, const std::optional<Tensor>& token_type_ids,
-                       const Tensor& packed, bool fp32);
+                       const Tensor& packed, bool fp32, const std::optional<Tensor>& attended);
 std::string isa_report();
 
 /// At least `rows`: the number of rows that a caller with a choice gives to `linear`, because each new number costs.

@@ -98,4 +98,19 @@ Sequences check_sequences(const char* op, const Tensor& cu_seqlens, int64_t toke
   return s;
 }
 
+Tensor check_attended(const char* op, const Tensor& attended, const Sequences& sequences) {
+  check_cpu(op, "attended", attended);
+  STD_TORCH_CHECK(attended.scalar_type() == ScalarType::Int && attended.dim() == 1 &&
+                      attended.size(0) == static_cast<int64_t>(sequences.count),
+                  op, ": expected attended i32 [", sequences.count, "], got ", describe(attended));
+  const Tensor checked = as_contiguous(attended);
+  const auto* const counts = static_cast<const int32_t*>(checked.const_data_ptr());
+  for (size_t i = 0; i < sequences.count; ++i) {
+    const int32_t length = sequences.offsets[i + 1] - sequences.offsets[i];
+    STD_TORCH_CHECK(counts[i] >= std::min(length, 1) && counts[i] <= length, op, ": expected attended from 1 to the ",
+                    length, " tokens of sequence ", i, ", got ", counts[i]);
+  }
+  return checked;
+}
+
 }  // namespace torch_ext

@@ -68,4 +68,7 @@ struct Sequences {
 };
 Sequences check_sequences(const char* op, const Tensor& cu_seqlens, int64_t tokens);
 
+/// attended checked: i32 [B], of each sequence from 1 to all of its tokens.
+Tensor check_attended(const char* op, const Tensor& attended, const Sequences& sequences);
+
 }  // namespace torch_ext

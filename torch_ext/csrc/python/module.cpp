@@ -547,10 +547,10 @@ PyObject* new_encoder(const F& open) {
 
 PyObject* encoder_encode(PyObject* object, PyObject* args) {
   const auto& self = *reinterpret_cast<EncoderObject*>(object);
-  PyObject *ids_object, *bounds_object, *types_object;
-  if (!PyArg_ParseTuple(args, "OOO", &ids_object, &bounds_object, &types_object)) return nullptr;
+  PyObject *ids_object, *bounds_object, *types_object, *attended_object;
+  if (!PyArg_ParseTuple(args, "OOOO", &ids_object, &bounds_object, &types_object, &attended_object)) return nullptr;
   Integers<int64_t> ids, types;
-  Integers<int32_t> bounds;
+  Integers<int32_t> bounds, attended;
   if (!ids.read(ids_object, "input_ids") || !bounds.read(bounds_object, "cu_seqlens")) return nullptr;
   const bool typed = types_object != Py_None;
   if (typed && !types.read(types_object, "token_type_ids")) return nullptr;
@@ -562,8 +562,19 @@ PyObject* encoder_encode(PyObject* object, PyObject* args) {
     return PyErr_Format(PyExc_ValueError,
                         "Encoder: expected at least one text (cu_seqlens [texts + 1]), got an empty batch");
   }
-  const txr_batch batch = {sizeof batch,  ids.data(),        ids.size(),
-                           bounds.data(), bounds.size() - 1, typed ? types.data() : nullptr};
+  const bool fewer = attended_object != Py_None;
+  if (fewer && !attended.read(attended_object, "attended")) return nullptr;
+  if (fewer && attended.size() != bounds.size() - 1) {
+    return PyErr_Format(PyExc_ValueError, "Encoder: expected attended [%zu], a number for each text, got [%zu]",
+                        bounds.size() - 1, attended.size());
+  }
+  const txr_batch batch = {.struct_size = sizeof batch,
+                           .ids = ids.data(),
+                           .tokens = ids.size(),
+                           .cu_seqlens = bounds.data(),
+                           .texts = bounds.size() - 1,
+                           .type_ids = typed ? types.data() : nullptr,
+                           .attended = fewer ? attended.data() : nullptr};
   auto* const states = allocate<StatesObject>(states_type);
   if (!states) return nullptr;
   if (!call([&](txr_error* error) { return txr_encode(self.encoder, &batch, &states->states, error); })) {
@@ -617,7 +628,7 @@ PyObject* encoder_release_workspace(PyObject* object, PyObject*) {
 }
 
 PyMethodDef encoder_methods[] = {
-    {"encode", encoder_encode, METH_VARARGS, "encode(ids, cu_seqlens, type_ids or None) -> States."},
+    {"encode", encoder_encode, METH_VARARGS, "encode(ids, cu_seqlens, type_ids or None, attended or None) -> States."},
     {"info", encoder_info, METH_NOARGS, "What the model and the engine are, as a dictionary."},
     {"share", encoder_share, METH_NOARGS, "A descriptor of the packed weights in sealed memory."},
     {"save_image", encoder_save_image, METH_VARARGS, "save_image(path)."},

@@ -269,7 +269,12 @@ txr_status txr_encode(const txr_encoder* encoder, const txr_batch* batch, txr_st
     const txr_batch b = completed(batch, "txr_batch");
     expect(b.cu_seqlens && (b.ids || b.tokens == 0), "txr_batch: expected ids and cu_seqlens, got NULL");
     auto made = std::make_unique<txr_states>();
-    made->states = engine.encode(b.ids, b.tokens, b.cu_seqlens, b.texts, b.type_ids);
+    made->states = engine.encode({.ids = b.ids,
+                                  .type_ids = b.type_ids,
+                                  .cu_seqlens = b.cu_seqlens,
+                                  .attended = b.attended,
+                                  .sequences = b.texts,
+                                  .tokens = b.tokens});
     *states = made.release();
   });
 }

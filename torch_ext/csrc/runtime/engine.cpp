@@ -90,9 +90,10 @@ std::shared_ptr<Engine> Engine::from_image(const std::string& path, const Option
   return engine;
 }
 
-std::unique_ptr<States> Engine::encode(const int64_t* ids, size_t tokens, const int32_t* cu_seqlens, size_t texts,
-                                       const int64_t* type_ids) const {
+std::unique_ptr<States> Engine::encode(EncoderBatch batch) const {
   const EncoderSpec& spec = image_.specs().encoder;
+  const int32_t* const cu_seqlens = batch.cu_seqlens;
+  const size_t texts = batch.sequences, tokens = batch.tokens;
   expect(texts >= 1, "Encoder: expected at least one text (cu_seqlens [texts + 1]), got an empty batch");
   expect(cu_seqlens[0] == 0 && cu_seqlens[texts] >= 0 && static_cast<size_t>(cu_seqlens[texts]) == tokens,
          "Encoder: expected cu_seqlens from 0 to ", tokens, " (tokens), got ", cu_seqlens[0], " to ",
@@ -103,15 +104,16 @@ std::unique_ptr<States> Engine::encode(const int64_t* ids, size_t tokens, const 
     const int64_t length = int64_t{cu_seqlens[i + 1]} - cu_seqlens[i];
     expect(length <= spec.max_positions, "Encoder: text ", i, " has ", length, " tokens, the model takes at most ",
            spec.max_positions, ": truncate it");
+    expect(!batch.attended || (batch.attended[i] >= 1 && batch.attended[i] <= length),
+           "Encoder: expected attended from 1 to the ", length, " tokens of text ", i, ", got ",
+           batch.attended ? batch.attended[i] : 0);
   }
-  check_ids("input_ids", ids, tokens, spec.vocab_size);
-  if (type_ids) {
-    check_ids("token_type_ids", type_ids, tokens, std::max<int64_t>(spec.type_vocab_size, 1));
-    if (!spec.type_vocab_size) type_ids = nullptr;
+  check_ids("input_ids", batch.ids, tokens, spec.vocab_size);
+  if (batch.type_ids) {
+    check_ids("token_type_ids", batch.type_ids, tokens, std::max<int64_t>(spec.type_vocab_size, 1));
+    if (!spec.type_vocab_size) batch.type_ids = nullptr;
   }
   auto states = std::make_unique<States>(shared_from_this(), tokens, cu_seqlens, texts);
-  const EncoderBatch batch{
-      .ids = ids, .type_ids = type_ids, .cu_seqlens = cu_seqlens, .sequences = texts, .tokens = tokens};
   run_encoder(image_.encoder(), batch, dispatch_, *host_, states->data());
   return states;
 }

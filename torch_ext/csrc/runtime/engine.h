@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "encoder.h"
 #include "pool.h"
 #include "runtime/image.h"
 #include "runtime/thread_pool.h"
@@ -46,10 +47,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   /// Runs a batch of texts that lie one after the other.
   ///
-  /// ids [tokens]; cu_seqlens [texts + 1], from 0 to tokens, rising; type_ids [tokens], or null for type 0 everywhere.
-  /// Throws kValue where one of them does not fit.
-  std::unique_ptr<States> encode(const int64_t* ids, size_t tokens, const int32_t* cu_seqlens, size_t texts,
-                                 const int64_t* type_ids) const;
+  /// Ids may be out of range, and sequences empty or too long: throws kValue where something does not fit.
+  std::unique_ptr<States> encode(EncoderBatch batch) const;
 
   /// Frees what its threads, and the caller's, keep for the next batch.
   void release_workspace() const;
