@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.bundle.fields import Reader
+from deploy.tasks.rows import FilledIds, Ids
 
 __all__ = ["DENSE_ACTIVATIONS", "DENSE_FILE", "Dense", "Role", "Sparse", "TokenVectors"]
 
@@ -92,6 +93,7 @@ class Role:
         kept: Ids of the only tokens that have one; none: all.
         pad_to: Shorter texts are filled up to so many tokens; 0: they are not.
         pad_id: With which token.
+        attends: Whether tokens attend to those; else they have vectors, and change no others.
     """
 
     max_tokens: int | None = None
@@ -99,10 +101,22 @@ class Role:
     kept: Collection[int] = frozenset()
     pad_to: int = 0
     pad_id: int = 0
+    attends: bool = True
 
     def keeps(self, token: int) -> bool:
         """Whether a token has a vector."""
         return token not in self.skipped and (not self.kept or token in self.kept)
+
+    def filled(self, ids: Ids, most: int | None = None) -> Ids | FilledIds:
+        """Token ids of a text, filled up.
+
+        Args:
+            ids: Of the text, special tokens included; they are changed.
+            most: Up to so many tokens, if that is less than `pad_to`.
+        """
+        own = len(ids)
+        ids.extend([self.pad_id] * (min(self.pad_to, self.pad_to if most is None else most) - own))
+        return ids if self.attends or len(ids) == own else FilledIds(ids, own)
 
     @classmethod
     def read(cls, reader: Reader) -> Role:
@@ -118,6 +132,7 @@ class Role:
             ids("kept"),
             reader.count("pad_to") if "pad_to" in reader.value else 0,
             reader.count("pad_id") if "pad_id" in reader.value else 0,
+            reader.get("attends", bool, optional=True) is not False,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -127,6 +142,8 @@ class Role:
             result["max_tokens"] = self.max_tokens
         if self.pad_to:
             result |= {"pad_to": self.pad_to, "pad_id": self.pad_id}
+        if not self.attends:
+            result["attends"] = False
         return result
 
 
@@ -137,8 +154,9 @@ class TokenVectors:
     Attributes:
         normalize: Whether vectors are divided by their L2 norm.
         document: Of texts that are looked for.
-        query: Of what is looked for; None: the model fills queries up with tokens that others do not see, which is not
-            supported.
+        query: Of what is looked for; None: not supported, since the model fills queries up with tokens that others do
+            not attend to, and its architecture has another use for the attention mask, or the bundle is from before
+            they were supported.
     """
 
     normalize: bool

@@ -7,14 +7,27 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..tasks import Ids
+from ..tasks.rows import FilledIds
 
 if TYPE_CHECKING:
     Bounds = array[int]
 
-__all__ = ["BATCH_TOKENS", "Batch", "Ids", "PairIds", "batches", "encoded", "groups", "joined"]
+__all__ = [
+    "BATCH_TOKENS",
+    "Batch",
+    "FilledIds",
+    "Ids",
+    "Item",
+    "PairIds",
+    "batches",
+    "encoded",
+    "groups",
+    "joined",
+    "plain_ids",
+]
 
 BATCH_TOKENS = 2048
 """Token budget of a batch: what a server takes by default, and so what variants are verified with."""
@@ -36,21 +49,34 @@ class PairIds:
         return len(self.ids)
 
 
+Item: TypeAlias = Ids | PairIds | FilledIds
+"""What engines take of a text, or of a pair of texts."""
+
+
+def plain_ids(item: Item) -> Ids:
+    """Token ids of an item, whatever else it says."""
+    return item.ids if isinstance(item, (PairIds, FilledIds)) else item
+
+
 class Batch:
     """Texts that run together.
 
     Attributes:
         ids: Token ids of each text, special tokens included.
         types: Token types of each text; None: 0 everywhere.
+        attended: How many tokens of each text are attended to, the first ones; None: all.
         texts: Index of each text in what the batch was taken from.
     """
 
-    def __init__(self, ids: Sequence[Ids | PairIds], texts: Sequence[int] | None = None) -> None:
+    def __init__(self, ids: Sequence[Item], texts: Sequence[int] | None = None) -> None:
         self.items = ids
-        self.ids: list[Ids] = [text.ids if isinstance(text, PairIds) else text for text in ids]
+        self.ids: list[Ids] = [plain_ids(text) for text in ids]
         self.types: list[Ids] | None = None
         if any(isinstance(text, PairIds) for text in ids):
             self.types = [text.types if isinstance(text, PairIds) else array("q", bytes(8 * len(text))) for text in ids]
+        self.attended: Sequence[int] | None = None
+        if any(isinstance(text, FilledIds) for text in ids):
+            self.attended = array("i", [text.attended if isinstance(text, FilledIds) else len(text) for text in ids])
         self.texts: Sequence[int] = range(len(ids)) if texts is None else texts
 
     def __len__(self) -> int:
@@ -70,7 +96,7 @@ class Batch:
         return array("i", accumulate(self.lengths, initial=0))
 
 
-def encoded(encodings: Iterable[Any], token_types: bool, pairs: bool) -> list[Ids | PairIds]:
+def encoded(encodings: Iterable[Any], token_types: bool, pairs: bool) -> list[Item]:
     """What engines take of encodings of the tokenizers library; without texts that have no token.
 
     Args:
@@ -78,7 +104,7 @@ def encoded(encodings: Iterable[Any], token_types: bool, pairs: bool) -> list[Id
         token_types: Whether the model is given their token types; else all are 0.
         pairs: Whether they are of pairs.
     """
-    rows: list[Ids | PairIds] = []
+    rows: list[Item] = []
     for encoding in encodings:
         ids = array("q", encoding.ids)
         if len(ids):
@@ -118,7 +144,7 @@ def groups(lengths: Sequence[int], padding_bound: float = math.inf, max_padded: 
     return result
 
 
-def batches(ids: Sequence[Ids | PairIds], size: int, max_tokens: int = BATCH_TOKENS) -> list[Batch]:
+def batches(ids: Sequence[Item], size: int, max_tokens: int = BATCH_TOKENS) -> list[Batch]:
     """Sorts texts by length and cuts them into batches, as far as possible like those of a busy server.
 
     Args:

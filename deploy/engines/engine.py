@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..tasks import States, Task
-from .batch import Batch, Ids, PairIds
+from .batch import Batch, Item, plain_ids
 
 __all__ = ["Engine", "Image"]
 
@@ -44,11 +44,11 @@ class Engine(ABC):
     def __init__(self, task: Task) -> None:
         self.task = task
 
-    def run(self, ids: Sequence[Ids | PairIds], options: Sequence[Any]) -> list[Any]:
+    def run(self, ids: Sequence[Item], options: Sequence[Any]) -> list[Any]:
         """Runs a batch.
 
         Args:
-            ids: Per text its token ids, or those of a pair.
+            ids: Per text its token ids, or those of a pair, or of a text that is filled up.
             options: Per text the options of its request: those of the task, or `RAW`.
 
         Returns:
@@ -71,9 +71,9 @@ class Engine(ABC):
         (answer,) = self.task.answers(states, [option])
         return answer
 
-    def cost(self, ids: Ids | PairIds) -> int:
+    def cost(self, ids: Item) -> int:
         """What a text costs of a token budget; see `Task.cost_tokens`. On any thread."""
-        return self.task.cost_tokens(ids.ids if isinstance(ids, PairIds) else ids)
+        return self.task.cost_tokens(plain_ids(ids))
 
     def rest(self) -> None:  # noqa: B027 (most keep nothing)
         """Frees what it keeps for the next batch; the caller has had none for a while."""

@@ -25,14 +25,17 @@ _MIXING = ("ConvBert", "FNet", "Funnel", "Mra", "Nystromformer", "Yoso")
 
 
 def padded(batch: Batch, pad_id: int) -> tuple[PaddedIds, PaddedIds, PaddedIds]:
-    """Token ids, attention mask and token types of a batch, each i64 [texts, longest]."""
+    """Token ids, attention mask and token types of a batch, each i64 [texts, longest].
+
+    The mask is 0 for padding, and for tokens that are not attended to, though they have outputs.
+    """
     longest = max(batch.lengths)
     ids = np.full((len(batch), longest), pad_id, np.int64)
     mask = np.zeros_like(ids)
     types = np.zeros_like(ids)
     for row, text in enumerate(batch.ids):
         ids[row, : len(text)] = text
-        mask[row, : len(text)] = 1
+        mask[row, : len(text) if batch.attended is None else batch.attended[row]] = 1
         if batch.types is not None:
             types[row, : len(text)] = batch.types[row]
     return ids, mask, types

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,27 +84,13 @@ def shaped(run: Any, layout: Layout, arrays: tuple[PaddedIds, ...], pad_id: int)
     Args:
         run: The program.
         layout: Which batches it takes.
-        arrays: Those of `INPUTS`.
+        arrays: Those of `INPUTS`; of one text, if the layout is for single ones.
         pad_id: Token id of padding.
 
     Returns:
         f32 [texts, longest, n] or [texts, n].
     """
-    texts, longest = arrays[0].shape
-    if layout.single and texts > 1:
-        lengths = arrays[1].sum(axis=1)
-        result: Floats | None = None
-        for row, size in enumerate(lengths.tolist()):
-            output = shaped(run, layout, tuple(array[row : row + 1, :size] for array in arrays), pad_id)
-            if result is None:
-                wide = (texts, longest, output.shape[2]) if output.ndim == 3 else (texts, *output.shape[1:])
-                result = np.zeros(wide, np.float32)
-            if output.ndim == 3:
-                result[row, :size] = output[0]
-            else:
-                result[row] = output[0]
-        assert result is not None
-        return result
+    longest = arrays[0].shape[1]
     more = layout.length(longest) - longest
     if more:
         filled = (pad_id, 0, 0)
@@ -157,7 +142,7 @@ class ProgramEngine(PaddedEngine):
         if not self._layout.ragged:
             self.padding_bound = 1.0
         if self._layout.single:
-            self.padding_bound = math.inf
+            self._max_padded = 0  # No two texts run together.
         self.isa = f"torch-{torch.__version__}, {torch_ext.ops.isa_report()['isa']}"
 
     @contextlib.contextmanager

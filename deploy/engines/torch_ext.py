@@ -132,7 +132,7 @@ class TorchExtEngine(Engine):
         # Of one token type or none there is nothing to choose, whatever the tokenizer says of pairs.
         typed = self._encoder.type_vocab_size > 1
         types = joined(batch.types) if typed and batch.types is not None else None
-        states = self._encoder.encode(joined(batch.ids), bounds, types)
+        states = self._encoder.encode(joined(batch.ids), bounds, types, batch.attended)
         yield batch, _PackedStates(batch, states, bounds, self._encoder.outputs)
 
 

@@ -108,6 +108,7 @@ def choose_encoder(
 
 def _exact_rows(model: Any, work: Sequence[Batch], mode: str, pad_id: int) -> list[torch.Tensor]:
     """A row per text, of the model itself: an encoder in fp32 would be in memory beside it."""
+    import numpy as np
     import torch
 
     from deploy.engines.transformers import MAX_PADDED, outputs_of
@@ -116,10 +117,10 @@ def _exact_rows(model: Any, work: Sequence[Batch], mode: str, pad_id: int) -> li
     for batch in work:
         found: dict[int, torch.Tensor] = {}
         for places in groups(batch.lengths, max_padded=MAX_PADDED):
-            ids, mask, types = padded(batch.part(places), pad_id)
-            hidden = outputs_of(model.base_model, ids, mask, types)[0]
+            part = batch.part(places)
+            hidden = outputs_of(model.base_model, *padded(part, pad_id))[0]
             # A copy: some are views of all hidden states.
-            pooled = torch.from_numpy(pool_padded(hidden.numpy(), mask.sum(1), mode)).clone()
+            pooled = torch.from_numpy(pool_padded(hidden.numpy(), np.array(part.lengths), mode)).clone()
             found.update(zip(places, pooled, strict=True))
         rows.append(torch.stack([found[place] for place in range(len(batch))]))
     return rows
@@ -150,7 +151,9 @@ class _EncoderStates:
         types = None if typed is None else torch.frombuffer(joined(typed), dtype=torch.int64)
         self.ids = batch.ids
         self.cu_seqlens = torch.frombuffer(bounds, dtype=torch.int32)
-        self.hidden = encoder(torch.frombuffer(joined(batch.ids), dtype=torch.int64), self.cu_seqlens, types)
+        attended = None if batch.attended is None else torch.tensor(batch.attended, dtype=torch.int32)
+        ids = torch.frombuffer(joined(batch.ids), dtype=torch.int64)
+        self.hidden = encoder(ids, self.cu_seqlens, types, attended)
         self._head = head
 
     def pooled(self, mode: str, normalize: bool = False, dimensions: int | None = None, skipped: int = 0) -> Rows:

@@ -22,7 +22,7 @@ from deploy.bundle import (
     Manifest,
     Speed,
 )
-from deploy.engines.batch import Ids, PairIds, batches
+from deploy.engines.batch import Ids, Item, batches
 from deploy.engines.open import open_engine
 from deploy.export.accuracy import Result, Verification
 from deploy.export.calibration import CALIBRATION_TOKENS, calibration_texts
@@ -87,7 +87,7 @@ class Export:
     progress: Progress
     names: list[str] = field(default_factory=list)
     draft: Manifest = field(init=False)
-    ids: list[Ids | PairIds] = field(init=False)
+    ids: list[Item] = field(init=False)
     model: Any = None
     config: Any = None
     mapped: Mapped = field(default_factory=Mapped)
@@ -140,7 +140,7 @@ def load(state: Export) -> None:
             texts = [source.prompt + text for text in calibration_texts(state.texts.texts)]
             state.calibration = tokens.encode_alone(texts, CALIBRATION_TOKENS)
         try:
-            state.ids = task.prepare(ids)
+            state.ids = task.trials(ids)
         except TaskError as error:
             raise ExportError(str(error)) from error
         shutil.copyfile(source.folder / CONFIG_FILE, state.folder / CONFIG_FILE)

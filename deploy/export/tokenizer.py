@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import CONFIG_FILE, TASKS, SpecialToken
-from deploy.engines.batch import Ids, PairIds, encoded
+from deploy.engines.batch import Ids, Item, PairIds, encoded
 from deploy.export.errors import ExportError, first_line
 from deploy.folder.chat import with_suffix
 from deploy.folder.prefixes import shattered
@@ -99,7 +99,7 @@ class Tokens:
         found: int | None = self._backend.token_to_id(token)
         return found
 
-    def encode(self, texts: Sequence[str]) -> list[Ids | PairIds]:
+    def encode(self, texts: Sequence[str]) -> list[Item]:
         """Token ids of what the task makes of texts, with the model's default prompt before them, truncated.
 
         Raises:
@@ -140,12 +140,12 @@ class Tokens:
         cut: Any = {"truncation": True, "max_length": most, "add_special_tokens": False}
         return [[*row, *self._suffix] for row in self._reference(*columns, **cut)["input_ids"]]
 
-    def encode_inputs(self, inputs: Sequence[Any], words: bool) -> list[tuple[Ids | PairIds, Sequence[int | None]]]:
+    def encode_inputs(self, inputs: Sequence[Any], words: bool) -> list[tuple[Item, Sequence[int | None]]]:
         """Token ids of any inputs, truncated, and the index of each token's word; see `evaluation.Encode`."""
         self._backend.enable_truncation(self.max_tokens, direction=self.truncation_side)
         encodings = self._backend.encode_batch(inputs, is_pretokenized=words)
         self._backend.no_truncation()
-        found: list[tuple[Ids | PairIds, Sequence[int | None]]] = []
+        found: list[tuple[Item, Sequence[int | None]]] = []
         for given, encoding in zip(inputs, encodings, strict=True):
             ids = array("q", encoding.ids)
             if not len(ids):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deploy.engines.batch import Batch, PairIds
+from deploy.engines.batch import Batch, PairIds, plain_ids
 from deploy.engines.padded import padded
 from deploy.engines.program import Layout, shaped
 from deploy.engines.program_file import LAYOUT_FILE, check_archive
@@ -134,7 +134,7 @@ class _Probes:
         """What to trace with: sizes that are no others', so that none is taken for another."""
         text = max(self._texts, key=len)
         tokens = max(multiple * 3, min(len(text), 40) // multiple * multiple, 12)
-        ids = np.resize(np.asarray(text.ids if isinstance(text, PairIds) else text, np.int64), tokens)
+        ids = np.resize(np.asarray(plain_ids(text), np.int64), tokens)
         rows = 1 if single else 3
         mask = np.ones((rows, tokens), np.int64)
         if not single:
@@ -174,7 +174,7 @@ class _Probes:
 
 
 def _cut(text: Any, size: int) -> Any:
-    return PairIds(text.ids[:size], text.types[:size]) if isinstance(text, PairIds) else text[:size]
+    return PairIds(text.ids[:size], text.types[:size]) if isinstance(text, PairIds) else plain_ids(text)[:size]
 
 
 def _trace(model: torch.nn.Module, example: tuple[torch.Tensor, ...], single: bool) -> Any:

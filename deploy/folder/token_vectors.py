@@ -19,6 +19,10 @@ __all__ = ["TokenFiles", "read_token_vectors"]
 _QUERY_LENGTH = 32
 """Of PyLate, where its settings are silent."""
 
+_MASKED = ("deberta", "deberta-v2", "esm")
+"""Architectures of transformers in which a token that is not attended to has another embedding, or attends to nothing
+itself: its vector is none that torch_ext computes."""
+
 
 @dataclass
 class TokenFiles:
@@ -128,5 +132,8 @@ def read_token_vectors(
                 f"tokenizer, got {dict(files.expansion)!r:.200}"
             )
         longest = length if strategy == "fixed" else files.query_length and max(files.query_length, length)
-        query = Role(longest, skips("query"), pad_to=length, pad_id=fill) if files.expansion.get("attend") else None
+        attends = bool(files.expansion.get("attend"))
+        query = Role(longest, skips("query"), pad_to=length, pad_id=fill, attends=attends)
+        if not attends and source.config.get("model_type") in _MASKED:
+            query = None
     return TokenVectors(files.normalize, document, query)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from .rows import FilledIds, Ids
+
 __all__ = ["Described", "ModelFolder"]
 
 
@@ -40,7 +42,15 @@ class _Sparse(Protocol):
 
 
 class _Role(Protocol):
+    @property
+    def max_tokens(self) -> int | None: ...
+
+    @property
+    def pad_to(self) -> int: ...
+
     def keeps(self, token: int) -> bool: ...
+
+    def filled(self, ids: Ids, most: int | None = None) -> Ids | FilledIds: ...
 
 
 class _TokenVectors(Protocol):

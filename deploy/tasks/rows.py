@@ -8,15 +8,32 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["Ids", "Items", "Mapped", "Rows", "places"]
+__all__ = ["FilledIds", "Ids", "Items", "Mapped", "Rows", "places"]
 
 if TYPE_CHECKING:
     Ids: TypeAlias = array[int]
 else:
     Ids = array
 """Token ids or token types of a text: `array("q")`, i64 [tokens]."""
+
+
+@dataclass(frozen=True)
+class FilledIds:
+    """Token ids of a text that is filled up with tokens that no token attends to, though they have vectors.
+
+    Attributes:
+        ids: Of all tokens.
+        attended: How many of them are the text's own, special tokens included; they come first.
+    """
+
+    ids: Ids
+    attended: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Rows(Sequence[memoryview]):

@@ -248,6 +248,17 @@ class Task(ABC):
         """
         return list(rows)
 
+    def trials(self, rows: Sequence[Any]) -> list[Any]:
+        """What variants are verified with: every kind of input that a server gets.
+
+        Args:
+            rows: See `prepare`.
+
+        Raises:
+            TaskError: See `prepare`.
+        """
+        return self.prepare(rows)
+
     def cost_tokens(self, ids: Ids) -> int:
         """What a text costs, in tokens that only pass through the encoder: what a token budget counts.
 

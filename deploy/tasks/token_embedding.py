@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from .bounds import COSINE, pick
 from .feature_extraction import TokenVectorOptions
+from .rows import FilledIds, Ids
 from .task import RAW, Described, ModelFolder, Needs, States, Task, not_finite
 
 if TYPE_CHECKING:
     from .comparison import Comparison
 
 __all__ = ["TokenEmbedding"]
+
+_MOST_FILLED = 32
+"""Tokens that a query is filled up with where variants are verified.
+
+Farther behind a text, a token of local attention sees none of it, and versions of transformers differ: since 5 such a
+token attends to nothing, as in torch_ext; before, to all tokens alike."""
 
 
 class TokenEmbedding(Task):
@@ -37,6 +44,19 @@ class TokenEmbedding(Task):
         super().__init__(model, token_text)
         assert model.token_vectors is not None  # The manifest was checked.
         self._vectors = model.token_vectors
+
+    def trials(self, rows: Sequence[Any]) -> list[Any]:
+        """See `Task.trials`: where queries are filled up, every other text becomes one."""
+        return [self._query(ids) if index % 2 else ids for index, ids in enumerate(self.prepare(rows))]
+
+    def _query(self, ids: Ids) -> Ids | FilledIds:
+        role = self._vectors.query
+        if role is None or not role.pad_to:
+            return ids
+        most = role.max_tokens
+        if most is not None and len(ids) > most:
+            ids = ids[: most - 1] + ids[-1:]
+        return role.filled(ids, len(ids) + _MOST_FILLED)
 
     def answers(self, states: States, options: Sequence[Any]) -> list[Any]:
         """See `Task.answers`."""

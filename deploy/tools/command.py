@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.bundle import VARIANTS, BundleError, Manifest
-from deploy.engines.batch import Ids, PairIds, encoded
+from deploy.engines.batch import Item, encoded
 from deploy.folder.errors import FolderError
 from deploy.options import model_name
 from deploy.tasks import TASKS, TaskError, open_task, prompted
@@ -61,7 +61,7 @@ def texts_of(file: Path | None, most: int) -> tuple[list[str], str]:
     return [texts[index * len(texts) // count] for index in range(count)], file.name
 
 
-def read_items(manifest: Manifest, texts: Sequence[str]) -> list[Ids | PairIds]:
+def read_items(manifest: Manifest, texts: Sequence[str]) -> list[Item]:
     """Token ids of what a bundle's task makes of texts, with its default prompt, truncated.
 
     Raises:
@@ -82,7 +82,7 @@ def read_items(manifest: Manifest, texts: Sequence[str]) -> list[Ids | PairIds]:
     rows = encoded(tokenizer.encode_batch(inputs), manifest.token_types, pairs)
     if not rows:
         raise ToolError("the tokenizer gives no token for any of the texts; pass other ones with --texts")
-    return open_task(manifest).prepare(rows)
+    return open_task(manifest).trials(rows)
 
 
 def chosen_variants(manifest: Manifest, asked: str | None) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import Manifest, Variant
-from deploy.engines.batch import Batch, Ids, PairIds, joined
+from deploy.engines.batch import Batch, Item, joined
 
 __all__ = ["HOT", "shares"]
 
@@ -43,7 +43,7 @@ _ONNX: Mapping[str, str] = {
 }
 
 
-def shares(manifest: Manifest, variant: Variant, item: Ids | PairIds, threads: int, seconds: float) -> dict[str, float]:
+def shares(manifest: Manifest, variant: Variant, item: Item, threads: int, seconds: float) -> dict[str, float]:
     """Share of the model's time by kind of op.
 
     Args:
@@ -73,7 +73,7 @@ def _kind(name: str, kinds: Mapping[str, str]) -> str:
     return next((kind for part, kind in kinds.items() if part in name), "other")
 
 
-def _torch_ext(path: Path, dtype: Any, item: Ids | PairIds, threads: int, seconds: float) -> dict[str, float]:
+def _torch_ext(path: Path, dtype: Any, item: Item, threads: int, seconds: float) -> dict[str, float]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,21 +98,22 @@ def _torch_ext(path: Path, dtype: Any, item: Ids | PairIds, threads: int, second
     bounds = torch.frombuffer(batch.bounds(), dtype=torch.int32)
     typed = batch.types if encoder.spec.type_vocab_size > 1 else None
     types = None if typed is None else torch.frombuffer(joined(typed), dtype=torch.int64)
+    attended = None if batch.attended is None else torch.tensor(batch.attended, dtype=torch.int32)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            encoder.run_reference(ids, bounds, types)
+            encoder.run_reference(ids, bounds, types, attended=attended)
             end = time.perf_counter() + seconds
             while not counted or time.perf_counter() < end:
                 with Clock():  # type: ignore[no-untyped-call]
-                    encoder.run_reference(ids, bounds, types)
+                    encoder.run_reference(ids, bounds, types, attended=attended)
     finally:
         torch.set_num_threads(before)
     return counted
 
 
-def _onnx(path: Path, item: Ids | PairIds, threads: int, seconds: float) -> dict[str, float]:
+def _onnx(path: Path, item: Item, threads: int, seconds: float) -> dict[str, float]:
     import onnxruntime
 
     from deploy.engines.padded import padded

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from deploy.bundle import Manifest
-from deploy.engines.batch import Batch, Ids, PairIds
+from deploy.engines.batch import Batch, Item
 from deploy.machine import cpu_name, usable_cpus
 from deploy.options import positive, seconds
 from deploy.tools.command import (
@@ -135,10 +135,10 @@ def _profile(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _text(manifest: Manifest, file: Path | None, tokens: int) -> tuple[str, Ids | PairIds]:
+def _text(manifest: Manifest, file: Path | None, tokens: int) -> tuple[str, Item]:
     """The text whose length is nearest to what is asked for, and its token ids."""
     texts, _ = texts_of(file, 256)
-    best: tuple[int, str, Ids | PairIds] | None = None
+    best: tuple[int, str, Item] | None = None
     for text in texts:
         try:
             (item,) = read_items(manifest, [text])
@@ -152,7 +152,7 @@ def _text(manifest: Manifest, file: Path | None, tokens: int) -> tuple[str, Ids 
     return best[1], best[2]
 
 
-def _measure(manifest: Manifest, name: str, text: str, item: Ids | PairIds, threads: int, seconds: float) -> Parts:
+def _measure(manifest: Manifest, name: str, text: str, item: Item, threads: int, seconds: float) -> Parts:
     from deploy.engines.open import open_engine
 
     encode = _tokenizer(manifest)

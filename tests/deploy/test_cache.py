@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from deploy.bundle import Manifest
-from deploy.engines.batch import PairIds
+from deploy.engines.batch import FilledIds, PairIds
 from deploy.engines.open import load_engine
 from deploy.folder.describe import describe_folder
 from deploy.server.limits.bounds import Settings
@@ -73,8 +73,8 @@ def test_without_the_option_nothing_is_kept(manifest: Manifest) -> None:
 def test_token_types_and_options_are_part_of_the_key() -> None:
     ids, types, others = array("q", [2, 5, 3]), array("q", [0, 0, 0]), array("q", [0, 1, 1])
     options = (EmbedOptions(True), EmbedOptions(False), EmbedOptions(True, 4), TokenVectorOptions())
-    texts = (ids, PairIds(ids, types), PairIds(ids, others), others)
-    assert len({_key(text, option) for text in texts for option in options}) == 16
+    texts = (ids, PairIds(ids, types), PairIds(ids, others), others, FilledIds(ids, 1), FilledIds(ids, 2))
+    assert len({_key(text, option) for text in texts for option in options}) == 24
     assert _key(PairIds(ids, types), EmbedOptions(True)) == _key(PairIds(ids[:], types[:]), EmbedOptions(True))
 
 

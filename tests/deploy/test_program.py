@@ -112,6 +112,22 @@ def test_a_decoder(tmp_path: Path) -> None:
         assert np.asarray(found) @ right / np.linalg.norm(found) / np.linalg.norm(right) > 0.9995
 
 
+def test_texts_one_by_one(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the layout of some programs wants it."""
+    manifest = load_manifest(program)
+    engine = open_engine(manifest, manifest.variant(NAME), 1)
+    texts = [array("q", range(5, 5 + size)) for size in (7, 3, 3, 12)]
+    expected = engine.run(texts, [engine.task.exact] * 4)
+    monkeypatch.setattr("deploy.engines.program.Layout.from_json", lambda text: Layout(single=True))
+    engine: Any = open_engine(manifest, manifest.variant(NAME), 1)
+    shapes: list[tuple[int, ...]] = []
+    forward = engine._forward
+    monkeypatch.setattr(engine, "_forward", lambda *arrays: shapes.append(arrays[0].shape) or forward(*arrays))
+    found = engine.run(texts, [engine.task.exact] * 4)
+    assert shapes == [(1, 12), (1, 7), (1, 3), (1, 3)]
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=0.02 * np.abs(np.asarray(expected)).max())
+
+
 def test_server_needs_no_transformers(program: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from deploy.bundle import load_manifest\n"
@@ -258,18 +274,17 @@ def test_layouts(mix: Any, layout: Layout, tmp_path: Path) -> None:
     assert model.layer.weight.dtype is torch.float32
 
 
-def test_texts_one_by_one_are_put_together() -> None:
-    seen: list[tuple[int, ...]] = []
+def test_lengths_that_a_program_takes() -> None:
+    seen: list[Any] = []
 
     def run(ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-        seen.append(tuple(ids.shape))
+        seen.append((ids.tolist(), mask.tolist()))
         return ids[..., None].expand(-1, -1, 2).float()
 
-    ids = np.array([[1, 2, 3], [4, 0, 0]])
-    mask = np.array([[1, 1, 1], [1, 0, 0]])
+    ids, mask = np.array([[1, 2, 3]]), np.array([[1, 1, 0]])
     found = shaped(run, Layout(single=True, multiple=2, least=4), (ids, mask, mask * 0), 9)
-    assert seen == [(1, 4), (1, 4)]
-    assert found[..., 0].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert seen == [([[1, 2, 3, 9]], [[1, 1, 0, 0]])]
+    assert found[..., 0].tolist() == [[1, 2, 3]]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "x", '{"single": 1, "multiple": 1, "least": 1, "ragged": true}'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sys
@@ -207,7 +208,12 @@ def save_multi(folder: Path, target: Path, settings: Any = None, **mask: Any) ->
 
 
 def token_vectors(
-    folder: Path, linear: torch.nn.Linear, prompt: str, skipped: tuple[str, ...] = (), size: int = 0
+    folder: Path,
+    linear: torch.nn.Linear,
+    prompt: str,
+    skipped: tuple[str, ...] = (),
+    size: int = 0,
+    attend: bool = True,
 ) -> list[Any]:
     """What transformers makes of the texts; `size` fills them up with mask tokens, or cuts them."""
     with warnings.catch_warnings():
@@ -215,15 +221,17 @@ def token_vectors(
         import transformers
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModel.from_pretrained(folder).eval()
+        model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     found = []
     for text in TEXTS:
         cut = {"truncation": True, "max_length": size} if size else {}
         ids = tokenizer(prompt + text, **cut)["input_ids"]
-        ids += [tokenizer.mask_token_id] * (size - len(ids))
+        own = len(ids)
+        ids += [tokenizer.mask_token_id] * (size - own)
+        mask = (torch.arange(len(ids)) < (len(ids) if attend else own)).long()[None]
         left = torch.tensor([tokenizer.convert_ids_to_tokens(token) not in skipped for token in ids])
         with torch.inference_mode():
-            vectors = linear(model(torch.tensor([ids])).last_hidden_state[0])
+            vectors = linear(model(torch.tensor([ids]), attention_mask=mask).last_hidden_state[0])
         found.append(torch.nn.functional.normalize(vectors)[left].numpy())
     return found
 
@@ -262,15 +270,69 @@ def test_vectors_of_tokens(tiny_model: ModelMaker, tmp_path: Path) -> None:
 
 
 def test_queries_with_tokens_that_others_do_not_see(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """Their tokens have vectors, as many as the model says, and change no other's."""
     folder = tmp_path / "model"
-    settings = {"query_expansion": {"strategy": "fixed", "length": 6}, "document_length": 5}
+    settings = {"query_expansion": {"strategy": "fixed", "length": 12}, "document_length": 5}
     linear = save_multi(tiny_model(), folder, settings, skiplist_tasks=[])
-    manifest = describe_folder(str(folder), None)
-    assert manifest.token_vectors == TokenVectors(True, Role(5), None)
-    expected = token_vectors(folder, linear, "the ", size=5)
-    check(asked(manifest)[:1], expected[:1])
-    with pytest.raises(ApiError, match="query_expansion without attend"):
-        asked(manifest, prompt_name="query")
+    described = describe_folder(str(folder), None)
+    assert described.token_vectors == TokenVectors(True, Role(5), Role(12, pad_to=12, pad_id=4, attends=False))
+    document = token_vectors(folder, linear, "the ", size=5)
+    check(asked(described)[:1], document[:1])
+    right = token_vectors(folder, linear, "of ", size=12, attend=False)
+    assert [len(rows) for rows in right] == [12, 12, 12]
+    attended = token_vectors(folder, linear, "of ", size=12)
+    assert np.abs(right[0] - attended[0]).max() > 0.01
+    check(asked(described, prompt_name="query"), right)
+    program = "torch-export-bf16"
+    variants = f"torch_ext-fp32,torch_ext-int8,onnx-int8,onnx-fp32,{program}"
+    options = ["--max-texts", "8", "--speed-seconds", "0", "--quiet", "--variants", variants]
+    assert main([str(folder), "-o", str(tmp_path / "out"), *options]) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.token_vectors == described.token_vectors
+    for variant, close in ((FP32, 1e-4), ("onnx-fp32", 1e-4), ("torch_ext-int8", 0.1), (program, 0.1)):
+        check(asked(manifest, variant, "query"), right, close)
+
+    # Queries and documents of several clients in one batch.
+    def both(service: Any) -> Any:
+        asked = [structured.embed_all(service, TEXTS, Caller(), LIMITS, prompt_name=name) for name in ("query", None)]
+        return asyncio.gather(*asked, *(structured.embed_all(service, ["the of"], Caller(), LIMITS) for _ in range(3)))
+
+    for variant in (FP32, "onnx-fp32"):
+        queries, documents, *_ = ask(manifest, variant, both)
+        check([np.asarray(list(rows)) for rows in queries.values], right)
+        check([np.asarray(list(rows)) for rows in documents.values][:1], document[:1])
+        assert queries.tokens == 36
+
+
+def test_bundles_from_before_such_queries_were_supported(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    settings = {"query_expansion": {"strategy": "min", "length": 6}}
+    save_multi(tiny_model(), tmp_path / "model", settings)
+    options = ["--max-texts", "8", "--speed-seconds", "0", "--quiet", "--variants", FP32]
+    assert main([str(tmp_path / "model"), "-o", str(tmp_path / "out"), *options]) == 0
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.token_vectors is not None
+    assert manifest.token_vectors.query == Role(None, pad_to=6, pad_id=4, attends=False)
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["token_vectors"]["query"]["attends"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    older = load_manifest(tmp_path / "out").token_vectors
+    assert older is not None
+    assert older.query == Role(None, pad_to=6, pad_id=4)
+    content["token_vectors"]["query"] = None
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ApiError, match=r"query_expansion without attend.*export it again"):
+        asked(load_manifest(tmp_path / "out"), prompt_name="query")
+
+
+@pytest.mark.parametrize("model_type", ["deberta", "esm"])
+def test_architectures_that_use_the_mask_elsewhere(model_type: str, tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """In transformers, tokens that are not attended to have another embedding there."""
+    save_multi(tiny_model(), tmp_path / "model", {"query_expansion": {"strategy": "fixed", "length": 6}})
+    change(tmp_path / "model" / "config.json", model_type=model_type)
+    vectors = describe_folder(str(tmp_path / "model"), None).token_vectors
+    assert vectors is not None
+    assert vectors.query is None
 
 
 def save_pylate(folder: Path, target: Path, **settings: Any) -> torch.nn.Linear:
@@ -306,11 +368,20 @@ def test_a_model_of_pylate(tiny_model: ModelMaker, tmp_path: Path) -> None:
     check(asked(load_manifest(tmp_path / "out"), prompt_name="query"), token_vectors(folder, linear, "of ", size=6))
 
 
+def test_queries_of_pylate(tiny_model: ModelMaker, tmp_path: Path) -> None:
+    """As it saves them: nobody asked for attention to what fills them up."""
+    folder = tmp_path / "model"
+    linear = save_pylate(tiny_model("roberta"), folder, query_length=12)
+    manifest = describe_folder(str(folder), None)
+    check(asked(manifest, prompt_name="query"), token_vectors(folder, linear, "of ", size=12, attend=False))
+
+
 def test_what_pylate_takes_for_granted(tiny_model: ModelMaker, tmp_path: Path) -> None:
     save_pylate(tiny_model(), tmp_path / "a", query_length=None, document_length=40)
     vectors = describe_folder(str(tmp_path / "a"), None).token_vectors
     assert vectors is not None
-    assert (vectors.normalize, vectors.document.max_tokens, vectors.query) == (True, 40, None)
+    assert (vectors.normalize, vectors.document.max_tokens) == (True, 40)
+    assert vectors.query == Role(32, pad_to=32, pad_id=4, attends=False)
     assert len(vectors.document.skipped) == 32  # Punctuation.
     save_pylate(tiny_model(), tmp_path / "b", do_query_expansion=False, skiplist_words=[])
     vectors = describe_folder(str(tmp_path / "b"), None).token_vectors

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ...engines.batch import PairIds
+from ...engines.batch import FilledIds, PairIds
 from ...tasks.rows import Items
 from ..limits.callers import Caller, CallerLeft
 from .admission import too_late
@@ -156,6 +156,8 @@ def _future() -> asyncio.Future[Any]:
 def _key(ids: Any, options: Any) -> Key:
     if isinstance(ids, PairIds):
         return ids.ids.tobytes(), ids.types.tobytes(), options
+    if isinstance(ids, FilledIds):
+        return ids.ids.tobytes(), ids.attended.to_bytes(4, "little"), options  # Types take more bytes.
     return ids.tobytes(), b"", options
 
 

@@ -15,6 +15,7 @@ from ...tasks import RAW, Ids
 from ...tasks.answers import AnswerOptions, best_answers
 from ...tasks.entities import entities
 from ...tasks.feature_extraction import TokenVectorOptions
+from ...tasks.rows import FilledIds
 from ...tasks.sparse_embedding import SparseEmbedding
 from ...tasks.token_classification import TokenOptions
 from ..errors import ApiError
@@ -205,7 +206,8 @@ async def embed_all(
             raise ApiError(
                 "invalid_request",
                 "prompt_name: this model fills queries up with tokens that others do not attend to (query_expansion "
-                "without attend), which is not supported; documents are",
+                "without attend), which is not supported for DeBERTa and ESM, nor by bundles of earlier versions: "
+                "export it again; documents are supported",
             )
         encode = functools.partial(_encode_role, encode, role)
     options = TokenVectorOptions(query)
@@ -214,11 +216,8 @@ async def embed_all(
 
 def _encode_role(
     encode: Callable[..., list[Ids]], role: Role, texts: Sequence[str], truncate: bool, first: int = 0
-) -> list[Ids]:
-    rows = encode(texts, truncate, first, limit=role.max_tokens)
-    for ids in rows:
-        ids.extend([role.pad_id] * (role.pad_to - len(ids)))
-    return rows
+) -> list[Ids | FilledIds]:
+    return [role.filled(ids) for ids in encode(texts, truncate, first, limit=role.max_tokens)]
 
 
 def _count_tokens(ids: Sequence[Any], limits: Limits) -> int:

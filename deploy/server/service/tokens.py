@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tokenizers import Encoding, Tokenizer
 
 from ...bundle import TOKENIZER_FILE, Prompts
-from ...engines.batch import Ids, PairIds
+from ...engines.batch import Ids, Item, PairIds
 from ..errors import ApiError
 
 if TYPE_CHECKING:
@@ -252,9 +252,9 @@ class TextTokenizer:
 
     def encode_mixed(
         self, inputs: Sequence[str | tuple[str, str]], truncate: bool, first: int = 0, cut_left: bool | None = None
-    ) -> list[Ids | PairIds]:
+    ) -> list[Item]:
         """Token ids of texts and pairs of texts in any order; see `encode` and `encode_pairs`."""
-        result: list[Ids | PairIds] = []
+        result: list[Item] = []
         for single, run in itertools.groupby(inputs, key=lambda given: isinstance(given, str)):
             encode: Callable[..., list[Any]] = self.encode if single else self.encode_pairs
             result += encode(list(run), truncate, first + len(result), cut_left=cut_left)
