@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import string
 import sys
 import threading
 import warnings
@@ -18,6 +20,7 @@ from server_harness import ask, make_manifest, running
 
 from deploy.bundle import Manifest, load_manifest
 from deploy.export.cli import main
+from deploy.folder.describe import describe_folder
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
 from deploy.server.service import structured
@@ -78,6 +81,86 @@ def test_entities_are_those_of_the_pipeline(tagger: tuple[Path, Manifest]) -> No
                     assert item["score"] == pytest.approx(float(right["score"]), abs=1e-4)
                 found += len(answer)
         assert found > 200, "the model finds hardly anything"
+
+
+def spaces_within(folder: Path, kind: str) -> Path:
+    """A tagger whose tokenizer makes spaces a part of tokens, as transformers 4 saves those of sentencepiece models."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    pieces = [
+        "\u2581",
+        *string.ascii_letters,
+        ",",
+        "\u65e5\u672c",
+        "\u2581the",
+        "\u2581list",
+        "\u2581in",
+        "ve",
+        "\u2581Lo",
+        "on",
+    ]
+    scores = [(token, 0.0) for token in special] + [(piece, -2.0) for piece in pieces]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=3))
+    tokenizer.add_special_tokens([AddedToken(token, lstrip=token == "<mask>", special=True) for token in special])
+    one_space = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([one_space, normalizers.Strip(left=False, right=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    ends = {"special_tokens": [("<s>", 0), ("</s>", 2)]}
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> </s> $B </s>", **ends)
+    names = {"bos": 0, "cls": 0, "pad": 1, "eos": 2, "sep": 2, "unk": 3, "mask": 4}
+    settings = {"tokenizer_class": f"{kind}Tokenizer", **{f"{key}_token": special[at] for key, at in names.items()}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+        more = {"max_position_embeddings": 130, "type_vocab_size": 1, "pad_token_id": 1, "initializer_range": 0.4}
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=tokenizer.get_vocab_size(), **sizes, **labels, **more
+        )
+        getattr(transformers, f"{kind}ForTokenClassification")(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Camembert"])
+def test_places_are_without_the_space_before(kind: str, tmp_path: Path) -> None:
+    """As in transformers 5, which splits texts at spaces first, whatever the folder's tokenizer does."""
+    folder = spaces_within(tmp_path / "model", kind)
+    manifest = describe_folder(str(folder), None)
+    texts = ["Ada Lovelace  lived in London,", " 日本 e\u0301a \u2602 y ", "the\n\n list\t", "x <mask> in", "a\u3000b"]
+
+    async def all_of_them(service: Any) -> list[Any]:
+        return [
+            await structured.classify_tokens(service, texts, Caller(), LIMITS, aggregation_strategy=strategy)
+            for strategy in STRATEGIES
+        ]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+        from tokenizers.pre_tokenizers import Metaspace, Sequence, WhitespaceSplit
+
+        found = 0
+        pipe = transformers.pipeline("token-classification", str(folder), device="cpu")
+        theirs: Any = pipe.tokenizer
+        if int(transformers.__version__.partition(".")[0]) < 5:
+            theirs.backend_tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Metaspace()])
+        for strategy, result in zip(STRATEGIES, ask(manifest, "torch_ext-fp32", all_of_them), strict=True):
+            for text, answer in zip(texts, result.values, strict=True):
+                expected = [{**item, "score": 0} for item in pipe(text, aggregation_strategy=strategy)]
+                assert [{**item, "score": 0} for item in answer] == expected, (strategy, text)
+                # The mask takes the space before it, as it says itself.
+                own = [item for item in answer if "<mask>" not in item["word"]]
+                assert not any(text[item["start"]].isspace() for item in own)
+                found += sum(item["start"] > 0 for item in own)
+    assert found > 20, "the model finds hardly anything"
 
 
 def test_entities_in_bf16(tagger: tuple[Path, Manifest]) -> None:

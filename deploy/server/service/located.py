@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tokenizers.pre_tokenizers import Metaspace
+
 from ...engines.batch import PairIds
 from ...tasks import Ids
 from ...tasks.answers import Window
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 __all__ = ["Asked", "Located", "LocatingTokenizer"]
+
+_SPACE = "\u2581"
+"""What Metaspace makes of a space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ class LocatingTokenizer:
         self._unk_id = unk_id
         # Only a tokenizer of words marks the pieces that continue one.
         self._marks_pieces = bool(getattr(self.backend.model, "continuing_subword_prefix", None))
+        self._spaces_within = isinstance(self.backend.pre_tokenizer, Metaspace)
 
     def encode(self, texts: Sequence[str], truncate: bool, first: int = 0) -> list[Located]:
         """Token ids and places of texts; see `TextTokenizer.encode`."""
@@ -193,13 +199,22 @@ class LocatingTokenizer:
             yield from self.backend.encode_batch(list(inputs[start : start + SLICE_TEXTS]))
 
     def tokens(self, located: Located) -> list[TokenText]:
-        """The tokens of a text but special ones, as the pipelines of transformers see them."""
+        """The tokens of a text but special ones, as the pipelines of transformers 5 see them.
+
+        Tokenizers of XLM-R and CamemBERT that transformers 4 saved make a space a part of the token behind it
+        (Metaspace), and transformers 4 counts it to the token's place: `text[start:end]` begins with it. transformers 5
+        builds a tokenizer of its own for these, which splits texts at spaces first: the same ids, and places without
+        the space, as clients expect them. So the folder's tokenizer makes the ids, and the space is taken off here. A
+        tokenizer that has more steps than Metaspace (DeBERTa v3) has the space in its places in transformers 5, too.
+        """
         text, found = located.text, []
         for index, token_id in enumerate(located.ids):
             if located.special[index]:
                 continue
             start, end = located.starts[index], located.ends[index]
             word = self.backend.id_to_token(token_id) or ""
+            if self._spaces_within and (word.startswith(_SPACE) or token_id == self._unk_id):
+                start, end = _behind_space(text, start, end)
             if token_id == self._unk_id:
                 found.append(TokenText(index, text[start:end], start, end, False))
                 continue
@@ -214,3 +229,13 @@ class LocatingTokenizer:
         """The text of how tokens read."""
         decoder = self.backend.decoder
         return " ".join(words) if decoder is None else str(decoder.decode(words))
+
+
+def _behind_space(text: str, start: int, end: int) -> tuple[int, int]:
+    """A token's place without the space before it; of a token that is nothing else, the letter behind it."""
+    first = start
+    while first < end and text[first].isspace():
+        first += 1
+    if first == end < len(text) and start < end:
+        return end, end + 1
+    return (first, end) if first < end else (start, end)
