@@ -56,7 +56,7 @@ class TokenEmbedding(Task):
         most = role.max_tokens
         if most is not None and len(ids) > most:
             ids = ids[: most - 1] + ids[-1:]
-        return role.filled(ids, len(ids) + _MOST_FILLED)
+        return role.filled(ids[:], len(ids) + _MOST_FILLED)
 
     def answers(self, states: States, options: Sequence[Any]) -> list[Any]:
         """See `Task.answers`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from server_harness import ask, make_manifest, running
 
-from deploy.bundle import load_manifest
+from deploy.bundle import Prompts, Role, TokenVectors, load_manifest
+from deploy.engines.batch import FilledIds, plain_ids
 from deploy.server.limits.bounds import Limits, Settings
 from deploy.server.limits.callers import Caller
 from deploy.server.service import structured
@@ -59,3 +61,27 @@ def test_the_route(tmp_path: Path) -> None:
         assert reply.json == [[[token] * 8 for token in text] for text in ([2, 5, 3], [2, 6, 7, 3])]
         # 14 tokens of 8 numbers.
         assert server("POST", "/embed_all", {"inputs": "w0 " * 12}).status == 413
+
+
+def test_queries_that_are_filled_up(tmp_path: Path) -> None:
+    """The engine is told which tokens are the text's own; a text that is long enough is like any other."""
+    role = Role(7, pad_to=6, pad_id=4, attends=False)
+    manifest = replace(
+        make_manifest(tmp_path, "token-embedding"),
+        token_vectors=TokenVectors(True, Role(), role),
+        prompts=Prompts({"query": ""}),
+    )
+    seen: list[Any] = []
+    with running(manifest) as server:
+
+        def run(ids: Any, options: Any) -> list[Any]:
+            seen.extend(ids)
+            return [list(Rows(np.float32([[token] * 8 for token in plain_ids(text)]))) for text in ids]
+
+        server.engine.run = run  # type: ignore[method-assign]
+        inputs = ["w0", "w1 w2 w3 w4"]
+        reply = server("POST", "/embed_all", {"inputs": inputs, "prompt_name": "query"})
+        assert reply.status == 200, reply.body
+        assert [[row[0] for row in text] for text in reply.json] == [[2, 5, 3, 4, 4, 4], [2, 6, 7, 8, 9, 3]]
+        assert server("POST", "/embed_all", {"inputs": inputs}).json[0] == [[token] * 8 for token in (2, 5, 3)]
+    assert [text.attended if isinstance(text, FilledIds) else None for text in seen] == [3, None, None, None]
