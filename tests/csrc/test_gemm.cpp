@@ -437,12 +437,19 @@ TORCH_EXT_TEST(tasks_take_what_others_leave_of_a_row) {
     context("%s", path.name().c_str());
     // One is slow: it has the first part, and the others do the rest.
     size_t first = 1, last = 0;
-    EXPECT(queue.take(3, panels, 1, first, last) && first == 0 && last == panels / 8, "took %zu to %zu", first, last);
+    EXPECT(queue.take(3, panels, 1, 1, first, last) && first == 0 && last == panels / 8, "took %zu to %zu", first,
+           last);
     check_grid(path, m, n, 16, plan, &queue, last * path.kernel->nr);
-    EXPECT(!queue.take(3, panels, 1, first, last), "%zu to %zu were left", first, last);
+    EXPECT(!queue.take(3, panels, 1, 1, first, last), "%zu to %zu were left", first, last);
     PanelQueue at_least(plan);
-    EXPECT(at_least.take(0, panels, 30, first, last) && last == 30, "took to %zu", last);
-    EXPECT(at_least.take(0, panels, 30, first, last) && first == 30 && last == panels, "took %zu to %zu", first, last);
+    EXPECT(at_least.take(0, panels, 30, 1, first, last) && last == 30, "took to %zu", last);
+    EXPECT(at_least.take(0, panels, 30, 1, first, last) && first == 30 && last == panels, "took %zu to %zu", first,
+           last);
+    PanelQueue pairs(plan);
+    for (size_t next = 0; next < panels - 1; next = last) {
+      EXPECT(pairs.take(0, panels - 1, 1, 2, first, last) && first == next, "took %zu instead of %zu", first, next);
+      EXPECT(last == panels - 1 || last % 2 == 0, "took to %zu of %zu", last, panels - 1);
+    }
   }
 }
 

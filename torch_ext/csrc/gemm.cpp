@@ -87,13 +87,13 @@ GemmRows task_rows(const GemmKernel& kernel, size_t m, const GemmPlan& plan, siz
   return split(m, kernel.max_mr(), plan.row_tasks, task / plan.panel_tasks);
 }
 
-bool PanelQueue::take(size_t task, size_t count, size_t least, size_t& first, size_t& last) {
+bool PanelQueue::take(size_t task, size_t count, size_t least, size_t unit, size_t& first, size_t& last) {
   std::atomic<size_t>& taken = taken_[task / panel_tasks_];
   first = taken.load(std::memory_order_relaxed);
   do {
     if (first >= count) return false;
     // Half of an equal share of what is left: large parts first, small ones to even the ends out.
-    last = std::min(count, first + std::max(least, (count - first) / (2 * panel_tasks_)));
+    last = std::min(count, first + round_up(std::max(least, (count - first) / (2 * panel_tasks_)), unit));
   } while (!taken.compare_exchange_weak(first, last, std::memory_order_relaxed));
   return true;
 }
@@ -112,15 +112,26 @@ void run_gemm_task(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
   OutlierProducts outliers(kernel, k);
   alignas(64) float tile[kMaxMr * kMaxNr];
   const GemmSession session(kernel);
+  const bool by_pairs = suits_strassen_winograd(kernel, rows.end - rows.begin, k);
   // Rows that do not fit into the cache at once come to each panel several times: then a task keeps its own.
-  const bool takes = queue && queue->used() && rows.end - rows.begin <= chunk_rows;
+  const bool takes = queue && queue->used() && rows.end - rows.begin <= chunk_rows &&
+                     (!by_pairs || strassen_winograd_at_once(kernel, rows.end - rows.begin));
   const size_t least_panels = kMinTakenMacs / std::max<size_t>(1, (rows.end - rows.begin) * k * nr) + 1;
-  if (!takes && suits_strassen_winograd(kernel, rows.end - rows.begin, k)) {
-    run_strassen_winograd(kernel, vec, problem, rows, {panels.begin, panels.end});
+  const auto take = [&] {
+    const size_t unit = by_pairs ? 2 : 1;  // so that the same panels are a pair whoever takes them
+    return queue->take(task, kernel.panels(problem.n), least_panels, unit, panels.begin, panels.end);
+  };
+  if (takes && !take()) return;
+  if (by_pairs) {
+    const auto take_next = [&](PanelRange& next) {
+      if (!take()) return false;
+      next = {panels.begin, panels.end};
+      return true;
+    };
+    const PanelRange first{panels.begin, panels.end};
+    run_strassen_winograd(kernel, vec, problem, rows, first, takes ? TakePanels(take_next) : nullptr);
     return;
   }
-  const auto take = [&] { return queue->take(task, kernel.panels(problem.n), least_panels, panels.begin, panels.end); };
-  if (takes && !take()) return;
   // Whether there is a panel at `panel`, or another one to take, where `panel` goes on then.
   const auto more = [&](size_t& panel) {
     if (panel < panels.end) return true;

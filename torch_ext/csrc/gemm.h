@@ -53,8 +53,9 @@ class PanelQueue {
   /// Whether panels are taken from here; otherwise each task has panels of its own.
   bool used() const { return used_; }
 
-  /// Takes panels [first, last) of `count` for a task; false if none are left. `least` of them are worth the taking.
-  bool take(size_t task, size_t count, size_t least, size_t& first, size_t& last);
+  /// Takes panels [first, last) of `count` for a task, a multiple of `unit` or all that are left; false if none are. `least` of
+  /// them are worth the taking. Tasks of one row range pass the same `unit`.
+  bool take(size_t task, size_t count, size_t least, size_t unit, size_t& first, size_t& last);
 
  private:
   static constexpr size_t kMostRows = 16;

@@ -20,8 +20,6 @@ constexpr size_t kGroup = 16;
 // Rows that are worth adding up the panels for, where more of them would not stay in the second-level cache.
 constexpr size_t kLeastChunkRows = 216;
 
-constexpr size_t kMostPairs = 64;
-
 // The products in the order in which they are made, and the tile that each completes.
 constexpr size_t kNone = 4;
 constexpr struct {
@@ -62,15 +60,15 @@ class Task {
         store_(vec.store_tile[static_cast<size_t>(problem.activation)]),
         outliers_(kernel, problem.k) {}
 
-  /// Rows [rows.begin, rows.end), whole pairs of blocks and less than one more, times all of `panels`.
-  void run(GemmRows rows, PanelRange panels);
+  /// Rows [rows.begin, rows.end), whole pairs of blocks and less than one more, times all of `panels` and what `take` gives.
+  void run(GemmRows rows, PanelRange panels, const TakePanels& take);
 
   size_t pair_rows() const { return 2 * mr_; }
 
   /// Pairs whose packed rows fit into half of the second-level cache, or more where that would be few.
   size_t most_pairs() const {
     return std::clamp(second_level_cache_bytes() / 2 / pair_, (kLeastChunkRows + pair_rows() - 1) / pair_rows(),
-                      kMostPairs);
+                      kMostStrassenPairs);
   }
 
  private:
@@ -162,7 +160,7 @@ void Task::multiply_group(const char* pairs, const bool* added, size_t count, si
   }
 }
 
-void Task::run(GemmRows rows, PanelRange panels) {
+void Task::run(GemmRows rows, PanelRange panels, const TakePanels& take) {
   const size_t pairs = (rows.end - rows.begin) / pair_rows(), rest_row = rows.begin + pairs * pair_rows();
   const size_t row_bytes = kernel_.lhs_block_bytes(1, k_);
   char* const packed = static_cast<char*>(
@@ -170,7 +168,7 @@ void Task::run(GemmRows rows, PanelRange panels) {
   operands_ = static_cast<char*>(
       thread_scratch(ScratchSlot::kWidePanel, operands_bytes_ + kGroup * kProducts * tile_ * sizeof(float)));
   products_ = reinterpret_cast<float*>(operands_ + operands_bytes_);
-  bool added[kMostPairs];
+  bool added[kMostStrassenPairs];
   for (size_t i = 0; i < pairs; ++i) added[i] = pack_pair(rows.begin + i * pair_rows(), packed + i * pair_);
   // Calls use(block, micro-kernel, first row, rows) for the rows that are no pair.
   const auto for_rest = [&](auto use) {
@@ -187,14 +185,7 @@ void Task::run(GemmRows rows, PanelRange panels) {
     pack_(valid, ukernel.mr, k_, row(first), problem_.ld_lhs, block);
   });
 
-  // Panels that are left to the ordinary loops, which take the packed rows' memory: so many pairs, then all that follow.
-  size_t left_out[32], left_out_count = 0;
-  size_t panel = panels.first;
-  for (; panel + 2 <= panels.last && left_out_count < std::size(left_out); panel += 2) {
-    if (!algorithm_.add_columns(steps_, packed_panel(panel), packed_panel(panel + 1), operands_)) {
-      left_out[left_out_count++] = panel;
-      continue;
-    }
+  const auto multiply_pair = [&](size_t panel) {
     for (size_t i = 0; i < pairs; i += kGroup) {
       multiply_group(packed + i * pair_, added + i, std::min(kGroup, pairs - i), rows.begin + i * pair_rows(), panel);
     }
@@ -207,25 +198,38 @@ void Task::run(GemmRows rows, PanelRange panels) {
         multiply_block(block, ukernel, first, valid, p);
       });
     }
+  };
+  // Panels that are left to the ordinary loops, which take the packed rows' memory: so many, then all that follow.
+  PanelRange left_out[32];
+  size_t left_out_count = 0;
+  bool more = true;
+  for (; more && left_out_count + 1 < std::size(left_out); more = take && take(panels)) {
+    size_t panel = panels.first;
+    for (; panel + 2 <= panels.last && left_out_count + 1 < std::size(left_out); panel += 2) {
+      if (algorithm_.add_columns(steps_, packed_panel(panel), packed_panel(panel + 1), operands_)) {
+        multiply_pair(panel);
+      } else {
+        left_out[left_out_count++] = {panel, panel + 2};
+      }
+    }
+    if (panel < panels.last) left_out[left_out_count++] = {panel, panels.last};
   }
-  for (size_t i = 0; i < left_out_count; ++i) {
-    multiply_part(kernel_, *vec_, problem_, rows, {left_out[i], left_out[i] + 2});
-  }
-  multiply_part(kernel_, *vec_, problem_, rows, {panel, panels.last});
+  for (size_t i = 0; i < left_out_count; ++i) multiply_part(kernel_, *vec_, problem_, rows, left_out[i]);
+  for (; more; more = take && take(panels)) multiply_part(kernel_, *vec_, problem_, rows, panels);
 }
 
 }  // namespace
 
 void run_strassen_winograd(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, GemmRows rows,
-                           PanelRange panels) {
+                           PanelRange panels, const TakePanels& take) {
   Task task(kernel, vec, problem);
   // Chunks of about as many pairs each; the last one takes the rows that are no pair.
   const size_t pairs = (rows.end - rows.begin) / task.pair_rows(), most = task.most_pairs();
-  const size_t chunks = (pairs + most - 1) / most;
+  const size_t chunks = take ? 1 : (pairs + most - 1) / most;
   for (size_t chunk = 0; chunk < chunks; ++chunk) {
     const size_t begin = rows.begin + pairs * chunk / chunks * task.pair_rows();
     const size_t end = rows.begin + pairs * (chunk + 1) / chunks * task.pair_rows();
-    task.run({begin, chunk + 1 < chunks ? end : rows.end}, panels);
+    task.run({begin, chunk + 1 < chunks ? end : rows.end}, panels, take);
   }
 }
 

@@ -19,6 +19,8 @@
 /// last bits, on the row and the column that it is paired with.
 #pragma once
 
+#include <functional>
+
 #include "gemm.h"
 
 namespace torch_ext {
@@ -30,8 +32,20 @@ inline bool suits_strassen_winograd(const GemmKernel& kernel, size_t rows, size_
   return s && rows >= s->least_rows && k >= s->least_k && k <= kMostK && k % (16 * kernel.k_step) == 0;
 }
 
-/// What run_gemm_task does for one task: these rows times these panels.
+/// Most pairs of blocks that are packed at a time.
+constexpr size_t kMostStrassenPairs = 64;
+
+/// Whether so many rows, which run_strassen_winograd takes, are packed at once, so that their task may take panel after panel.
+inline bool strassen_winograd_at_once(const GemmKernel& kernel, size_t rows) {
+  return rows / (2 * kernel.strassen_winograd->rows) <= kMostStrassenPairs;
+}
+
+/// Other panels for a task that has done its own; false if there are none. Ranges begin with the first panel of a pair.
+using TakePanels = std::function<bool(PanelRange& next)>;
+
+/// What run_gemm_task does for one task: these rows times these panels, then times those that `take` gives, if it is not
+/// null: strassen_winograd_at_once(rows) then.
 void run_strassen_winograd(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, GemmRows rows,
-                           PanelRange panels);
+                           PanelRange panels, const TakePanels& take);
 
 }  // namespace torch_ext
