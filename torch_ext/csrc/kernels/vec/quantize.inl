@@ -223,6 +223,20 @@ class BlockOutliers {
 template <size_t kNr, size_t (*kPlace)(size_t j, size_t p)>
 __attribute__((noinline)) static void dequantize_column(const int8_t* products, size_t p, const float* scales,
                                                         float* column) {
+#if defined(TORCH_EXT_VEC_NEON)
+  if constexpr (kNr == 12 && kPlace(1, 0) == 8) {
+    // The 96 bytes of eight products of all columns are two tables.
+    const int8_t* const group = products + kPlace(0, p / 8 * 8);
+    const uint8x16_t index = vdupq_n_u8(static_cast<uint8_t>(p % 8)) +
+                             (uint8x16_t){0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 96, 96, 96};
+    const int8x16_t q = vqtbx2q_s8(vqtbl4q_s8(vld1q_s8_x4(group), index), vld1q_s8_x2(group + 64), index - 64);
+    const int16x8_t low = vmovl_s8(vget_low_s8(q)), high = vmovl_high_s8(q);
+    store(column, (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))) * load(scales));
+    store(column + 4, (vf)vcvtq_f32_s32(vmovl_high_s16(low)) * load(scales + 4));
+    store(column + 8, (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))) * load(scales + 8));
+    return;
+  }
+#endif
   int32_t q[kNr];
 #pragma GCC unroll 32
   for (size_t j = 0; j < kNr; ++j) q[j] = products[kPlace(j, p)];
@@ -329,10 +343,15 @@ TORCH_EXT_INLINE void store_groups(const Quantized& q, size_t groups, size_t str
 }
 
 #if defined(TORCH_EXT_VEC_NEON)
-/// Two whole groups of eight.
-TORCH_EXT_INLINE void store_two_groups(int8x16_t q, size_t stride, int8_t* d) {
-  vst1_s8(d, vget_low_s8(q));
-  vst1q_lane_s64((int64_t*)(d + stride), vreinterpretq_s64_s8(q), 1);
+/// Two whole groups of eight; returns where the next one comes. GCC 12 does not know stores that add a register.
+TORCH_EXT_INLINE int8_t* store_two_groups(int8x16_t q, size_t stride, int8_t* d) {
+  __asm__(
+      "st1 {%[q].d}[0], [%[d]], %[stride]\n\t"
+      "st1 {%[q].d}[1], [%[d]], %[stride]"
+      : [d] "+r"(d)
+      : [q] "w"(q), [stride] "r"(stride)
+      : "memory");
+  return d;
 }
 #endif
 
@@ -376,8 +395,7 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
         const Quantized q = quantize(s + p, inverse);
 #if defined(TORCH_EXT_VEC_NEON)
         if constexpr (kGroup == 8) {
-          store_two_groups(q, stride, out);
-          out += 2 * stride;
+          out = store_two_groups(q, stride, out);
           continue;
         }
 #endif
