@@ -115,7 +115,8 @@ class Role:
             most: Up to so many tokens, if that is less than `pad_to`.
         """
         own = len(ids)
-        ids.extend([self.pad_id] * (min(self.pad_to, self.pad_to if most is None else most) - own))
+        length = self.pad_to if most is None else min(self.pad_to, most)
+        ids.extend([self.pad_id] * (length - own))
         return ids if self.attends or len(ids) == own else FilledIds(ids, own)
 
     @classmethod
