@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,6 +53,9 @@ def document(
     types = list(dict.fromkeys(types))
     written, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     of = dict(zip(types, written, strict=True))
+    for schema in schemas.values():  # Docstrings are indented or not, as msgspec and Python have it.
+        if "description" in schema:
+            schema["description"] = inspect.cleandoc(schema["description"])
     mask = manifest.special_tokens["mask"]
 
     def bounds(limits: Limits) -> dict[str, Any]:
@@ -187,7 +191,7 @@ def _operation(
     if route.request is not None:
         status = route.dialect.status("wrong_task")
         note = "" if route.task in (None, task) else f" Not with this bundle, which is for {task}: answers {status}."
-        operation["description"] = f"{route.request.__doc__}{note}"
+        operation["description"] = f"{inspect.getdoc(route.request)}{note}"
         content = {"schema": of[route.request], "example": _fill(dict(route.example), fill)}
         operation["requestBody"] = {"required": True, "content": {JSON: content}}
     answer = _answer(route, of)
@@ -202,7 +206,7 @@ def _operation(
 
 def _answer(route: Route, of: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
     if route.answer is not None:
-        return _json(of[route.answer], route.answered or route.answer.__doc__ or "")
+        return _json(of[route.answer], route.answered or inspect.getdoc(route.answer) or "")
     schema = {"type": "object" if route.media_type == JSON else "string"}
     return {"description": route.answered, "content": {route.media_type: {"schema": schema}}}
 
