@@ -31,7 +31,7 @@ from .http.unread import forget
 from .limits.bounds import Settings
 from .limits.budget import CONNECTION_BYTES, settle_malloc
 from .models import Model
-from .sockets import refuse_new
+from .sockets import PAUSE_S, last_connections
 from .variants import LoadCancelled
 
 if TYPE_CHECKING:
@@ -247,13 +247,11 @@ class Server(uvicorn.Server):
         for sock in sockets:
             sock.close()
         await asyncio.sleep(0)
-        for twin in twins:
-            twin.setblocking(False)
-            refuse_new(twin)
-            with contextlib.suppress(BlockingIOError), twin:
-                while True:
-                    connection, _ = twin.accept()
-                    await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+        for connection in last_connections(twins):
+            if connection is None:
+                await asyncio.sleep(PAUSE_S)
+            else:
+                await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
 
     def _protocol(self) -> HttpProtocol:
         return HttpProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)

@@ -9,15 +9,23 @@ import resource
 import socket
 import stat
 import struct
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["FEW_DESCRIPTORS", "listen", "listen_unix", "raise_descriptors", "refuse_new", "url_of"]
+__all__ = ["FEW_DESCRIPTORS", "PAUSE_S", "last_connections", "listen", "listen_unix", "raise_descriptors", "url_of"]
 
 MOST_DESCRIPTORS = 1 << 16
 """A server has one for each connection; where the system allows it, so many are taken."""
 
 FEW_DESCRIPTORS = 1024
 """With fewer, clients may meet the limit."""
+
+UNDER_WAY_S = 0.05
+"""How long the last packet of a new connection may be under way: within a region and its neighbours, it is less."""
+
+PAUSE_S = 0.005
+"""Between two looks for such connections."""
 
 
 def raise_descriptors() -> int:
@@ -95,21 +103,53 @@ def url_of(sock: socket.socket, tls: bool = False) -> str:
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def refuse_new(sock: socket.socket) -> None:
-    """Lets a listening socket drop every packet, so that what the kernel has accepted is all there is to take.
+def last_connections(listeners: Sequence[socket.socket]) -> Iterator[socket.socket | None]:
+    """Closes listening sockets without losing a connection that a client takes as made.
 
-    Without this, a connection that is made between the last accept and the close would be reset. A client whose packet
-    is dropped tries again and is refused then. Does nothing where there are no socket filters. One of the file system
-    loses its name instead.
+    Clients that come later are refused: a socket of the file system loses its name, another one gets a filter that drops
+    what asks for a connection, so that those clients try again and find nobody. Where there are no such filters, what
+    is made between the last accept and the close is reset.
+
+    Args:
+        listeners: Closed at the end.
+
+    Yields:
+        A connection, or None where the caller has to wait for `PAUSE_S`: some may be under way.
     """
+    refused = [_refuse_new(listener) for listener in listeners]
+    until_s = time.monotonic() + (UNDER_WAY_S if any(refused) else 0.0)
+    last = False
+    while not last:
+        last = time.monotonic() >= until_s
+        for listener in listeners:
+            listener.setblocking(False)
+            with contextlib.suppress(OSError):  # BlockingIOError: that was the last one, for now.
+                while True:
+                    yield listener.accept()[0]
+        if not last:
+            yield None
+    for listener in listeners:
+        listener.close()
+
+
+def _refuse_new(sock: socket.socket) -> bool:
+    """Makes no more connections; true if the last packet of some may still come."""
     if sock.family == socket.AF_UNIX:
         with contextlib.suppress(OSError):
             os.unlink(sock.getsockname())
-        return
+        return False
     import ctypes
 
-    accept_no_bytes = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K, 0.
-    program = ctypes.create_string_buffer(accept_no_bytes)
-    so_attach_filter = 26
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("HP", 1, ctypes.addressof(program)))
+    instructions = (
+        (0x30, 0, 0, 13),  # BPF_LD | BPF_B | BPF_ABS: the flags in TCP's header.
+        (0x45, 0, 1, 0x02),  # BPF_JMP | BPF_JSET | BPF_K: is SYN among them?
+        (0x06, 0, 0, 0),  # BPF_RET | BPF_K: dropped.
+        (0x06, 0, 0, 0xFFFFFFFF),  # Taken, as on what is accepted later, which has the same filter.
+    )
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in instructions))
+    option = struct.pack("HP", len(instructions), ctypes.addressof(program))
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, 26, option)  # SO_ATTACH_FILTER, which Python does not name.
+    except OSError:
+        return False
+    return True

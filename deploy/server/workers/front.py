@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import socket
+import time
 from collections.abc import Callable
 
-from ..sockets import refuse_new
+from ..sockets import PAUSE_S, last_connections
 from .board import Board
 from .child import Child
 from .events import Events
@@ -158,12 +158,11 @@ class Front:
     def close(self) -> None:
         """Takes the connections that the kernel has accepted, hands them over, and listens no more."""
         self._listen(False)
-        refuse_new(self._listener)
-        with contextlib.suppress(OSError):  # BlockingIOError: that was the last one.
-            while True:
-                connection, _ = self._listener.accept()
+        for connection in last_connections([self._listener]):
+            if connection is None:
+                time.sleep(PAUSE_S)
+            else:
                 self._give(connection)
-        self._listener.close()
         self._hand_over()
         for connection, _ in self._waiting:
             connection.close()
