@@ -106,7 +106,7 @@ def url_of(sock: socket.socket, tls: bool = False) -> str:
 def last_connections(listeners: Sequence[socket.socket]) -> Iterator[socket.socket | None]:
     """Closes listening sockets without losing a connection that a client takes as made.
 
-    Clients that come later are refused: a socket of the file system loses its name, another one gets a filter that drops
+    Clients that come later are refused: a socket of the file system loses its name, any other gets a filter that drops
     what asks for a connection, so that those clients try again and find nobody. Where there are no such filters, what
     is made between the last accept and the close is reset.
 
