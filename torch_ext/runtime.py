@@ -112,10 +112,18 @@ class Encoder:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is damaged, of another kind or version, or holds other weights than ``dtype`` asks for.
+            ValueError: It is damaged, a folder, of another kind or version, or holds other weights than ``dtype`` asks
+                for.
             OSError: The system refuses threads or CPUs.
         """
-        return cls(_runtime.open(os.fsencode(path), _options(dtype, threads, cpus, pin, shared)))
+        file = os.fsencode(path)
+        if os.path.isdir(file):
+            from pathlib import Path
+
+            from torch_ext.encoder.places import folder_advice
+
+            raise ValueError(folder_advice(Path(os.fsdecode(path))))
+        return cls(_runtime.open(file, _options(dtype, threads, cpus, pin, shared)))
 
     @classmethod
     def from_pretrained(

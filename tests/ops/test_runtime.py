@@ -672,11 +672,33 @@ def test_results_do_not_stay(encoder: runtime.Encoder) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("open_file", [runtime.Encoder.open, torch_ext.Encoder.load])
+def test_a_folder_in_place_of_a_file_is_told_what_to_call(open_file: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"got the folder .*: name a file that torch_ext\.Encoder\.save"):
+        open_file(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"got the folder .* is read by Encoder\.from_pretrained"):
+        open_file(tmp_path)
+    for dtype in ("int8", "bf16"):
+        (tmp_path / f"encoder_{dtype}.safetensors").touch()
+    with pytest.raises(ValueError, match=r"its files, encoder_bf16\.safetensors, encoder_int8\.safetensors"):
+        open_file(tmp_path)
+
+
+@pytest.mark.parametrize("read_folder", [runtime.Encoder.from_pretrained, torch_ext.Encoder.from_pretrained])
+def test_a_bundle_in_place_of_a_folder_is_told_what_to_call(
+    read_folder: Callable[[Path], object], tmp_path: Path
+) -> None:
+    config = {"model_type": "bert", "vocab_size": 5, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 8, "max_position_embeddings": 8}))
+    (tmp_path / "encoder_bf16.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"no weights .* open encoder_bf16\.safetensors by .*Encoder\.open"):
+        read_folder(tmp_path)
+
+
 def test_files_that_cannot_be_read(file: Path, tmp_path: Path, generator: torch.Generator) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot open .*/none: No such file"):
         runtime.Encoder.open(tmp_path / "none")
-    with pytest.raises(ValueError, match="is not a regular file"):
-        runtime.Encoder.open(tmp_path)
     with pytest.raises(ValueError, match=r"null byte|zero byte|null character"):
         runtime.Encoder.open("a\0b")
     with pytest.raises(TypeError):

@@ -32,6 +32,7 @@ if not TYPE_CHECKING:  # Else any misspelt name would be right.
             "huggingface",
             "model",
             "packing",
+            "places",
             "positions",
             "reference",
             "weighted",

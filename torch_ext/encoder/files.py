@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from torch_ext.encoder.places import folder_advice
 from torch_ext.encoder.spec import Dtype, EncoderSpec, HeadSpec, check_dtype, is_matrix, is_table
 from torch_ext.encoder.weights import TABLE_DTYPES, check_weights
 
@@ -124,6 +125,8 @@ def save_unpacked(
 def _open(path: Path) -> tuple[dict[str, str], Any]:
     """The metadata of a file, checked for format and version, and the open file."""
     safetensors = _safetensors()
+    if path.is_dir():
+        raise ValueError(folder_advice(path))
     if not path.is_file():
         raise FileNotFoundError(f"no encoder file {path}")
     try:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch_ext.encoder.places import encoder_files
+
 __all__ = [
     "LFS_ADVICE",
     "WEIGHTS_FILE",
@@ -136,7 +138,13 @@ def find_weights(folder: Path) -> Path:
                 f"{folder / name}: expected weights in {WEIGHTS_FILE}: this file is {why} is not opened; convert it "
                 "with transformers: model.save_pretrained(folder, safe_serialization=True)"
             )
-    raise FileNotFoundError(f"{folder}: no weights (neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX})")
+    missing = f"{folder}: no weights (neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX})"
+    if files := encoder_files(folder):
+        missing += (
+            f", but what python -m deploy export wrote: open {files[0]} by torch_ext.runtime.Encoder.open, or by "
+            "torch_ext.Encoder.load"
+        )
+    raise FileNotFoundError(missing)
 
 
 def files_of_index(index: Path, weight_map: object) -> list[Path]:
