@@ -21,6 +21,7 @@ from deploy.bundle.fields import (
     TASKS,
     TOKENIZER_FILE,
     TRUNCATION_SIDES,
+    VARIANTS,
     BundleError,
     Machine,
     ModelInfo,
@@ -120,12 +121,15 @@ class Manifest:
         """The variant called `name`.
 
         Raises:
-            BundleError: The bundle was exported without it.
+            BundleError: The bundle was exported without it, the model was not exported, or no variant has this name.
         """
         if name not in self.variants:
+            where, how = "in this bundle", f"export the model again with --variants {name}"
+            if all(variant.accuracy is None for variant in self.variants.values()):
+                where, how = "of a model that was not exported", "export it: python -m deploy export MODEL -o DIR"
+            end = f", or {how}" if name in VARIANTS else ""
             raise BundleError(
-                f"{self.root}: no variant {name!r} in this bundle; choose one of {', '.join(self.variants)}, "
-                f"or export the model again with --variants {name}"
+                f"{self.root}: no variant {name!r} {where}; choose one of {', '.join(self.variants)}{end}"
             )
         return self.variants[name]
 

@@ -46,7 +46,8 @@ def find_model(model: str, revision: str | None = None) -> tuple[Path, str, str 
         kept = resolved.parent.parent.name
         if resolved.parent.name == _SNAPSHOTS and kept.startswith(_CACHED):
             return resolved, kept.removeprefix(_CACHED).replace("--", "/"), resolved.name
-        return resolved, resolved.name, None
+        # By the link's name, if it is one: that of its target, such as a release's, changes.
+        return resolved, Path(os.path.abspath(path)).name, None
     if path.exists():
         raise FolderError(
             f"{model}: expected a model folder or an id on the hub, found a file; pass the folder it is in"

@@ -104,6 +104,8 @@ def test_bundles_of_before_are_read(folder: Path) -> None:
     }
     with pytest.raises(BundleError, match="no variant 'torch_ext-int8' in this bundle; choose one of onnx-int8, onnx-"):
         manifest.variant("torch_ext-int8")
+    with pytest.raises(BundleError, match=r"no variant 'int8' in this bundle; choose one of onnx-int8, onnx-fp32$"):
+        manifest.variant("int8")
 
 
 @pytest.mark.parametrize(

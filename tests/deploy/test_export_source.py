@@ -488,6 +488,10 @@ def test_models_are_found_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert find_model(f"{folder}/") == (folder, "my-model", None)
     monkeypatch.chdir(tmp_path)
     assert find_model("my-model") == (folder, "my-model", None)
+    (tmp_path / "current").symlink_to(folder)
+    assert find_model("current/") == (folder, "current", None)
+    monkeypatch.chdir(folder)
+    assert find_model(".") == (folder, "my-model", None)
     with pytest.raises(FolderError, match="found a file; pass the folder"):
         find_model(str(folder / "config.json"))
     with pytest.raises(FolderError, match="--revision main: only for models on the hub"):

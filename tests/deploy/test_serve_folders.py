@@ -490,7 +490,9 @@ def test_what_is_wrong_is_said(name: str, tiny_model: ModelMaker, tmp_path: Path
 
 def test_errors_are_one_line(tiny_model: ModelMaker, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model(), tmp_path / "model")
-    assert "no variant 'onnx-int8'" in fails(folder, "--variant", "onnx-int8")
+    refusal = fails(folder, "--variant", "onnx-int8")
+    assert "no variant 'onnx-int8' of a model that was not exported; choose one of torch_ext-" in refusal
+    assert "or export it: python -m deploy export MODEL -o DIR" in refusal
     assert "neither a bundle (no manifest.json) nor a model's folder (no config.json)" in fails(tmp_path)
     assert "--task feature-extraction: only for a model that was not exported" in fails(
         tmp_path, "--task", "feature-extraction"
