@@ -36,7 +36,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
 	  printf '  %-15s %s\n' "$$name" "$$text"; done
 	@echo
-	@sed -n 's/^#   \([A-Z]*=.*\)/  \1/p' Makefile
+	@sed -n 's/^#   \([A-Z0-9_]*=.*\)/  \1/p' Makefile
 
 # --- Environments: a stamp file says that what it stands for is there ---
 
@@ -140,7 +140,7 @@ bench-accuracy: $(VENV)/.dev $(VENV)/.built ## cosines and retrieval of bf16 and
 	$(PY) benchmarks/accuracy.py "$$model" "$$@" $(ARGS)
 
 .PHONY: bench-model
-bench-model: $(VENV)/.dev ## the same without ARM hardware: counted instructions, modelled cycles (15 minutes)
+bench-model: $(VENV)/.dev ## what `bench` compares, without ARM hardware: counted instructions, modelled cycles (15 minutes)
 	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "error: no aarch64-linux-gnu-g++: install it (Debian, Ubuntu: apt-get install g++-aarch64-linux-gnu)" >&2; exit 1; }
 	@bash scripts/counting_emulator.sh "$(ICOUNT)"
 	@bash scripts/arm64_root.sh "$(ARM64_ROOT)"

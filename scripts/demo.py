@@ -27,7 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from deploy.bundle import BundleError, load_manifest
 from deploy.machine import usable_cpus
 from loadtest.options import RequestOptions
-from scripts.demo_table import BASELINE, Neighbours, Row, accuracy_of, faster_than_chosen, machine, table, weights_bytes
+from scripts.demo_table import (
+    BASELINE,
+    BUSY,
+    Neighbours,
+    Row,
+    accuracy_of,
+    faster_than_chosen,
+    machine,
+    table,
+    weights_bytes,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -253,7 +263,8 @@ def demo(arguments: argparse.Namespace) -> None:
         servers[BASELINE] += ["--max-tokens", str(manifest.max_tokens)]
     measured: dict[str, dict[str, Any]] = {}
     chosen, why = "", ""
-    neighbours, busiest = Neighbours(), 0.0
+    neighbours = Neighbours()
+    others: dict[str, float] = {}
     for server, command in servers.items():
         if server in measured:
             continue
@@ -269,17 +280,18 @@ def demo(arguments: argparse.Namespace) -> None:
                 print(f"it took {chosen}: {why}")
             label = server.replace(" ", "-")
             measured[server] = load_test(started.host, loads / label, task.endpoint, arguments.users, arguments.seconds)
-        busiest = max(busiest, neighbours.share)
+        others[server] = neighbours.share
         latency = measured[server]["latency_ms"]
         speed = measured[server]["texts_per_s"]
         print(f"{speed:.1f} texts/s, p50 {latency['p50']:.0f} ms, p95 {latency['p95']:.0f} ms")
     rows = []
     for server in (BASELINE, *manifest.variants):
         if server == BASELINE and server in measured:
-            rows.append(Row(server, weights_bytes(Path(model)), "the reference", measured[server]))
+            size, accuracy = weights_bytes(Path(model)), "the reference"
+            rows.append(Row(server, size, accuracy, measured[server], others=others[server]))
         elif server in measured:
-            size = manifest.variants[server].bytes
-            rows.append(Row(server, size, accuracy_of(manifest, server), measured[server], server == chosen))
+            size, accuracy = manifest.variants[server].bytes, accuracy_of(manifest, server)
+            rows.append(Row(server, size, accuracy, measured[server], server == chosen, others[server]))
 
     conditions = (
         f"{manifest.model.name}, {manifest.task}; one text a request, {arguments.users} connections, closed loop, "
@@ -298,8 +310,11 @@ def demo(arguments: argparse.Namespace) -> None:
         report.append(f"note: {faster} was served faster than the variant that the server took")
     if limited := [row.name for row in rows if row.load["generator_cpu"] > RequestOptions.max_cpu]:
         report.append(f"note: the load generator was busy all the time with {', '.join(limited)}, which may be faster")
-    if busiest > 0.1:
-        report.append(f"note: other programs used up to {busiest:.0%} of the CPUs meanwhile: all speeds are too low")
+    if (busiest := max(others.values())) > BUSY:
+        report.append(
+            f"note: other programs used up to {busiest:.0%} of the CPUs meanwhile: speeds are too low, and gains "
+            "are left out where that was so"
+        )
     (output / "results.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
     measurements = {
         row.name: {"size_bytes": row.size_bytes, "accuracy": row.accuracy, "chosen": row.chosen, **row.load}

@@ -122,6 +122,15 @@ def test_table_compares_with_the_baseline(demo: ModuleType) -> None:
     assert second.split() == ["onnx-int8", "22.9", "MB", "cosine", "0.99", "100.0", "2.5x", "10", "ms", "21", "ms"]
 
 
+@pytest.mark.parametrize(("baseline", "variant"), [(0.0, 0.3), (0.3, 0.0)])
+def test_no_gain_of_a_speed_that_other_programs_lowered(demo: ModuleType, baseline: float, variant: float) -> None:
+    rows = [
+        demo.Row(demo.BASELINE, 90_900_000, "the reference", measured(2.9), others=baseline),
+        demo.Row("onnx-int8", 22_900_000, "cosine 0.99", measured(100), others=variant),
+    ]
+    assert demo.table(rows)[2].split()[-6:-4] == ["100.0", "-"]
+
+
 def test_table_marks_the_variant_that_the_server_took(demo: ModuleType) -> None:
     rows = [
         demo.Row(demo.BASELINE, 90_900_000, "the reference", measured(40)),

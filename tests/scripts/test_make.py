@@ -57,6 +57,8 @@ def test_bare_make_lists_every_target(checkout: Path) -> None:
     assert {"demo", "test", "lint", "wheel", "wheel-aarch64"} <= set(targets)
     for target in targets:
         assert re.search(rf"^  {target} +\S", result.stdout, re.MULTILINE), target
+    for variable in re.findall(r"^#   (\w+)=", text, re.MULTILINE):
+        assert re.search(rf"^  {variable}=", result.stdout, re.MULTILINE), variable
     assert not (checkout / ".venv").exists()
 
 
