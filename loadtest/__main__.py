@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from deploy.ending import end
-from deploy.extras import how_to_install, is_ours
+from deploy.extras import how_to_install, is_ours, other_python
 
 
 def _run() -> int:
@@ -17,7 +17,8 @@ def _run() -> int:
     except ModuleNotFoundError as error:
         if is_ours(error):
             raise
-        print(f"error: {error.name} is not installed; in the checkout: {how_to_install('loadtest')}", file=sys.stderr)
+        how = f"{how_to_install('loadtest')}{other_python()}"
+        print(f"error: {error.name} is not installed; in the checkout: {how}", file=sys.stderr)
         return 2  # 1 would be a missed limit.
     return main(sys.argv[1:])
 

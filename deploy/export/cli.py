@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from deploy.bundle import DEFAULT_VARIANTS, POOLING_MODES, TASKS, VARIANTS, BundleError
 from deploy.export.errors import ExportError, Interrupted, first_line, is_disk_full
-from deploy.extras import missing
+from deploy.extras import missing, python_command
 from deploy.folder.errors import FolderError
 from deploy.options import model_name, positive
 from deploy.tasks.bounds import BOUND_NAMES
@@ -225,7 +226,7 @@ def _tell(options: argparse.Namespace, manifest: Manifest, elapsed_s: float) -> 
     print_table(manifest)
     size = megabytes(sum(entry.bytes for entry in manifest.files.values()))
     print(f"\n{options.output}: {size}, {len(manifest.variants)} variants, {elapsed_s:.0f} s. Serve it with:")
-    print(f"  python -m deploy serve {options.output}")
+    print(f"  {shlex.quote(python_command())} -m deploy serve {shlex.quote(str(options.output))}")
 
 
 def _run(options: argparse.Namespace) -> tuple[Manifest, float]:

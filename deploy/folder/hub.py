@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from deploy.extras import how_to_install, other_python
 from deploy.folder.errors import FolderError, is_disk_full
 
 __all__ = ["find_model"]
@@ -82,7 +83,10 @@ def _download(model: str, revision: str | None) -> tuple[Path, str, str | None]:
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError as error:
-        raise FolderError(f"{model}: no such folder, and huggingface_hub is not installed to download it") from error
+        raise FolderError(
+            f"{model}: no such folder, and huggingface_hub is not installed to download it; pass a folder, or install "
+            f"the extra: {how_to_install('serve')}{other_python()}"
+        ) from error
 
     description = ["*.json", "*.txt", "*.model", "*.jinja"]
     other_formats = ["onnx/*", "openvino/*", "coreml/*", "*.fp16.*", "*.onnx*", "tf_model*", "flax_model*"]

@@ -25,6 +25,7 @@ from deploy.bundle import DEFAULT_VARIANTS, VARIANTS, Machine, load_manifest
 from deploy.engines.open import load_engine
 from deploy.export.calibration import calibration_texts
 from deploy.export.cli import main
+from deploy.extras import python_command
 from deploy.folder.describe import describe_folder
 from deploy.machine import cpu_name, machine, usable_cpus
 from deploy.onnx_session import kernels, session_options
@@ -630,7 +631,7 @@ def test_texts_of_the_user(tiny_model: Callable[..., Path], tmp_path: Path, caps
     assert "Warning" not in printed.err
     assert "onnx-fp32" in printed.out
     assert f"measured on {manifest.machine}; texts/s: a quick measurement, 1 threads\n" in printed.out
-    assert "python -m deploy serve" in printed.out
+    assert f"  {python_command()} -m deploy serve " in printed.out
 
 
 def test_pickled_weights_are_read_without_running_them(

@@ -501,6 +501,12 @@ def test_models_are_found_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             find_model(model)
 
 
+def test_what_to_install_where_the_hub_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FolderError, match=r"owner/model: no such folder, .* the extra: make wheel, .*\[serve\]"):
+        find_model("owner/model")
+
+
 def test_models_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     """A snapshot is called as the hub calls the model, and the folder above stands for its main branch."""
     cached = tmp_path / "models--owner--some-model"

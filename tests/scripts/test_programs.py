@@ -14,6 +14,7 @@ from typing import IO
 import pytest
 
 import deploy.__main__
+from deploy.extras import missing, python_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,11 +175,41 @@ def test_a_missing_package(
 
     monkeypatch.setattr("importlib.import_module", fails)
     monkeypatch.setattr(deploy.__main__, "_leave_on_signals", lambda: None)
+    monkeypatch.setattr(deploy.extras, "_ROOT", Path("/no/such/checkout"))
     assert deploy.__main__.main([command, "DIR"]) == 2
     assert capsys.readouterr().err == (
         f"python -m deploy {command}: the package numpy is missing; install the extra: make wheel, then pip install "
         f'"$(echo dist/torch_ext-*.whl)[{extra}]"\n'
     )
+
+
+def test_a_package_that_the_environment_of_make_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy.extras, "_ROOT", tmp_path)
+    error = ModuleNotFoundError(name="msgspec")
+    (tmp_path / ".venv").mkdir()
+    assert missing(error, "serve").endswith('[serve]"'), "half made"
+    (tmp_path / ".venv" / ".demo").touch()
+    assert missing(error, "serve").endswith("or run .venv/bin/python in place of python: make has set it up")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert missing(error, "serve").endswith('[serve]"')
+
+
+def test_the_python_that_runs_is_named_as_a_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkout" / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    python = folder / "python"
+    python.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PATH", "/no/such/folder")
+    monkeypatch.chdir(tmp_path / "checkout")
+    assert python_command() == ".venv/bin/python"
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", str(folder))
+    assert python_command() == "python"
+    monkeypatch.setenv("PATH", "/no/such/folder")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert python_command() == str(python)
 
 
 def test_a_missing_package_where_there_is_none(tmp_path: Path) -> None:
