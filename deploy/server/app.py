@@ -179,7 +179,7 @@ class App:
                 Context(service, row.limits(settings), self.metrics, written_now, services),
                 model,
                 self._keys,
-                wrong_task(row, rows, manifest),
+                wrong_task(row, described, manifest),
             )
             for row in rows
         ]

@@ -146,11 +146,11 @@ def rows_of(routes: Sequence[Route], task: str, model: str) -> list[Route]:
 
 
 def wrong_task(route: Route, routes: Sequence[Route], manifest: Manifest) -> str | None:
-    """Why a route does not serve a bundle, and which one does; None if it does."""
+    """Why a route does not serve a model, and which of `routes`, with their paths, does; None if it does."""
     if route.task in (None, manifest.task):
         return None
     fitting = next((other.path for other in routes if other.task == manifest.task), None)
     return (
-        f"{route.path} needs a bundle for {route.task}, and {manifest.model.name} is for {manifest.task}"
+        f"{route.path} needs a model for {route.task}, and {manifest.model.name} is for {manifest.task}"
         f"{'' if fitting is None else f': POST to {fitting}'}"
     )

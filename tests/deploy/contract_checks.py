@@ -15,7 +15,7 @@ __all__ = ["named_limit"]
 
 NAMED = re.compile(
     "sets this limit|this limit is fixed"
-    "|needs a bundle for|reranking needs a model with one label"  # Another model.
+    "|needs a model for|reranking needs a model with one label"  # Another model.
     "|texts by its shape|texts as in text|as many contexts as|1 mask in each text"  # Tensors that fit each other.
     "|less than max_seq_len=|of max_seq_len=|beside `parameters`"
 )

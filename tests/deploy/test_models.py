@@ -174,6 +174,11 @@ def test_a_name_that_is_not_there_is_404_in_the_form_of_the_dialect(server: Seve
     # What a model is not for, it is not for by another name.
     error = server("POST", "/v1/embeddings", {"input": "w1", "model": "ranker"})
     assert (error.status, error.json["error"]["code"]) == (400, "wrong_task")
+    # The path that it is told is that model's, too.
+    assert error.json["error"]["message"].endswith(": POST to /models/ranker/api/classify")
+    error = server("POST", "/models/ranker/embed", {"inputs": "w1"})
+    assert error.json["error"].endswith(": POST to /models/ranker/api/classify")
+    assert server("POST", "/v1/rerank", RANK).json["message"].endswith(": POST to /api/embed")
     assert server("POST", "/v1/rerank", RANK).status == 400
     assert asked(server) == before
 
