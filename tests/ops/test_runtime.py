@@ -672,6 +672,12 @@ def test_results_do_not_stay(encoder: runtime.Encoder) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_result_says_its_shape(encoder: runtime.Encoder, generator: torch.Generator) -> None:
+    ids, bounds, types = batch(generator, [3, 2])
+    states = encoder.encode(ids, bounds, types)
+    assert repr(states.hidden()) == f"Array(shape=(5, {encoder.hidden_size}), dtype=fp32)"
+
+
 @pytest.mark.parametrize("open_file", [runtime.Encoder.open, torch_ext.Encoder.load])
 def test_a_folder_in_place_of_a_file_is_told_what_to_call(open_file: Callable[[Path], object], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got the folder .*: name a file that torch_ext\.Encoder\.save"):

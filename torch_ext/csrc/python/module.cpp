@@ -336,6 +336,12 @@ PyObject* array_tolist(PyObject* object, PyObject*) {
   return view ? PyObject_CallMethod(view.get(), "tolist", nullptr) : nullptr;
 }
 
+PyObject* array_repr(PyObject* object) {
+  const auto* const self = reinterpret_cast<Array*>(object);
+  const char* const dtype = self->itemsize == 4 ? "fp32" : "int64";
+  return PyUnicode_FromFormat("Array(shape=(%zd, %zd), dtype=%s)", self->shape[0], self->shape[1], dtype);
+}
+
 Py_ssize_t array_length(PyObject* object) { return reinterpret_cast<Array*>(object)->shape[0]; }
 
 PyMethodDef array_methods[] = {{"__dlpack__", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(array_dlpack)),
@@ -349,6 +355,7 @@ PyType_Slot array_slots[] = {
     {Py_tp_dealloc, reinterpret_cast<void*>(array_dealloc)},
     {Py_tp_methods, array_methods},
     {Py_tp_getset, array_getset},
+    {Py_tp_repr, reinterpret_cast<void*>(array_repr)},
     {Py_sq_length, reinterpret_cast<void*>(array_length)},
     {Py_bf_getbuffer, reinterpret_cast<void*>(array_getbuffer)},
     {Py_tp_doc, const_cast<char*>("Rows of fp32 or int64 numbers: numpy.asarray() and torch.from_dlpack() take it "

@@ -123,6 +123,7 @@ PyObject* PyType_FromSpec(PyType_Spec* spec);
 unsigned long PyType_GetFlags(PyTypeObject* type);
 void* PyType_GetSlot(PyTypeObject* type, int slot);
 PyObject* PyUnicode_DecodeUTF8(const char* text, Py_ssize_t size, const char* errors);
+PyObject* PyUnicode_FromFormat(const char* format, ...);
 PyObject* PyUnicode_FromString(const char* text);
 
 }  // extern "C"
@@ -132,7 +133,7 @@ constexpr int METH_VARARGS = 0x1, METH_KEYWORDS = 0x2, METH_NOARGS = 0x4, METH_O
 constexpr unsigned int Py_TPFLAGS_DEFAULT = 0, Py_TPFLAGS_DISALLOW_INSTANTIATION = 1u << 7;
 constexpr unsigned long Py_TPFLAGS_LONG_SUBCLASS = 1ul << 24;
 constexpr int Py_bf_getbuffer = 1, Py_sq_length = 45, Py_tp_alloc = 47, Py_tp_dealloc = 52, Py_tp_doc = 56,
-              Py_tp_methods = 64, Py_tp_getset = 73, Py_tp_free = 74;
+              Py_tp_methods = 64, Py_tp_repr = 66, Py_tp_getset = 73, Py_tp_free = 74;
 constexpr int PyBUF_WRITABLE = 0x1, PyBUF_FORMAT = 0x4, PyBUF_ND = 0x8, PyBUF_STRIDES = 0x18,
               PyBUF_C_CONTIGUOUS = 0x20 | PyBUF_STRIDES, PyBUF_F_CONTIGUOUS = 0x40 | PyBUF_STRIDES;
 constexpr int PYTHON_ABI_VERSION = 3;
