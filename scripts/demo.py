@@ -30,6 +30,7 @@ from loadtest.options import RequestOptions
 from scripts.demo_table import (
     BASELINE,
     BUSY,
+    TOO_BUSY,
     Neighbours,
     Row,
     accuracy_of,
@@ -312,8 +313,8 @@ def demo(arguments: argparse.Namespace) -> None:
         report.append(f"note: the load generator was busy all the time with {', '.join(limited)}, which may be faster")
     if (busiest := max(others.values())) > BUSY:
         report.append(
-            f"note: other programs used up to {busiest:.0%} of the CPUs meanwhile: speeds are too low, and gains "
-            "are left out where that was so"
+            f"note: other programs used up to {busiest:.0%} of the CPUs meanwhile: speeds are too low; gains are "
+            f"left out where it was more than {TOO_BUSY:.0%}"
         )
     (output / "results.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
     measurements = {
