@@ -20,9 +20,13 @@ from typing import Any
 import pytest
 
 from deploy.server.exposition import counted, labelled, merge
+from deploy.server.sockets import listen
 from deploy.server.workers.board import SUPERVISOR, Board
 from deploy.server.workers.channel import CONNECTION, Channel
 from deploy.server.workers.cpus import Share, caches, plan
+from deploy.server.workers.events import Events
+from deploy.server.workers.front import Front
+from deploy.server.workers.keeper import Keeper
 from tests.deploy.server_harness import Client, wait_until
 from torch_ext.machine import Machine
 
@@ -180,6 +184,53 @@ def test_a_full_channel_takes_no_connection() -> None:
         assert ours.send_connection(left)
     ours.close()
     theirs.close()
+
+
+class FullChild:
+    """A worker that has no room for a connection until it reads."""
+
+    slot = 1
+    sent = 0
+
+    def __init__(self) -> None:
+        self.channel, self.theirs = Channel.pair()
+        with socket.socket() as any_socket:
+            while self.channel.send_connection(any_socket):
+                pass
+
+    def takes(self) -> list[socket.socket]:
+        """Those that were waiting, as a worker that is ready reads them."""
+        taken = []
+        with contextlib.suppress(BlockingIOError):
+            while (message := self.theirs.receive(wait=False)) is not None:
+                taken += [socket.socket(fileno=fd) for fd in message.fds]
+        return taken
+
+
+def test_a_server_that_ends_waits_for_room_for_what_it_has_accepted() -> None:
+    """A burst before SIGTERM fills the channels; what is accepted last is handed over when workers have read."""
+    events = Events(lambda number: None)
+    child = FullChild()
+    listener = listen("127.0.0.1", 0)
+    front = Front(listener, Board.make(1), events, Keeper(events, keep=False), lambda: [child])  # type: ignore[list-item]
+    ended: list[bool] = []
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(5)]
+        front.close(lambda: ended.append(True))
+        assert front.closed
+        assert not ended
+        taken = child.takes()
+        while not ended:
+            events.wait()
+            taken += child.takes()
+        peers = set()
+        for connection in taken:
+            with contextlib.suppress(OSError):
+                peers.add(connection.getpeername())
+            connection.close()
+        assert peers == {client.getsockname() for client in clients}
+    child.channel.close()
+    child.theirs.close()
 
 
 def test_board_keeps_the_last_complete_text() -> None:

@@ -24,6 +24,9 @@ FULL_S = 0.02
 RESERVED_DESCRIPTORS = 128
 """What a worker opens besides connections."""
 
+LAST_S = 5.0
+"""After the last accept, how long workers may take to have room for the connections that are kept."""
+
 
 class Front:
     """Accepts connections and hands them over."""
@@ -52,6 +55,7 @@ class Front:
         self._events = events
         self._accepting = False
         self._paused = False
+        self._ended = False
         self._waiting: list[tuple[socket.socket, int]] = []
         self._given: dict[int, int] = {}
         self._turn = 0
@@ -84,9 +88,9 @@ class Front:
             self._give_or_wait(connection, read_bytes)
 
     def _give_or_wait(self, connection: socket.socket, read_bytes: int) -> None:
-        if self.closed:
+        if self._ended:
             connection.close()
-        elif not self._give(connection, read_bytes):
+        elif not self._give(connection, read_bytes) and not self.closed:
             self._pause()
 
     def _listen(self, value: bool) -> None:
@@ -155,15 +159,27 @@ class Front:
                 return False
         return True
 
-    def close(self) -> None:
-        """Takes the connections that the kernel has accepted, hands them over, and listens no more."""
+    def close(self, done: Callable[[], None]) -> None:
+        """Takes the connections that the kernel has accepted, and listens no more.
+
+        Args:
+            done: Called when workers have all of them, or had no room for `LAST_S`.
+        """
         self._listen(False)
         for connection in last_connections([self._listener]):
             if connection is None:
                 time.sleep(PAUSE_S)
             else:
                 self._give(connection)
-        self._hand_over()
+        self._end(time.monotonic() + LAST_S, done)
+
+    def _end(self, until_s: float, done: Callable[[], None]) -> None:
+        """Hands over what is kept, as workers get room for it."""
+        if not self._hand_over() and self._workers() and time.monotonic() < until_s:
+            self._events.after(PAUSE_S, lambda: self._end(until_s, done))
+            return
+        self._ended = True
         for connection, _ in self._waiting:
             connection.close()
         self._waiting.clear()
+        done()

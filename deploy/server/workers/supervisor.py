@@ -374,9 +374,10 @@ class Supervisor:
         self._events.after(self._drain_delay_s, self._stop_accepting)
 
     def _stop_accepting(self) -> None:
-        if self._front.closed:
-            return
-        self._front.close()
+        if not self._front.closed:
+            self._front.close(self._retire_all)
+
+    def _retire_all(self) -> None:
         for child in self._open_workers():
             self._retire(child)
 
