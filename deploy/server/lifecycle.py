@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -27,7 +27,7 @@ from ..heap import give_back
 from ..machine import available_memory_bytes
 from .app import App
 from .http.protocol import HttpProtocol
-from .http.unread import forget
+from .http.unread import forget, kept_by_system
 from .limits.bounds import Settings
 from .limits.budget import CONNECTION_BYTES, settle_malloc
 from .models import Model
@@ -52,6 +52,9 @@ RECEIVING_GRACE_S = 2.0
 
 READING_GRACE_S = 5.0
 """While draining, how long a client may read nothing of its answer."""
+
+CLOSING_GRACE_S = 0.5
+"""While draining, how long a client of TLS has to confirm the end; many that keep a connection never do."""
 
 GC_THRESHOLDS = (10_000, 50, 50)
 """When Python's collector looks for garbage. Requests leave none, and those that wait are what it looks through: 2,000
@@ -92,6 +95,7 @@ class Server(uvicorn.Server):
         self.on_leaving: Callable[[], None] = lambda: None
         self.on_listening: Callable[[], None] = lambda: None
         self._loading: asyncio.Task[None] | None = None
+        self._entering: set[asyncio.Task[Any]] = set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: drain; a second SIGINT exits at once."""
@@ -195,7 +199,9 @@ class Server(uvicorn.Server):
         slowest = dataclasses.replace(
             self._settings, response_timeout_s=min(READING_GRACE_S, self._settings.response_timeout_s)
         )
-        while (self.server_state.connections or self.server_state.tasks) and not self.force_exit:
+        state = self.server_state
+        closing_since_s: dict[HttpProtocol, float] = {}
+        while (state.connections or state.tasks or self._entering) and not self.force_exit:
             now_s = time.monotonic()
             if now_s > deadline_s:
                 break
@@ -206,6 +212,19 @@ class Server(uvicorn.Server):
                     too_late and connection.receiving_since_s is not None and not connection.stop_receiving()
                 ):
                     connection.transport.close()
+            # Of those that are being closed, these have all answers; what TLS waits for is the client's word.
+            closing_since_s = {
+                connection: closing_since_s.get(connection, now_s)
+                for connection in self._connections
+                if connection.transport.is_closing()
+                and not kept_by_system(connection.transport.get_extra_info("socket"))
+            }
+            for connection, since_s in closing_since_s.items():
+                if now_s - since_s > CLOSING_GRACE_S:
+                    connection.transport.abort()
+            if too_late:
+                for entering in self._entering:
+                    entering.cancel()
             self._check_connections(slowest)
             await asyncio.sleep(0.02)
         unanswered = len(self.server_state.tasks)
@@ -240,7 +259,6 @@ class Server(uvicorn.Server):
 
     async def _stop_listening(self, sockets: list[socket.socket]) -> None:
         """Closes the listening sockets, after taking the connections that the kernel has accepted."""
-        loop = asyncio.get_running_loop()
         twins = [sock.dup() for sock in sockets]
         for server in self.servers:
             server.close()
@@ -251,7 +269,20 @@ class Server(uvicorn.Server):
             if connection is None:
                 await asyncio.sleep(PAUSE_S)
             else:
-                await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+                self._enter(connection, self._protocol)
+
+    def _enter(self, connection: socket.socket, protocol: Callable[[], HttpProtocol]) -> None:
+        """Serves a connection; a client of TLS that is slow to shake hands, or does not, keeps nobody waiting."""
+        connection.setblocking(False)
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(loop.connect_accepted_socket(protocol, connection, ssl=self.config.ssl))
+        self._entering.add(task)
+        task.add_done_callback(self._entered)
+
+    def _entered(self, task: asyncio.Task[Any]) -> None:
+        self._entering.discard(task)
+        if not task.cancelled():
+            task.exception()  # A client that has left already, or speaks no TLS.
 
     def _protocol(self) -> HttpProtocol:
         return HttpProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)

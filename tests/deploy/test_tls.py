@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -16,12 +17,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from deploy.server.lifecycle import Server
 from deploy.server.process import UsageError, open_listener
-from deploy.server.sockets import listen_unix, url_of
+from deploy.server.sockets import listen, listen_unix, url_of
 from deploy.server.tls import Tls, TlsError
 from tests.deploy.server_harness import wait_until
 from tests.deploy.test_reload import ask, free_port
@@ -188,6 +191,53 @@ def test_a_large_answer_and_a_client_that_leaves_over_tls(tiny_bundle: BundleMak
         leaving.request("POST", "/embed", json.dumps({"inputs": ["a text of a few words"] * 3000}))
         leaving.close()
         assert embed(connection) == 200
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_clients_that_say_nothing_do_not_hold_up_the_end(
+    tiny_bundle: BundleMaker, tmp_path: Path, count: int | None
+) -> None:
+    """One keeps a connection, as pools do, and confirms no end of TLS; another one never shakes hands."""
+    certificate, key = write(tmp_path, "one")
+    options = ("--tls-cert", certificate, "--tls-key", key)
+    with serving(tiny_bundle("bert", "feature-extraction"), *options, count=count) as (process, url):
+        port = int(url.rpartition(":")[2])
+        kept = http.client.HTTPSConnection("127.0.0.1", port, timeout=30, context=trusting("one"))
+        with socket.create_connection(("127.0.0.1", port)):
+            assert embed(kept, 2, keep=True) == 200
+            process.send_signal(signal.SIGTERM)
+            begun_s = time.monotonic()
+            assert process.wait(40) == 0
+            assert time.monotonic() - begun_s < 12  # Of a drain timeout of 25 s.
+        kept.close()
+
+
+@pytest.mark.parametrize("kind", ["silent", "closed", "other"])
+def test_what_is_accepted_last_and_speaks_no_tls_harms_nobody(tmp_path: Path, kind: str) -> None:
+    class Ending(Server):
+        def __init__(self, context: ssl.SSLContext) -> None:
+            self.servers = []
+            self.config = SimpleNamespace(ssl=context)  # type: ignore[assignment]
+            self._entering = set()
+
+        def _protocol(self) -> Any:
+            return asyncio.Protocol()
+
+    async def end() -> None:
+        server = Ending(Tls(*write(tmp_path, "one")).context)
+        await asyncio.wait_for(server._stop_listening([listener]), 10)
+        for task in list(server._entering):
+            task.cancel()
+        while server._entering:
+            await asyncio.sleep(0.01)
+
+    listener = listen("127.0.0.1", 0)
+    with socket.create_connection(listener.getsockname()) as client:
+        if kind == "closed":
+            client.close()
+        elif kind == "other":
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        asyncio.run(end())
 
 
 def test_a_certificate_that_cannot_be_used_is_told_of(tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...bundle import BundleError, Manifest
 from ..cli import parse
 from ..exposition import merge
+from ..http.protocol import HttpProtocol
 from ..lifecycle import Server
 from ..limits.meters import Meters
 from ..process import Loaded, Process, UsageError
@@ -64,7 +65,6 @@ class _WorkerServer(Server):
     def __init__(self, app: App, settings: Settings, on_ready: Callable[[], None]) -> None:
         super().__init__(app, settings, on_ready)
         self._received = 0
-        self._entering: set[asyncio.Task[Any]] = set()
         self._published_s = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -95,9 +95,7 @@ class _WorkerServer(Server):
                 self._app.draining = True  # The only other thing that a supervisor says.
 
     def _take(self, connection: socket.socket, number: int, read_bytes: int) -> None:
-        loop = asyncio.get_running_loop()
-        connection.setblocking(False)
-        protocol = self._protocol
+        protocol: Callable[[], HttpProtocol] = self._protocol
         if number >= 0:
             protocol = partial(
                 MarkedProtocol,
@@ -109,16 +107,9 @@ class _WorkerServer(Server):
                 number,
                 read_bytes,
             )
-        task = loop.create_task(loop.connect_accepted_socket(protocol, connection, ssl=self.config.ssl))
-        self._entering.add(task)
-        task.add_done_callback(self._entered)
+        self._enter(connection, protocol)
         self._received += 1
         self._count()
-
-    def _entered(self, task: asyncio.Task[Any]) -> None:
-        self._entering.discard(task)
-        if not task.cancelled():
-            task.exception()  # A client that has left already.
 
     def _count(self) -> None:
         self.board.count(self.slot, self._received, len(self.server_state.connections) + len(self._entering))
@@ -151,8 +142,6 @@ class _WorkerServer(Server):
         self._stop_receiving()
         with contextlib.suppress(OSError):
             self.channel.send("leaving")
-        if self._entering:
-            await asyncio.wait(self._entering)
 
 
 class _Worker(Process):
