@@ -229,11 +229,9 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.02)
         unanswered = len(self.server_state.tasks)
         if unanswered:
-            log.error(
-                "%d requests were not answered within the drain timeout of %g s",
-                unanswered,
-                self._settings.drain_timeout_s,
-            )
+            timeout = f"within the drain timeout of {self._settings.drain_timeout_s:g} s"
+            why = "before a second SIGINT" if self.force_exit else timeout
+            log.error("%d requests were not answered %s", unanswered, why)
             self.exit_code = self.exit_code or 1
         for connection in self._connections:  # Whoever still waits for them ends without a word.
             connection.transport.abort()

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from server_harness import (
     VOCABULARY,
+    Client,
     FakeEngine,
     LiveServer,
     Reply,
@@ -536,6 +538,23 @@ sys.meta_path.insert(0, Interrupt())
 from deploy.__main__ import main
 sys.exit(main(["serve", "nowhere"]))
 """
+
+
+def test_a_second_sigint_is_what_ends_requests(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("deploy.server.lifecycle.os._exit", lambda code: None)  # Its engine is in a batch.
+    engine = FakeEngine()
+    server = LiveServer(manifest, Settings(port=0), engine)
+    assert server.ready.wait(10)
+    with Client(server.port) as client:
+        client.send("POST", "/api/embed", {"inputs": "a"})
+        wait_until(lambda: server.server.server_state.tasks)
+        for _ in range(2):
+            server.server.handle_exit(signal.SIGINT, None)
+        wait_until(lambda: "not answered" in caplog.text)
+    assert server.stop() == 1
+    assert "1 requests were not answered before a second SIGINT" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
