@@ -22,23 +22,10 @@ FIRST = "feature-extraction"
 COMMAND = "TORCH_EXT_RENEW=1 make test ARGS=tests/deploy/test_openapi.py"
 
 
-def in_one_order(part: Any) -> Any:
-    """A part of the document with its alternatives sorted: releases of msgspec differ in their order."""
-    if isinstance(part, list):
-        return [in_one_order(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    result = {name: in_one_order(value) for name, value in part.items()}
-    if "anyOf" in result:
-        result["anyOf"].sort(key=json.dumps)
-    return result
-
-
 def lines_of(folder: Path, task: str) -> list[str]:
     """The document of a server for a task, as lines."""
     with running(make_manifest(folder, task)) as server:
         document: dict[str, Any] = server("GET", "/openapi.json").json
-    document = in_one_order(document)
     document["components"]["schemas"] = dict(sorted(document["components"]["schemas"].items()))
     document["x-limits"]["memory"]["limit"] = "..."  # Of this machine.
     return json.dumps(document, indent=1, ensure_ascii=False).splitlines()

@@ -705,6 +705,8 @@ def test_a_bundle_in_place_of_a_folder_is_told_what_to_call(
 def test_files_that_cannot_be_read(file: Path, tmp_path: Path, generator: torch.Generator) -> None:
     with pytest.raises(FileNotFoundError, match=r"cannot open .*/none: No such file"):
         runtime.Encoder.open(tmp_path / "none")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        runtime.Encoder.open(os.devnull)
     with pytest.raises(ValueError, match=r"null byte|zero byte|null character"):
         runtime.Encoder.open("a\0b")
     with pytest.raises(TypeError):

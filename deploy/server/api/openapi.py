@@ -172,13 +172,15 @@ def _bounds(limits: Limits, manifest: Manifest, tokenizer: TextTokenizer, settin
 
 
 def _write_bounds(schema: Any, bounds: Mapping[str, Any]) -> None:
-    """Replaces the marks in the schema of a request by what they stand for."""
+    """Replaces the marks in the schema of a request by what they stand for, and puts null behind other types."""
     if isinstance(schema, list):
         for item in schema:
             _write_bounds(item, bounds)
     elif isinstance(schema, dict):
         if (name := schema.pop(BOUND, None)) is not None:
             schema.update(copy.deepcopy(bounds[name]))  # Marks of a row may hold others.
+        if "anyOf" in schema:  # Releases of msgspec differ in where null comes.
+            schema["anyOf"].sort(key=lambda kind: kind == {"type": "null"})
         for item in schema.values():
             _write_bounds(item, bounds)
 
