@@ -153,6 +153,8 @@ def test_ctrl_c(words: str, tmp_path: Path) -> None:
                 writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
             except OSError:  # Nobody reads it yet.
                 time.sleep(0.01)
+        # Until it reads, which a signal ends; after the last look for signals before that, it would end nothing.
+        time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         err = process.communicate(timeout=60)[1]
     finally:
