@@ -20,11 +20,9 @@ constexpr size_t kGroup = 16;
 // Rows that are worth adding up the panels for, where more of them would not stay in the second-level cache.
 constexpr size_t kLeastChunkRows = 216;
 
-// The products in the order in which they are made, and the tile that each completes.
-constexpr size_t kNone = 4;
-constexpr struct {
-  size_t product, tile;
-} kOrder[kProducts] = {{4, kNone}, {0, kNone}, {1, 0}, {5, kNone}, {6, 3}, {3, 2}, {2, 1}};
+// Products that complete the tiles of the left panel, and those that complete the right one's after them.
+constexpr size_t kLeft[] = {0, 1, 5, 6, 3}, kRight[] = {4, 2};
+static_assert(std::size(kLeft) + std::size(kRight) == kProducts);
 
 /// Rows [row, row + rows) times panels [panel, panel + panels), by the ordinary loops.
 void multiply_part(const GemmKernel& kernel, const VecKernels& vec, const GemmProblem& problem, GemmRows rows,
@@ -47,6 +45,23 @@ void multiply_part(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
   e.out = static_cast<char*>(e.out) + (rows.begin * e.ld_out + column) * dtype_bytes(e.out_type);
   run_gemm_task(ordinary, vec, part, {}, 0);
 }
+
+/// Fetches memory into the second-level cache, in equal parts, while something else is done `calls` times.
+class Prefetch {
+ public:
+  Prefetch(const char* begin, const char* end, size_t calls)
+      : at_(begin), end_(end), lines_((static_cast<size_t>(end - begin) / kLine + calls) / calls) {}
+
+  void next() {
+    for (size_t line = 0; line < lines_ && at_ < end_; ++line, at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+  const char* at_;
+  const char* const end_;
+  const size_t lines_;
+};
 
 /// One task: its sizes, in bytes where they are not counts, and what it does to rows and panels.
 class Task {
@@ -76,7 +91,14 @@ class Task {
     return static_cast<const char*>(problem_.lhs) + i * problem_.ld_lhs * dtype_bytes(problem_.lhs_type);
   }
   bool pack_pair(size_t first_row, char* to) const;
-  void multiply_group(const char* pairs, const bool* added, size_t count, size_t first_row, size_t panel);
+  void multiply_group(const char* pairs, const bool* added, size_t count, size_t first_row, size_t panel,
+                      Prefetch& following);
+
+  /// What fetches panels `panel` and `panel` + 1, where there are such.
+  Prefetch prefetch_panels(size_t panel, size_t calls) const {
+    const size_t all = kernel_.panels(problem_.n);
+    return {packed_panel(std::min(panel, all)), packed_panel(std::min(panel + 2, all)), calls};
+  }
 
   void multiply_block(const char* block, const UKernel& ukernel, size_t row, size_t rows, size_t panel) {
     alignas(64) float tile[kMaxMr * kMaxNr];
@@ -136,28 +158,40 @@ bool Task::pack_pair(size_t first_row, char* to) const {
 }
 
 /// A group of pairs of blocks, the first row of which is `first_row`, times panels `panel` and `panel` + 1.
-void Task::multiply_group(const char* pairs, const bool* added, size_t count, size_t first_row, size_t panel) {
-  const size_t left[kProducts] = {0,     half_block_,         sums_ + 3 * half_block_, block_ + half_block_,
-                                  sums_, sums_ + half_block_, sums_ + 2 * half_block_};
-  alignas(64) float tile[kMaxMr * kMaxNr];
-  for (const auto [product, completed] : kOrder) {
+void Task::multiply_group(const char* pairs, const bool* added, size_t count, size_t first_row, size_t panel,
+                          Prefetch& following) {
+  const size_t blocks[kProducts] = {0,     half_block_,         sums_ + 3 * half_block_, block_ + half_block_,
+                                    sums_, sums_ + half_block_, sums_ + 2 * half_block_};
+  alignas(64) float tiles[kMaxMr * kMaxNr];
+  const auto multiply = [&](size_t product) {
     for (size_t i = 0; i < count; ++i) {
       if (!added[i]) continue;
-      const char* const pair = pairs + i * pair_;
-      float* const products = products_ + i * kProducts * tile_;
-      algorithm_.multiply(steps_, pair + left[product], operands_ + product * operand_, products + product * tile_,
-                          nr_);
-      if (completed == kNone) continue;
-      const size_t lower = completed / 2, right = completed % 2;
-      const char* const block = pair + lower * block_;
-      const char* const rhs = packed_panel(panel + right);
-      algorithm_.finish[completed](
-          {products, block + 2 * half_block_, rhs + 2 * half_panel_, pair + row_extras_, operands_ + column_extras_},
-          tile);
-      outliers_.add(block, mr_, panel + right, rhs, tile);
-      store(tile, first_row + (2 * i + lower) * mr_, mr_, panel + right);
+      following.next();
+      algorithm_.multiply(steps_, pairs + i * pair_ + blocks[product], operands_ + product * operand_,
+                          products_ + (i * kProducts + product) * tile_, nr_);
     }
-  }
+  };
+  const auto complete = [&](size_t right) {
+    const char* const rhs = packed_panel(panel + right);
+    for (size_t i = 0; i < count; ++i) {
+      if (!added[i]) continue;
+      const char *const upper = pairs + i * pair_, *const lower = upper + block_;
+      algorithm_.finish[right]({.products = products_ + i * kProducts * tile_,
+                                .upper_end = upper + 2 * half_block_,
+                                .lower_end = lower + 2 * half_block_,
+                                .panel_end = rhs + 2 * half_panel_,
+                                .row_extras = upper + row_extras_,
+                                .column_extras = operands_ + column_extras_},
+                               tiles);
+      outliers_.add(upper, mr_, panel + right, rhs, tiles);
+      outliers_.add(lower, mr_, panel + right, rhs, tiles + tile_);
+      store(tiles, first_row + i * pair_rows(), pair_rows(), panel + right);
+    }
+  };
+  for (const size_t product : kLeft) multiply(product);
+  complete(0);
+  for (const size_t product : kRight) multiply(product);
+  complete(1);
 }
 
 void Task::run(GemmRows rows, PanelRange panels, const TakePanels& take) {
@@ -169,7 +203,11 @@ void Task::run(GemmRows rows, PanelRange panels, const TakePanels& take) {
       thread_scratch(ScratchSlot::kWidePanel, operands_bytes_ + kGroup * kProducts * tile_ * sizeof(float)));
   products_ = reinterpret_cast<float*>(operands_ + operands_bytes_);
   bool added[kMostStrassenPairs];
-  for (size_t i = 0; i < pairs; ++i) added[i] = pack_pair(rows.begin + i * pair_rows(), packed + i * pair_);
+  Prefetch first = prefetch_panels(panels.first, pairs);
+  for (size_t i = 0; i < pairs; ++i) {
+    first.next();
+    added[i] = pack_pair(rows.begin + i * pair_rows(), packed + i * pair_);
+  }
   // Calls use(block, micro-kernel, first row, rows) for the rows that are no pair.
   const auto for_rest = [&](auto use) {
     char* block = packed + pairs * pair_;
@@ -186,8 +224,10 @@ void Task::run(GemmRows rows, PanelRange panels, const TakePanels& take) {
   });
 
   const auto multiply_pair = [&](size_t panel) {
+    Prefetch following = prefetch_panels(panel + 2, kProducts * pairs);
     for (size_t i = 0; i < pairs; i += kGroup) {
-      multiply_group(packed + i * pair_, added + i, std::min(kGroup, pairs - i), rows.begin + i * pair_rows(), panel);
+      multiply_group(packed + i * pair_, added + i, std::min(kGroup, pairs - i), rows.begin + i * pair_rows(), panel,
+                     following);
     }
     for (size_t p = panel; p < panel + 2; ++p) {
       for (size_t i = 0; i < 2 * pairs; ++i) {

@@ -110,11 +110,11 @@ struct OutlierColumns {
 using AddOutliersFn = void (*)(const Outlier* outliers, size_t count, size_t panel, const void* products,
                                const float* scales, OutlierColumns& kept, float* tile);
 
-/// What completes one of the four tiles of two blocks times two panels: see StrassenWinograd.
-struct StrassenWinogradTile {
-  const void* products;                    ///< seven tiles of the rows of a block, of nr each: products 1 to 7
-  const void *block_end, *panel_end;       ///< what lies behind the products of the tile's packed block and panel
-  const void *row_extras, *column_extras;  ///< what add_rows and add_columns put behind their sums
+/// What completes the tiles of two blocks times one of two panels: see StrassenWinograd.
+struct StrassenWinogradTiles {
+  const void* products;                           ///< seven tiles of the rows of a block, of nr each: products 1 to 7
+  const void *upper_end, *lower_end, *panel_end;  ///< what lies behind the products of the packed blocks and panel
+  const void *row_extras, *column_extras;         ///< what add_rows and add_columns put behind their sums
 };
 
 /// Two blocks times two panels by seven products of half as many steps instead of eight: see strassen_winograd.h. Halves
@@ -128,8 +128,8 @@ struct StrassenWinograd {
   bool (*add_rows)(size_t steps, const void* upper, const void* lower, void* sums);
   /// What products 1 to 7 take from two packed panels, as wide panels, then `extra_bytes` for each column of a panel.
   bool (*add_columns)(size_t steps, const void* left, const void* right, void* operands);
-  /// Upper left, upper right, lower left, lower right tile of f32, as a micro-kernel leaves it, nr apart.
-  void (*finish[4])(const StrassenWinogradTile& from, float* tile);
+  /// The left panel's upper and lower tile of f32, one behind the other, rows nr apart; those of the right panel.
+  void (*finish[2])(const StrassenWinogradTiles& from, float* tiles);
   size_t extra_bytes = 0;
   size_t least_rows, least_k;  ///< less is not worth the work
 };

@@ -236,6 +236,20 @@ __attribute__((noinline)) static void dequantize_column(const int8_t* products, 
     store(column + 8, (vf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))) * load(scales + 8));
     return;
   }
+#elif defined(TORCH_EXT_VEC_AVX2)
+  if constexpr (kNr == 16 && kPlace(1, 0) == 2 && kPlace(8, 0) == 32) {
+    // Eight columns' are every other byte of 16: the lower or the upper ones of words.
+    const size_t place = kPlace(0, p);
+    const __m128i left = _mm_cvtsi32_si128(place % 2 ? 0 : 8);
+#pragma GCC unroll 2
+    for (size_t j = 0; j < kNr; j += kWidth) {
+      const int8_t* const words = products + place / 2 * 2 + j / kWidth * 32;
+      const __m128i upper = _mm_sll_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)), left);
+      const vi whole = (vi)_mm256_cvtepi16_epi32(_mm_srai_epi16(upper, 8));
+      store(column + j, __builtin_convertvector(whole, vf) * load(scales + j));
+    }
+    return;
+  }
 #endif
   int32_t q[kNr];
 #pragma GCC unroll 32

@@ -271,17 +271,16 @@ static bool add_columns_halves(size_t steps, const void* left, const void* right
          may_be_added(largest_left & 0xffff0000u, largest_right & 0xffff0000u);
 }
 
-template <size_t kTile>
-static void finish_tile_f32(const StrassenWinogradTile& from, float* tile) {
+template <bool kRight>
+static void finish_tiles_f32(const StrassenWinogradTiles& from, float* tiles) {
   constexpr size_t kSize = TORCH_EXT_VEC_MAIN_MR * kNr;
   const float* const products = static_cast<const float*>(from.products);
 #pragma GCC unroll 2
   for (size_t i = 0; i < kSize; i += kWidth) {
     const auto p = [&](size_t q) { return load(products + (q - 1) * kSize + i); };
-    if constexpr (kTile == 0) store(tile + i, p(1) + p(2));
-    if constexpr (kTile == 1) store(tile + i, (p(1) + p(6)) + (p(5) + p(3)));
-    if constexpr (kTile == 2) store(tile + i, (p(1) + p(6)) + (p(7) - p(4)));
-    if constexpr (kTile == 3) store(tile + i, (p(1) + p(6)) + (p(7) + p(5)));
+    const vf u2 = p(1) + p(6);
+    store(tiles + i, kRight ? u2 + (p(5) + p(3)) : p(1) + p(2));
+    store(tiles + kSize + i, u2 + (kRight ? p(7) + p(5) : p(7) - p(4)));
   }
 }
 
@@ -290,7 +289,7 @@ static constexpr StrassenWinograd kStrassenWinogradHalves = {
     .multiply = ukernel_f32<TORCH_EXT_VEC_MAIN_MR>,
     .add_rows = add_rows_f32,
     .add_columns = add_columns_halves,
-    .finish = {finish_tile_f32<0>, finish_tile_f32<1>, finish_tile_f32<2>, finish_tile_f32<3>},
+    .finish = {finish_tiles_f32<false>, finish_tiles_f32<true>},
     .least_rows = 96,
     .least_k = 256,
 };

@@ -172,7 +172,7 @@ typedef int16_t v16s __attribute__((vector_size(32)));
 /// `stride` apart are steps.
 size_t place_in_block(size_t i, size_t p, size_t stride) { return i * kStep + p / 4 * stride + p % 2 * 2 + p % 4 / 2; }
 
-size_t place_in_panel(size_t j, size_t p) { return p / 4 * 64 + j / 8 * 32 + p % 2 * 16 + j % 8 * 2 + p % 4 / 2; }
+constexpr size_t place_in_panel(size_t j, size_t p) { return p / 4 * 64 + j / 8 * 32 + p % 2 * 16 + j % 8 * 2 + p % 4 / 2; }
 
 int32_t column_term(const int8_t* q, size_t k) {
   uint32_t sum = 0;

@@ -141,32 +141,31 @@ bool add_columns_crossed(size_t steps, const void* left, const void* right, void
   return true;
 }
 
-template <size_t kTile>
-void finish_tile_crossed(const StrassenWinogradTile& from, float* tile) {
+template <bool kRight>
+void finish_tiles_crossed(const StrassenWinogradTiles& from, float* tiles) {
   constexpr size_t kSize = kRows * kNr;
-  const float* const row_scales = static_cast<const float*>(from.block_end);
+  const float* const upper_scales = static_cast<const float*>(from.upper_end);
+  const float* const lower_scales = static_cast<const float*>(from.lower_end);
   const float* const column_scales = static_cast<const float*>(from.panel_end);
-  const float* row_terms = row_scales + kRows;
-  const float* column_terms = column_scales + kNr;
-  if constexpr (kTile > 0) {
-    row_terms = static_cast<const float*>(from.row_extras) + (kTile - 1) * kRows;
-    column_terms = static_cast<const float*>(from.column_extras) + (kTile - 1) * kNr;
-  }
+  const float* const row_extras = static_cast<const float*>(from.row_extras);
+  const float* const column_extras = static_cast<const float*>(from.column_extras);
+  const float* const upper_row_terms = kRight ? row_extras : upper_scales + kRows;
+  const float* const lower_row_terms = row_extras + (kRight ? 2 : 1) * kRows;
+  const float* const upper_column_terms = kRight ? column_extras : column_scales + kNr;
+  const float* const lower_column_terms = column_extras + (kRight ? 2 : 1) * kNr;
   const float* const products = static_cast<const float*>(from.products);
 #pragma GCC unroll 2
-  for (size_t v = 0; v < 2; ++v) {
-    const vu terms = load_terms(column_terms + v * kWidth);
-    const vf columns = load(column_scales + v * kWidth);
+  for (size_t v = 0; v < kNr; v += kWidth) {
+    const vu upper_terms = load_terms(upper_column_terms + v), lower_terms = load_terms(lower_column_terms + v);
+    const vf columns = load(column_scales + v);
 #pragma GCC unroll 4
     for (size_t i = 0; i < kRows; ++i) {
-      const size_t at = i * kNr + v * kWidth;
+      const size_t at = i * kNr + v;
       const auto p = [&](size_t q) { return load_terms(products + (q - 1) * kSize + at); };
-      vu sum;
-      if constexpr (kTile == 0) sum = p(1) + p(2);
-      if constexpr (kTile == 1) sum = p(1) + p(6) + p(5) + p(3);
-      if constexpr (kTile == 2) sum = p(1) + p(6) + p(7) - p(4);
-      if constexpr (kTile == 3) sum = p(1) + p(6) + p(7) + p(5);
-      store(tile + at, scaled_sums(sum, terms, row_terms + i, columns, row_scales[i]));
+      const vu u2 = p(1) + p(6);
+      const vu upper = kRight ? u2 + p(5) + p(3) : p(1) + p(2), lower = u2 + p(7) + (kRight ? p(5) : -p(4));
+      store(tiles + at, scaled_sums(upper, upper_terms, upper_row_terms + i, columns, upper_scales[i]));
+      store(tiles + kSize + at, scaled_sums(lower, lower_terms, lower_row_terms + i, columns, lower_scales[i]));
     }
   }
 }
@@ -176,7 +175,7 @@ constexpr StrassenWinograd kStrassenWinograd = {
     .multiply = multiply_sums,
     .add_rows = add_rows_crossed,
     .add_columns = add_columns_crossed,
-    .finish = {finish_tile_crossed<0>, finish_tile_crossed<1>, finish_tile_crossed<2>, finish_tile_crossed<3>},
+    .finish = {finish_tiles_crossed<false>, finish_tiles_crossed<true>},
     .extra_bytes = 3 * sizeof(int32_t),
     .least_rows = 96,
     .least_k = 256,
