@@ -66,7 +66,6 @@ std::vector<std::string> s8_paths_of(const GemmPath& path) {
   }
   for (const char* const use : {"gemm", "gemm random"}) names.push_back(use_path(path, use));
   if (path.kernel->wide) names.push_back(use_path(path, "gemm wide"));
-  if (path.kernel->strassen_winograd) names.push_back(use_path(path, "gemm strassen winograd"));
   return names;
 }
 
@@ -191,7 +190,7 @@ size_t panel_index(const GemmKernel& g, size_t j, size_t p) {
     case Layout::kBf16Halves:
       return p * 16 + j % 8 * 2 + j / 8;
     case Layout::kS8Crossed:
-      return p / 4 * 64 + j / 8 * 32 + p % 2 * 16 + j % 8 * 2 + p % 4 / 2;
+      return p / 4 * 128 + j / 8 * 32 + p % 2 * 16 + j % 8 * 2 + p % 4 / 2;
     default:
       return p * g.nr + j;
   }

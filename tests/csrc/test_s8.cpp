@@ -194,10 +194,28 @@ TORCH_EXT_TEST(s8_rows_that_are_not_finite_or_tiny_keep_to_themselves) {
   }
 }
 
+/// gemm_pmaddwd.cpp: behind the scales of a block's rows, the sums of what neighbours of a row give, of all products and
+/// of each chunk of them.
+void store_row_terms(unsigned char* terms, size_t rows, size_t i, const int* row, size_t k) {
+  constexpr size_t kChunk = 512, kChunks = 8;
+  uint32_t sums[1 + kChunks] = {};
+  for (size_t p = 0; p + 1 < k; p += 2) {
+    const auto term = static_cast<uint32_t>(row[p] * row[p + 1]);
+    sums[0] += term;
+    if (p / kChunk < kChunks) sums[1 + p / kChunk] += term;
+  }
+  for (size_t s = 0; s <= kChunks; ++s) std::memcpy(terms + (s * rows + i) * sizeof *sums, sums + s, sizeof *sums);
+}
+
+/// Magnitudes of a product are random, or 127 with signs by row and by column: bit 0 of `signs` is that of columns 0 to 7,
+/// the next one that of 8 to 15, and so on, and neighbours differ.
+constexpr int kRandom = -1;
+
 /// Sums must be equal, bit by bit: scales are powers of two.
-void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool extreme, bool wide = false) {
+void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, int signs, bool wide = false) {
   const GemmKernel& g = *path.kernel;
-  context("%s, %zu steps%s%s", u.name, steps, extreme ? ", extreme" : "", wide ? ", wide" : "");
+  const bool extreme = signs != kRandom;
+  context("%s, %zu steps, signs %d%s", u.name, steps, signs, wide ? ", wide" : "");
   const size_t k = steps * g.k_step, ld_tile = g.nr + 4;
   std::vector<int> lhs(u.mr * k);
   std::vector<int8_t> rhs(g.nr * k);
@@ -211,16 +229,12 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool ex
     row_scales[i] = std::ldexp(1.0f, static_cast<int>(i) - 4);
     unsigned char* const scales = block.data() + scales_at(g, u.mr, k);
     std::memcpy(scales + i * sizeof(float), &row_scales[i], sizeof(float));
-    if (g.lhs_type == DType::kS16) {
-      int64_t term = 0;  // gemm_pmaddwd.cpp: what neighbours of a row give
-      for (size_t p = 0; p + 1 < k; p += 2) term += lhs[i * k + p] * lhs[i * k + p + 1];
-      const auto wrapped = static_cast<uint32_t>(term);
-      std::memcpy(scales + (u.mr + i) * sizeof(float), &wrapped, sizeof wrapped);
-    }
+    if (g.lhs_type == DType::kS16) store_row_terms(scales + u.mr * sizeof(float), u.mr, i, lhs.data() + i * k, k);
   }
   for (size_t j = 0; j < g.nr; ++j) {
     for (size_t p = 0; p < k; ++p) {
-      rhs[j * k + p] = static_cast<int8_t>(extreme ? (j % 2 ? -127 : 127) : random_q(random_source()));
+      const bool negative = (signs >> j / 8 & 1) != static_cast<int>(j % 2);
+      rhs[j * k + p] = static_cast<int8_t>(extreme ? (negative ? -127 : 127) : random_q(random_source()));
     }
     column_scales[j] = std::ldexp(1.0f, static_cast<int>(j % 7) - 3);
   }
@@ -252,17 +266,18 @@ void check_ukernel(const GemmPath& path, const UKernel& u, size_t steps, bool ex
 
 TORCH_EXT_TEST(s8_ukernels_add_exactly) {
   for (const GemmPath& path : s8_paths()) {
-    for (size_t i = 0; i < path.kernel->ukernel_count; ++i) {
-      for (const size_t steps : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 97, 192, 768}) {
+    const GemmKernel& g = *path.kernel;
+    for (size_t i = 0; i < g.ukernel_count; ++i) {
+      for (const size_t steps : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 97, 127, 128, 129, 192, 768, 1024}) {
         if (options().quick && steps > 192) continue;
-        check_ukernel(path, path.kernel->ukernels[i], steps, false);
-        check_ukernel(path, path.kernel->ukernels[i], steps, true);
-        if (path.kernel->wide) check_ukernel(path, path.kernel->ukernels[i], steps, steps % 2, true);
+        check_ukernel(path, g.ukernels[i], steps, kRandom);
+        check_ukernel(path, g.ukernels[i], steps, 0);
+        if (!g.wide || steps > g.wide->most_steps) continue;
+        check_ukernel(path, g.ukernels[i], steps, kRandom, true);
+        for (int signs = 0; signs < 1 << g.nr / 8; ++signs) check_ukernel(path, g.ukernels[i], steps, signs, true);
       }
       // The largest depth that pack_linear_weight_int8 takes: one product more does not fit into an s32.
-      if (!options().quick) {
-        check_ukernel(path, path.kernel->ukernels[i], 133144 / path.kernel->k_step, true);
-      }
+      if (!options().quick) check_ukernel(path, g.ukernels[i], 133144 / g.k_step, 0);
     }
   }
 }
@@ -344,41 +359,43 @@ void check_product(const GemmPath& path, size_t m, size_t n, size_t k, size_t in
 TORCH_EXT_TEST(s8_products_of_infinities_are_those_of_fp32) {
   for (const GemmPath& path : s8_paths()) {
     const GemmKernel& g = *path.kernel;
-    const size_t m = g.max_mr() + 1, n = g.nr + 3, k = 41;
-    std::vector<int8_t> q(n * k);
-    const std::vector<float> scales(n, 0.25f);
-    for (size_t i = 0; i < q.size(); ++i) q[i] = static_cast<int8_t>(static_cast<int>(i % 5) - 2);
-    const GuardedBytes payload(packed_payload_bytes(g, n, k));
-    pack_weight_panels_s8(g, n, k, q.data(), scales.data(), payload.data(), 0, g.panels(n));
-    for (const DType type : {DType::kF32, DType::kBF16}) {
-      context("%s from %s", path.name().c_str(), dtype_name(type));
-      Matrix x(type, m, k), out(DType::kF32, m, n);
-      x.fill(random_source());
-      // Every second row has an infinity, each at another place; the last one has NaN.
-      for (size_t i = 0; i < m; i += 2) x.set(i, (i * 7) % k, i % 4 ? -INFINITY : INFINITY);
-      x.set(m - 1, k - 1, NAN);
-      GemmProblem problem;
-      problem.m = m;
-      problem.n = n;
-      problem.k = k;
-      problem.lhs = x.data();
-      problem.ld_lhs = x.ld;
-      problem.lhs_type = type;
-      problem.panels = payload.data();
-      problem.epilogue.out = out.data();
-      problem.epilogue.ld_out = out.ld;
-      problem.epilogue.out_type = DType::kF32;
-      const GemmPlan plan = plan_gemm(g, m, n, k, 1);
-      for (size_t task = 0; task < plan.tasks(); ++task) run_gemm_task(g, *path.vec, problem, plan, task);
-      for (size_t i = 0; i < m; ++i) {
-        for (size_t j = 0; j < n; ++j) {
-          const float y = out.get(i, j);
-          double exact = 0;
-          for (size_t p = 0; p < k; ++p) exact += static_cast<double>(x.get(i, p)) * q[j * k + p];
-          const bool right = std::isnan(exact)   ? std::isnan(y)
-                             : std::isinf(exact) ? static_cast<double>(y) == exact
-                                                 : std::isfinite(y);
-          EXPECT(right, "(%zu, %zu): %g, in fp32 %g", i, j, static_cast<double>(y), exact);
+    for (const size_t k : {41, 601}) {
+      const size_t m = g.max_mr() + 1, n = g.nr + 3;
+      std::vector<int8_t> q(n * k);
+      const std::vector<float> scales(n, 0.25f);
+      for (size_t i = 0; i < q.size(); ++i) q[i] = static_cast<int8_t>(static_cast<int>(i % 5) - 2);
+      const GuardedBytes payload(packed_payload_bytes(g, n, k));
+      pack_weight_panels_s8(g, n, k, q.data(), scales.data(), payload.data(), 0, g.panels(n));
+      for (const DType type : {DType::kF32, DType::kBF16}) {
+        context("%s from %s", path.name().c_str(), dtype_name(type));
+        Matrix x(type, m, k), out(DType::kF32, m, n);
+        x.fill(random_source());
+        // Every second row has an infinity, each at another place; the last one has NaN.
+        for (size_t i = 0; i < m; i += 2) x.set(i, (i * 7) % k, i % 4 ? -INFINITY : INFINITY);
+        x.set(m - 1, k - 1, NAN);
+        GemmProblem problem;
+        problem.m = m;
+        problem.n = n;
+        problem.k = k;
+        problem.lhs = x.data();
+        problem.ld_lhs = x.ld;
+        problem.lhs_type = type;
+        problem.panels = payload.data();
+        problem.epilogue.out = out.data();
+        problem.epilogue.ld_out = out.ld;
+        problem.epilogue.out_type = DType::kF32;
+        const GemmPlan plan = plan_gemm(g, m, n, k, 1);
+        for (size_t task = 0; task < plan.tasks(); ++task) run_gemm_task(g, *path.vec, problem, plan, task);
+        for (size_t i = 0; i < m; ++i) {
+          for (size_t j = 0; j < n; ++j) {
+            const float y = out.get(i, j);
+            double exact = 0;
+            for (size_t p = 0; p < k; ++p) exact += static_cast<double>(x.get(i, p)) * q[j * k + p];
+            const bool right = std::isnan(exact)   ? std::isnan(y)
+                               : std::isinf(exact) ? static_cast<double>(y) == exact
+                                                   : std::isfinite(y);
+            EXPECT(right, "(%zu, %zu): %g, in fp32 %g", i, j, static_cast<double>(y), exact);
+          }
         }
       }
     }
@@ -394,7 +411,11 @@ TORCH_EXT_TEST(s8_products_are_right_at_every_edge) {
         for (const size_t k : {1, 7, 8, 9, 33}) check_product(path, m, n, k, index++, "gemm");
       }
     }
-    if (!options().quick) check_product(path, 19, 96, 3072, 0, "gemm");
+    // Several chunks of products, where a kernel has such.
+    for (const size_t k : {511, 512, 513, 1030}) check_product(path, mr + 3, nr + 1, k, index++, "gemm");
+    if (!options().quick) {
+      for (const size_t k : {3072, 4096, 4100}) check_product(path, 19, 96, k, 0, "gemm");
+    }
   }
 }
 
@@ -402,7 +423,7 @@ TORCH_EXT_TEST(random_s8_products_are_right) {
   for (const GemmPath& path : s8_paths()) {
     for (size_t i = 0; i < options().random; ++i) {
       Random& random = random_source();
-      const size_t m = random.between(1, 40), n = random.between(1, 80), k = random.between(1, 300);
+      const size_t m = random.between(1, 40), n = random.between(1, 80), k = random.between(1, i % 8 ? 300 : 1500);
       check_product(path, m, n, k, random.below(60), "gemm random");
     }
   }

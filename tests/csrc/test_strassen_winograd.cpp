@@ -15,13 +15,11 @@
 namespace torch_ext::test {
 namespace {
 
-std::vector<GemmPath> having(std::vector<GemmPath> paths) {
+std::vector<GemmPath> paths_that_have_it() {
+  std::vector<GemmPath> paths = gemm_paths();
   std::erase_if(paths, [](const GemmPath& path) { return !path.kernel->strassen_winograd; });
   return paths;
 }
-
-std::vector<GemmPath> float_paths() { return having(gemm_paths()); }
-std::vector<GemmPath> exact_paths() { return having(s8_paths()); }
 
 // The product of halves of one family, counted.
 UKernelFn g_multiply;
@@ -35,7 +33,7 @@ struct Shape {
   size_t m, n, k;
 };
 
-/// x [m, k] times w [n, k], of s8 or not, with an epilogue that `index` chooses.
+/// x [m, k] times w [n, k], with an epilogue that `index` chooses.
 struct Product {
   Product(const GemmPath& path, Shape shape, size_t index)
       : path(path),
@@ -43,8 +41,6 @@ struct Product {
         lhs(index % 2 ? DType::kBF16 : DType::kF32, shape.m, shape.k, shape.k + index % 3),
         weight(DType::kF32, shape.n, shape.k),
         residual(index % 5 == 1 ? DType::kBF16 : DType::kF32, shape.m, shape.n, shape.n + index % 2),
-        quantized(shape.n * shape.k),
-        scales(shape.n),
         bias(shape.n),
         index(index),
         payload(packed_payload_bytes(*path.kernel, shape.n, shape.k)) {
@@ -52,8 +48,6 @@ struct Product {
     lhs.fill(random);
     weight.fill(random);
     residual.fill(random);
-    for (int8_t& q : quantized) q = static_cast<int8_t>(static_cast<int>(random.below(255)) - 127);
-    for (float& scale : scales) scale = (random.value() + 1.5f) / 127;
     for (size_t j = 0; j < shape.n; ++j) bias[j] = random.value();
   }
 
@@ -69,12 +63,8 @@ struct Product {
 
   void pack() {
     const GemmKernel& g = *path.kernel;
-    if (is_s8(g.layout)) {
-      pack_weight_panels_s8(g, shape.n, shape.k, quantized.data(), scales.data(), payload.data(), 0, g.panels(shape.n));
-    } else {
-      pack_weight_panels(g, shape.n, shape.k, weight.data(), weight.type, weight.ld, payload.data(), 0,
-                         g.panels(shape.n));
-    }
+    pack_weight_panels(g, shape.n, shape.k, weight.data(), weight.type, weight.ld, payload.data(), 0,
+                       g.panels(shape.n));
   }
 
   /// The product, and how many products of halves it took. With a queue, tasks take their panels from it.
@@ -113,8 +103,6 @@ struct Product {
   const GemmPath path;
   const Shape shape;
   Matrix lhs, weight, residual;
-  std::vector<int8_t> quantized;
-  std::vector<float> scales;
   Guarded<float> bias;
   const size_t index;
   GuardedBytes payload;
@@ -133,15 +121,15 @@ void expect_same(const Matrix& one, const Matrix& other) {
   }
 }
 
-/// Products of halves for whole pairs of blocks and of panels in each task. In fp32, columns of padding are as zeros are:
-/// they keep to themselves.
+/// Products of halves for whole pairs of blocks and of panels in each task. Columns of padding are as zeros are: they keep
+/// to themselves.
 size_t expected_products(const GemmKernel& g, Shape shape, const GemmPlan& plan) {
   size_t count = 0;
   for (size_t task = 0; task < plan.tasks(); ++task) {
     const GemmRows rows = task_rows(g, shape.m, plan, task);
     const PanelRange panels = task_panels(g, shape.n, plan, task);
     if (!suits_strassen_winograd(g, rows.end - rows.begin, shape.k)) continue;
-    const size_t last = is_s8(g.layout) ? panels.last : std::min(panels.last, shape.n / g.nr);
+    const size_t last = std::min(panels.last, shape.n / g.nr);
     count += (rows.end - rows.begin) / (2 * g.strassen_winograd->rows) * ((last - panels.first) / 2) * 7;
   }
   return count;
@@ -169,14 +157,8 @@ void check_exact(const GemmPath& path, Shape shape, size_t index, const GemmPlan
   if (products) cover_use(path, "gemm strassen winograd");
 }
 
-std::vector<GemmPath> all_paths() {
-  std::vector<GemmPath> paths = float_paths();
-  for (const GemmPath& path : exact_paths()) paths.push_back(path);
-  return paths;
-}
-
 TORCH_EXT_TEST(seven_products_are_eight_at_every_edge) {
-  for (const GemmPath& path : all_paths()) {
+  for (const GemmPath& path : paths_that_have_it()) {
     const GemmKernel& g = *path.kernel;
     const size_t least = g.strassen_winograd->least_rows, pair = 2 * g.strassen_winograd->rows, unit = 16 * g.k_step;
     size_t index = 0;
@@ -198,53 +180,13 @@ TORCH_EXT_TEST(seven_products_are_eight_at_every_edge) {
 }
 
 TORCH_EXT_TEST(random_seven_products_are_eight) {
-  for (const GemmPath& path : all_paths()) {
+  for (const GemmPath& path : paths_that_have_it()) {
     for (size_t i = 0; i < options().random; ++i) {
       Random& random = random_source();
       const Shape shape = {random.between(90, 400), random.between(1, 120), random.between(3, 10) * 64};
       const GemmPlan plan = {random.between(1, 3), random.between(1, 3)};
       check_exact(path, shape, random.below(1000), plan);
     }
-  }
-}
-
-/// Every sum as large as it can be: no operand, product or accumulator overflows to something else.
-TORCH_EXT_TEST(seven_products_of_the_largest_s8_are_exact) {
-  for (const GemmPath& path : exact_paths()) {
-    const GemmKernel& g = *path.kernel;
-    const size_t pair = 2 * g.strassen_winograd->rows;
-    for (const size_t signs : {0, 1, 2, 3, 4, 5, 6, 7}) {
-      const Shape shape = {10 * pair, 2 * g.nr, options().quick ? 256u : 4096u};
-      Product product(path, shape, 0);
-      const auto sign = [&](bool second, bool far, bool odd) {
-        return (signs & 1 && second) ^ (signs & 2 && far) ^ (signs & 4 && odd);
-      };
-      for (size_t p = 0; p < shape.k; ++p) {
-        const bool far = p >= shape.k / 2, odd = p % 2;
-        for (size_t i = 0; i < shape.m; ++i) product.lhs.set(i, p, sign(i % pair >= pair / 2, far, odd) ? -1.0f : 1.0f);
-        for (size_t j = 0; j < shape.n; ++j)
-          product.quantized[j * shape.k + p] = sign(j >= g.nr, far, false) ? -127 : 127;
-      }
-      std::fill(product.scales.begin(), product.scales.end(), 1.0f);
-      product.pack();
-      expect_same(*product.run(true), *product.run(false));
-    }
-  }
-}
-
-TORCH_EXT_TEST(outliers_are_added_to_seven_products) {
-  for (const GemmPath& path : exact_paths()) {
-    const GemmKernel& g = *path.kernel;
-    EXPECT(g.add_outliers != nullptr, "%s has no outliers", path.name().c_str());
-    // Whole pairs, rows that are none, and a panel that has no other.
-    Product product(path, {131, 3 * g.nr, 320}, 0);
-    use_integers(product);
-    for (size_t i = 0; i < product.shape.m; i += 3) product.lhs.set(i, i * 2, 1000.0f);
-    product.pack();
-    size_t products = 0;
-    const auto out = product.run(true, {}, &products);
-    EXPECT(products > 0, "no products of halves");
-    expect_same(*out, *product.run(false));
   }
 }
 
@@ -294,7 +236,7 @@ void expect_right(const Product& product, const Matrix& out, bool paired) {
 }
 
 TORCH_EXT_TEST(seven_products_are_right) {
-  for (const GemmPath& path : float_paths()) {
+  for (const GemmPath& path : paths_that_have_it()) {
     const GemmKernel& g = *path.kernel;
     for (size_t index = 0; index < (options().quick ? 3 : 12); ++index) {
       Product product(path, {100 + 7 * index, 4 * g.nr + index, 256 + 64 * (index % 3)}, index);
@@ -309,7 +251,7 @@ TORCH_EXT_TEST(seven_products_are_right) {
 
 /// Rows and columns beside which others would lose digits, or everything: results are as accurate as by the ordinary loops.
 TORCH_EXT_TEST(rows_and_columns_of_another_size_keep_to_themselves) {
-  for (const GemmPath& path : float_paths()) {
+  for (const GemmPath& path : paths_that_have_it()) {
     const GemmKernel& g = *path.kernel;
     const size_t pair = 2 * g.strassen_winograd->rows;
     for (const float factor : {1e4f, 1e-4f, 0.0f, 1e30f, 1e-30f}) {
@@ -350,7 +292,7 @@ TORCH_EXT_TEST(rows_and_columns_of_another_size_keep_to_themselves) {
 
 /// Panels that are left to the ordinary loops use up no memory of the other ones.
 TORCH_EXT_TEST(columns_of_zeros_anywhere_change_nothing_else) {
-  for (const GemmPath& path : float_paths()) {
+  for (const GemmPath& path : paths_that_have_it()) {
     const GemmKernel& g = *path.kernel;
     for (const size_t every : {2, 5, 1000}) {
       // More pairs of panels than are kept in mind, and a panel that has no other.
@@ -367,7 +309,7 @@ TORCH_EXT_TEST(columns_of_zeros_anywhere_change_nothing_else) {
 
 /// Whoever takes panels, and however many at a time: the same panels are a pair, and all results the same, bit for bit.
 TORCH_EXT_TEST(panels_that_tasks_take_are_paired_as_ever) {
-  for (const GemmPath& path : all_paths()) {
+  for (const GemmPath& path : paths_that_have_it()) {
     const GemmKernel& g = *path.kernel;
     for (const size_t panels : {7, 8, 71}) {
       for (const bool zeros : {false, true}) {
@@ -389,7 +331,7 @@ TORCH_EXT_TEST(panels_that_tasks_take_are_paired_as_ever) {
 }
 
 TORCH_EXT_TEST(numbers_that_are_not_finite_stay_in_their_row) {
-  for (const GemmPath& path : all_paths()) {
+  for (const GemmPath& path : paths_that_have_it()) {
     const GemmKernel& g = *path.kernel;
     for (const float special : {NAN, INFINITY, -INFINITY}) {
       Product product(path, {110, 4 * g.nr, 320}, 0);

@@ -194,9 +194,9 @@ TORCH_EXT_TEST(levels_get_the_kernels_that_they_are_named_after) {
       {"neon_bf16", "8x12_neon_bfmmla", "8x12_neon_sdot"},   {"neon_dotprod", "6x12_neon_fmla", "8x12_neon_sdot"},
       {"neon", "6x12_neon_fmla", "6x12_neon_fmla"},
 #elif defined(__x86_64__)
-      {"amx", "32x32_amx", "5x16_avx2_pmaddwd"},          {"avx512_bf16", "8x32_avx512_bf16_dot", "5x16_avx2_pmaddwd"},
-      {"avx512", "8x32_avx512_fma", "5x16_avx2_pmaddwd"}, {"avx_vnni", "6x16_avx2_fma", "6x16_avx_vnni"},
-      {"avx2", "6x16_avx2_fma", "5x16_avx2_pmaddwd"},
+      {"amx", "32x32_amx", "6x32_avx2_pmaddwd"},          {"avx512_bf16", "8x32_avx512_bf16_dot", "6x32_avx2_pmaddwd"},
+      {"avx512", "8x32_avx512_fma", "6x32_avx2_pmaddwd"}, {"avx_vnni", "6x16_avx2_fma", "6x16_avx_vnni"},
+      {"avx2", "6x16_avx2_fma", "6x32_avx2_pmaddwd"},
 #endif
       {"portable", "8x12_portable", "8x12_portable"},
   };

@@ -59,7 +59,8 @@ def loops(lines: list[str]) -> list[list[str]]:
     [
         ("gemm_avx512_vnni.cpp", "dot_tile<8ul>", "vpdpbusd", 16),
         ("gemm_avx_vnni.cpp", "dot_tile<6ul>", "vpdpbusd", 12),
-        ("gemm_pmaddwd.cpp", "crossed_tile<short, 5ul>", "vpmaddwd", 10),
+        ("gemm_pmaddwd.cpp", "crossed_tile<5ul>", "vpmaddwd", 10),
+        ("gemm_pmaddwd.cpp", "packed_tile<6ul>", "vpmaddwd", 9),
         ("vec_avx512_bf16.cpp", "ukernel_dot<8ul>", "vdpbf16ps", 16),
         ("vec_avx2.cpp", "ukernel_f32<6ul>", "vfmadd", 12),
         ("vec_avx512.cpp", "ukernel_f32<8ul>", "vfmadd", 16),

@@ -33,10 +33,15 @@ Range split(size_t count, size_t unit, size_t parts, size_t index) {
   return {std::min(begin, count), std::min(end, count)};
 }
 
+// Rows that are worth widening the panels for again, where more of them would not stay in the second-level cache.
+constexpr size_t kLeastWideRows = 384;
+
 // Rows that are packed at a time, whole main blocks.
 size_t rows_at_a_time(const GemmKernel& kernel, size_t k) {
   const size_t main_rows = kernel.max_mr(), row_bytes = kernel.lhs_block_bytes(1, k);
-  return std::max(main_rows, lhs_chunk_bytes() / std::max<size_t>(row_bytes, 1) / main_rows * main_rows);
+  const bool wide = kernel.wide && kernel.steps(k) <= kernel.wide->most_steps;
+  return std::max(wide ? round_up(kLeastWideRows, main_rows) : main_rows,
+                  lhs_chunk_bytes() / std::max<size_t>(row_bytes, 1) / main_rows * main_rows);
 }
 
 // Rows of the next block: whole main blocks, then one block for what is left.

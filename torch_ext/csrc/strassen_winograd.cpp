@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "cpu_features.h"
-#include "outlier_products.h"
 #include "packing/packed_weight.h"
 
 namespace torch_ext {
@@ -46,23 +45,6 @@ void multiply_part(const GemmKernel& kernel, const VecKernels& vec, const GemmPr
   run_gemm_task(ordinary, vec, part, {}, 0);
 }
 
-/// Fetches memory into the second-level cache, in equal parts, while something else is done `calls` times.
-class Prefetch {
- public:
-  Prefetch(const char* begin, const char* end, size_t calls)
-      : at_(begin), end_(end), lines_((static_cast<size_t>(end - begin) / kLine + calls) / calls) {}
-
-  void next() {
-    for (size_t line = 0; line < lines_ && at_ < end_; ++line, at_ += kLine) __builtin_prefetch(at_, 0, 2);
-  }
-
- private:
-  static constexpr size_t kLine = 64;
-  const char* at_;
-  const char* const end_;
-  const size_t lines_;
-};
-
 /// One task: its sizes, in bytes where they are not counts, and what it does to rows and panels.
 class Task {
  public:
@@ -72,8 +54,7 @@ class Task {
         problem_(problem),
         vec_(&vec),
         pack_(problem.lhs_type == DType::kF32 ? kernel.pack_lhs_f32 : kernel.pack_lhs_bf16),
-        store_(vec.store_tile[static_cast<size_t>(problem.activation)]),
-        outliers_(kernel, problem.k) {}
+        store_(vec.store_tile[static_cast<size_t>(problem.activation)]) {}
 
   /// Rows [rows.begin, rows.end), whole pairs of blocks and less than one more, times all of `panels` and what `take` gives.
   void run(GemmRows rows, PanelRange panels, const TakePanels& take);
@@ -91,19 +72,11 @@ class Task {
     return static_cast<const char*>(problem_.lhs) + i * problem_.ld_lhs * dtype_bytes(problem_.lhs_type);
   }
   bool pack_pair(size_t first_row, char* to) const;
-  void multiply_group(const char* pairs, const bool* added, size_t count, size_t first_row, size_t panel,
-                      Prefetch& following);
-
-  /// What fetches panels `panel` and `panel` + 1, where there are such.
-  Prefetch prefetch_panels(size_t panel, size_t calls) const {
-    const size_t all = kernel_.panels(problem_.n);
-    return {packed_panel(std::min(panel, all)), packed_panel(std::min(panel + 2, all)), calls};
-  }
+  void multiply_group(const char* pairs, const bool* added, size_t count, size_t first_row, size_t panel);
 
   void multiply_block(const char* block, const UKernel& ukernel, size_t row, size_t rows, size_t panel) {
     alignas(64) float tile[kMaxMr * kMaxNr];
     ukernel.run(2 * steps_, block, packed_panel(panel), tile, nr_);
-    outliers_.add(block, ukernel.mr, panel, packed_panel(panel), tile);
     store(tile, row, rows, panel);
   }
 
@@ -120,19 +93,14 @@ class Task {
   const VecKernels* const vec_;
   const PackRowsFn pack_;
   const std::decay_t<decltype(VecKernels::store_tile[0])> store_;
-  OutlierProducts outliers_;
   const size_t mr_ = algorithm_.rows, nr_ = kernel_.nr, k_ = problem_.k, steps_ = kernel_.steps(k_) / 2;  // of a half
   const size_t block_ = kernel_.lhs_block_bytes(mr_, k_), panel_ = kernel_.rhs_panel_bytes(k_);
   const size_t half_block_ = mr_ * steps_ * kernel_.k_step * dtype_bytes(kernel_.lhs_type);
-  const size_t half_panel_ = nr_ * steps_ * kernel_.k_step * dtype_bytes(kernel_.rhs_type);
-  const size_t operand_ = nr_ * steps_ * kernel_.k_step * dtype_bytes(kernel_.wide->type);
+  const size_t operand_ = steps_ * kernel_.wide->step_bytes;
   // A pair of packed blocks, then sums of their halves.
-  const size_t sums_ = round_up(2 * block_, 64), row_extras_ = sums_ + 4 * half_block_;
-  const size_t pair_ = round_up(row_extras_ + algorithm_.extra_bytes * mr_, 64);
-  // Operands of a pair of panels.
-  const size_t column_extras_ = kProducts * operand_;
-  const size_t operands_bytes_ = round_up(column_extras_ + algorithm_.extra_bytes * nr_, 64);
-  const size_t tile_ = mr_ * nr_;  // elements
+  const size_t sums_ = round_up(2 * block_, 64), pair_ = round_up(sums_ + 4 * half_block_, 64);
+  const size_t operands_bytes_ = round_up(kProducts * operand_, 64);  // of a pair of panels
+  const size_t tile_ = mr_ * nr_;                                     // elements
   // Of the chunk of rows and the pair of panels at hand.
   char* operands_ = nullptr;
   float* products_ = nullptr;
@@ -141,50 +109,34 @@ class Task {
 /// Packs two whole blocks and adds up their halves; false if the sums are of no use: the blocks are ordinary ones then.
 bool Task::pack_pair(size_t first_row, char* to) const {
   const size_t ld = problem_.ld_lhs;
-  // Without anything at their ends, blocks of half as many products are halves of a block whatever the order in it. Families
-  // of s8 scale whole rows, and have one step after the other.
-  const bool by_halves = kernel_.row_extra_bytes == 0;
+  // Blocks of half as many products are halves of a block whatever the order in it.
   for (size_t block = 0; block < 2; ++block) {
     const char* const from = row(first_row + block * mr_);
     char* const packed = to + block * block_;
-    pack_(mr_, mr_, by_halves ? k_ / 2 : k_, from, ld, packed);
-    if (by_halves) pack_(mr_, mr_, k_ / 2, from + k_ / 2 * dtype_bytes(problem_.lhs_type), ld, packed + half_block_);
+    pack_(mr_, mr_, k_ / 2, from, ld, packed);
+    pack_(mr_, mr_, k_ / 2, from + k_ / 2 * dtype_bytes(problem_.lhs_type), ld, packed + half_block_);
   }
   if (algorithm_.add_rows(steps_, to, to + block_, to + sums_)) return true;
-  for (size_t block = 0; by_halves && block < 2; ++block) {
-    pack_(mr_, mr_, k_, row(first_row + block * mr_), ld, to + block * block_);
-  }
+  for (size_t block = 0; block < 2; ++block) pack_(mr_, mr_, k_, row(first_row + block * mr_), ld, to + block * block_);
   return false;
 }
 
 /// A group of pairs of blocks, the first row of which is `first_row`, times panels `panel` and `panel` + 1.
-void Task::multiply_group(const char* pairs, const bool* added, size_t count, size_t first_row, size_t panel,
-                          Prefetch& following) {
+void Task::multiply_group(const char* pairs, const bool* added, size_t count, size_t first_row, size_t panel) {
   const size_t blocks[kProducts] = {0,     half_block_,         sums_ + 3 * half_block_, block_ + half_block_,
                                     sums_, sums_ + half_block_, sums_ + 2 * half_block_};
   alignas(64) float tiles[kMaxMr * kMaxNr];
   const auto multiply = [&](size_t product) {
     for (size_t i = 0; i < count; ++i) {
       if (!added[i]) continue;
-      following.next();
       algorithm_.multiply(steps_, pairs + i * pair_ + blocks[product], operands_ + product * operand_,
                           products_ + (i * kProducts + product) * tile_, nr_);
     }
   };
   const auto complete = [&](size_t right) {
-    const char* const rhs = packed_panel(panel + right);
     for (size_t i = 0; i < count; ++i) {
       if (!added[i]) continue;
-      const char *const upper = pairs + i * pair_, *const lower = upper + block_;
-      algorithm_.finish[right]({.products = products_ + i * kProducts * tile_,
-                                .upper_end = upper + 2 * half_block_,
-                                .lower_end = lower + 2 * half_block_,
-                                .panel_end = rhs + 2 * half_panel_,
-                                .row_extras = upper + row_extras_,
-                                .column_extras = operands_ + column_extras_},
-                               tiles);
-      outliers_.add(upper, mr_, panel + right, rhs, tiles);
-      outliers_.add(lower, mr_, panel + right, rhs, tiles + tile_);
+      algorithm_.finish[right](products_ + i * kProducts * tile_, tiles);
       store(tiles, first_row + i * pair_rows(), pair_rows(), panel + right);
     }
   };
@@ -203,11 +155,7 @@ void Task::run(GemmRows rows, PanelRange panels, const TakePanels& take) {
       thread_scratch(ScratchSlot::kWidePanel, operands_bytes_ + kGroup * kProducts * tile_ * sizeof(float)));
   products_ = reinterpret_cast<float*>(operands_ + operands_bytes_);
   bool added[kMostStrassenPairs];
-  Prefetch first = prefetch_panels(panels.first, pairs);
-  for (size_t i = 0; i < pairs; ++i) {
-    first.next();
-    added[i] = pack_pair(rows.begin + i * pair_rows(), packed + i * pair_);
-  }
+  for (size_t i = 0; i < pairs; ++i) added[i] = pack_pair(rows.begin + i * pair_rows(), packed + i * pair_);
   // Calls use(block, micro-kernel, first row, rows) for the rows that are no pair.
   const auto for_rest = [&](auto use) {
     char* block = packed + pairs * pair_;
@@ -224,10 +172,8 @@ void Task::run(GemmRows rows, PanelRange panels, const TakePanels& take) {
   });
 
   const auto multiply_pair = [&](size_t panel) {
-    Prefetch following = prefetch_panels(panel + 2, kProducts * pairs);
     for (size_t i = 0; i < pairs; i += kGroup) {
-      multiply_group(packed + i * pair_, added + i, std::min(kGroup, pairs - i), rows.begin + i * pair_rows(), panel,
-                     following);
+      multiply_group(packed + i * pair_, added + i, std::min(kGroup, pairs - i), rows.begin + i * pair_rows(), panel);
     }
     for (size_t p = panel; p < panel + 2; ++p) {
       for (size_t i = 0; i < 2 * pairs; ++i) {

@@ -15,8 +15,8 @@
 ///   upper left = P1 + P2            upper right = P1 + P6 + P5 + P3
 ///   lower left = P1 + P6 + P7 - P4  lower right = P1 + P6 + P7 + P5
 ///
-/// Products of s8 stay exact. In fp32 a result is rounded differently from the one of eight products, and depends, in its
-/// last bits, on the row and the column that it is paired with.
+/// A result is rounded differently from the one of eight products, and depends, in its last bits, on the row and the column that
+/// it is paired with.
 #pragma once
 
 #include <functional>

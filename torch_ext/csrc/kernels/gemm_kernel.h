@@ -69,11 +69,13 @@ using ColumnTermFn = int32_t (*)(const int8_t* q, size_t k);
 
 /// A panel in another form, which takes more memory and less work: what many rows are multiplied with.
 struct WidePanels {
-  DType type;               ///< element type of the panel's products
+  size_t step_bytes;        ///< of the products of one step
+  size_t extra_bytes = 0;   ///< of a panel, behind its products
   const UKernel* ukernels;  ///< for the same numbers of rows as the family's
   void (*widen)(size_t steps, const void* panel, void* wide);
-  size_t least_rows;             ///< fewer are not worth the work
-  size_t most_bytes = SIZE_MAX;  ///< nor are larger panels, which the first-level cache would not hold
+  size_t least_rows;  ///< fewer are not worth the work
+  size_t most_steps =
+      SIZE_MAX;  ///< nor are more, which the first-level cache would not hold, or the kernel does not take
 };
 
 /// An element of a row that is so much larger than the others that quantizing them by it would leave them few steps: 0 in
@@ -110,27 +112,20 @@ struct OutlierColumns {
 using AddOutliersFn = void (*)(const Outlier* outliers, size_t count, size_t panel, const void* products,
                                const float* scales, OutlierColumns& kept, float* tile);
 
-/// What completes the tiles of two blocks times one of two panels: see StrassenWinograd.
-struct StrassenWinogradTiles {
-  const void* products;                           ///< seven tiles of the rows of a block, of nr each: products 1 to 7
-  const void *upper_end, *lower_end, *panel_end;  ///< what lies behind the products of the packed blocks and panel
-  const void *row_extras, *column_extras;         ///< what add_rows and add_columns put behind their sums
-};
-
 /// Two blocks times two panels by seven products of half as many steps instead of eight: see strassen_winograd.h. Halves
-/// of a block are its first and second half of the steps, each like a block without extras of its own; so are sums of
-/// them. `steps` are those of a half, a multiple of eight.
+/// of a block are its first and second half of the steps, each like a block of its own; so are sums of them. `steps` are
+/// those of a half, a multiple of eight.
 struct StrassenWinograd {
   size_t rows;         ///< of a block; there is an ordinary micro-kernel for so many
-  UKernelFn multiply;  ///< a block of sums times a wide panel of sums: a tile of f32 or s32, without any scale
-  /// S1 to S4 of two packed blocks, one after the other, then `extra_bytes` for each row of a block. False if results would
-  /// be less accurate than they should: the sums are of no use then.
+  UKernelFn multiply;  ///< a block of sums times a wide panel of sums
+  /// S1 to S4 of two packed blocks, one after the other. False if results would be less accurate than they should: the
+  /// sums are of no use then.
   bool (*add_rows)(size_t steps, const void* upper, const void* lower, void* sums);
-  /// What products 1 to 7 take from two packed panels, as wide panels, then `extra_bytes` for each column of a panel.
+  /// What products 1 to 7 take from two packed panels, as wide panels.
   bool (*add_columns)(size_t steps, const void* left, const void* right, void* operands);
-  /// The left panel's upper and lower tile of f32, one behind the other, rows nr apart; those of the right panel.
-  void (*finish[2])(const StrassenWinogradTiles& from, float* tiles);
-  size_t extra_bytes = 0;
+  /// The left panel's upper and lower tile, one behind the other, rows nr apart; those of the right panel. `products` are
+  /// seven tiles of the rows of a block.
+  void (*finish[2])(const float* products, float* tiles);
   size_t least_rows, least_k;  ///< less is not worth the work
 };
 
@@ -174,14 +169,10 @@ struct GemmKernel {
   }
   /// Where those of a packed block begin.
   size_t outliers_at(size_t mr, size_t k) const { return lhs_block_bytes(mr, k) - mr * kRowOutliersBytes; }
-  size_t wide_panel_bytes(size_t k) const {
-    return nr * (steps(k) * k_step * dtype_bytes(wide->type) + column_extra_bytes);
-  }
+  size_t wide_panel_bytes(size_t k) const { return steps(k) * wide->step_bytes + wide->extra_bytes; }
   size_t max_mr() const { return ukernels[ukernel_count - 1].mr; }
   /// Whether `rows` rows are multiplied with wide panels.
-  bool widens(size_t rows, size_t k) const {
-    return wide && rows >= wide->least_rows && wide_panel_bytes(k) <= wide->most_bytes;
-  }
+  bool widens(size_t rows, size_t k) const { return wide && rows >= wide->least_rows && steps(k) <= wide->most_steps; }
   size_t panel_index(size_t j, size_t p) const {
     return panel_place ? panel_place(j, p) : ((p / kr) * nr + j) * kr + p % kr;
   }

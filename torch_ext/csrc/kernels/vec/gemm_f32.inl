@@ -251,7 +251,12 @@ static void widen_panel(size_t steps, const void* panel, void* wide) {
 // Each six rows pay for widening the panel in registers with a seventh of their instructions; widening it once costs what
 // fourteen rows pay.
 static constexpr WidePanels kWideBf16 = {
-    .type = DType::kF32, .ukernels = kUKernelsF32, .widen = widen_panel, .least_rows = 24, .most_bytes = 48 << 10};
+    .step_bytes = kNr * kKStep * sizeof(float),
+    .ukernels = kUKernelsF32,
+    .widen = widen_panel,
+    .least_rows = 24,
+    .most_steps = (48 << 10) / (kNr * kKStep * sizeof(float)),
+};
 #endif
 
 static constexpr GemmKernel kFamilyBf16 = {

@@ -437,11 +437,11 @@ static void pack_rows_s8(size_t rows, size_t block_rows, size_t k, const void* s
   }
 }
 
-/// 128 times the sum of a column: what rows that are stored as q + 128 add to its sums.
+/// 128 times the sum of a column, modulo 2^32: what rows that are stored as q + 128 add to its sums.
 [[maybe_unused]] static int32_t excess_of_flipped_rows(const int8_t* q, size_t k) {
-  int32_t sum = 0;
-  for (size_t p = 0; p < k; ++p) sum += q[p];
-  return 128 * sum;
+  uint32_t sum = 0;
+  for (size_t p = 0; p < k; ++p) sum += static_cast<uint32_t>(q[p]);
+  return static_cast<int32_t>(128 * sum);
 }
 
 /// The table of a family of s8. `kFlip` and what panels end with besides scales go together: see pack_rows_s8.

@@ -180,7 +180,12 @@ static void widen_halves(size_t steps, const void* panel, void* wide) {
 // Micro-kernels that widen lose 2 % (Zen 1) to 8 % (Haswell, by LLVM's model) to shifts and masks. Widening a panel costs what
 // two or three rows do, and more where it has to leave the first-level cache.
 static constexpr WidePanels kWideHalves = {
-    .type = DType::kF32, .ukernels = kUKernelsF32, .widen = widen_halves, .least_rows = 64, .most_bytes = 32 << 10};
+    .step_bytes = kNr * kKStep * sizeof(float),
+    .ukernels = kUKernelsF32,
+    .widen = widen_halves,
+    .least_rows = 64,
+    .most_steps = (32 << 10) / (kNr * kKStep * sizeof(float)),
+};
 
 // ---- Strassen-Winograd, in fp32 -------------------------------------------------------------------------------------
 
@@ -272,9 +277,8 @@ static bool add_columns_halves(size_t steps, const void* left, const void* right
 }
 
 template <bool kRight>
-static void finish_tiles_f32(const StrassenWinogradTiles& from, float* tiles) {
+static void finish_tiles_f32(const float* products, float* tiles) {
   constexpr size_t kSize = TORCH_EXT_VEC_MAIN_MR * kNr;
-  const float* const products = static_cast<const float*>(from.products);
 #pragma GCC unroll 2
   for (size_t i = 0; i < kSize; i += kWidth) {
     const auto p = [&](size_t q) { return load(products + (q - 1) * kSize + i); };

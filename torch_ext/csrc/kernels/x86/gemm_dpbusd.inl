@@ -38,12 +38,12 @@ static void dot_tile(size_t steps, const void* lhs_block, const void* rhs_panel,
   const int32_t* const excess = reinterpret_cast<const int32_t*>(rhs) + kNr;
 #pragma GCC unroll 2
   for (size_t v = 0; v < 2; ++v) {
-    vi over;
+    vu over;  // unsigned, since differences wrap
     __builtin_memcpy(&over, excess + v * kWidth, sizeof over);
     const vf columns = load(column_scales + v * kWidth);
 #pragma GCC unroll 8
     for (size_t i = 0; i < kMr; ++i) {
-      const vf x = __builtin_convertvector((vi)acc[i][v] - over, vf) * columns;
+      const vf x = __builtin_convertvector((vi)((vu)acc[i][v] - over), vf) * columns;
       store(tile + i * ld_tile + v * kWidth, x * row_scales[i]);
     }
   }
