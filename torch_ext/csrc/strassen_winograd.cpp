@@ -17,7 +17,7 @@ constexpr size_t kProducts = 7;
 constexpr size_t kGroup = 16;
 
 // Rows that are worth adding up the panels for, where more of them would not stay in the second-level cache.
-constexpr size_t kLeastChunkRows = 216;
+constexpr size_t kLeastChunkRows = 576;
 
 // Products that complete the tiles of the left panel, and those that complete the right one's after them.
 constexpr size_t kLeft[] = {0, 1, 5, 6, 3}, kRight[] = {4, 2};
