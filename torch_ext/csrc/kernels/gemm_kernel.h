@@ -74,7 +74,7 @@ struct WidePanels {
   const UKernel* ukernels;  ///< for the same numbers of rows as the family's
   void (*widen)(size_t steps, const void* panel, void* wide);
   size_t least_rows;             ///< fewer are not worth the work
-  size_t most_steps = SIZE_MAX;  ///< nor are more: the first-level cache would not hold them, or the kernel takes no more
+  size_t most_steps = SIZE_MAX;  ///< nor are more: the first-level cache, or the kernel, takes no more
 };
 
 /// An element of a row that is so much larger than the others that quantizing them by it would leave them few steps: 0 in
