@@ -197,7 +197,7 @@ TORCH_EXT_TEST(s8_rows_that_are_not_finite_or_tiny_keep_to_themselves) {
 /// gemm_pmaddwd.cpp: behind the scales of a block's rows, the sums of what neighbours of a row give, of all products and
 /// of each chunk of them.
 void store_row_terms(unsigned char* terms, size_t rows, size_t i, const int* row, size_t k) {
-  constexpr size_t kChunk = 512, kChunks = 8;
+  constexpr size_t kChunk = 512, kChunks = 20;
   uint32_t sums[1 + kChunks] = {};
   for (size_t p = 0; p + 1 < k; p += 2) {
     const auto term = static_cast<uint32_t>(row[p] * row[p + 1]);
@@ -268,7 +268,7 @@ TORCH_EXT_TEST(s8_ukernels_add_exactly) {
   for (const GemmPath& path : s8_paths()) {
     const GemmKernel& g = *path.kernel;
     for (size_t i = 0; i < g.ukernel_count; ++i) {
-      for (const size_t steps : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 97, 127, 128, 129, 192, 768, 1024}) {
+      for (const size_t steps : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 97, 127, 128, 129, 192, 768, 1024, 2560}) {
         if (options().quick && steps > 192) continue;
         check_ukernel(path, g.ukernels[i], steps, kRandom);
         check_ukernel(path, g.ukernels[i], steps, 0);
@@ -414,7 +414,7 @@ TORCH_EXT_TEST(s8_products_are_right_at_every_edge) {
     // Several chunks of products, where a kernel has such.
     for (const size_t k : {511, 512, 513, 1030}) check_product(path, mr + 3, nr + 1, k, index++, "gemm");
     if (!options().quick) {
-      for (const size_t k : {3072, 4096, 4100}) check_product(path, 19, 96, k, 0, "gemm");
+      for (const size_t k : {3072, 4096, 10240, 10244}) check_product(path, 19, 96, k, 0, "gemm");
     }
   }
 }

@@ -49,8 +49,8 @@ namespace {
 
 constexpr size_t kNr = 32;
 constexpr size_t kStep = 4;
-constexpr size_t kChunk = 512;     // products that are added up before columns are told apart
-constexpr size_t kMostChunks = 8;  // of a wide panel
+constexpr size_t kChunk = 512;      // products that are added up before columns are told apart
+constexpr size_t kMostChunks = 20;  // of a wide panel: XLM-RoBERTa-XL has 10,240 products
 
 // ---- micro-kernels ------------------------------------------------------------------------------------------------
 
