@@ -57,6 +57,11 @@ SWEEP, PASSES, LATENCY, ACCURACY = 0.40, 0.40, 0.08, 0.12
 PATIENCE = 10
 
 
+def results_folders() -> tuple[Path, Path]:
+    """Where results go: those that are kept, and those of a run that only says that it works."""
+    return report.RESULTS, ROOT / "build" / "bench"
+
+
 def cosines(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     """Mean and least cosine of the rows of two matrices, both normalised."""
     products = (found * expected).sum(axis=1)
@@ -320,7 +325,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="less of everything: says that it works, not how fast")
     parser.add_argument("--check", action="store_true", help="exit code 1 if a bar is missed")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results, or build/bench with --quick)")
     parser.add_argument("--budget-s", type=float, help="time of the measurements; default: 300, or 60 with --quick")
     parser.add_argument("--guarded", metavar="FD", type=int, help=argparse.SUPPRESS)  # the process that measures
     parser.add_argument("--stopped", type=json.loads, default={}, help=argparse.SUPPRESS)
@@ -342,6 +347,7 @@ def main(words: list[str] | None = None) -> int:
         ("accuracy_texts", 2000, 48),
         ("rounds", 4, 2),
         ("budget_s", 300.0, 60.0),
+        ("output", *results_folders()),
     ):
         if getattr(arguments, name) is None:
             setattr(arguments, name, quick if arguments.quick else usual)

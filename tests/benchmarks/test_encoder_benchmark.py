@@ -269,6 +269,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_quick_run_leaves_the_kept_results_alone() -> None:
+    kept, quick = encoder.results_folders()
+    assert kept == ROOT / "benchmarks" / "results"
+    ignored = subprocess.run(["git", "check-ignore", "-q", str(quick)], cwd=ROOT, check=False)
+    assert ignored.returncode == 0 or not (ROOT / ".git").exists()
+
+
 @pytest.mark.needs_transformers
 @pytest.mark.long
 def test_short_run(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@
 //
 //   block, s16, mr rows of 8 bytes for each step:     a0 a2 a1 a3
 //     then mr scales in f32, then mr times the sum over all steps of a0 a1 + a2 a3, in s32, then kMostChunks times the same
-//     of one chunk of the steps (below), then the outliers
+//     of one chunk of the steps (packed_columns.inl), then the outliers
 //   panel, s8, 128 bytes for each step: even products of columns 0..7, odd ones of 0..7, even ones of 8..15, odd ones, ...:
 //     b(0,0) b(0,2) b(1,0) b(1,2) ... b(7,2) | b(0,1) b(0,3) ... b(7,3) | b(8,0) b(8,2) ...
 //     then 32 scales in f32, then 32 times the sum over all steps of b0 b1 + b2 b3, in s32
