@@ -43,14 +43,17 @@ def functions(source: str) -> dict[str, list[str]]:
 
 
 def loops(lines: list[str]) -> list[list[str]]:
-    """The instructions from the target of each jump back to the jump."""
+    """The instructions from the target of each jump back to the jump, of those that hold no other such jump."""
     places = {int(line.partition(":")[0], 16): index for index, line in enumerate(lines)}
-    found = []
+    found: list[list[str]] = []
+    last = -1
     for index, line in enumerate(lines):
         if jump := re.search(r"\sj\w+\s+([0-9a-f]+) <", line):
             begin = places.get(int(jump[1], 16), index + 1)
             if begin <= index:
-                found.append(lines[begin : index + 1])
+                if begin > last:
+                    found.append(lines[begin : index + 1])
+                last = index
     return found
 
 
@@ -93,6 +96,7 @@ LISTING = """\
  18:\tvpdpbusd %zmm1,%zmm2,%zmm30
  1c:\tvmovdqa32 %zmm8,-0x38(%rsp)
  20:\tjne    14 <kernel+0x4>
+ 22:\tjne    10 <kernel>
  24:\tret
 """.splitlines()
 
