@@ -55,11 +55,8 @@ LEAST_TEXTS = 64
 SWEEP, PASSES, LATENCY, ACCURACY = 0.40, 0.40, 0.08, 0.12
 # A call that is forecast to end in its time is killed only when it takes many times as long.
 PATIENCE = 10
-
-
-def results_folders() -> tuple[Path, Path]:
-    """Where results go: those that are kept, and those of a run that only says that it works."""
-    return report.RESULTS, ROOT / "build" / "bench"
+# Where results of a run go that only says that it works; those of others are kept.
+QUICK_RESULTS = ROOT / "build" / "bench"
 
 
 def cosines(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
@@ -347,7 +344,7 @@ def main(words: list[str] | None = None) -> int:
         ("accuracy_texts", 2000, 48),
         ("rounds", 4, 2),
         ("budget_s", 300.0, 60.0),
-        ("output", *results_folders()),
+        ("output", report.RESULTS, QUICK_RESULTS),
     ):
         if getattr(arguments, name) is None:
             setattr(arguments, name, quick if arguments.quick else usual)

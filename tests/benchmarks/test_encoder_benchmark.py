@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import batching, bounded, candidates, encoder, encoder_report, timing
+from benchmarks import batching, bounded, candidates, encoder, encoder_report, report, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = [5, 1, 9, 3, 3, 12, 2]
@@ -270,9 +270,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_quick_run_leaves_the_kept_results_alone() -> None:
-    kept, quick = encoder.results_folders()
-    assert kept == ROOT / "benchmarks" / "results"
-    ignored = subprocess.run(["git", "check-ignore", "-q", str(quick)], cwd=ROOT, check=False)
+    assert report.RESULTS == ROOT / "benchmarks" / "results"
+    ignored = subprocess.run(["git", "check-ignore", "-q", str(encoder.QUICK_RESULTS)], cwd=ROOT, check=False)
     assert ignored.returncode == 0 or not (ROOT / ".git").exists()
 
 

@@ -314,4 +314,19 @@ float sum_squares(const VecKernels& vec, size_t n, const float* x) {
 
 void cover_use(const GemmPath& path, const char* use) { cover(use_path(path, use)); }
 
+GemmProblem problem_of(const Matrix& lhs, const GuardedBytes& panels, const Matrix& out) {
+  GemmProblem problem;
+  problem.m = lhs.rows;
+  problem.n = out.cols;
+  problem.k = lhs.cols;
+  problem.lhs = lhs.data();
+  problem.ld_lhs = lhs.ld;
+  problem.lhs_type = lhs.type;
+  problem.panels = panels.data();
+  problem.epilogue.out = out.data();
+  problem.epilogue.ld_out = out.ld;
+  problem.epilogue.out_type = out.type;
+  return problem;
+}
+
 }  // namespace torch_ext::test

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "gemm.h"
+#include "guarded.h"
 #include "kernels/gemm_kernel.h"
 #include "kernels/vec_kernels.h"
 
@@ -70,5 +72,8 @@ float sum_squares(const VecKernels& vec, size_t n, const float* x);
 
 /// Notes a whole product or attention of a family: "gemm", "attention f32", ...
 void cover_use(const GemmPath& path, const char* use);
+
+/// `lhs` [m, k] times a packed weight, into `out` [m, n]: no bias, residual or activation.
+GemmProblem problem_of(const Matrix& lhs, const GuardedBytes& panels, const Matrix& out);
 
 }  // namespace torch_ext::test

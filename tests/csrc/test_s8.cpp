@@ -307,22 +307,12 @@ void check_product(const GemmPath& path, size_t m, size_t n, size_t k, size_t in
   unpack_weight_s8(g, n, k, payload.data(), q_back.data(), scales_back.data());
   EXPECT(q == q_back && scales == scales_back, "the weight changed in packing");
 
-  GemmProblem problem;
-  problem.m = m;
-  problem.n = n;
-  problem.k = k;
-  problem.lhs = x.data();
-  problem.ld_lhs = x.ld;
-  problem.lhs_type = x.type;
-  problem.panels = payload.data();
+  GemmProblem problem = problem_of(x, payload, out);
   problem.activation = activation;
   problem.epilogue.bias = with_bias ? bias.get() : nullptr;
   problem.epilogue.residual = with_residual ? residual.data() : nullptr;
   problem.epilogue.ld_residual = residual.ld;
   problem.epilogue.residual_type = residual.type;
-  problem.epilogue.out = out.data();
-  problem.epilogue.ld_out = out.ld;
-  problem.epilogue.out_type = out.type;
   const GemmPlan plan = plan_gemm(g, m, n, k, index % 6 + 1);
   for (size_t task = plan.tasks(); task-- > 0;) run_gemm_task(g, *path.vec, problem, plan, task);
   out.expect_gaps_untouched();
@@ -371,19 +361,9 @@ TORCH_EXT_TEST(s8_products_of_infinities_are_those_of_fp32) {
         Matrix x(type, m, k), out(DType::kF32, m, n);
         x.fill(random_source());
         // Every second row has an infinity, each at another place; the last one has NaN.
-        for (size_t i = 0; i < m; i += 2) x.set(i, (i * 7) % k, i % 4 ? -INFINITY : INFINITY);
+        for (size_t i = 0; i < m; i += 2) x.set(i, (i * 97) % k, i % 4 ? -INFINITY : INFINITY);
         x.set(m - 1, k - 1, NAN);
-        GemmProblem problem;
-        problem.m = m;
-        problem.n = n;
-        problem.k = k;
-        problem.lhs = x.data();
-        problem.ld_lhs = x.ld;
-        problem.lhs_type = type;
-        problem.panels = payload.data();
-        problem.epilogue.out = out.data();
-        problem.epilogue.ld_out = out.ld;
-        problem.epilogue.out_type = DType::kF32;
+        const GemmProblem problem = problem_of(x, payload, out);
         const GemmPlan plan = plan_gemm(g, m, n, k, 1);
         for (size_t task = 0; task < plan.tasks(); ++task) run_gemm_task(g, *path.vec, problem, plan, task);
         for (size_t i = 0; i < m; ++i) {

@@ -39,8 +39,7 @@ constexpr size_t kLeastWideRows = 384;
 // Rows that are packed at a time, whole main blocks.
 size_t rows_at_a_time(const GemmKernel& kernel, size_t k) {
   const size_t main_rows = kernel.max_mr(), row_bytes = kernel.lhs_block_bytes(1, k);
-  const bool wide = kernel.wide && kernel.steps(k) <= kernel.wide->most_steps;
-  return std::max(wide ? round_up(kLeastWideRows, main_rows) : main_rows,
+  return std::max(kernel.widens(kLeastWideRows, k) ? round_up(kLeastWideRows, main_rows) : main_rows,
                   lhs_chunk_bytes() / std::max<size_t>(row_bytes, 1) / main_rows * main_rows);
 }
 

@@ -237,11 +237,11 @@ __attribute__((noinline)) static void dequantize_column(const int8_t* products, 
     return;
   }
 #elif defined(TORCH_EXT_VEC_AVX2)
-  if constexpr (kNr == 16 && kPlace(1, 0) == 2 && kPlace(8, 0) == 32) {
+  if constexpr (kPlace(1, 0) == 2 && kPlace(8, 0) == 32) {
     // Eight columns' are every other byte of 16: the lower or the upper ones of words.
     const size_t place = kPlace(0, p);
     const __m128i left = _mm_cvtsi32_si128(place % 2 ? 0 : 8);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (size_t j = 0; j < kNr; j += kWidth) {
       const int8_t* const words = products + place / 2 * 2 + j / kWidth * 32;
       const __m128i upper = _mm_sll_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)), left);
